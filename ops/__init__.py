@@ -1,0 +1,1 @@
+"""Operations with several implementations: one plain definition, fast backends tested against it."""

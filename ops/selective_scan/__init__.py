@@ -1,0 +1,157 @@
+"""The selective scan: what the model calls, and the one place that chooses who computes it.
+
+`ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend may fuse.
+A backend is a module of this package with
+
+    available() -> None, or the reason why it cannot run on this machine
+    takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype, sizes)
+    ssm_branch(...)            the function below
+    bidirectional_ssm(...)     optional: both directions in one go
+
+`DYVM_BACKEND=NAME` forces one; otherwise the first of `PREFERENCE` that is available and takes the arguments runs.
+
+B images, L tokens, E inner channels, N states, R step rank.
+"""
+
+import importlib
+import logging
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .reference import BranchParams, branch_inputs
+
+__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "ssm_branch"]
+
+PREFERENCE = ("reference",)  # fastest first
+
+_logger = logging.getLogger(__name__)
+_reported: set[str] = set()
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run here or does not take the arguments."""
+
+
+@lru_cache(maxsize=None)
+def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
+    """The backend's module, or the reason why it cannot run on this machine."""
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        return None, f"cannot be imported ({error})"
+    return module, module.available()
+
+
+def _refusal(name: str, xz: Tensor, params: BranchParams) -> Optional[str]:
+    module, reason = _load(name)
+    return reason if reason is not None else module.takes(xz, params)
+
+
+def backend_for(xz: Tensor, params: BranchParams) -> str:
+    """Name of the backend that runs these arguments.
+
+    Raises BackendError when `DYVM_BACKEND` names one that is unknown, unavailable or does not take them.
+    """
+    forced = os.environ.get("DYVM_BACKEND")
+    if forced:
+        if forced not in PREFERENCE:
+            raise BackendError(f"DYVM_BACKEND={forced}: no such backend; choose one of {', '.join(PREFERENCE)}")
+        reason = _refusal(forced, xz, params)
+        if reason is not None:
+            raise BackendError(f"DYVM_BACKEND={forced}: {reason}")
+        chosen = forced
+    else:
+        chosen = next(name for name in PREFERENCE if _refusal(name, xz, params) is None)
+    if chosen not in _reported:
+        _reported.add(chosen)
+        _logger.info("selective scan on %s runs on the '%s' backend", xz.device, chosen)
+    return chosen
+
+
+def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Optional[Tensor],
+           lengths: Optional[Tensor], active_shape: tuple) -> None:
+    """One clear line for arguments that disagree; shapes, dtypes and devices only, so the host never waits."""
+    if xz.dim() != 3 or not xz.is_floating_point():
+        raise ValueError(f"xz must be a floating-point tensor [B, L, 2E], not {xz.dtype} {list(xz.shape)}")
+    channels, states = params.A.shape
+    rank = params.dt_proj_weight.shape[1]
+    wanted = BranchParams((channels, params.conv_weight.shape[-1]), (channels,), (rank + 2 * states, channels),
+                          (channels, rank), (channels,), (channels, states), (channels,))
+    if xz.shape[2] != 2 * channels:
+        raise ValueError(f"xz {list(xz.shape)} must have 2E = {2 * channels} channels, as A {list(params.A.shape)} says")
+    for name, tensor, shape in zip(BranchParams._fields, params, wanted):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
+        if tensor.device != xz.device:
+            raise ValueError(f"{name} is on {tensor.device}, xz on {xz.device}")
+    for name, tensor, shape in (("mask", mask, tuple(xz.shape[:2])), ("active", active, active_shape),
+                                ("lengths", lengths, (xz.shape[0],))):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
+        if tensor.device != xz.device:
+            raise ValueError(f"{name} is on {tensor.device}, xz on {xz.device}")
+    if lengths is not None and lengths.is_floating_point():
+        raise ValueError(f"lengths must be integers, not {lengths.dtype}")
+
+
+def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
+               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+    """One scan direction: convolution + SiLU, projections to (step, B, C), selective scan, skip and gate.
+
+    Args:
+        xz: [B, L, 2E], the halves x and z of the input projection.
+        params: weights of this direction.
+        reverse: walk from the last token to the first.
+        mask: [B, L], multiplies x and the convolution's output; receives a gradient.
+        active: [B]; an image whose entry is False costs nothing and its rows are zero.
+        lengths: [B]; only an image's first `lengths` tokens exist: the reversed walk starts at the last of them
+            and the rows behind are zero. The same result as a mask of that prefix, at less cost.
+
+    Returns:
+        y [B, L, E] in the dtype of xz.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        BackendError: see `backend_for`.
+    """
+    _check(xz, params, mask, active, lengths, (xz.shape[0],))
+    backend, _ = _load(backend_for(xz, params))
+    return backend.ssm_branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
+
+
+def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams, *, mask: Optional[Tensor] = None,
+                      gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
+                      lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
+    """scale * (gates[:, 0] * forward branch + gates[:, 1] * backward branch), the body of the Mamba mixer.
+
+    Args:
+        gates: [B, 2], multiplies the directions' outputs after the scan; receives a gradient (training).
+        active: [B, 2]; a direction that is False costs nothing for that image (evaluation).
+        Others as in `ssm_branch`.
+
+    Returns:
+        y [B, L, E] in the dtype of xz. Raises as `ssm_branch`.
+    """
+    _check(xz, forward, mask, active, lengths, (xz.shape[0], 2))
+    _check(xz, backward, None, None, None, ())
+    if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
+        raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
+    backend, _ = _load(backend_for(xz, forward))
+    if hasattr(backend, "bidirectional_ssm"):
+        return backend.bidirectional_ssm(xz, forward, backward, mask=mask, gates=gates, active=active,
+                                         lengths=lengths, scale=scale)
+    total = 0
+    for direction, params in enumerate((forward, backward)):
+        y = backend.ssm_branch(xz, params, reverse=direction == 1, mask=mask, lengths=lengths,
+                               active=None if active is None else active[:, direction])
+        if gates is not None:
+            y = y * gates[:, direction, None, None].to(y.dtype)
+        total = total + y
+    return total * scale if scale != 1.0 else total

@@ -1,0 +1,118 @@
+"""The definition of the selective scan branch, in plain PyTorch. Every fast backend is tested against it.
+
+B images, L tokens, E inner channels, N states, R step rank, W convolution width.
+Source: Gu & Dao, "Mamba" (arXiv 2312.00752), algorithm 2; the masks are those of
+"Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BranchParams(NamedTuple):
+    """The weights of one scan direction."""
+
+    conv_weight: Tensor  # [E, W]
+    conv_bias: Tensor  # [E]
+    x_proj_weight: Tensor  # [R + 2 N, E], rows: step, B, C
+    dt_proj_weight: Tensor  # [E, R]
+    dt_proj_bias: Tensor  # [E]
+    A: Tensor  # [E, N], negative
+    D: Tensor  # [E]
+
+
+def available() -> Optional[str]:
+    """None: runs everywhere."""
+    return None
+
+
+def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+    """None: takes every argument that the public function lets through."""
+    return None
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, activation: Optional[str] = None) -> Tensor:
+    """Depthwise causal convolution. x [B, E, L], weight [E, W], bias [E] -> [B, E, L]; activation None or "silu"."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', not {activation!r}")
+    channels, width = weight.shape
+    y = F.conv1d(F.pad(x, (width - 1, 0)), weight.unsqueeze(1), bias, groups=channels)
+    return F.silu(y) if activation == "silu" else y
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None,
+                   z: Optional[Tensor] = None, delta_bias: Optional[Tensor] = None,
+                   delta_softplus: bool = False) -> tuple[Tensor, Tensor]:
+    """Sequential scan: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = (C_t h_t + D u_t) * silu(z_t).
+
+    u, delta, z [B, E, L]; A [E, N]; B, C [B, N, L]; D, delta_bias [E] -> y [B, E, L], last state [B, E, N].
+    """
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    state = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
+    outputs = []
+    for t in range(u.shape[2]):
+        decay = torch.exp(delta[:, :, t, None] * A)
+        state = decay * state + (delta[:, :, t] * u[:, :, t]).unsqueeze(-1) * B[:, None, :, t]
+        outputs.append((state * C[:, None, :, t]).sum(-1))
+    y = torch.stack(outputs, dim=2) if outputs else torch.zeros_like(u)
+    if D is not None:
+        y = y + D[:, None] * u
+    if z is not None:
+        y = y * F.silu(z)
+    return y, state
+
+
+def branch_inputs(xz: Tensor, params: BranchParams, *, reverse: bool = False,
+                  mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the scan of one direction reads, in token order (a reversed direction is flipped back).
+
+    xz [B, L, 2E] -> u [B, L, E], raw step dt_proj.weight dt_raw [B, L, E] (no bias, no softplus), B and C [B, L, N].
+    """
+    x = xz.chunk(2, dim=-1)[0]
+    if mask is not None:
+        x = x * mask.unsqueeze(-1)
+    if reverse:
+        x = x.flip(1)
+    u = causal_conv1d(x.transpose(1, 2), params.conv_weight, params.conv_bias, "silu").transpose(1, 2)
+    if reverse:
+        u = u.flip(1)
+    if mask is not None:
+        u = u * mask.unsqueeze(-1)
+    rank, states = params.dt_proj_weight.shape[1], params.A.shape[1]
+    dt, B, C = F.linear(u, params.x_proj_weight).split([rank, states, states], dim=-1)
+    return u, F.linear(dt, params.dt_proj_weight), B, C
+
+
+def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
+               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+    """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`.
+
+    Arithmetic in float32 (float64 for float64 inputs); the result has the dtype of xz.
+    """
+    dtype = xz.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(xz.device.type, enabled=False):
+        xz = xz.to(compute)
+        params = BranchParams(*(p.to(compute) for p in params))
+        mask = None if mask is None else mask.to(compute)
+        if lengths is not None:
+            prefix = torch.arange(xz.shape[1], device=xz.device) < lengths.unsqueeze(1)
+            mask = prefix.to(compute) if mask is None else torch.where(prefix, mask, 0)
+        u, dt, B, C = branch_inputs(xz, params, reverse=reverse, mask=mask)
+        z = xz.chunk(2, dim=-1)[1]
+        inputs = [t.flip(1) if reverse else t for t in (u, dt, B, C, z)]
+        u, dt, B, C, z = (t.transpose(1, 2) for t in inputs)
+        y, _ = selective_scan(u, dt, params.A, B, C, params.D, z, params.dt_proj_bias, delta_softplus=True)
+        y = y.transpose(1, 2)
+        y = y.flip(1) if reverse else y
+        if lengths is not None:
+            y = torch.where(prefix.unsqueeze(-1), y, 0)
+        if active is not None:
+            y = torch.where(active.bool()[:, None, None], y, 0)
+    return y.to(dtype)
