@@ -20,7 +20,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from .reference import BranchParams, branch_inputs
@@ -83,8 +82,8 @@ def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Opt
     wanted = BranchParams((channels, params.conv_weight.shape[-1]), (channels,), (rank + 2 * states, channels),
                           (channels, rank), (channels,), (channels, states), (channels,))
     if xz.shape[2] != 2 * channels:
-        raise ValueError(f"xz {list(xz.shape)} must have 2E = {2 * channels} channels, as A {list(params.A.shape)} says")
-    for name, tensor, shape in zip(BranchParams._fields, params, wanted):
+        raise ValueError(f"xz {list(xz.shape)} must have 2E = {2 * channels} channels to agree with A [{channels}, N]")
+    for name, tensor, shape in zip(BranchParams._fields, params, wanted, strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
         if tensor.device != xz.device:

@@ -1,0 +1,1 @@
+"""What the training program needs and no paper is about: errors, distributed set-up, checkpoints, logging."""
