@@ -91,14 +91,12 @@ def load_weights(model: VisionMamba, checkpoint: Mapping[str, Any], source: str,
         raise UserError(f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a checkpoint of a "
                         "vision model")
     _fit_pos_embed(model, state, source)
-    if new_head:
-        _drop_other_head(model, own, state, source)
+    dropped = _drop_other_head(model, own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
     if from_dense and not any(is_new_part(key) for key in state):
         absent = [key for key in absent if not is_new_part(key)]
-    allowed = {"head.weight", "head.bias"} if new_head else set()
     problems = {
-        "missing": [key for key in absent if key not in allowed],
+        "missing": [key for key in absent if key not in dropped],
         "unexpected": [key for key in state if key not in own],
         "misshapen": [f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}" for key in own
                       if key in state and state[key].shape != own[key].shape],
@@ -129,11 +127,13 @@ def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) ->
     _logger.info("%s: position embedding resized from %d to %d patches", source, patches, model.num_patches)
 
 
-def _drop_other_head(model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Take a head of another class count out of `state`, so that the model keeps its fresh one."""
-    weight = state.get("head.weight")
-    if weight is None or weight.dim() != 2 or weight.shape[0] == model.num_classes:
-        return
-    if weight.shape[1] == own["head.weight"].shape[1]:
-        del state["head.weight"], state["head.bias"]
-        _logger.info("%s: head of %d classes replaced by a new one of %d", source, weight.shape[0], model.num_classes)
+def _drop_other_head(model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> set[str]:
+    """Take a head of another class count out of `state`, so that the model keeps its fresh one; -> the keys taken."""
+    weight, fresh = state.get("head.weight"), own["head.weight"]
+    if weight is None or weight.dim() != 2 or len(weight) == len(fresh) or weight.shape[1] != fresh.shape[1]:
+        return set()
+    _logger.info("%s: head of %d classes replaced by a new one of %d", source, len(weight), len(fresh))
+    dropped = {"head.weight", "head.bias"}
+    for key in dropped:
+        state.pop(key, None)
+    return dropped

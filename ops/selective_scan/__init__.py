@@ -20,11 +20,13 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from .reference import BranchParams, branch_inputs
 
-__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "ssm_branch"]
+__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
+           "ssm_branch"]
 
 PREFERENCE = ("reference",)  # fastest first
 
@@ -49,6 +51,14 @@ def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
 def _refusal(name: str, xz: Tensor, params: BranchParams) -> Optional[str]:
     module, reason = _load(name)
     return reason if reason is not None else module.takes(xz, params)
+
+
+def runs_on(name: str, device: str) -> bool:
+    """Whether a backend is available here and takes float32 tensors of usual sizes on a device ("cpu", "cuda")."""
+    E, N, R = 16, 16, 1
+    sizes = ((E, 4), (E,), (R + 2 * N, E), (E, R), (E,), (E, N), (E,))
+    params = BranchParams(*(torch.zeros(size, device=device) for size in sizes))
+    return _refusal(name, torch.zeros(1, 1, 2 * E, device=device), params) is None
 
 
 def backend_for(xz: Tensor, params: BranchParams) -> str:
