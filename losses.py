@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,20 +21,32 @@ RATIO_SCOPES = ("image", "batch")
 TERMS = ("cls", "token_ratio", "block_ratio", "cls_kl", "token_distill")
 
 
+def over_ranks(local: Tensor) -> Tensor:
+    """Mean over all processes, with the gradient of the local value.
+
+    DDP averages the gradients of the ranks; with this value in a non-linear term they are those of the joined batch.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return local
+    mean = local.detach().clone()
+    dist.all_reduce(mean)
+    return local + (mean / dist.get_world_size() - local.detach())
+
+
 def token_ratio(decisions: Sequence[Tensor], targets: Sequence[float], scope: str = "image") -> Tensor:
     """Mean over stages of (kept fraction - target)^2; decisions S x [B, M].
 
     scope "image": each image is held to the target; "batch": only the batch as a whole.
     """
-    dims = 1 if scope == "image" else (0, 1)
-    terms = [((decision.mean(dim=dims) - target) ** 2).mean()
-             for decision, target in zip(decisions, targets, strict=True)]
-    return torch.stack(terms).mean()
+    kept = torch.stack([decision.mean(dim=1) for decision in decisions])  # [S, B]
+    if scope == "batch":
+        kept = over_ranks(kept.mean(dim=1, keepdim=True))
+    return torch.stack([(stage - target).square().mean() for stage, target in zip(kept, targets, strict=True)]).mean()
 
 
 def block_ratio(gates: Tensor, target: float) -> Tensor:
     """(mean of all gates - target)^2; gates [depth, B, 2]."""
-    return (gates.mean() - target) ** 2
+    return (over_ranks(gates.mean()) - target) ** 2
 
 
 def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -54,7 +67,7 @@ def token_distance(result: Result, teacher_tokens: Tensor, distance: str = "mse"
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
     keep = result.keep.detach()
-    return (per_token * keep).sum() / keep.sum().clamp_min(1)
+    return (per_token * keep).sum() / over_ranks(keep.sum()).clamp_min(torch.finfo(keep.dtype).tiny)
 
 
 class DynamicLoss(nn.Module):
