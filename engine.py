@@ -16,14 +16,14 @@ from typing import Any, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Data
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from transforms import derive_seed
 
+from datasets import Data
 from models import Result, VisionMamba
+from transforms import derive_seed
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.logging import Averages, Progress

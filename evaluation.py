@@ -4,11 +4,11 @@ import argparse
 from typing import Any, Optional
 
 import torch
-from datasets import Data
 from tabulate import tabulate
 from torch import Tensor
 
 import throughput
+from datasets import Data
 from engine import Metrics, autocast, evaluate
 from models import DynamicVisionMamba, VisionMamba
 from models.flops import count_flops

@@ -17,7 +17,6 @@ from typing import Any, Optional
 
 import timm
 import torch
-from datasets import Data, build_data
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -26,6 +25,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import options
+from datasets import Data, build_data
 from engine import Training, evaluate, seed_everything, train_one_epoch
 from evaluation import evaluate_all, table
 from losses import DenseLoss, DynamicLoss
@@ -109,7 +109,7 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
                                     betas=tuple(args.opt_betas), **fused)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=data.steps_per_epoch)
     mixup = None

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from datasets import add_data_arguments
-
 from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
 from utils.errors import UsageError
 
@@ -128,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--min-lr", type=not_negative, default=1e-6)
     group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
     group.add_argument("--warmup-epochs", type=int, default=5)
+    group.add_argument("--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate")
     group.add_argument("--sched-on-updates", action="store_true", help="change the learning rate every step")
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
     group.add_argument("--opt-eps", type=not_negative, default=1e-8)

@@ -73,6 +73,11 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+def as_residual(x: Tensor) -> Tensor:
+    """The residual stream is float32 under mixed precision too."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class VisionMamba(nn.Module):
     """Dense bidirectional Mamba backbone with a classification head.
 
@@ -153,7 +158,7 @@ class VisionMamba(nn.Module):
         """images [B, 3, H, W] -> Result."""
         patches, class_tokens = self.embed(images)
         class_positions = self.layout.positions(self.num_patches)
-        hidden, residual = None, insert(patches, class_tokens, class_positions).float()
+        hidden, residual = None, as_residual(insert(patches, class_tokens, class_positions))
         for layer in self.layers:
             hidden, residual, _ = layer(hidden, residual, class_positions)
         logits, tokens = self.finish(hidden, residual, class_positions)
@@ -241,7 +246,7 @@ class DynamicVisionMamba(VisionMamba):
         patches, class_tokens = self.embed(images)
         class_positions = self.layout.positions(self.num_patches)
         origin = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
-        return insert(patches, class_tokens, class_positions).float(), class_positions, origin
+        return as_residual(insert(patches, class_tokens, class_positions)), class_positions, origin
 
     def _gates(self, gates: list[Optional[Tensor]], like: Tensor) -> Tensor:
         ones = like.new_ones(like.shape[0], 2, dtype=torch.float32)
