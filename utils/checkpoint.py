@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -227,7 +228,8 @@ def _verify_checksum(file: BinaryIO) -> bool:
 
 def _load_without_code(file: BinaryIO) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old or odd formats: they load, or the error says why not
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))

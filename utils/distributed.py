@@ -75,7 +75,7 @@ def first_node(nodelist: str) -> str:
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among its peers. Every method but `rank`-dependent properties must be called by all ranks alike."""
+    """This process among its peers. Its methods must be called by all ranks alike."""
 
     device: torch.device
     rank: int = 0
@@ -101,7 +101,10 @@ class Distributed:
 
     def all_reduce_sum(self, values: Tensor | Sequence[float]) -> Tensor:
         """Sum over the ranks in float64, on the CPU, in the shape of `values`; counts stay exact up to 2^53."""
-        total = torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
+        if isinstance(values, Tensor):
+            total = values.detach().to("cpu", torch.float64, copy=True)
+        else:
+            total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
