@@ -27,6 +27,7 @@ from transforms import derive_seed
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.logging import Averages, Progress
+from utils.nonfinite import NonFiniteSteps
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +59,7 @@ class Training:
     ema: Optional[ModelEmaV3]
     mixup: Optional[Mixup]
     epoch: int = 0
-    step: int = 0  # the next step of this epoch
+    step: int = 0  # the next step of this epoch; after the last one, the epoch awaits its evaluation
     best: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,80 +82,53 @@ class Training:
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
 
 
-class NonFiniteSteps:
-    """Steps whose gradient is not a finite number are left out on the device; too many in a row end the run.
-
-    The gradient that is looked at is the mean over all ranks, so all ranks see the same.
-    """
-
-    CHECK_EVERY = 10  # steps between two looks by the host
-    MOST_IN_A_ROW = 10
-
-    def __init__(self, run: Training, device: torch.device):
-        self._optimizer, self._scaler = run.optimizer, run.scaler
-        # Fused optimizers take the flag that a GradScaler would give them; for others the host must look.
-        self._on_device = getattr(run.optimizer, "_step_supports_amp_scaling", False)
-        self._in_a_row = torch.zeros((), device=device)
-        self._steps = 0
-
-    def step(self, norm: Tensor) -> Tensor:
-        """Update the weights unless the gradient's norm is not finite; -> 1 for a step that was left out."""
-        skipped = (~torch.isfinite(norm)).float()
-        if self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        elif self._on_device:
-            self._optimizer.found_inf = skipped
-            self._optimizer.step()
-        elif not skipped:
-            self._optimizer.step()
-        self._in_a_row = (self._in_a_row + 1) * skipped
-        self._steps += 1
-        if self._steps % self.CHECK_EVERY == 0 and self._in_a_row >= self.MOST_IN_A_ROW:
-            raise UserError(f"loss or gradient was not finite in {int(self._in_a_row)} steps in a row; try a lower "
-                            "--lr, --clip-grad 1, or --amp off")
-        return skipped
-
-
 def train_one_epoch(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed,
-                    after_step: Callable[[Averages], bool] = lambda averages: False,
-                    averages: Optional[Averages] = None) -> Optional[dict[str, float]]:
-    """Train from `run.step` to the end of epoch `run.epoch`.
+                    averages: Averages, after_step: Callable[[], bool] = lambda: False) -> bool:
+    """Train from `run.step` to the last step of epoch `run.epoch`; -> whether it came to the end.
 
-    after_step: called when a step is done; True ends the epoch early.
-    averages: of the part of the epoch that was done before.
-
-    Returns the means of the loss terms and rates over all ranks, None if the epoch was ended early.
+    averages: gets the means of the loss terms and rates; those of the steps done before, when resumed.
+    after_step: called when a step is done; True stops here.
     """
     device = distributed.device
     run.parallel.train()
-    averages = averages or Averages()
-    guard = NonFiniteSteps(run, device)
+    guard = NonFiniteSteps(run.optimizer, run.scaler, data.describe, stop=args.nonfinite == "stop")
     steps = data.steps_per_epoch
     if not args.sched_on_updates:
         run.scheduler.step(run.epoch)
-    batches = data.train_batches(run.epoch, run.step)
-    bar = Progress(batches, f"epoch {run.epoch + 1}/{args.epochs}", total=steps, initial=run.step,
-                   status=lambda: " ".join(f"{name} {value:.4g}" for name, value in averages.means().items()),
-                   shown=distributed.is_main)
+    bar = Progress(data.train_batches(run.epoch, run.step), f"epoch {run.epoch + 1}/{args.epochs}", total=steps,
+                   initial=run.step, status=lambda: _one_line(averages.means()), shown=distributed.is_main)
     for batch in bar:
         if args.sched_on_updates:
             run.scheduler.step_update(run.epoch * steps + run.step)
         seed_everything(args.seed, run.epoch, run.step, distributed.rank)
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
-        terms = train_step(run, images, targets, args, guard)
-        averages.update(len(images), lr=run.optimizer.param_groups[0]["lr"], **terms)
+        loss, measured = forward_backward(run, images, targets, args)
+        parameters = [p for p in run.model.parameters() if p.grad is not None]
+        run.scaler.unscale_(run.optimizer)
+        if args.clip_grad:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        skipped = guard.step(norm, batch.indices)
+        if run.ema is not None:
+            run.ema.update(run.model)
+        averages.update(len(images), loss=loss, **measured, skipped_steps=skipped,
+                        lr=run.optimizer.param_groups[0]["lr"])
         run.step += 1
-        if after_step(averages):
-            return None
-    run.epoch, run.step = run.epoch + 1, 0
-    return averages.means(distributed)
+        if after_step():
+            return False
+    guard.look()
+    return True
 
 
-def train_step(run: Training, images: Tensor, targets: Tensor, args: argparse.Namespace,
-               guard: NonFiniteSteps) -> dict[str, Tensor]:
-    """Forward, backward and update on one batch; -> loss, its terms and the measured rates."""
+def _one_line(means: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in means.items())
+
+
+def forward_backward(run: Training, images: Tensor, targets: Tensor,
+                     args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of one batch; -> loss, its terms and the measured rates."""
     if run.mixup is not None:
         images, targets = run.mixup(images, targets)
     with autocast(images.device, args.amp):
@@ -166,17 +140,7 @@ def train_step(run: Training, images: Tensor, targets: Tensor, args: argparse.Na
         loss, terms = run.criterion(result, targets, taught)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    if args.clip_grad:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    skipped = guard.step(norm)
-    if run.ema is not None:
-        run.ema.update(run.model)
-    return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()},
-            "skipped_steps": skipped, **measured_rates(result)}
+    return loss.detach(), {name: term.detach() for name, term in terms.items()} | measured_rates(result)
 
 
 def measured_rates(result: Result) -> dict[str, Tensor]:
@@ -185,6 +149,10 @@ def measured_rates(result: Result) -> dict[str, Tensor]:
     if result.gates.requires_grad:
         rates["gate_forward"], rates["gate_backward"] = result.gates.detach().mean(dim=(0, 1))
     return rates
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to end early; what was trained is saved already."""
 
 
 @dataclass
@@ -201,8 +169,8 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed,
-             description: str = "evaluation") -> Metrics:
-    """Every validation image once, over all ranks."""
+             description: str = "evaluation", interrupted: Callable[[], bool] = lambda: False) -> Metrics:
+    """Every validation image once, over all ranks. Raises Interrupted when `interrupted` says so after a batch."""
     model.eval()
     device = distributed.device
     # images, correct in 1, correct in 5, summed loss, then summed gates and kept patches
@@ -221,6 +189,8 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
         totals += torch.stack([totals.new_tensor(len(images)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
         gates += result.gates.double().sum(dim=1)
         kept = [stage.shape[1] for stage in result.kept]
+        if interrupted():
+            raise Interrupted
     totals = distributed.all_reduce_sum(totals)
     gates = distributed.all_reduce_sum(gates)
     count = int(totals[0])

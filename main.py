@@ -10,8 +10,10 @@
 """
 
 import argparse
+import functools
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,18 +27,20 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import options
+import resume
 from datasets import Data, build_data
-from engine import Training, evaluate, seed_everything, train_one_epoch
+from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
 from evaluation import evaluate_all, table
 from losses import DenseLoss, DynamicLoss
 from models import DynamicVisionMamba, VisionMamba, cumulative_keep
 from models.weights import load_weights
 from pictures import decision_picture
+from utils import preemption
 from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.errors import UsageError, run_main
 from utils.files import prepare_output_dir, write_json
-from utils.logging import EpochLog, setup_logging, tensorboard_writer, write_args
+from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
@@ -122,59 +126,135 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup)
 
 
-def checkpoint_content(run: Training, args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """An envelope that other programs can load, with what is needed to go on and to evaluate."""
-    return {**run.state_dict(), "family": run.model.family.name, "args": vars(args), "class_names": data.class_names}
+class Saver:
+    """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
+
+    def __init__(self, run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed):
+        self.run, self.record, self.distributed = run, record, distributed
+        self.minutes = args.save_minutes
+        self.saved_at = time.monotonic()
+        self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
+
+    def save(self, averages: Averages, best: bool = False) -> None:
+        """Save everything that the run needs to go on, in an envelope that other programs can load too."""
+        parts = self.distributed.gather_objects(averages.state_dict())
+        if self.writer is not None:
+            family = self.run.model.family.name
+            self.writer.save({**self.run.state_dict(), **self.record, "family": family, "averages": parts}, best)
+        self.saved_at = time.monotonic()
+
+    def after_step(self, averages: Averages) -> bool:
+        """Save when it is time; save and say True when the run is told to leave."""
+        if self.writer is not None:
+            self.writer.check()
+        leaving = self.distributed.agree_any(preemption.requested())
+        due = self.minutes > 0 and time.monotonic() - self.saved_at > 60 * self.minutes
+        if leaving or self.distributed.agree_any(due and self.distributed.is_main):
+            self.save(averages)
+        return leaving
+
+    def close(self) -> None:
+        """Return when the last save is on the disk."""
+        if self.writer is not None:
+            self.writer.close()
 
 
-def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> None:
-    """Train from the first epoch to the last; checkpoints, log, TensorBoard; the final evaluation."""
+def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namespace,
+                    distributed: Distributed) -> Averages:
+    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch begun."""
+    averages = Averages()
+    found = resume.find_checkpoint(args.resume, args.output_dir)
+    if found is None:
+        return averages
+    checkpoint, source = found
+    resume.check_agreement(checkpoint, source, record, args.resume_override)
+    run.load_state_dict(checkpoint)
+    if checkpoint["world_size"] == distributed.world_size:
+        averages.load_state_dict(checkpoint["averages"][distributed.rank])
+    else:
+        run.step = 0  # the shares of the ranks are others now: the epoch starts again
+    _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
+    return averages
+
+
+def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int:
+    """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
+    preemption.install()
     run = build_training(args, data, distributed)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model, f"{parameters:,}",
-                 args.data_set, data.num_classes, data.steps_per_epoch)
-    output = Path(args.output_dir)
-    tensorboard = tensorboard_writer(output, distributed)
-    log = EpochLog(output)
-    writer = CheckpointWriter(output) if distributed.is_main else None
+    record = resume.identity(args, distributed.world_size, data.class_names)
+    averages = start_or_resume(run, record, args, distributed)
+    saver = Saver(run, record, args, distributed)
+    log = EpochLog(args.output_dir)
     if distributed.is_main:
-        write_args(output, args)
-        log.resume_at(0)
+        write_args(args.output_dir, args)
+        log.resume_at(run.epoch)
+    tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
+    _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model,
+                 f"{sum(p.numel() for p in run.model.parameters()):,}", args.data_set, data.num_classes,
+                 data.steps_per_epoch)
     while run.epoch < args.epochs:
-        epoch = run.epoch
-        trained = train_one_epoch(run, data, args, distributed)
-        metrics = evaluate(run.model, data, args, distributed)
-        record = {f"train_{name}": value for name, value in trained.items()}
-        record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
-        if run.ema is not None:
-            record["test_ema_acc1"] = evaluate(run.ema.module, data, args, distributed).top1
-        best = metrics.top1 >= run.best
-        run.best = max(run.best, metrics.top1)
-        record |= {"best_acc1": run.best, "epoch": epoch, "n_parameters": parameters}
+        after_step = functools.partial(saver.after_step, averages)
+        if not train_one_epoch(run, data, args, distributed, averages, after_step):
+            return _leave(saver)
+        saver.save(averages)
+        try:
+            epoch_record, best = evaluate_epoch(run, data, args, distributed, averages)
+        except Interrupted:
+            return _leave(saver)
+        run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
+        saver.save(averages, best=best)
         if distributed.is_main:
-            writer.save(checkpoint_content(run, args, data), best=best)
-            log.append(record)
-            _show_epoch(tensorboard, run, data, record, epoch, distributed)
-            _logger.info("epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)", epoch + 1, args.epochs,
-                         trained["loss"], metrics.top1, run.best)
-    if distributed.is_main:
-        writer.close()
+            log.append(epoch_record)
+            show_epoch(tensorboard, run, data, epoch_record, distributed)
+    saver.close()
+    if tensorboard is not None:
         tensorboard.close()
     distributed.barrier()
-    best_weights = load_checkpoint(output / BEST)
-    run.model.load_state_dict(best_weights["model"])
-    ema = run.ema.module if run.ema is not None else None
-    if ema is not None:
-        ema.load_state_dict(best_weights["ema"])
+    evaluate_best(run, data, args, distributed)
+    return 0
+
+
+def _leave(saver: Saver) -> int:
+    saver.close()
+    _logger.warning("told to leave by %s; saved, continue with --resume auto", preemption.received())
+    return preemption.EXIT_CODE
+
+
+def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed,
+                   averages: Averages) -> tuple[dict[str, Any], bool]:
+    """Evaluate after an epoch; -> its line of log.txt, whether it is the best so far."""
+    trained = averages.means(distributed)
+    metrics = evaluate(run.model, data, args, distributed, interrupted=preemption.requested)
+    record = {f"train_{name}": value for name, value in trained.items()}
+    record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
+    if run.ema is not None:
+        record["test_ema_acc1"] = evaluate(run.ema.module, data, args, distributed, "evaluation (EMA)",
+                                           preemption.requested).top1
+    best = metrics.top1 >= run.best
+    run.best = max(run.best, metrics.top1)
+    _logger.info("epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)", run.epoch + 1, args.epochs, trained["loss"],
+                 metrics.top1, run.best)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
+
+
+def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
+    """The full report on the best checkpoint of a run."""
+    best = load_checkpoint(Path(args.output_dir) / BEST)
+    run.model.load_state_dict(best["model"])
+    ema = None
+    if run.ema is not None:
+        ema = run.ema.module
+        ema.load_state_dict(best["ema"])
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 
-def _show_epoch(tensorboard, run: Training, data: Data, record: dict[str, float], epoch: int,
-                distributed: Distributed) -> None:
+def show_epoch(tensorboard, run: Training, data: Data, record: dict[str, Any], distributed: Distributed) -> None:
     """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation images."""
+    epoch = record["epoch"]
     for name, value in record.items():
         if name not in ("epoch", "n_parameters"):
-            tensorboard.add_scalar(name.replace("_", "/", 1), value, epoch)
+            tensorboard.add_scalar(name, value, epoch)
     picture = draw_decisions(run.model, data, distributed.device)
     if picture is not None:
         tensorboard.add_image("kept_patches", picture, epoch, dataformats="HWC")
@@ -245,7 +325,7 @@ def model_image_size(args: argparse.Namespace) -> int:
         return build_model(args, num_classes=1).patch_embed.img_size
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = options.parse(argv)
     distributed = init_distributed(args.device)
@@ -257,11 +337,13 @@ def main(argv: Optional[list[str]] = None) -> None:
     data = build_data(args, model_image_size(args), rank=distributed.rank, world_size=distributed.world_size,
                       train=not args.eval)
     prepare_output_dir(args.output_dir)
+    code = 0
     if args.eval:
         evaluate_checkpoint(args, checkpoint, data, distributed)
     else:
-        train(args, data, distributed)
+        code = train(args, data, distributed)
     distributed.shutdown()
+    return code
 
 
 if __name__ == "__main__":

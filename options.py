@@ -142,6 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    group.add_argument("--resume", metavar="auto|FILE", help="go on from FILE, or from the newest checkpoint in "
+                       "--output_dir if there is one")
+    group.add_argument("--resume-override", action="store_true", help="go on although flags differ from the run's")
+    group.add_argument("--save-minutes", type=not_negative, default=15.0, metavar="M",
+                       help="save that often within an epoch; 0: only at its end")
+    group.add_argument("--nonfinite", choices=("skip", "stop"), default="skip",
+                       help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--throughput-seconds", type=not_negative, default=10.0, metavar="S",
                        help="evaluation: time spent on images/s; 0 leaves it out")
