@@ -3,8 +3,8 @@
 `ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend may fuse.
 A backend is a module of this package with
 
-    available() -> None, or the reason why it cannot run on this machine
     takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype, sizes)
+    available() -> None, or the reason why it cannot run on this machine; asked once, after `takes`
     ssm_branch(...)            the function below
     bidirectional_ssm(...)     optional: both directions in one go
 
@@ -28,7 +28,8 @@ from .reference import BranchParams, branch_inputs
 __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
            "ssm_branch"]
 
-PREFERENCE = ("reference",)  # fastest first
+PREFERENCE = ("cpu", "torch", "reference")  # fastest first
+_MODULES = {"torch": "torch_lean"}  # where a backend's module has another name than the backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
@@ -40,17 +41,22 @@ class BackendError(RuntimeError):
 
 @lru_cache(maxsize=None)
 def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
-    """The backend's module, or the reason why it cannot run on this machine."""
+    """The backend's module, or the reason why it cannot be imported."""
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"), None
     except ImportError as error:
         return None, f"cannot be imported ({error})"
-    return module, module.available()
+
+
+@lru_cache(maxsize=None)
+def _unavailable(name: str) -> Optional[str]:
+    """Why the backend cannot run on this machine; asked once, since the answer may take a build."""
+    return _load(name)[0].available()
 
 
 def _refusal(name: str, xz: Tensor, params: BranchParams) -> Optional[str]:
     module, reason = _load(name)
-    return reason if reason is not None else module.takes(xz, params)
+    return reason or module.takes(xz, params) or _unavailable(name)
 
 
 def runs_on(name: str, device: str) -> bool:
@@ -150,6 +156,9 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
     """
     _check(xz, forward, mask, active, lengths, (xz.shape[0], 2))
     _check(xz, backward, None, None, None, ())
+    for name, one, other in zip(BranchParams._fields, forward, backward, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward")
     if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     backend, _ = _load(backend_for(xz, forward))
