@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from utils.errors import UsageError, UserError
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
 MAX_REPLACEMENTS = 100
+# How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can also appear in the
+# middle of a training step.
+WORKER_DIED = "DataLoader worker (pid"
 
 
 class Batch(NamedTuple):
@@ -145,14 +149,21 @@ def loader_options(args) -> dict:
 def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
     """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is one `UserError`."""
     try:
-        for images, targets, indices, problems, failure in loader:
-            bad_images.report(problems)
-            if failure:
-                raise UserError(failure)
-            if len(targets):
-                yield Batch(images, targets, indices)
+        try:
+            for images, targets, indices, problems, failure in loader:
+                bad_images.report(problems)
+                if failure:
+                    raise UserError(failure)
+                if len(targets):
+                    yield Batch(images, targets, indices)
+        except (OSError, EOFError) as error:
+            if str(error).startswith("Caught "):  # raised by a worker that lives, with its trace
+                raise
+            # A batch of a worker that died cannot be fetched, and torch's handler of SIGCHLD is about to say why.
+            time.sleep(1)
+            raise UserError(f"reading the data failed: a worker process is gone ({error!r})") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith(WORKER_DIED):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"reading the data failed: {reason} Out of memory? Try fewer --num-workers") from None
@@ -282,7 +293,7 @@ def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:
             more = f" and {len(only) - 5} more" if len(only) > 5 else ""
             parts.append(f"only {split} has {', '.join(only[:5])}{more}")
     counts = f"train ({len(train)}) and val ({len(val)})"
-    raise UserError(f"{printable(source)}: the classes of {counts} differ: {'; '.join(parts)}")
+    raise UserError(f"{printable(source)}: the classes of {counts} differ: {'; '.join(parts) or 'their order'}")
 
 
 def _take_subset(train: ImageSet, subset: int | float) -> ImageSet:

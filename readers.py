@@ -109,7 +109,8 @@ class _Skipped(logging.Handler):
         logger.handlers, logger.propagate = [self], False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.reasons.append(printable(record.getMessage()))
+        error = sys.exc_info()[1]  # timm logs inside its exception handler
+        self.reasons.append(printable(repr(error) if error else record.getMessage()))
 
     def take(self, place: int) -> list[tuple[str, str]]:
         """The problems since the last call, named after the images of this worker that came before."""
@@ -218,8 +219,9 @@ def _largest_label(args, reader) -> int:
                     if member.name.endswith(".cls"):
                         largest = max(largest, int(archive.extractfile(member).read()))
         except (OSError, ValueError, tarfile.TarError) as error:
+            reason = printable(str(error).splitlines()[0]).rstrip(":")
             raise UserError(
-                f"{printable(str(path))}: cannot read the labels ({error}); write num_classes into _info.json instead"
+                f"{printable(str(path))}: cannot read the labels ({reason}); write num_classes into _info.json instead"
             ) from None
     if largest < 0:
         raise UserError(f"{args.data_set}: no .cls labels in the shards; write num_classes into _info.json")

@@ -154,9 +154,15 @@ def test_inaturalist_of_deit(tmp_path, super_category):
     assert all(data.train.load(i).size == (40, 30) for i in range(4))
     with pytest.raises(UserError, match="no folder train/"):
         build_data(options("--data-set", "INAT19", "--data-path", str(tmp_path)), 32)
-    (tmp_path / "val2018.json").write_text('{"images": 3')
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        build_data(options("--data-set", "INAT", "--data-path", str(tmp_path)), 32)
+    for content, message in (
+        ('{"images": 3', "cannot be read as JSON"),
+        ("[1, 2]", "at odds with train2018.json"),
+        ('{"images": [], "annotations": [{"image_id": 9, "category_id": 7}]}', r"\(KeyError\(9\)\)"),
+        ('{"images": [], "annotations": []}', "it lists no images"),
+    ):
+        (tmp_path / "val2018.json").write_text(content)
+        with pytest.raises(UserError, match=f"val2018.json: .*{message}"):
+            build_data(options("--data-set", "INAT", "--data-path", str(tmp_path)), 32)
 
 
 def remove_val(root):

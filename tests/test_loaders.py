@@ -1,5 +1,6 @@
 """Batches: exactly repeatable from any step, every validation image once, and bad images by rule."""
 
+import gc
 import os
 import random
 import signal
@@ -18,6 +19,13 @@ from images import BadImageError, ImageSet
 from loaders import MAX_REPLACEMENTS
 from samplers import EvalBatchSampler, TrainBatchSampler
 from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def stop_workers():
+    """Ends the workers of a test now: collected as garbage in the middle of an import, they take 5 s each."""
+    yield
+    gc.collect()
 
 
 def same(one, other) -> bool:
@@ -204,6 +212,17 @@ def test_a_killed_worker_ends_in_one_line():
     with pytest.raises(UserError, match="reading the data failed: DataLoader worker .* fewer --num-workers") as error:
         list(batches)
     assert "\n" not in str(error.value) and time.monotonic() - started < 20
+
+
+def test_a_mistake_in_the_program_keeps_its_trace(monkeypatch):
+    data = build_data(options("--num-workers", "1"), 32)
+
+    def broken(index):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(data.train, "load", broken)
+    with pytest.raises(RuntimeError, match="(?s)Original Traceback.*RuntimeError: a bug"):
+        next(data.train_batches(0))
 
 
 def test_workers_outlive_the_signals_of_a_scheduler():

@@ -1,5 +1,6 @@
 """Data sets that timm reads: real WebDataset shards, and stand-ins for the packages that are not installed."""
 
+import gc
 import io
 import json
 import logging
@@ -14,6 +15,13 @@ from data_helpers import options, photo
 import readers
 from datasets import build_data
 from utils.errors import UsageError, UserError
+
+
+@pytest.fixture(autouse=True)
+def stop_workers():
+    """Ends the workers of a test now: collected as garbage in the middle of an import, they take 5 s each."""
+    yield
+    gc.collect()
 
 
 def jpeg(number: int) -> bytes:
@@ -91,8 +99,9 @@ def test_ranks_train_on_different_shards(tmp_path):
 def test_damaged_images_in_shards(tmp_path, capfd):
     root = make_shards(tmp_path, damaged=[("train", 3), ("val", 7)])
     data = build_data(shard_options(root), 32)
+    message = r"wds/photos, worker \d, after \d+ images: OSError\('Truncated File Read'\)\. "
     for batches in (data.train_batches(0), data.val_batches()):
-        with pytest.raises(UserError, match=r"wds/photos, worker \d, after \d+ images: .*truncated") as error:
+        with pytest.raises(UserError, match=message) as error:
             list(batches)
         assert "\n" not in str(error.value)
     data = build_data(shard_options(root, "--bad-images", "skip"), 32)
@@ -120,13 +129,9 @@ def test_a_damaged_shard_is_told(tmp_path):
 
 def test_splits_and_classes_from_the_info_file(tmp_path):
     root = make_shards(tmp_path)
-    splits = {
-        name: {"name": name, "num_samples": count, "filenames": files, "shard_lengths": [count // len(files)] * len(files)}
-        for name, count, files in (
-            ("train", 24, ["train-0.tar", "train-1.tar", "train-2.tar"]),
-            ("validation", 10, ["val-0.tar", "val-1.tar"]),
-        )
-    }
+    train = {"num_samples": 24, "filenames": [f"train-{i}.tar" for i in range(3)], "shard_lengths": [8, 8, 8]}
+    val = {"num_samples": 10, "filenames": [f"val-{i}.tar" for i in range(2)], "shard_lengths": [5, 5]}
+    splits = {"train": {"name": "train", **train}, "validation": {"name": "validation", **val}}
     (root / "_info.json").write_text(json.dumps({"splits": splits, "class_names": ["a", "b", "c", "d"]}))
     flags = ("--data-set", "wds/photos", "--data-path", str(root))
     data = build_data(options(*flags), 32)
