@@ -32,7 +32,7 @@ from datasets import Data, build_data
 from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
 from evaluation import evaluate_all, table
 from losses import DenseLoss, DynamicLoss
-from models import DynamicVisionMamba, VisionMamba, cumulative_keep
+from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from pictures import decision_picture
 from utils import preemption
@@ -55,16 +55,13 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
     if args.input_size:
         sizes["img_size"] = args.input_size
     if args.method != "dense":
-        sizes |= dict(pruning_layers=args.pruning_layers, token_strategy=args.token_strategy,
-                      scorer_input=args.scorer_input, prune_tokens=args.method != "block",
-                      route_blocks=args.method != "token")
+        sizes |= dict(pruning_layers=args.pruning_layers, token_keep=args.token_keep_ratio,
+                      token_strategy=args.token_strategy, scorer_input=args.scorer_input,
+                      prune_tokens=args.method != "block", route_blocks=args.method != "token")
     try:
-        model = timm.create_model(args.model, **sizes)
-        if isinstance(model, DynamicVisionMamba):
-            model.set_token_keep(cumulative_keep(args.token_keep_ratio, len(model.pruning_layers)))
+        return timm.create_model(args.model, **sizes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model {args.model}: {error}") from None
-    return model
 
 
 def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
@@ -239,13 +236,14 @@ def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distribu
 
 
 def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
-    """The full report on the best checkpoint of a run."""
-    best = load_checkpoint(Path(args.output_dir) / BEST)
-    run.model.load_state_dict(best["model"])
-    ema = None
-    if run.ema is not None:
-        ema = run.ema.module
-        ema.load_state_dict(best["ema"])
+    """The full report on the best checkpoint of a run; on its last weights if the best were left in another folder."""
+    best = Path(args.output_dir) / BEST
+    ema = None if run.ema is None else run.ema.module
+    if best.exists():
+        weights = load_checkpoint(best)
+        run.model.load_state_dict(weights["model"])
+        if ema is not None:
+            ema.load_state_dict(weights["ema"])
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 
