@@ -26,7 +26,8 @@ from .reference import BranchParams, branch_inputs
 
 __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "ssm_branch"]
 
-PREFERENCE = ("reference",)  # fastest first
+PREFERENCE = ("triton", "mamba_ssm", "reference")  # fastest first
+_MODULES = {"triton": "triton_scan"}  # where the module is not named like the backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
@@ -40,7 +41,7 @@ class BackendError(RuntimeError):
 def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
     """The backend's module, or the reason why it cannot run on this machine."""
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     except ImportError as error:
         return None, f"cannot be imported ({error})"
     return module, module.available()
