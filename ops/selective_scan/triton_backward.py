@@ -171,7 +171,7 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
         tl.store(grad_bc + t * 2 * N + tl.arange(0, 2 * N), zero_bc)
 
 
-@triton.jit(do_not_specialize=["B", "L", "saved"])
+@triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved"])
 def scan_backward(grad_y, u, dt, bc, stride_bc, lengths, active, stride_active, stride_direction, gates,
                   A_0, D_0, dt_bias_0, A_1, D_1, dt_bias_1, checkpoints, scratch, grad_u, grad_dt, grad_bc, grad_A,
                   grad_channel, grad_gate, B, L, E, saved, N: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr,

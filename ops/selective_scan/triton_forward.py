@@ -160,7 +160,7 @@ def _scan_direction(u, dt, bc, stride_bc, z, stride_z, A, D, dt_bias, gate, part
             tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "L", "saved", "batch_class"])
+@triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved", "batch_class"])
 def scan_forward(u, dt, bc, stride_bc, z, stride_image, stride_token, lengths, active, stride_active, stride_direction,
                  gates, A_0, D_0, dt_bias_0, A_1, D_1, dt_bias_1, part, out, checkpoints, B, L, E, saved, scale,
                  batch_class, N: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
