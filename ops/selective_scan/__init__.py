@@ -3,8 +3,8 @@
 `ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend may fuse.
 A backend is a module of this package with
 
-    available() -> None, or the reason why it cannot run on this machine
     takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype, sizes)
+    available() -> None, or the reason why it cannot run on this machine; asked once, after `takes`
     ssm_branch(...)            the function below
     bidirectional_ssm(...)     optional: both directions in one go
 
@@ -20,14 +20,16 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from .reference import BranchParams, branch_inputs
 
-__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "ssm_branch"]
+__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
+           "ssm_branch"]
 
-PREFERENCE = ("triton", "mamba_ssm", "reference")  # fastest first
-_MODULES = {"triton": "triton_scan"}  # where the module is not named like the backend
+PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
+_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # where a backend's module has another name than the backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
@@ -39,17 +41,30 @@ class BackendError(RuntimeError):
 
 @lru_cache(maxsize=None)
 def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
-    """The backend's module, or the reason why it cannot run on this machine."""
+    """The backend's module, or the reason why it cannot be imported."""
     try:
-        module = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"), None
     except ImportError as error:
         return None, f"cannot be imported ({error})"
-    return module, module.available()
+
+
+@lru_cache(maxsize=None)
+def _unavailable(name: str) -> Optional[str]:
+    """Why the backend cannot run on this machine; asked once, since the answer may take a build."""
+    return _load(name)[0].available()
 
 
 def _refusal(name: str, xz: Tensor, params: BranchParams) -> Optional[str]:
     module, reason = _load(name)
-    return reason if reason is not None else module.takes(xz, params)
+    return reason or module.takes(xz, params) or _unavailable(name)
+
+
+def runs_on(name: str, device: str) -> bool:
+    """Whether a backend is available here and takes float32 tensors of usual sizes on a device ("cpu", "cuda")."""
+    E, N, R = 16, 16, 1
+    sizes = ((E, 4), (E,), (R + 2 * N, E), (E, R), (E,), (E, N), (E,))
+    params = BranchParams(*(torch.zeros(size, device=device) for size in sizes))
+    return _refusal(name, torch.zeros(1, 1, 2 * E, device=device), params) is None
 
 
 def backend_for(xz: Tensor, params: BranchParams) -> str:
@@ -141,6 +156,9 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
     """
     _check(xz, forward, mask, active, lengths, (xz.shape[0], 2))
     _check(xz, backward, None, None, None, ())
+    for name, one, other in zip(BranchParams._fields, forward, backward, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward")
     if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     backend, _ = _load(backend_for(xz, forward))

@@ -1,0 +1,121 @@
+"""What `--eval` reports: accuracy, operations in both conventions, real throughput; `eval.json` and a table."""
+
+import argparse
+from typing import Any, Optional
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+import throughput
+from datasets import Data
+from engine import Metrics, autocast, evaluate
+from models import DynamicVisionMamba, VisionMamba
+from models.flops import count_flops
+from ops.selective_scan import backend_for
+from utils.distributed import Distributed
+
+
+def evaluate_all(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], dense_trained: bool,
+                 data: Data, args: argparse.Namespace, distributed: Distributed) -> Optional[dict[str, Any]]:
+    """Evaluate a model, the average of its weights and its dense counterpart; -> the content of eval.json on rank 0.
+
+    Args:
+        model: dense or dynamic.
+        dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not known, and only
+            its operations, parameters and throughput are reported.
+    """
+    metrics = evaluate(model, data, args, distributed, "evaluation")
+    ema_top1 = evaluate(ema, data, args, distributed, "evaluation (EMA)").top1 if ema is not None else None
+    dense_metrics = evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_trained else None
+    if not distributed.is_main:
+        return None
+    dynamic = isinstance(model, DynamicVisionMamba)
+    speeds = _speeds({"dynamic": model, "dense": dense} if dynamic else {"dense": model}, data, args, distributed)
+    if dynamic:
+        report = {"dense": _column(dense, dense_metrics, speeds["dense"]),
+                  "dynamic": _column(model, metrics, speeds["dynamic"])}
+        report["dynamic"] |= {"ema_top1": ema_top1, "keep": metrics.keep, "gates": metrics.gates}
+        flops, dense_flops = report["dynamic"]["flops"], report["dense"]["flops"]
+        report["reduction"] = {kind: 1 - flops[kind] / dense_flops[kind] for kind in flops}
+        report["speedup"] = speeds["dynamic"] / speeds["dense"] if speeds["dense"] else None
+    else:
+        report = {"dense": _column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
+                  "dynamic": None, "reduction": None, "speedup": None}
+    return report | {
+        "model": args.model, "data_set": args.data_set, "images": metrics.images, "backend": _backend(model),
+        "device": _device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
+    }
+
+
+def _column(model: VisionMamba, metrics: Optional[Metrics], images_per_s: Optional[float]) -> dict[str, Any]:
+    flops = count_flops(model, metrics.gates if metrics else None)
+    known = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss} if metrics else {}
+    return known | {"flops": flops._asdict(), "images_per_s": images_per_s,
+                    "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _speeds(models: dict[str, VisionMamba], data: Data, args: argparse.Namespace,
+            distributed: Distributed) -> dict[str, Optional[float]]:
+    """Images/s of each model on the same validation images, by this process alone."""
+    if not args.throughput_seconds:
+        return dict.fromkeys(models)
+    images = next(iter(data.val_batches())).images.to(distributed.device)
+
+    def forward(model: VisionMamba):
+        def run(batch: Tensor):
+            with autocast(distributed.device, args.amp):
+                return model(batch)
+        return run
+
+    return throughput.measure({name: forward(model.eval()) for name, model in models.items()}, images,
+                              args.throughput_seconds)
+
+
+def _backend(model: VisionMamba) -> str:
+    mixer, device = model.layers[0].mixer, model.cls_token.device
+    with torch.no_grad():
+        return backend_for(torch.zeros(1, 1, mixer.in_proj.out_features, device=device), mixer.branch(False))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a table for the screen."""
+    dense, dynamic = report["dense"], report["dynamic"]
+
+    def row(name: str, read, form: str, compare=None):
+        values = [read(dense), read(dynamic) if dynamic else None]
+        change = compare(*values) if compare and None not in values else ""
+        return [name, *("-" if value is None else form.format(value) for value in values), change]
+
+    def relative(before: float, after: float) -> str:
+        return f"{100 * (after / before - 1):+.1f} %"
+
+    def points(before: float, after: float) -> str:
+        return f"{after - before:+.2f}"
+
+    rows = [
+        row("top-1, %", lambda c: c.get("top1"), "{:.2f}", points),
+        row("top-1 of the EMA, %", lambda c: c.get("ema_top1"), "{:.2f}"),
+        row("top-5, %", lambda c: c.get("top5"), "{:.2f}", points),
+        row("loss", lambda c: c.get("loss"), "{:.4f}"),
+        row("MFLOPs, paper", lambda c: c["flops"]["paper"] / 1e6, "{:,.2f}", relative),
+        row("MFLOPs, exact", lambda c: c["flops"]["exact"] / 1e6, "{:,.2f}", relative),
+        row("images/s", lambda c: c["images_per_s"], "{:,.1f}", lambda a, b: f"x {b / a:.2f}"),
+        row("parameters", lambda c: c["parameters"], "{:,}"),
+    ]
+    lines = [f"{report['model']} on {report['data_set']}, {report['images']} images; backend {report['backend']}, "
+             f"{report['device']}, {report['precision']}",
+             tabulate(rows, headers=["", "dense", "dynamic", "change"], disable_numparse=True,
+                      colalign=("left", "right", "right", "right"))]
+    if dynamic:
+        if dynamic["keep"]:
+            lines.append("patches kept after each stage: " + ", ".join(f"{100 * k:.1f} %" for k in dynamic["keep"]))
+        forward, backward = (sum(column) / len(column) for column in zip(*dynamic["gates"], strict=True))
+        lines.append(f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %")
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""Images by number, and the careful opening of image files.
+
+An image set holds what the training needs to know of one split: how many images, their classes, how to load one
+as RGB, and what to call it in a message. A file that cannot be used raises `BadImageError` and nothing else.
+"""
+
+import io
+import os
+import stat
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Decoding takes 3 bytes a pixel and copies it a few times: a larger image is refused from its header alone.
+# ImageNet's largest image has 18 million pixels.
+MAX_PIXELS = 80_000_000
+# Resizing the shorter side to 256 makes a strip of 1 x 30,000 pixels 2 billion pixels large.
+MAX_ASPECT_RATIO = 100
+# What Pillow may try, whatever the file is called. Other decoders (EPS starts ghostscript) have no business here.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+
+
+class BadImageError(Exception):
+    """An image that cannot be decoded, with the reason in one line."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line and encodable: control characters and undecodable bytes of file names are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def decode_image(file: BinaryIO) -> Image.Image:
+    """Decodes an image file to 8-bit RGB, or raises `BadImageError`.
+
+    The EXIF orientation is applied, so that an image lies as a viewer shows it. Transparency is dropped, as
+    torchvision's loader does: a transparent pixel shows the colour stored below. 16-bit grey keeps its upper 8 bits.
+    Of several frames the first counts.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Odd metadata would be told once an image and worker. Our own limit is below Pillow's for a warning.
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=FORMATS)
+            _check_size(*image.size)
+            image.load()
+            return _to_rgb(_upright(image))
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"too large: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise BadImageError("not an image in a known format (" + ", ".join(FORMATS) + ")") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise BadImageError(printable(str(error)) or type(error).__name__) from None
+
+
+def read_image(path: bytes | str) -> Image.Image:
+    """Opens and decodes the file at `path` to 8-bit RGB, or raises `BadImageError`."""
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a regular file")
+            if status.st_size == 0:
+                raise BadImageError("the file is empty")
+            return decode_image(file)
+    except OSError as error:
+        raise BadImageError(error.strerror or str(error)) from None
+
+
+def _open_without_waiting(path, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe among the images must not stop the run
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadImageError(f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels, whose range is not defined")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImageError("32-bit pixels, whose range is not defined")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ImageSet:
+    """One split of a data set: `targets` [N] int64, `classes` (names by class index), and `load(i)`."""
+
+    def __init__(self, targets, classes: list[str]):
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = [printable(str(name)) for name in classes]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Image.Image:
+        """The image as 8-bit RGB. Raises `BadImageError`."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """The name of an image in a message, on one line."""
+        raise NotImplementedError
+
+
+class ArrayImages(ImageSet):
+    """Images held in memory: `pixels` [N, H, W] or [N, H, W, 3], uint8."""
+
+    def __init__(self, pixels: np.ndarray, targets, classes: list[str], name: str):
+        super().__init__(targets, classes)
+        self.pixels, self.name = pixels, name
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def describe(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+
+class FileImages(ImageSet):
+    """Images in files below `root`; `paths` are relative to it.
+
+    The paths are kept in one array of bytes: a list of a million strings would be copied to every worker, as each
+    look at a string writes its reference count.
+    """
+
+    def __init__(self, root: str, paths: list[str], targets, classes: list[str]):
+        super().__init__(targets, classes)
+        self.root = os.fsencode(root)
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def load(self, index: int) -> Image.Image:
+        return read_image(os.path.join(self.root, self.paths[index]))
+
+    def describe(self, index: int) -> str:
+        return printable(os.fsdecode(os.path.join(self.root, self.paths[index])))
+
+
+class ReaderImages(ImageSet):
+    """Images behind a timm reader with random access (`hfds/...`)."""
+
+    def __init__(self, reader, targets, classes: list[str], name: str):
+        super().__init__(targets, classes)
+        self.reader, self.name = reader, name
+
+    def load(self, index: int) -> Image.Image:
+        try:
+            file = self.reader[int(index)][0]
+        except OSError as error:
+            raise BadImageError(error.strerror or str(error)) from None
+        with file:
+            return decode_image(io.BytesIO(file.read()))
+
+    def describe(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+
+class SubsetImages(ImageSet):
+    """The images `indices` of another set."""
+
+    def __init__(self, images: ImageSet, indices: np.ndarray):
+        super().__init__(images.targets[indices], images.classes)
+        self.images, self.indices = images, indices
+
+    def load(self, index: int) -> Image.Image:
+        return self.images.load(self.indices[index])
+
+    def describe(self, index: int) -> str:
+        return self.images.describe(self.indices[index])
+
+
+def stratified_choice(targets: np.ndarray, count: int) -> np.ndarray:
+    """`count` sorted indices in which every class has its share of `targets` [N]; the same ones on every machine.
+
+    Shares are rounded by largest remainder, ties going to the smaller class index.
+    """
+    classes, sizes = np.unique(targets, return_counts=True)
+    shares = sizes * count / len(targets)
+    taken = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(taken - shares, kind="stable")
+    taken[by_remainder[: count - taken.sum()]] += 1
+    generator = np.random.RandomState(0)  # the one generator of numpy whose sequence is promised to stay
+    chosen = [
+        generator.permutation(np.flatnonzero(targets == label))[:number]
+        for label, number in zip(classes, taken, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,350 @@
+"""Train and evaluate Vision Mamba and its dynamic form, DyVM.
+
+    python main.py                                                   a dense vim_micro on handwritten digits
+    python main.py --method dyvm --model-path output/best_checkpoint.pth --output_dir output/dyvm
+    python main.py --eval --model-path output/dyvm/best_checkpoint.pth
+    torchrun --standalone --nproc_per_node 4 main.py --method dyvm --model vim_small --data-set IMNET \
+        --data-path IMAGENET --model-path DENSE.pth --token-keep-ratio 0.7 --block-keep-ratio 0.8
+
+`scripts/` has the recipes of the paper.
+"""
+
+import argparse
+import functools
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import options
+import resume
+from datasets import Data, build_data
+from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
+from evaluation import evaluate_all, table
+from losses import DenseLoss, DynamicLoss
+from models import DynamicVisionMamba, VisionMamba, cumulative_keep
+from models.weights import load_weights
+from pictures import decision_picture
+from utils import preemption
+from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
+from utils.distributed import Distributed, init_distributed
+from utils.errors import UsageError, run_main
+from utils.files import prepare_output_dir, write_json
+from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
+
+# What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
+IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
+            "token_strategy", "scorer_input", "data_set", "data_path", "input_size", "eval_crop_ratio")
+
+_logger = logging.getLogger("dyvm")
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
+    """The model that `--model` and its companions name, with fresh weights."""
+    sizes: dict[str, Any] = dict(args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path)
+    if args.input_size:
+        sizes["img_size"] = args.input_size
+    if args.method != "dense":
+        sizes |= dict(pruning_layers=args.pruning_layers, token_strategy=args.token_strategy,
+                      scorer_input=args.scorer_input, prune_tokens=args.method != "block",
+                      route_blocks=args.method != "token")
+    try:
+        model = timm.create_model(args.model, **sizes)
+        if isinstance(model, DynamicVisionMamba):
+            model.set_token_keep(cumulative_keep(args.token_keep_ratio, len(model.pruning_layers)))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--model {args.model}: {error}") from None
+    return model
+
+
+def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
+    """The dense counterpart of a dynamic model, with fresh weights."""
+    dense = argparse.Namespace(**vars(args) | dict(model=args.model.removeprefix("dyvm_"), method="dense",
+                                                   drop_path=0.0))
+    return build_model(dense, num_classes)
+
+
+def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
+    """Classification alone for a dense model, the terms of the method for a dynamic one."""
+    if args.mixup or args.cutmix:
+        classification: nn.Module = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        classification = LabelSmoothingCrossEntropy(args.smoothing)
+    else:
+        classification = nn.CrossEntropyLoss()
+    if not isinstance(model, DynamicVisionMamba):
+        return DenseLoss(classification)
+    return DynamicLoss(
+        classification, token_keep=model.token_keep or None,
+        block_keep=args.block_keep_ratio if model.route_blocks else None,
+        token_weight=args.token_pruning_weight, block_weight=args.block_pruning_weight,
+        distill_weight=args.distill_weight, token_budget=model.token_strategy == "learned")
+
+
+def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
+    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
+    device = distributed.device
+    seed_everything(args.seed)
+    model, teacher = build_model(args, data.num_classes).to(device), None
+    if args.model_path:
+        dense_weights = load_checkpoint(args.model_path)
+        dynamic = isinstance(model, DynamicVisionMamba)
+        load_weights(model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic)
+        if dynamic:
+            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
+            load_weights(teacher, dense_weights, args.model_path)
+    parallel: nn.Module = model
+    if distributed.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    whole_batch = args.batch_size * distributed.world_size
+    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
+    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
+                                    betas=tuple(args.opt_betas), **fused)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=data.steps_per_epoch)
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
+                      label_smoothing=args.smoothing, num_classes=data.num_classes)
+    return Training(
+        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler,
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup)
+
+
+class Saver:
+    """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
+
+    def __init__(self, run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed):
+        self.run, self.record, self.distributed = run, record, distributed
+        self.minutes = args.save_minutes
+        self.saved_at = time.monotonic()
+        self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
+
+    def save(self, averages: Averages, best: bool = False) -> None:
+        """Save everything that the run needs to go on, in an envelope that other programs can load too."""
+        parts = self.distributed.gather_objects(averages.state_dict())
+        if self.writer is not None:
+            family = self.run.model.family.name
+            self.writer.save({**self.run.state_dict(), **self.record, "family": family, "averages": parts}, best)
+        self.saved_at = time.monotonic()
+
+    def after_step(self, averages: Averages) -> bool:
+        """Save when it is time; save and say True when the run is told to leave."""
+        if self.writer is not None:
+            self.writer.check()
+        leaving = self.distributed.agree_any(preemption.requested())
+        due = self.minutes > 0 and time.monotonic() - self.saved_at > 60 * self.minutes
+        if leaving or self.distributed.agree_any(due and self.distributed.is_main):
+            self.save(averages)
+        return leaving
+
+    def close(self) -> None:
+        """Return when the last save is on the disk."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namespace,
+                    distributed: Distributed) -> Averages:
+    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch begun."""
+    averages = Averages()
+    found = resume.find_checkpoint(args.resume, args.output_dir)
+    if found is None:
+        return averages
+    checkpoint, source = found
+    resume.check_agreement(checkpoint, source, record, args.resume_override)
+    run.load_state_dict(checkpoint)
+    if checkpoint["world_size"] == distributed.world_size:
+        averages.load_state_dict(checkpoint["averages"][distributed.rank])
+    else:
+        run.step = 0  # the shares of the ranks are others now: the epoch starts again
+    _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
+    return averages
+
+
+def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int:
+    """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
+    preemption.install()
+    run = build_training(args, data, distributed)
+    record = resume.identity(args, distributed.world_size, data.class_names)
+    averages = start_or_resume(run, record, args, distributed)
+    saver = Saver(run, record, args, distributed)
+    log = EpochLog(args.output_dir)
+    if distributed.is_main:
+        write_args(args.output_dir, args)
+        log.resume_at(run.epoch)
+    tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
+    _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model,
+                 f"{sum(p.numel() for p in run.model.parameters()):,}", args.data_set, data.num_classes,
+                 data.steps_per_epoch)
+    while run.epoch < args.epochs:
+        after_step = functools.partial(saver.after_step, averages)
+        if not train_one_epoch(run, data, args, distributed, averages, after_step):
+            return _leave(saver)
+        saver.save(averages)
+        try:
+            epoch_record, best = evaluate_epoch(run, data, args, distributed, averages)
+        except Interrupted:
+            return _leave(saver)
+        run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
+        saver.save(averages, best=best)
+        if distributed.is_main:
+            log.append(epoch_record)
+            show_epoch(tensorboard, run, data, epoch_record, distributed)
+    saver.close()
+    if tensorboard is not None:
+        tensorboard.close()
+    distributed.barrier()
+    evaluate_best(run, data, args, distributed)
+    return 0
+
+
+def _leave(saver: Saver) -> int:
+    saver.close()
+    _logger.warning("told to leave by %s; saved, continue with --resume auto", preemption.received())
+    return preemption.EXIT_CODE
+
+
+def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed,
+                   averages: Averages) -> tuple[dict[str, Any], bool]:
+    """Evaluate after an epoch; -> its line of log.txt, whether it is the best so far."""
+    trained = averages.means(distributed)
+    metrics = evaluate(run.model, data, args, distributed, interrupted=preemption.requested)
+    record = {f"train_{name}": value for name, value in trained.items()}
+    record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
+    if run.ema is not None:
+        record["test_ema_acc1"] = evaluate(run.ema.module, data, args, distributed, "evaluation (EMA)",
+                                           preemption.requested).top1
+    best = metrics.top1 >= run.best
+    run.best = max(run.best, metrics.top1)
+    _logger.info("epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)", run.epoch + 1, args.epochs, trained["loss"],
+                 metrics.top1, run.best)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
+
+
+def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
+    """The full report on the best checkpoint of a run."""
+    best = load_checkpoint(Path(args.output_dir) / BEST)
+    run.model.load_state_dict(best["model"])
+    ema = None
+    if run.ema is not None:
+        ema = run.ema.module
+        ema.load_state_dict(best["ema"])
+    report_evaluation(run.model, ema, run.teacher, data, args, distributed)
+
+
+def show_epoch(tensorboard, run: Training, data: Data, record: dict[str, Any], distributed: Distributed) -> None:
+    """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation images."""
+    epoch = record["epoch"]
+    for name, value in record.items():
+        if name not in ("epoch", "n_parameters"):
+            tensorboard.add_scalar(name, value, epoch)
+    picture = draw_decisions(run.model, data, distributed.device)
+    if picture is not None:
+        tensorboard.add_image("kept_patches", picture, epoch, dataformats="HWC")
+
+
+@torch.no_grad()
+def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: int = 8):
+    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops none."""
+    if not getattr(model, "pruning_layers", ()):
+        return None
+    images = next(iter(data.val_batches())).images[:count]
+    kept = model.eval()(images.to(device)).kept
+    return decision_picture(images, kept, model.num_patches, scale=max(1, 96 // images.shape[-1]))
+
+
+def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], data: Data,
+                      args: argparse.Namespace, distributed: Distributed) -> None:
+    """Evaluate, print the table, write eval.json and the picture of the kept patches."""
+    dense_trained = dense is not None
+    if isinstance(model, DynamicVisionMamba) and dense is None:
+        dense = build_dense(args, data.num_classes).to(distributed.device)
+    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed)
+    if not distributed.is_main:
+        return
+    output = Path(args.output_dir)
+    write_json(output / "eval.json", report)
+    print(table(report))
+    picture = draw_decisions(model, data, distributed.device)
+    if picture is not None:
+        from PIL import Image
+
+        Image.fromarray(picture).save(output / "kept_patches.png")
+    _logger.info("written to %s", output / "eval.json")
+
+
+def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], data: Data,
+                        distributed: Distributed) -> None:
+    """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is known."""
+    device = distributed.device
+    model = build_model(args, data.num_classes).to(device)
+    load_weights(model, checkpoint, args.model_path)
+    ema = None
+    if checkpoint.get("ema"):
+        ema = build_model(args, data.num_classes).to(device)
+        load_weights(ema, checkpoint | {"model": checkpoint["ema"]}, f"{args.model_path} (EMA)")
+    dense = None
+    if args.dense_path and args.method != "dense":
+        dense = build_dense(args, data.num_classes).to(device)
+        load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
+    report_evaluation(model, ema, dense, data, args, distributed)
+
+
+def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours says it is, as defaults for the flags; nothing for others."""
+    recorded = checkpoint.get("args")
+    if not isinstance(recorded, dict) or "method" not in recorded:
+        return {}
+    known = {name: recorded[name] for name in IDENTITY if name in recorded}
+    known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
+    teacher = recorded.get("model_path")
+    if teacher and Path(teacher).is_file():
+        known["dense_path"] = teacher
+    return known
+
+
+def model_image_size(args: argparse.Namespace) -> int:
+    with torch.device("meta"):
+        return build_model(args, num_classes=1).patch_embed.img_size
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = options.parse(argv)
+    distributed = init_distributed(args.device)
+    setup_logging(distributed.is_main)
+    checkpoint = None
+    if args.eval:
+        checkpoint = load_checkpoint(args.model_path)
+        args = options.parse(argv, recorded_arguments(checkpoint))
+    data = build_data(args, model_image_size(args), rank=distributed.rank, world_size=distributed.world_size,
+                      train=not args.eval)
+    prepare_output_dir(args.output_dir)
+    code = 0
+    if args.eval:
+        evaluate_checkpoint(args, checkpoint, data, distributed)
+    else:
+        code = train(args, data, distributed)
+    distributed.shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    run_main(main)

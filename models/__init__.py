@@ -1,0 +1,10 @@
+"""Vision Mamba backbones, dense and dynamic. Importing this package registers them in timm."""
+
+from . import mambareg, videomamba, vim
+from .backbone import DynamicVisionMamba, Family, Result, VisionMamba, cumulative_keep
+from .registry import canonical_name, model_names
+
+FAMILIES = {family.name: family for family in (vim.VIM, videomamba.VIDEOMAMBA, mambareg.MAMBAREG)}
+
+__all__ = ["FAMILIES", "DynamicVisionMamba", "Family", "Result", "VisionMamba", "canonical_name", "cumulative_keep",
+           "model_names"]

@@ -1,0 +1,81 @@
+"""Counting operations per image, in two conventions that are never mixed.
+
+`paper`: multiply-adds of convolutions and linear layers, of ONE scan direction per layer, times the mean gate; router
+heads, norms and activations left out, as in the release. `exact`: both directions, each with its own gate, the
+router heads, and the convolution without its W - 1 padded outputs. A fused multiply-add counts once; the scan's
+recurrence counts 9 E N per token in both.
+
+l tokens of a layer (class tokens included), d width, E = 2 d, N states, R step rank, W convolution width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from .backbone import DynamicVisionMamba, VisionMamba
+from .mixer import CONV_WIDTH
+
+
+class Flops(NamedTuple):
+    """Operations per image."""
+
+    paper: float
+    exact: float
+
+
+def sequence_lengths(model: VisionMamba) -> list[int]:
+    """Tokens that each layer sees at evaluation, class tokens included."""
+    patches, lengths = model.num_patches, []
+    stages = dict(zip(model.pruning_layers, model.kept_counts(), strict=True)) if _prunes(model) else {}
+    for index in range(model.depth):
+        patches = stages.get(index, patches)
+        lengths.append(patches + model.layout.num_tokens)
+    return lengths
+
+
+def _prunes(model: VisionMamba) -> bool:
+    return isinstance(model, DynamicVisionMamba) and bool(model.pruning_layers)
+
+
+def _linear(module: torch.nn.Module, tokens: int) -> int:
+    """Multiply-adds of all linear layers inside a module, each applied to `tokens` tokens."""
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    return tokens * sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _direction(model: VisionMamba, length: int) -> tuple[int, int]:
+    """One scan direction of one layer: `paper`, `exact`."""
+    E, N, R = 2 * model.embed_dim, model.d_state, model.layers[0].mixer.dt_proj.in_features
+    projections = length * E * (R + 2 * N) + length * R * E
+    scan_and_skip = 9 * length * E * N + 2 * length * E
+    exact = length * E * CONV_WIDTH + projections + scan_and_skip
+    return exact + (CONV_WIDTH - 1) * E * CONV_WIDTH, exact
+
+
+def count_flops(model: VisionMamba, gates: Union[float, Sequence, Tensor, None] = None) -> Flops:
+    """Operations of one image at evaluation.
+
+    gates: mean gates [depth, 2] (forward, backward), one number for all, or None for 1.
+    """
+    gates = torch.as_tensor(1.0 if gates is None else gates, dtype=torch.float64, device="cpu")
+    gates = gates.expand(model.depth, 2)
+    proj = model.patch_embed.proj
+    paper = model.num_patches * proj.weight.numel()
+    paper += _linear(model.head, 1)
+    if model.family.registers:
+        paper += _linear(model.neck, model.layout.num_tokens)
+    lengths = sequence_lengths(model)
+    if hasattr(model, "score_predictors"):
+        for layer, predictor in zip(model.pruning_layers, model.score_predictors, strict=True):
+            paper += _linear(predictor, lengths[layer - 1] - model.layout.num_tokens)
+    exact = paper
+    for layer, length, gate in zip(model.layers, lengths, gates, strict=True):
+        projections = _linear(layer.mixer.in_proj, length) + _linear(layer.mixer.out_proj, length)
+        one_paper, one_exact = _direction(model, length)
+        paper += projections + one_paper * gate.mean().item()
+        exact += projections + one_exact * gate.sum().item()
+        if layer.mixer.block_head is not None:
+            exact += _linear(layer.mixer.block_head, 1)
+    return Flops(float(paper), float(exact))

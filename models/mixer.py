@@ -1,0 +1,107 @@
+"""The bidirectional Mamba mixer and the residual block around it.
+
+B images, L tokens, d width, E = 2 d inner width, N states, R = ceil(d / 16) step rank, n class tokens.
+Source: Vim (arXiv 2401.09417), section 3; the block router is DyVM's (arXiv 2504.04787), section 3.
+"""
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from ops.rms_norm import add_rms_norm
+from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
+
+from . import sampling
+from .layouts import Positions, read
+
+CONV_WIDTH = 4
+ROUTER_BIAS = 5.0  # a fresh router keeps nearly every scan
+
+
+class BidirectionalMamba(nn.Module):
+    """Two selective scans over one input projection, forward and backward (suffix `_b`).
+
+    With `router`, the class token decides per image which of the two run: noisy straight-through gates in training,
+    the sign of the logit against `gate_threshold` at evaluation.
+    """
+
+    def __init__(self, dim: int, d_state: int, halve: bool, router: bool = False, layer_index: int = 0):
+        super().__init__()
+        inner, rank = 2 * dim, math.ceil(dim / 16)
+        self.scale = 0.5 if halve else 1.0
+        self.layer_index = layer_index
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        for suffix in ("", "_b"):
+            setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, CONV_WIDTH, groups=inner))
+            setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
+            setattr(self, f"dt_proj{suffix}", nn.Linear(rank, inner))
+            setattr(self, f"D{suffix}", nn.Parameter(torch.ones(inner)))
+        states = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
+        self.A_log = nn.Parameter(states)
+        self.A_b_log = nn.Parameter(states.clone())
+        self.block_head = nn.Linear(2 * inner, 2) if router else None
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.gate_threshold = (0.0, 0.0)
+
+    def branch(self, backward: bool) -> BranchParams:
+        """The weights of one direction, as the scan reads them."""
+        suffix = "_b" if backward else ""
+        conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        A_log = self.A_b_log if backward else self.A_log
+        return BranchParams(conv.weight.squeeze(1), conv.bias, getattr(self, f"x_proj{suffix}").weight,
+                            dt_proj.weight, dt_proj.bias, -torch.exp(A_log.float()), getattr(self, f"D{suffix}"))
+
+    def route(self, xz: Tensor, class_positions: Positions) -> Optional[Tensor]:
+        """Gates [B, 2] (forward, backward) from the class tokens of xz [B, L, 4d]; None without a router."""
+        if self.block_head is None:
+            return None
+        logits = self.block_head(read(xz, class_positions).mean(dim=1)).float()
+        if self.training:
+            return sampling.binary_gate(logits, f"router.layer{self.layer_index}")
+        forward, backward = self.gate_threshold
+        return torch.stack([logits[:, 0] > forward, logits[:, 1] > backward], dim=1).float()
+
+    def forward(self, hidden: Tensor, class_positions: Positions,
+                mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
+        """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] or None without a router."""
+        xz = self.in_proj(hidden)
+        gates = self.route(xz, class_positions)
+        routing = {}
+        if gates is not None:
+            routing = {"gates": gates} if self.training else {"active": gates > 0.5}
+        y = bidirectional_ssm(xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing)
+        return self.out_proj(y), gates
+
+    def scan_inputs(self, hidden: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """What an ablated score predictor reads instead of the hidden state, averaged over the two directions.
+
+        hidden [B, L, d] -> B [B, L, N], raw step dt_proj.weight dt_raw [B, L, E].
+        """
+        xz = self.in_proj(hidden)
+        _, step, B, _ = branch_inputs(xz, self.branch(False), mask=mask)
+        _, step_b, B_b, _ = branch_inputs(xz, self.branch(True), reverse=True, mask=mask)
+        return (B + B_b) / 2, (step + step_b) / 2
+
+
+class Block(nn.Module):
+    """Prenorm residual block: residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)).
+
+    The residual stays in float32.
+    """
+
+    def __init__(self, mixer: BidirectionalMamba, dim: int, drop_path: nn.Module):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.mixer = mixer
+        self.drop_path = drop_path
+
+    def forward(self, hidden: Optional[Tensor], residual: Tensor, class_positions: Positions,
+                mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next block, gates [B, 2]."""
+        if hidden is not None:
+            hidden = self.drop_path(hidden)
+        normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)
+        hidden, gates = self.mixer(normed, class_positions, mask)
+        return hidden, residual, gates

@@ -1,0 +1,60 @@
+"""Token pruning: the score predictor, the keep decisions, and the re-arrangement that makes training and
+evaluation agree.
+
+In training nothing is removed: kept tokens move to the front, dropped ones behind them, and every later mixer
+masks the dropped ones. Dropped tokens thus come last for the forward scan and first, with zero input, for the
+backward scan, so the states that reach a kept token are those of the sequence without them.
+
+B images, M tokens that enter a stage (class tokens excluded), k tokens that survive it, d width.
+Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the predictor is DynamicViT's (arXiv 2106.02034).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .layouts import take
+
+
+class ScorePredictor(nn.Module):
+    """Log-probabilities of keeping and dropping each token, from its own features and the mean of the kept ones.
+
+    tokens [B, M, width], policy [B, M] (1 = still kept) -> [B, M, 2]; class 0 is "keep".
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, width // 2), nn.GELU(),
+            nn.Linear(width // 2, width // 4), nn.GELU(),
+            nn.Linear(width // 4, 2), nn.LogSoftmax(dim=-1),
+        )
+
+    def forward(self, tokens: Tensor, policy: Tensor) -> Tensor:
+        local, pooled = self.in_conv(tokens).chunk(2, dim=-1)
+        weight = policy.unsqueeze(-1)
+        pooled = (pooled * weight).sum(dim=1, keepdim=True) / (weight.sum(dim=1, keepdim=True) + 1)
+        return self.out_conv(torch.cat([local, pooled.to(local.dtype).expand_as(local)], dim=-1))
+
+
+def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
+    """Stable order that puts kept tokens before dropped ones.
+
+    policy [B, M] of 0 and 1 -> order [B, M] (slot -> where its token stood), number of kept tokens [B].
+    """
+    keep = policy > 0.5
+    kept = keep.sum(dim=1)
+    slot = torch.where(keep, keep.cumsum(dim=1) - 1, kept.unsqueeze(1) + (~keep).cumsum(dim=1) - 1)
+    source = torch.arange(policy.shape[1], device=policy.device).expand_as(slot)
+    return torch.empty_like(slot).scatter_(1, slot, source), kept
+
+
+def best_in_order(scores: Tensor, count: int) -> Tensor:
+    """Indexes of the `count` best tokens, in the order in which they stand: scores [B, M] -> [B, count]."""
+    return scores.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def rearrange(policy: Tensor, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Move kept tokens to the front of each tensor [B, M, ...] -> number kept [B], the re-arranged tensors."""
+    order, kept = kept_first(policy)
+    return kept, tuple(take(tensor, order) for tensor in tensors)

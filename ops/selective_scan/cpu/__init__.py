@@ -1,0 +1,308 @@
+"""Selective scan on the CPU: C++ kernels (kernel.cpp) around PyTorch's matrix products, forward and backward.
+
+One pass over x does the convolution and SiLU of both directions, one matrix product a direction projects to
+(step, B, C), one pass does step, scan, skip, gate and the sum of the directions. The backward pass recomputes the
+states from checkpoints every 16 steps, and the outputs of the two directions along with them.
+
+Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`, and tokens behind
+the last one that `mask` lets through are left out of the packed rows that all passes and matrix products work on:
+without input from behind, neither direction's state differs from zero when it reaches, or after it has left, the
+last visible token.
+
+B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to whole vectors.
+"""
+
+import ctypes
+import logging
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import BranchParams
+from .build import BuildError, load_library
+
+_LOG2E = 1.4426950408889634
+_CONV_WIDTH = 4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_logger = logging.getLogger(__name__)
+_library: Optional[ctypes.CDLL] = None
+
+
+class _Direction(ctypes.Structure):
+    """Direction of problem.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in (
+        "start", "weights", "u", "projected", "checkpoints", "chunk", "grad_u", "grad_delta", "grad_BC",
+        "grad_weights")]
+
+
+class _Problem(ctypes.Structure):
+    """Problem of problem.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("images", "tokens", "channels", "padded", "states", "rank")]
+    _fields_ += [("rows", ctypes.c_int64 * 2), ("groups", ctypes.c_int64), ("threads", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in (
+        "xz", "mask", "factor", "length", "limit", "out", "grad_out", "grad_xz", "grad_mask", "grad_factor")]
+    _fields_ += [("direction", _Direction * 2)]
+
+
+def available() -> Optional[str]:
+    """None once the kernels are built and loaded, or the reason why they are not."""
+    global _library
+    try:
+        _library = load_library()
+    except BuildError as error:
+        _logger.warning("the CPU kernels are not available, slower ones are used: %s", error)
+        return str(error)
+    if _library.problem_bytes() != ctypes.sizeof(_Problem):
+        raise AssertionError("problem.h and its ctypes mirror disagree")
+    return None
+
+
+def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+    """None, or the reason why these arguments are not taken."""
+    if xz.device.type != "cpu":
+        return f"runs on the CPU, not on {xz.device}"
+    if xz.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 or float16, not {xz.dtype}"
+    if params.conv_weight.shape[1] != _CONV_WIDTH:
+        return f"takes a convolution of width {_CONV_WIDTH}, not {params.conv_weight.shape[1]}"
+    return None
+
+
+class _Extent(NamedTuple):
+    """Which tokens are worked on, and where their packed rows stand."""
+
+    limit: Tensor  # [B] tokens that exist
+    length: Tensor  # [B] of these, tokens up to the last one that the mask lets through
+    start: Tensor  # [2, B] first row of each image, -1 where the direction is off
+    chunk: Tensor  # [2, B] first checkpoint of each image
+    rows: Tensor  # [2]
+    chunks: Tensor  # [2]
+
+
+def _extent(on: Tensor, limit: Tensor, length: Tensor) -> _Extent:
+    """on [2, B] bool; limit, length [B] int64."""
+    on = on.contiguous()  # and with it all that follows: the kernels read data pointers
+    spans = length * on
+    chunks = (spans + (_library.tile_steps() - 1)).div(_library.tile_steps(), rounding_mode="floor")
+    start = torch.where(on, spans.cumsum(1) - spans, -1)
+    return _Extent(limit, length, start, chunks.cumsum(1) - chunks, spans.sum(1), chunks.sum(1))
+
+
+def _visible(mask: Optional[Tensor], limit: Tensor) -> Tensor:
+    """[B] tokens up to the last one, within `limit`, whose mask is not zero."""
+    if mask is None or mask.shape[1] == 0:
+        return limit
+    position = torch.arange(1, mask.shape[1] + 1)
+    return ((mask != 0) & (position <= limit.unsqueeze(1))).mul(position).amax(1)
+
+
+def _pack(params: BranchParams, padded: int) -> Tensor:
+    """The weights that the kernels read, channels last and padded with zeros; rows as problem.h has them."""
+    rows = torch.cat((params.conv_weight.t(), params.conv_bias[None], params.D[None], (params.A * _LOG2E).t(),
+                      params.dt_proj_bias[None], params.dt_proj_weight.t()))
+    return F.pad(rows, (0, padded - rows.shape[1]))
+
+
+class _Saved(NamedTuple):
+    """Tensors of a forward pass, two of each that belongs to a direction (None for one that was not asked for)."""
+
+    extent: _Extent
+    weights: tuple[Optional[Tensor], ...]
+    u: tuple[Optional[Tensor], ...]  # [rows, P]
+    projected: tuple[Optional[Tensor], ...]  # [rows, R + 2N]
+    checkpoints: tuple[Optional[Tensor], ...]  # [chunks, P, N] floats
+
+    def flatten(self) -> tuple[Optional[Tensor], ...]:
+        return (*self.extent, *self.weights, *self.u, *self.projected, *self.checkpoints)
+
+    @classmethod
+    def unflatten(cls, tensors: tuple[Optional[Tensor], ...]) -> "_Saved":
+        count = len(_Extent._fields)
+        pairs = [tensors[i:i + 2] for i in range(count, len(tensors), 2)]
+        return cls(_Extent(*tensors[:count]), *pairs)
+
+
+def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _problem(xz: Tensor, mask: Tensor, factor: Tensor, states: int, rank: int, saved: _Saved) -> _Problem:
+    """The structure with everything that both passes share filled in. Its tensors must outlive it."""
+    images, tokens, width = xz.shape
+    lanes, extent = _library.lanes(), saved.extent
+    problem = _Problem(images=images, tokens=tokens, channels=width // 2, padded=-(-width // 2 // lanes) * lanes,
+                       states=states, rank=rank, threads=torch.get_num_threads(), xz=_pointer(xz), mask=_pointer(mask),
+                       factor=_pointer(factor), length=_pointer(extent.length), limit=_pointer(extent.limit))
+    problem.rows[:] = extent.rows.tolist()
+    for which, direction in enumerate(problem.direction):
+        if saved.weights[which] is not None:
+            direction.start = _pointer(extent.start[which])
+            direction.chunk = _pointer(extent.chunk[which])
+            for name in ("weights", "u", "projected", "checkpoints"):
+                setattr(direction, name, _pointer(getattr(saved, name)[which]))
+    return problem
+
+
+def _sizes(directions: tuple[Optional[BranchParams], ...]) -> tuple[int, int]:
+    params = next(p for p in directions if p is not None)
+    return params.A.shape[1], params.dt_proj_weight.shape[1]
+
+
+def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
+             directions: tuple[Optional[BranchParams], ...], save: bool) -> tuple[Tensor, _Saved]:
+    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> y [B, L, E]."""
+    images, tokens, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    states, rank = _sizes(directions)
+    padded = -(-channels // _library.lanes()) * _library.lanes()
+    rows, chunks = extent.rows.tolist(), extent.chunks.tolist()
+    weights, u, checkpoints = [], [], []
+    for which, params in enumerate(directions):
+        weights.append(None if params is None else _pack(params, padded))
+        u.append(None if params is None else xz.new_empty(rows[which], padded))
+        checkpoints.append(xz.new_empty(chunks[which], padded, states) if params is not None and save else None)
+    saved = _Saved(extent, tuple(weights), tuple(u), (None, None), tuple(checkpoints))
+    problem = _problem(xz, mask, factor, states, rank, saved)
+    _library.convolve(ctypes.byref(problem))
+    projected = tuple(None if params is None else torch.mm(u[which][:, :channels], params.x_proj_weight.t())
+                      for which, params in enumerate(directions))
+    for direction, tensor in zip(problem.direction, projected, strict=True):
+        direction.projected = _pointer(tensor)
+    out = xz.new_empty(images, tokens, channels)
+    problem.out = _pointer(out)
+    _library.scan(ctypes.byref(problem))
+    return out, saved._replace(projected=projected)
+
+
+class _Gradients(NamedTuple):
+    """What the kernels write for one direction in the backward pass; see problem.h."""
+
+    grad_u: Tensor
+    grad_delta: Tensor
+    grad_BC: Tensor
+    grad_weights: Tensor
+
+    @classmethod
+    def empty(cls, images: int, rows: int, padded: int, states: int, groups: int) -> "_Gradients":
+        return cls(torch.empty(rows, padded), torch.empty(rows, padded), torch.empty(groups, rows, 2 * states),
+                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded))
+
+
+def _projection_gradients(grads: _Gradients, u: Tensor, projected: Tensor,
+                          params: BranchParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the projections of one direction: completes grads.grad_u.
+
+    Returns the gradients of x_proj_weight, dt_proj_weight and dt_proj_bias.
+    """
+    channels, rank = params.dt_proj_weight.shape
+    grad_delta, u = grads.grad_delta[:, :channels], u[:, :channels]
+    grad_projected = torch.cat((grad_delta @ params.dt_proj_weight, grads.grad_BC.sum(0)), dim=1)
+    grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
+    return grad_projected.t() @ u, grad_delta.t() @ projected[:, :rank], grad_delta.sum(0)
+
+
+def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved: _Saved,
+              directions: tuple[Optional[BranchParams], ...]) -> tuple[Tensor, Tensor, Tensor, list[Optional[Tensor]]]:
+    """Gradients of xz, mask, factor, and of the directions' weights in the order of BranchParams."""
+    (images, tokens, channels), (states, rank) = grad_out.shape, _sizes(directions)
+    problem = _problem(xz, mask, factor, states, rank, saved)
+    problem.grad_out = _pointer(grad_out)
+    if _library.gradient_behind(ctypes.byref(problem)):
+        # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
+        extent = _extent(saved.extent.start >= 0, saved.extent.limit, saved.extent.limit)
+        _, saved = _forward(xz, mask, factor, extent, directions, save=True)
+        problem = _problem(xz, mask, factor, states, rank, saved)
+        problem.grad_out = _pointer(grad_out)
+    blocks = problem.padded // _library.lanes()
+    # enough tasks for all threads when there are few images
+    problem.groups = min(blocks, -(-4 * problem.threads // max(images, 1)))
+    grad_xz = torch.empty_like(xz)
+    grad_mask, grad_factor = xz.new_empty(blocks, images, tokens), xz.new_zeros(blocks, images, 2)
+    problem.grad_xz, problem.grad_mask, problem.grad_factor = map(_pointer, (grad_xz, grad_mask, grad_factor))
+    grads = [None if params is None else
+             _Gradients.empty(images, problem.rows[which], problem.padded, states, problem.groups)
+             for which, params in enumerate(directions)]
+    for direction, tensors in zip(problem.direction, grads, strict=True):
+        for name in _Gradients._fields if tensors is not None else ():
+            setattr(direction, name, _pointer(getattr(tensors, name)))
+    _library.scan_backward(ctypes.byref(problem))
+    projections = [None if params is None else _projection_gradients(tensors, u, projected, params)
+                   for params, tensors, u, projected in zip(directions, grads, saved.u, saved.projected, strict=True)]
+    _library.convolve_backward(ctypes.byref(problem))
+    weights = []
+    for tensors, projection in zip(grads, projections, strict=True):
+        if tensors is None:
+            weights += [None] * len(BranchParams._fields)
+            continue
+        packed = tensors.grad_weights.sum(0)[:, :channels]
+        weights += BranchParams(packed[:_CONV_WIDTH].t(), packed[_CONV_WIDTH], *projection,
+                                packed[_CONV_WIDTH + 2:].t(), packed[_CONV_WIDTH + 1])
+    return grad_xz, grad_mask.sum(0), grad_factor.sum(0), weights
+
+
+class _BidirectionalSSM(torch.autograd.Function):
+    """Inputs float32 and contiguous; extent is not differentiated."""
+
+    @staticmethod
+    def forward(ctx, xz, mask, factor, extent, *params):
+        with torch.autocast("cpu", enabled=False):
+            out, saved = _forward(xz, mask, factor, extent, _split(params), save=True)
+        ctx.save_for_backward(xz, mask, factor, *params, *saved.flatten())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        xz, mask, factor, *rest = ctx.saved_tensors
+        count = 2 * len(BranchParams._fields)
+        with torch.autocast("cpu", enabled=False):
+            grad_xz, grad_mask, grad_factor, weights = _backward(
+                grad_out.contiguous(), xz, mask, factor, _Saved.unflatten(rest[count:]), _split(rest[:count]))
+        return grad_xz, grad_mask, grad_factor, None, *weights
+
+
+def _split(params: tuple[Optional[Tensor], ...]) -> tuple[Optional[BranchParams], ...]:
+    """The flat weights of both directions, None for each of a missing one, as two BranchParams or None."""
+    count = len(BranchParams._fields)
+    return tuple(BranchParams(*half) if half[0] is not None else None for half in (params[:count], params[count:]))
+
+
+def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optional[Tensor], gates: Optional[Tensor],
+         on: Tensor, lengths: Optional[Tensor], scale: float) -> Tensor:
+    """The general form of both public functions; on [2, B] bool."""
+    dtype, (images, tokens, _) = xz.dtype, xz.shape
+    limit = torch.full((images,), tokens) if lengths is None else lengths.long().clamp(0, tokens)
+    extent = _extent(on, limit, _visible(mask, limit))
+    # casts in sight of autograd, which casts the gradients back
+    tensors = [xz, torch.ones(images, tokens) if mask is None else mask,
+               torch.full((images, 2), scale) if gates is None else gates.float() * scale]
+    for params in directions:
+        tensors += [None] * len(BranchParams._fields) if params is None else params
+    tensors = [None if t is None else t.float().contiguous() for t in tensors]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out = _BidirectionalSSM.apply(*tensors[:3], extent, *tensors[3:])
+    else:
+        with torch.autocast("cpu", enabled=False):
+            out, _ = _forward(*tensors[:3], extent, _split(tensors[3:]), save=False)
+    return out.to(dtype)
+
+
+def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
+               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+    """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
+    on = torch.zeros(2, xz.shape[0], dtype=torch.bool)
+    on[int(reverse)] = True if active is None else active.bool()
+    return _run(xz, (None, params) if reverse else (params, None), mask, None, on, lengths, 1.0)
+
+
+def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams, *, mask: Optional[Tensor] = None,
+                      gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
+                      lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
+    """Both directions, gated and summed; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
+    on = torch.ones(2, xz.shape[0], dtype=torch.bool) if active is None else active.t().bool()
+    return _run(xz, (forward, backward), mask, gates, on, lengths, scale)

@@ -1,0 +1,95 @@
+"""Builds the C++ kernels on the machine that runs them, once, into a user cache."""
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("kernel.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+_logger = logging.getLogger(__name__)
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built or loaded here; the message is one line."""
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise BuildError(f"no C++ compiler: '{name}' is not on PATH")
+    return path
+
+
+def _run(command: list[str]) -> str:
+    """Standard error of the command."""
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines() or [""]
+        raise BuildError(f"'{command[0]}' failed with exit code {result.returncode}: {lines[0].strip()}")
+    return result.stderr
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    """Names the result: sources, flags, and what the compiler says of itself and of this CPU (-march=native, -v)."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    digest.update(_run([compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode())
+    for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _cache_folder() -> Path:
+    """A folder that can be written and belongs to this user: a library is loaded from it."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for folder in (Path(base, "dyvm"), Path(tempfile.gettempdir(), f"dyvm-{os.getuid()}")):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid():
+                tempfile.TemporaryFile(dir=folder).close()
+                return folder
+        except OSError:
+            continue
+    raise BuildError(f"no cache folder can be written: neither {base}/dyvm nor {tempfile.gettempdir()}")
+
+
+def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
+    """Path of the built library, building it if this machine has not yet.
+
+    Processes that come here at once wait for the first of them; the file appears under its name only when complete.
+
+    Raises:
+        BuildError: no compiler, a failing one, or no folder to write to.
+    """
+    compiler, flags = _compiler(), _FLAGS + extra_flags
+    folder = _cache_folder()
+    path = folder / f"selective_scan-{_key(compiler, flags)}.so"
+    if path.exists():
+        return path
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _logger.info("building the CPU kernels into %s", path)
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                _run([compiler, *flags, str(_SOURCE), "-o", str(unfinished)])
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    return path
+
+
+def load_library() -> ctypes.CDLL:
+    """The built library. Raises BuildError."""
+    path = library_path()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded: {error}") from error

@@ -1,0 +1,66 @@
+// Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
+// Between them PyTorch multiplies the matrices: projected = u x_proj^T, and the gradients' counterparts.
+#include "convolution.h"
+#include "scan.h"
+
+namespace {
+
+// f(image, block) for all images and channel blocks; setup() gives each thread its scratch.
+template <class Setup, class F>
+void parallel_over(const Problem& p, int64_t parts, Setup&& setup, F&& f) {
+#pragma omp parallel num_threads((int)p.threads)
+  {
+    auto scratch = setup();
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t image = 0; image < p.images; ++image)
+      for (int64_t part = 0; part < parts; ++part) f(image, part, scratch);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t lanes() { return kLanes; }
+int64_t tile_steps() { return kTile; }
+int64_t problem_bytes() { return sizeof(Problem); }
+
+void convolve(const Problem* p) {
+  parallel_over(*p, p->blocks(), [] { return 0; }, [p](int64_t image, int64_t block, int) {
+    convolve_block(*p, image, block);
+  });
+}
+
+void scan(const Problem* p) {
+  struct Scratch { Decays decays; std::vector<Vec> state; };
+  parallel_over(*p, p->blocks(), [p] { return Scratch{Decays(p->states), std::vector<Vec>(p->states)}; },
+                [p](int64_t image, int64_t block, Scratch& s) { scan_block(*p, image, block, s.decays, s.state); });
+}
+
+// Whether any gradient arrives at a token that exists but that the scan did not walk.
+int64_t gradient_behind(const Problem* p) {
+  int64_t found = 0;
+#pragma omp parallel for num_threads((int)p->threads) reduction(| : found)
+  for (int64_t image = 0; image < p->images; ++image) {
+    const float* grad_out = p->grad_out + image * p->tokens * p->channels;
+    for (int64_t i = p->length[image] * p->channels; i < p->limit[image] * p->channels; ++i)
+      found |= grad_out[i] != 0.f;
+  }
+  return found;
+}
+
+void scan_backward(const Problem* p) {
+  const int64_t largest_group = (p->blocks() + p->groups - 1) / p->groups;
+  parallel_over(*p, p->groups, [=] { return BackScratch(*p, largest_group); },
+                [p](int64_t image, int64_t group, BackScratch& s) { scan_group_back(*p, image, group, s); });
+}
+
+void convolve_backward(const Problem* p) {
+  struct Scratch { std::vector<Vec> grad_sum, grad_mask; };
+  parallel_over(*p, p->blocks(),
+                [p] { return Scratch{std::vector<Vec>(2 * (p->tokens + 2 * Window::kReach)), std::vector<Vec>(p->tokens)}; },
+                [p](int64_t image, int64_t block, Scratch& s) {
+                  convolve_block_back(*p, image, block, s.grad_sum.data(), s.grad_mask.data());
+                });
+}
+}

@@ -1,0 +1,72 @@
+// What Python hands over: sizes and data pointers, mirrored field by field by the ctypes structures in __init__.py.
+//
+// Letters: B images, L tokens, E inner channels, N states, R step rank, W lanes of a vector, P = E rounded up to a
+// multiple of W, G groups of channel blocks. A channel block is W channels, the work of one vector.
+//
+// Only tokens that exist are worked on. Each direction packs them without gaps: image b owns the rows
+// start[b] ... start[b] + length[b] of its [rows, .] buffers; start[b] = -1 says that the direction is off for b.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "vector.h"
+
+constexpr int kTile = 16;     // steps from one checkpoint of the state to the next
+constexpr int kConvWidth = 4;
+
+struct Direction {
+  const int64_t* start;  // [B]; null: this direction is off for all images
+  const float* weights;  // [4 + 1 + 1 + N + 1 + R, P]: see the accessors of Problem
+  float* u;              // [rows, P]
+  float* projected;      // [rows, R + 2N]: low-rank step, B, C
+  float* checkpoints;    // [chunks, P / W, N, W], state at the head of each tile; null when nothing is saved
+  const int64_t* chunk;  // [B] first chunk of each image
+  // Written by the backward pass
+  float* grad_u;        // [rows, P]
+  float* grad_delta;    // [rows, P], with respect to the step before softplus
+  float* grad_BC;       // [G, rows, 2N]
+  float* grad_weights;  // [B, 4 + 1 + 1 + N, P], zeroed by the caller: the head of `weights`, one part per image
+};
+
+struct Problem {
+  int64_t images, tokens, channels, padded, states, rank, rows[2], groups, threads;
+  const float* xz;         // [B, L, 2E]
+  const float* mask;       // [B, L]
+  const float* factor;     // [B, 2], multiplies the output of each direction
+  const int64_t* length;   // [B] tokens that the scan walks: up to the last one that the mask lets through
+  const int64_t* limit;    // [B] tokens that exist, length <= limit <= L
+  float* out;              // [B, L, E]
+  // Backward
+  const float* grad_out;  // [B, L, E]
+  float* grad_xz;         // [B, L, 2E]
+  float* grad_mask;       // [P / W, B, L]
+  float* grad_factor;     // [P / W, B, 2]
+  Direction direction[2];
+
+  int64_t blocks() const { return padded / kLanes; }
+  // Channels of block `block` that exist.
+  int lanes(int64_t block) const { return (int)std::min<int64_t>(kLanes, channels - block * kLanes); }
+  const float* x(int64_t image, int64_t token) const { return xz + (image * tokens + token) * 2 * channels; }
+  const float* z(int64_t image, int64_t token) const { return x(image, token) + channels; }
+  float* grad_x(int64_t image, int64_t token) const { return grad_xz + (image * tokens + token) * 2 * channels; }
+  float* grad_z(int64_t image, int64_t token) const { return grad_x(image, token) + channels; }
+
+  bool on(int which, int64_t image) const { return direction[which].start && direction[which].start[image] >= 0; }
+  int64_t projections() const { return rank + 2 * states; }
+
+  // Rows of Direction::weights.
+  static int64_t conv_tap(int tap) { return tap; }
+  static int64_t conv_bias() { return kConvWidth; }
+  static int64_t skip() { return kConvWidth + 1; }
+  static int64_t A(int64_t state) { return kConvWidth + 2 + state; }  // times log2(e)
+  int64_t step_bias() const { return A(states); }
+  int64_t step_weight(int64_t r) const { return A(states) + 1 + r; }
+  int64_t gradient_rows() const { return A(states); }
+
+  const float* weight(int which, int64_t row, int64_t block) const {
+    return direction[which].weights + row * padded + block * kLanes;
+  }
+  float* grad_weight(int which, int64_t image, int64_t row, int64_t block) const {
+    return direction[which].grad_weights + (image * gradient_rows() + row) * padded + block * kLanes;
+  }
+};

@@ -1,0 +1,157 @@
+"""Selective scan in lean PyTorch, for every device: the state is updated in place and the backward pass recomputes it.
+
+Under plain autograd the loop of `reference.py` keeps every state, [B, L, N, E] several times over. Here the steps
+are done in chunks: what does not depend on the state (decays, inputs, outputs) is computed for a whole chunk at once
+into reused buffers, only `state = decay * state + input` runs step by step, and the state at the head of each chunk
+is all that is saved. The time index comes first and channels last, so that each step works on contiguous memory.
+
+B images, L tokens, E inner channels, N states, R step rank, T steps of a chunk.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import BranchParams
+
+CHUNK = 8  # T; a chunk's buffers, [T, B, N, E] each, should stay in the processor's cache
+
+
+def available() -> Optional[str]:
+    """None: runs everywhere."""
+    return None
+
+
+def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+    """None: takes every argument that the public function lets through."""
+    return None
+
+
+def _chunks(length: int, reverse: bool) -> list[tuple[slice, list[int]]]:
+    """Chunks in scan order: the tokens of each, and the order in which the scan visits them within the chunk."""
+    spans = [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+    if reverse:
+        return [(span, list(range(span.stop - span.start))[::-1]) for span in reversed(spans)]
+    return [(span, list(range(span.stop - span.start))) for span in spans]
+
+
+def _chunk_states(state: Tensor, delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, order: list[int],
+                  decays: Tensor, states: Tensor) -> None:
+    """Decays and states of one chunk, written to `decays` and `states` [T, B, N, E].
+
+    state [B, N, E] at the chunk's head; delta, inputs (= delta u) [T, B, E]; A [N, E]; B [T, B, N].
+    """
+    torch.mul(delta.unsqueeze(2), A, out=decays).exp_()
+    torch.mul(inputs.unsqueeze(2), B.unsqueeze(3), out=states)
+    for step in order:
+        state = states[step].addcmul_(decays[step], state)
+
+
+class _Scan(torch.autograd.Function):
+    """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + inputs_t B_t, along the first dimension.
+
+    delta, inputs [L, B, E]; A [N, E]; B, C [L, B, N] -> y [L, B, E].
+    """
+
+    @staticmethod
+    def forward(ctx, delta, inputs, A, B, C, reverse, save):
+        length, images, channels = delta.shape
+        states_count = A.shape[0]
+        y = torch.empty_like(inputs)
+        buffers = delta.new_empty(2, min(CHUNK, length), images, states_count, channels)
+        state = delta.new_zeros(images, states_count, channels)
+        heads = []
+        for span, order in _chunks(length, reverse):
+            if save:
+                heads.append(state.clone())
+            decays, states = buffers[:, :len(order)]
+            _chunk_states(state, delta[span], inputs[span], A, B[span], order, decays, states)
+            torch.matmul(C[span].unsqueeze(2), states, out=y[span].unsqueeze(2))
+            state = states[order[-1]].clone()
+        if save:
+            ctx.save_for_backward(delta, inputs, A, B, C, *heads)
+            ctx.reverse = reverse
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        delta, inputs, A, B, C, *heads = ctx.saved_tensors
+        grad_delta, grad_inputs, grad_B, grad_C = (torch.empty_like(t) for t in (delta, inputs, B, C))
+        grad_A = torch.zeros_like(A)
+        buffers = delta.new_empty(3, min(CHUNK, delta.shape[0]), *heads[0].shape) if heads else None
+        carried = 0  # decay_{t+1} dL/dh_{t+1}
+        for (span, order), head in zip(reversed(_chunks(delta.shape[0], ctx.reverse)), reversed(heads), strict=True):
+            decays, states, grads = buffers[:, :len(order)]
+            _chunk_states(head, delta[span], inputs[span], A, B[span], order, decays, states)
+            torch.mul(grad_y[span].unsqueeze(2), C[span].unsqueeze(3), out=grads)
+            grad_C[span] = torch.matmul(states, grad_y[span].unsqueeze(3)).squeeze(3)
+            for position in range(len(order) - 1, -1, -1):
+                step = order[position]
+                grads[step] += carried
+                before = states[order[position - 1]] if position else head
+                # `states` now turns into dL/d(delta_t A) = dL/dh_t * decay_t * h_{t-1}
+                carried = decays[step].mul_(grads[step])
+                torch.mul(carried, before, out=states[step])
+            carried = carried.clone()  # its buffer is written by the next chunk
+            grad_inputs[span] = torch.matmul(B[span].unsqueeze(2), grads).squeeze(2)
+            grad_B[span] = torch.matmul(grads, inputs[span].unsqueeze(3)).squeeze(3)
+            grad_delta[span] = (states * A).sum(2)
+            grad_A += states.mul_(delta[span].unsqueeze(2)).sum((0, 1))
+        return grad_delta, grad_inputs, grad_A, grad_B, grad_C, None, None
+
+
+def _conv_silu(x: Tensor, params: BranchParams, reverse: bool) -> Tensor:
+    """Causal convolution + SiLU of x [L, B, E] along the first dimension; reverse looks at later tokens instead."""
+    width, length = params.conv_weight.shape[1], x.shape[0]
+    x = F.pad(x, (0, 0, 0, 0, 0, width - 1) if reverse else (0, 0, 0, 0, width - 1, 0))
+    y = params.conv_bias
+    for offset in range(width):
+        tap = width - 1 - offset if reverse else offset
+        y = torch.addcmul(y, x[offset:offset + length], params.conv_weight[:, tap])
+    return F.silu(y)
+
+
+def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Optional[Tensor]) -> Tensor:
+    """xz [L, B, 2E], mask [L, B] -> y [L, B, E]; everything in one floating-point type."""
+    x, z = xz.chunk(2, dim=-1)
+    u = _conv_silu(x if mask is None else x * mask.unsqueeze(-1), params, reverse)
+    if mask is not None:
+        u = u * mask.unsqueeze(-1)
+    rank, states = params.dt_proj_weight.shape[1], params.A.shape[1]
+    dt, B, C = F.linear(u, params.x_proj_weight).split([rank, states, states], dim=-1)
+    delta = F.softplus(F.linear(dt, params.dt_proj_weight, params.dt_proj_bias))
+    scan_arguments = (delta, delta * u, params.A.t().contiguous(), B, C)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in scan_arguments)
+    y = _Scan.apply(*scan_arguments, reverse, save)
+    return torch.addcmul(y, params.D, u) * F.silu(z)
+
+
+def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
+               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+    """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
+    dtype, (images, length, _), channels = xz.dtype, xz.shape, params.D.shape[0]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = None
+    if active is not None and xz.device.type == "cpu":  # elsewhere, choosing rows would make the host wait
+        rows = active.nonzero().squeeze(1)
+        xz = xz.index_select(0, rows)
+        mask, lengths = (None if t is None else t.index_select(0, rows) for t in (mask, lengths))
+    with torch.autocast(xz.device.type, enabled=False):
+        params = BranchParams(*(p.to(compute) for p in params))
+        mask = None if mask is None else mask.to(compute)
+        prefix = None
+        if lengths is not None:
+            prefix = torch.arange(length, device=xz.device) < lengths.unsqueeze(1)
+            mask = prefix.to(compute) if mask is None else torch.where(prefix, mask, 0)
+        y = _branch(xz.to(compute).transpose(0, 1), params, reverse, None if mask is None else mask.t()).transpose(0, 1)
+        if prefix is not None:
+            y = torch.where(prefix.unsqueeze(-1), y, 0)
+        if rows is not None:
+            y = y.new_zeros(images, length, channels).index_copy(0, rows, y)
+        elif active is not None:
+            y = torch.where(active.bool()[:, None, None], y, 0)
+    return y.to(dtype)

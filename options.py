@@ -1,0 +1,207 @@
+"""The flags of main.py, with the names that DeiT and the paper's release gave them.
+
+A run's checkpoint records what it is; at evaluation and for the teacher those choices are taken from there, unless a
+flag says otherwise.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from datasets import add_data_arguments
+from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
+from utils.errors import UsageError
+
+METHODS = ("dense", "dyvm", "token", "block")
+
+# Flags of DeiT, Vim and the release that have no counterpart of the same name here.
+REPLACED = {
+    "--if_amp": "--amp bf16", "--no_amp": "--amp off", "--if_nan2num": "nothing: --amp bf16 trains without NaN",
+    "--if_continue_inf": "--nonfinite skip", "--finetune": "--model-path with --method dense",
+    "--teacher-path": "--model-path in training, --dense-path at evaluation", "--teacher-model": "--method dyvm",
+    "--distillation-type": "--method dyvm", "--distillation-alpha": "--distill-weight",
+    "--distillation-tau": "nothing: the temperature is 1", "--start_epoch": "--resume", "--start-epoch": "--resume",
+    "--dist-eval": "nothing: evaluation is always distributed, every image counted once",
+    "--dist_url": "torchrun", "--world_size": "torchrun --nproc_per_node", "--distributed": "torchrun",
+    "--local_rank": "torchrun", "--local-rank": "torchrun", "--gpu": "CUDA_VISIBLE_DEVICES",
+    "--model-ema-force-cpu": "nothing: the average is kept beside the model", "--ThreeAugment": "--aa none",
+    "--src": "--aa none", "--resplit": "nothing", "--train-mode": "nothing", "--no-train-mode": "nothing",
+    "--inat-category": "nothing: the finest category is used", "--cosub": "nothing", "--bce-loss": "nothing: "
+    "the paper trains with cross entropy", "--attn-only": "nothing", "--lr-noise": "nothing",
+    "--lr-noise-pct": "nothing", "--lr-noise-std": "nothing", "--decay-epochs": "--sched cosine",
+    "--decay-rate": "--sched cosine", "--cooldown-epochs": "--epochs", "--patience-epochs": "--sched cosine",
+    "--if_random_cls_token_position": "nothing", "--if_random_token_rank": "nothing", "--no_log": "nothing",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are raised as UsageError, in one line and without the usage text."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see python main.py --help)")
+
+
+def ratio(text: str) -> float:
+    """A fraction in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return value
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number of at least 0")
+    return value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`name=value` with a Python literal, such as embed_dim=96."""
+    import ast
+
+    name, separator, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value) if separator else None
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a Python literal") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags in their groups."""
+    parser = OneLineParser(prog="main.py", description="Train and evaluate Vision Mamba and DyVM.", allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="vim_micro", metavar="NAME", help="vim_small, dyvm_vim_small, Vim-Small, ...")
+    group.add_argument("--model-path", metavar="FILE", help="training: the dense teacher (dyvm, token, block) or the "
+                       "weights to start from (dense); evaluation: the checkpoint to evaluate")
+    group.add_argument("--dense-path", metavar="FILE", help="evaluation: dense checkpoint to compare with; by default "
+                       "the teacher that the checkpoint names")
+    group.add_argument("--model-kwargs", nargs="+", type=key_value, default=[], metavar="NAME=VALUE",
+                       help="further arguments of the model, such as embed_dim=96 depth=10")
+    group.add_argument("--pruning-layers", nargs="+", type=positive, metavar="LAYER",
+                       help="prune tokens before these layers (default: the model's)")
+    group.add_argument("--drop-path", type=not_negative, default=0.0)
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=METHODS, help="dense: classification alone; dyvm: tokens and blocks; token, "
+                       "block: one of them (default: dyvm for dyvm_* models, else dense)")
+    group.add_argument("--token-keep-ratio", type=ratio, default=0.7, metavar="R",
+                       help="stage j keeps R^j of the patches; at evaluation it overrides the trained budget")
+    group.add_argument("--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate")
+    group.add_argument("--token-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument("--distill-weight", type=not_negative, default=0.5)
+    group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
+    group.add_argument("--scorer-input", choices=SCORER_INPUTS, default="hidden", help="what the score predictors read")
+
+    add_data_arguments(parser)
+
+    group = parser.add_argument_group("mixup")
+    group.add_argument("--mixup", type=not_negative, default=0.8)
+    group.add_argument("--cutmix", type=not_negative, default=1.0)
+    group.add_argument("--mixup-prob", type=not_negative, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=not_negative, default=0.5)
+    group.add_argument("--smoothing", type=not_negative, default=0.1, help="label smoothing")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive, default=30)
+    group.add_argument("--lr", type=not_negative, help="at a batch of 512 (default: 1e-3 for dense, else 5e-5)")
+    group.add_argument("--unscale-lr", action="store_true", help="do not scale --lr by the whole batch / 512")
+    group.add_argument("--min-lr", type=not_negative, default=1e-6)
+    group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
+    group.add_argument("--warmup-epochs", type=int, default=5)
+    group.add_argument("--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate")
+    group.add_argument("--sched-on-updates", action="store_true", help="change the learning rate every step")
+    group.add_argument("--opt", default="adamw", help="an optimizer of timm")
+    group.add_argument("--opt-eps", type=not_negative, default=1e-8)
+    group.add_argument("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA")
+    group.add_argument("--weight-decay", type=not_negative, default=1e-8)
+    group.add_argument("--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm")
+    group.add_argument("--model-ema", action=flag, default=True, help="average of the weights, evaluated too")
+    group.add_argument("--model-ema-decay", type=ratio, default=0.99996)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")
+    group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    group.add_argument("--resume", metavar="auto|FILE", help="go on from FILE, or from the newest checkpoint in "
+                       "--output_dir if there is one")
+    group.add_argument("--resume-override", action="store_true", help="go on although flags differ from the run's")
+    group.add_argument("--save-minutes", type=not_negative, default=15.0, metavar="M",
+                       help="save that often within an epoch; 0: only at its end")
+    group.add_argument("--nonfinite", choices=("skip", "stop"), default="skip",
+                       help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--throughput-seconds", type=not_negative, default=10.0, metavar="S",
+                       help="evaluation: time spent on images/s; 0 leaves it out")
+    return parser
+
+
+def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> argparse.Namespace:
+    """Parse flags; `recorded` arguments of an earlier run replace the defaults. Raises UsageError."""
+    for argument in argv:
+        name = argument.split("=")[0]
+        if name in REPLACED:
+            raise UsageError(f"{name} is not a flag here; use {REPLACED[name]}")
+    parser = build_parser()
+    if recorded:
+        parser.set_defaults(**recorded)
+    args = parser.parse_args(argv)
+    args.model_kwargs = dict(args.model_kwargs)
+    _settle_method(args)
+    _check(args)
+    if args.lr is None:
+        args.lr = 1e-3 if args.method == "dense" else 5e-5
+    return args
+
+
+def _settle_method(args: argparse.Namespace) -> None:
+    """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense model's name."""
+    from models import canonical_name, model_names
+
+    name = canonical_name(args.model)
+    if name not in model_names():
+        raise UsageError(f"--model {args.model!r} is unknown; known are {', '.join(model_names())}")
+    dynamic = name.startswith("dyvm_")
+    if args.method is None:
+        args.method = "dyvm" if dynamic else "dense"
+    if args.method == "dense" and dynamic:
+        raise UsageError(f"--model {args.model} is dynamic; --method dense trains {name.removeprefix('dyvm_')}")
+    args.model = name if dynamic or args.method == "dense" else f"dyvm_{name}"
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Combinations that cannot work."""
+    if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != ("learned", "hidden"):
+        raise UsageError(f"--token-strategy and --scorer-input have no meaning with --method {args.method}")
+    if args.token_strategy != "learned" and args.scorer_input != "hidden":
+        raise UsageError(f"--scorer-input {args.scorer_input} has no meaning with --token-strategy "
+                         f"{args.token_strategy}, which scores nothing")
+    if args.eval and not args.model_path:
+        raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
+    if not args.eval and args.method != "dense" and not args.model_path:
+        raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")
+    if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
+        raise UsageError(f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0")
+    if args.amp == "fp16" and args.device == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} - 1")

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The method from end to end on a CPU, on scikit-learn's digits: a dense teacher, a DyVM student trained from it, and
+# the two side by side.
+#
+#   bash scripts/demo.sh [flags of main.py for both trainings]
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+OUTPUT="${OUTPUT:-$ROOT/output/demo}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-30}"
+EPOCHS_DYVM="${EPOCHS_DYVM:-15}"
+LR_DENSE="${LR_DENSE:-2e-3}"
+LR_DYVM="${LR_DYVM:-5e-4}"
+TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.7}"
+BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
+
+# Small images and a short run want less augmentation than ImageNet: shifts of up to 3 pixels and label smoothing.
+DIGITS_RECIPE=(
+  --data-set DIGITS --batch-size 64 --unscale-lr --sched-on-updates --warmup-epochs 3 --weight-decay 0.05 --model-ema-decay 0.99
+  --crop-padding 3 --hflip 0 --aa none --color-jitter 0 --reprob 0 --no-repeated-aug
+  --mixup 0 --cutmix 0 --smoothing 0.1
+)
+
+step() {
+  printf '\n== %s\n' "$*" >&2
+}
+
+PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
+SECONDS=0
+
+step "1/3 dense vim_micro, $EPOCHS_DENSE epochs"
+"$PYTHON" "$ROOT/main.py" --method dense --model vim_micro --epochs "$EPOCHS_DENSE" --lr "$LR_DENSE" \
+  "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dense" "$@"
+
+step "2/3 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a stage, $BLOCK_KEEP_RATIO of the scans"
+"$PYTHON" "$ROOT/main.py" --method dyvm --model dyvm_vim_micro --model-path "$OUTPUT/dense/best_checkpoint.pth" \
+  --epochs "$EPOCHS_DYVM" --lr "$LR_DYVM" \
+  --token-keep-ratio "$TOKEN_KEEP_RATIO" --block-keep-ratio "$BLOCK_KEEP_RATIO" \
+  --token-pruning-weight 10 --block-pruning-weight 10 \
+  "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dyvm" "$@"
+
+step "3/3 evaluation: dense against DyVM"
+"$PYTHON" "$ROOT/main.py" --eval --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
+  --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm"
+
+step "the demo took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo "picture: $OUTPUT/dyvm/kept_patches.png"
+echo "curves:  $PYTHON -m tensorboard.main --logdir $OUTPUT"

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Set-up, the linter, all tests with their coverage.
+#
+#   bash scripts/test.sh                                 # everything; fails under 80 % coverage
+#   bash scripts/test.sh tests/test_golden.py -k flops   # arguments go to pytest; then no coverage is demanded
+#
+# GOLDEN_DIR: recorded vectors for the parity tests (default: ../shared/golden beside the repository).
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+GOLDEN_DIR="$(realpath -m "${GOLDEN_DIR:-$ROOT/../shared/golden}")"
+export GOLDEN_DIR
+PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
+cd "$ROOT"
+
+for module in pytest pytest_cov ruff; do
+  "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" || {
+    echo "test: $PYTHON has no $module; install requirements.txt there, or unset PYTHON" >&2
+    exit 1
+  }
+done
+
+"$PYTHON" -m ruff check .
+
+coverage=(--cov-report=term-missing:skip-covered)
+for module in *.py models ops utils; do
+  coverage+=(--cov="${module%.py}")
+done
+if [[ $# -eq 0 ]]; then
+  coverage+=(--cov-fail-under=80)
+fi
+exec "$PYTHON" -m pytest "${coverage[@]}" "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# DyVM on Vim-Base, ImageNet-1K: the paper's recipe, made for 4 GPUs.
+#
+#   MODEL_PATH=vim_base.pth DATA_PATH=/path/to/imagenet GPUS=4 bash scripts/vim-b.sh [flags of main.py]
+#
+# MODEL_PATH is the dense Vim-Base checkpoint: teacher and start of the student. More in scripts/common.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+train_dyvm "${PAPER_RECIPE[@]}" \
+  --model dyvm_vim_base --batch-size 32 --lr 5e-5 \
+  --token-keep-ratio 0.7 --block-keep-ratio 0.7 \
+  "$@"

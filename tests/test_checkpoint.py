@@ -1,0 +1,413 @@
+"""Checkpoints: what goes in comes out, damage is refused in one line, and no kill loses a finished save."""
+
+import argparse
+import errno
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from utils import checkpoint, files
+from utils.checkpoint import CheckpointWriter, copy_to_host, is_intact, load_checkpoint, load_newest, save_checkpoint
+from utils.distributed import Distributed
+from utils.errors import UserError
+from utils.random_state import capture_random_state, gather_random_states, restore_random_state
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def small_state(step: int = 0) -> dict:
+    return {
+        "model": OrderedDict(weight=torch.full((40, 50), float(step)), bias=torch.arange(7)),
+        "step": step,
+        "best": {"top1": 98.5, "history": [1.0, None, (True, b"\x00\xff", 2**40)]},
+        "args": argparse.Namespace(lr=1e-3, model="vim_micro", pruning_layers=(2, 4)),
+    }
+
+
+def refusal(path: Path) -> str:
+    """The one line that loading `path` ends in."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and "Traceback" not in message
+    return message
+
+
+class TestRoundTrip:
+    def test_content(self, tmp_path):
+        path = tmp_path / "a.pth"
+        save_checkpoint(small_state(3), path)
+        loaded = load_checkpoint(path)
+        assert torch.equal(loaded["model"]["weight"], torch.full((40, 50), 3.0))
+        assert torch.equal(loaded["model"]["bias"], torch.arange(7))
+        assert loaded["best"] == small_state()["best"] and loaded["args"] == small_state()["args"]
+        assert is_intact(path) and os.listdir(tmp_path) == ["a.pth"]
+
+    def test_plain_torch_and_zip_read_it(self, tmp_path):
+        path = tmp_path / "a.pth"
+        save_checkpoint({"model": {"w": torch.ones(3)}, "epoch": 2}, path)
+        assert torch.load(path, weights_only=True)["epoch"] == 2
+        assert torch.load(path, weights_only=True, mmap=True)["model"]["w"].sum() == 3
+        assert zipfile.ZipFile(path).testzip() is None
+
+    def test_official_envelope_without_checksum(self, tmp_path):
+        path = tmp_path / "official.pth"
+        for old_format in (False, True):
+            torch.save(small_state(), path, _use_new_zipfile_serialization=not old_format)
+            assert load_checkpoint(path)["args"].model == "vim_micro"
+            assert not is_intact(path)
+
+    def test_bare_weights_become_an_envelope(self, tmp_path):
+        weights = {"w": torch.randn(4, 5)}
+        torch.save(weights, tmp_path / "bare.pth")
+        save_file(weights, tmp_path / "bare.safetensors")
+        for name in ("bare.pth", "bare.safetensors"):
+            loaded = load_checkpoint(tmp_path / name)
+            assert list(loaded) == ["model"] and torch.equal(loaded["model"]["w"], weights["w"])
+
+    def test_host_copy_shares_nothing(self):
+        state = {"model": {"w": torch.zeros(3, requires_grad=True)}, "list": [torch.zeros(2)]}
+        copy = copy_to_host(state)
+        with torch.no_grad():
+            state["model"]["w"] += 1
+            state["list"][0] += 1
+        assert copy["model"]["w"].tolist() == [0, 0, 0] and copy["list"][0].tolist() == [0, 0]
+        assert not copy["model"]["w"].requires_grad
+
+    @pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("a"), torch.float32, len, {1, 2}])
+    def test_content_that_could_not_be_loaded_is_refused_when_saving(self, tmp_path, value):
+        with pytest.raises(ValueError, match=r"state\['best'\]\[1\] is a "):
+            save_checkpoint({"model": {}, "best": [0, value]}, tmp_path / "a.pth")
+        assert os.listdir(tmp_path) == []
+
+    def test_sha256(self, tmp_path):
+        path = tmp_path / "teacher.pth"
+        path.write_bytes(b"abc" * 1_000_000)
+        expected = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+        assert files.sha256_of(path) == expected
+        with pytest.raises(UserError, match="cannot read .*No such file"):
+            files.sha256_of(tmp_path / "none")
+
+
+class TestDamage:
+    def test_truncation(self, tmp_path):
+        good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
+        save_checkpoint(small_state(), good)
+        content = good.read_bytes()
+        generator = random.Random(0)
+        sizes = [0, 1, 2, 21, 22, 71, 93] + [len(content) - n for n in (1, 2, 64, 70, 71, 72, 73, 93, 94)]
+        for size in sizes + [generator.randrange(len(content)) for _ in range(60)]:
+            bad.write_bytes(content[:size])
+            refusal(bad)
+            assert not is_intact(bad)
+
+    def test_every_corruption_is_noticed(self, tmp_path):
+        good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
+        save_checkpoint(small_state(), good)
+        content = good.read_bytes()
+        generator = random.Random(1)
+        # Everywhere, and as often at the end, where the archive's directory and the checksum stand.
+        places = [generator.randrange(len(content)) for _ in range(200)]
+        places += [len(content) - 1 - generator.randrange(100) for _ in range(100)]
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= generator.randrange(1, 256)
+            bad.write_bytes(damaged)
+            refusal(bad)
+
+    @pytest.mark.parametrize("old_format", [False, True])
+    def test_corruption_without_a_checksum_never_ends_in_a_trace(self, tmp_path, old_format):
+        good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
+        torch.save(small_state(), good, _use_new_zipfile_serialization=not old_format)
+        content = good.read_bytes()
+        generator = random.Random(2)
+        refused = 0
+        for _ in range(200):
+            damaged = bytearray(content)
+            for _ in range(5):
+                damaged[generator.randrange(len(content))] ^= generator.randrange(1, 256)
+            bad.write_bytes(damaged)
+            try:
+                assert isinstance(load_checkpoint(bad), dict)
+            except UserError as error:
+                assert str(bad) in str(error) and "\n" not in str(error)
+                refused += 1
+        assert refused > 0
+
+    def test_safetensors_damage(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        save_file({"w": torch.randn(40)}, path)
+        content = path.read_bytes()
+        for size in (0, 5, 30, len(content) - 1):
+            path.write_bytes(content[:size])
+            assert "safetensors" in refusal(path)
+
+    def test_foreign_files(self, tmp_path):
+        path = tmp_path / "a.pth"
+        assert "No such file" in refusal(tmp_path / "none.pth")
+        assert "directory" in refusal(tmp_path)
+        path.write_bytes(b"")
+        assert "empty" in refusal(path)
+        path.write_text("<html>404</html>")
+        refusal(path)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "no checkpoint")
+        refusal(path)
+        for content, reason in (
+            ({"state": 1, "epoch": 2}, "no 'model' entry"),
+            ({"model": 5}, "no 'model' entry"),
+            ({}, "it holds nothing"),
+            ([1, 2], "holds a list"),
+            (torch.zeros(3), "holds a Tensor"),
+        ):
+            torch.save(content, path)
+            assert reason in refusal(path)
+
+
+class Bomb:
+    """Unpickling it creates the file `target`."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+class TestCode:
+    def test_code_is_refused_and_not_executed(self, tmp_path):
+        executed, path = tmp_path / "executed", tmp_path / "a.pth"
+        for old_format in (False, True):
+            state = {"model": {"w": torch.zeros(1)}, "args": Bomb(executed)}
+            torch.save(state, path, _use_new_zipfile_serialization=not old_format)
+            assert "system" in refusal(path) and not executed.exists()
+        path.write_bytes(pickle.dumps({"model": Bomb(executed)}))
+        refusal(path)
+        assert not executed.exists()
+        pickle.loads(path.read_bytes())
+        assert executed.exists(), "the bomb would not have worked"
+
+    def test_other_classes_are_refused_by_name(self, tmp_path):
+        path = tmp_path / "a.pth"
+        torch.save({"model": {}, "out": Path("x")}, path)
+        assert "pathlib.PosixPath" in refusal(path)
+
+    def test_namespace_stays_forbidden_elsewhere(self, tmp_path):
+        save_checkpoint(small_state(), tmp_path / "a.pth")
+        load_checkpoint(tmp_path / "a.pth")
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "a.pth", weights_only=True)
+
+
+class TestStorage:
+    """Every way in which a write fails leaves the older file whole and nothing else."""
+
+    def check(self, path: Path, reason: str):
+        with pytest.raises(UserError) as caught:
+            save_checkpoint({"model": {"w": torch.randn(200_000)}}, path)
+        message = str(caught.value)
+        assert str(path) in message and reason in message and "\n" not in message
+        assert os.listdir(path.parent) == [path.name]
+        assert load_checkpoint(path)["step"] == 1
+
+    @pytest.fixture
+    def path(self, tmp_path) -> Path:
+        save_checkpoint(small_state(1), tmp_path / "checkpoint.pth")
+        return tmp_path / "checkpoint.pth"
+
+    @pytest.mark.parametrize("limit", [1_000, 300_000, 800_000])
+    def test_no_room(self, path, limit):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            self.check(path, os.strerror(errno.EFBIG))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def test_no_room_noticed_by_fsync(self, path, monkeypatch):
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        self.check(path, "No space left on device")
+
+    def test_read_only_folder(self, path, monkeypatch):
+        if os.geteuid() != 0:  # root may write anywhere
+            path.parent.chmod(0o500)
+            try:
+                self.check(path, "Permission denied")
+            finally:
+                path.parent.chmod(0o700)
+
+        def read_only(name, mode):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
+
+        monkeypatch.setattr(files, "open", read_only, raising=False)
+        self.check(path, "Read-only file system")
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(UserError, match="No such file or directory"):
+            save_checkpoint(small_state(), tmp_path / "gone" / "a.pth")
+
+    def test_output_folder_that_cannot_be_one(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="cannot write to the output folder .*file"):
+            files.prepare_output_dir(tmp_path / "file")
+        assert files.prepare_output_dir(tmp_path / "a" / "b").is_dir()
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+class TestWriter:
+    def test_keeps_newest_previous_and_best(self, tmp_path):
+        with CheckpointWriter(tmp_path) as writer:
+            for step in range(4):
+                writer.save(small_state(step), best=step == 1)
+        steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+        assert steps == {"checkpoint.pth": 3, "checkpoint_prev.pth": 2, "best_checkpoint.pth": 1}
+        content, path = load_newest(tmp_path)
+        assert content["step"] == 3 and path == tmp_path / "checkpoint.pth"
+
+    def test_training_goes_on_during_the_write(self, tmp_path, monkeypatch):
+        may_write = threading.Event()
+        write = checkpoint._write
+        monkeypatch.setattr(checkpoint, "_write", lambda *a, **k: (may_write.wait(10), write(*a, **k)))
+        weights = torch.zeros(5)
+        with CheckpointWriter(tmp_path) as writer:
+            writer.save({"model": {"w": weights}})
+            weights += 1  # returned before anything was written, and what is written is the state of the call
+            writer.check()
+            assert list(tmp_path.iterdir()) == []
+            may_write.set()
+            writer.wait()
+            assert load_checkpoint(tmp_path / "checkpoint.pth")["model"]["w"].tolist() == [0] * 5
+
+    def test_error_of_the_thread_reaches_the_main_thread(self, tmp_path, monkeypatch):
+        writer = CheckpointWriter(tmp_path)
+        writer.save(small_state(1))
+        writer.wait()
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            writer.save(small_state(2))
+            with pytest.raises(UserError, match="checkpoint.pth: No space left on device"):
+                writer.save(small_state(3))
+        assert load_newest(tmp_path)[0]["step"] == 1
+        writer.save(small_state(4))
+        writer.close()
+        assert load_newest(tmp_path)[0]["step"] == 4
+
+    def test_damaged_newest_falls_back_with_a_warning(self, tmp_path, caplog):
+        with CheckpointWriter(tmp_path) as writer:
+            writer.save(small_state(1))
+            writer.save(small_state(2))
+        newest = tmp_path / "checkpoint.pth"
+        newest.write_bytes(newest.read_bytes()[:-500])
+        content, path = load_newest(tmp_path)
+        assert content["step"] == 1 and path.name == "checkpoint_prev.pth"
+        assert str(newest) in caplog.text and caplog.records[0].levelname == "WARNING"
+        with CheckpointWriter(tmp_path) as writer:  # and the damaged file does not push the good one out
+            writer.save(small_state(3))
+        assert load_checkpoint(tmp_path / "checkpoint_prev.pth")["step"] == 1
+
+    def test_nothing_to_resume_from(self, tmp_path):
+        assert load_newest(tmp_path) is None
+        for name in ("checkpoint.pth", "checkpoint_prev.pth"):
+            (tmp_path / name).write_bytes(b"PK rubbish")
+        with pytest.raises(UserError, match=r"no checkpoint to resume from: .*checkpoint.pth: .*checkpoint_prev.pth: "):
+            load_newest(tmp_path)
+
+    def test_only_the_previous_one_is_there(self, tmp_path):
+        save_checkpoint(small_state(5), tmp_path / "checkpoint_prev.pth")
+        assert load_newest(tmp_path)[0]["step"] == 5
+
+    def test_leftovers_of_kills_are_removed(self, tmp_path):
+        (tmp_path / ".checkpoint.pth.0123abcd.tmp").touch()
+        (tmp_path / ".other.tmp").touch()
+        CheckpointWriter(tmp_path).close()
+        assert [path.name for path in tmp_path.iterdir()] == [".other.tmp"]
+
+
+# Forks so that torch is imported once for all kills. A child saves as fast as it can and tells each save that is done.
+KILLS = """
+import os, random, signal, sys, time
+import torch
+from utils.checkpoint import CheckpointWriter, load_newest
+
+torch.set_num_threads(1)
+folder, kills, generator = sys.argv[1], 15, random.Random(7)
+
+def save_for_ever(step, tell):
+    writer = CheckpointWriter(folder)
+    while True:
+        step += 1
+        writer.save({"model": {"w": torch.full((500_000,), step)}, "step": step}, best=step % 3 == 0)
+        writer.wait()
+        os.write(tell, step.to_bytes(8, "little"))
+
+step, amid_save = 0, 0
+for _ in range(kills):
+    hear, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        save_for_ever(step, tell)
+    os.close(tell)
+    done = int.from_bytes(os.read(hear, 8), "little")  # the first save
+    time.sleep(generator.uniform(0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while told := os.read(hear, 8):
+        done = int.from_bytes(told, "little")
+    os.close(hear)
+    amid_save += any(name.endswith(".tmp") for name in os.listdir(folder))
+    state, path = load_newest(folder)
+    assert state["step"] in (done, done + 1), (state["step"], done)
+    assert bool((state["model"]["w"] == state["step"]).all())
+    step = state["step"]
+print(step, amid_save)
+"""
+
+
+def test_sigkill_while_saving_loses_no_finished_save(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    steps, amid_save = map(int, result.stdout.split())
+    assert steps >= 15 and amid_save > 0, "no kill hit a save"
+
+
+class TestRandomState:
+    def draw(self):
+        return random.random(), random.gauss(0, 1), np.random.randn(3).tolist(), torch.randn(3).tolist()
+
+    def test_every_generator_continues_where_it_was(self, tmp_path):
+        random.gauss(0, 1), np.random.randn()  # both keep the second number of a pair for the next call
+        states = gather_random_states(Distributed(torch.device("cpu")))
+        save_checkpoint({"model": {}, "random": states}, tmp_path / "a.pth")
+        first = self.draw()
+        assert self.draw() != first
+        restore_random_state(load_checkpoint(tmp_path / "a.pth")["random"][0])
+        assert self.draw() == first
+
+    def test_capturing_draws_nothing(self):
+        state = capture_random_state()
+        first = self.draw()
+        restore_random_state(state)
+        capture_random_state()
+        assert self.draw() == first

@@ -1,0 +1,236 @@
+"""Parity with recorded inputs, outputs and gradients of the published implementation, on every backend that runs here.
+
+Tolerances are those of the recordings' own README: float32 error measured against float64, with a margin.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import losses
+from models import Result, sampling
+from models.flops import count_flops, sequence_lengths
+from models.layouts import SpreadRegisters, TokenLayout, extract, insert
+from models.pruning import kept_first, rearrange
+from models.weights import resize_pos_embed
+from ops import selective_scan
+from ops.selective_scan import reference
+
+from . import golden
+
+pytestmark = pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
+
+
+def backends() -> list[str]:
+    """Backends that run on this machine's CPU."""
+    return [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")]
+
+
+@pytest.fixture(params=backends())
+def backend(request, monkeypatch) -> str:
+    monkeypatch.setenv("DYVM_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", golden.names("ops_"))
+def test_operators(name):
+    """The plain operators: output, last state and every gradient."""
+    for info, t in golden.subcases(golden.load(name)):
+        inputs = {key.removeprefix("in."): value.requires_grad_() for key, value in t.items() if key.startswith("in.")}
+        what = f"{name} {info['name']}"
+        if "selective_scan" in name:
+            y, state = reference.selective_scan(**inputs, delta_softplus=info["delta_softplus"])
+            golden.close(state, t["out.last_state"], 1e-5, 1e-4, what)
+        else:
+            y = reference.causal_conv1d(**inputs, activation=info["activation"])
+        golden.close(y, t["out.y"], 1e-5, 1e-4, what)
+        (y * t["w"]).sum().backward()
+        for key, value in inputs.items():
+            golden.gradient_close(value.grad, t[f"grad.{key}"], 1e-4, f"{what} gradient of {key}")
+
+
+@pytest.mark.parametrize("name", golden.names("dense_"))
+def test_dense(name, backend):
+    case = golden.load(name)
+    model = golden.build_loaded(case, "weights_file", dynamic=False).eval()
+    recorder = golden.LayerRecorder(model)
+    with torch.no_grad():
+        result = model(case.tensors["input.images"])
+    assert sequence_lengths(model) == case.info["seq_len_per_layer"]
+    assert recorder.compare(case) == 2 * model.depth
+    golden.close(result.tokens, case.tensors["out.other_tokens"], 1e-4, 1e-4, "tokens")
+    golden.close(result.logits, case.tensors["out.logits"], 1e-4, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("name", golden.names("eval_"))
+def test_dynamic_evaluation(name, backend):
+    case = golden.load(name)
+    t = case.tensors
+    model = golden.build_loaded(case, "weights_file", dynamic=True).eval()
+    recorder = golden.LayerRecorder(model)
+    with torch.no_grad():
+        result = model(t["input.images"])
+    assert sequence_lengths(model) == case.info["seq_len_per_layer"]
+    for s, kept in enumerate(result.kept):
+        assert torch.equal(kept, t[f"mid.keep_origin.stage{s}"]), f"stage {s}"
+    assert torch.equal(result.gates.unsqueeze(2), t["out.block_policy"])
+    assert recorder.compare(case) >= 3 * model.depth + len(model.pruning_layers)
+    golden.close(result.logits, t["out.logits"], 1e-4, 1e-4, "logits")
+
+
+def dynamic_loss(config: dict) -> losses.DynamicLoss:
+    def soft_target(logits, targets):
+        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    return losses.DynamicLoss(
+        soft_target, token_keep=config["token_keep_ratio"], block_keep=config["block_keep_ratio"],
+        token_weight=config["token_pruning_weight"], block_weight=config["block_pruning_weight"],
+        distill_weight=config["distill_weight"], cls_weight=config["clf_weight"],
+        token_distance="mse" if config["mse_token"] else "kl",
+        ratio_scope="batch" if config["dynamic"] else "image")
+
+
+@pytest.mark.parametrize("name", golden.names("train_"))
+def test_dynamic_training(name, backend):
+    """Replayed noise: decisions, re-arrangement, outputs, every loss term, every parameter's gradient."""
+    case = golden.load(name)
+    t = case.tensors
+    model = golden.build_loaded(case, "weights_file", dynamic=True).train()
+    teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False).eval()
+    recorder = golden.LayerRecorder(model)
+    with sampling.replay(case.group("noise.")):
+        result = model(t["input.images"])
+    with torch.no_grad():
+        taught = teacher(t["input.images"])
+    for s, decision in enumerate(result.decisions):
+        assert torch.equal(decision.detach(), t[f"out.decision.stage{s}"]), f"stage {s}"
+    assert torch.equal(result.positions, t["out.current_pos"])
+    assert torch.equal(result.keep.unsqueeze(-1), t["out.token_policy"])
+    assert torch.equal(result.gates.detach().unsqueeze(2), t["out.block_policy"])
+    assert recorder.compare(case) >= model.depth + len(model.pruning_layers)
+    golden.close(result.tokens, t["out.other_tokens"], 1e-4, 1e-4, "tokens")
+    golden.close(result.logits, t["out.logits"], 1e-4, 1e-4, "logits")
+    golden.close(taught.logits, t["teacher.logits"], 1e-4, 1e-4, "teacher logits")
+    golden.close(taught.tokens, t["teacher.other_tokens"], 1e-4, 1e-4, "teacher tokens")
+
+    config = case.info["loss_config"]
+    total, terms = dynamic_loss(config)(result, t["input.soft_targets"], taught)
+    parts = torch.stack([terms[part] for part in case.info["loss_part_names"]])
+    golden.close(parts, t["loss.parts"], 1e-6, 1e-5, "loss terms")
+    golden.close(total, t["loss.total"], 1e-6, 1e-5, "loss")
+    for variant in case.info["loss_variants_same_outputs"]:
+        other, _ = dynamic_loss(config | variant)(result, t["input.soft_targets"], taught)
+        assert other.item() == pytest.approx(variant["total"], rel=1e-5, abs=1e-6)
+
+    total.backward()
+    gradients = case.group("grad.")
+    assert gradients
+    for key, parameter in model.named_parameters():
+        if key in gradients:
+            golden.gradient_close(parameter.grad, gradients[key], 2e-4, key)
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", golden.names("losses"))
+def test_losses(name):
+    case = golden.load(name)
+    t, weights = case.tensors, case.info["weights"]
+    for run in case.info["runs"]:
+        logits, tokens, gates, *decisions = (
+            t[key].clone().requires_grad_() for key in
+            ["in.logits", "in.other_tokens", "in.block_policy",
+             *(f"in.decision.stage{s}" for s in range(case.info["pruning_stages"]))])
+        result = Result(logits, tokens, t["in.current_pos"], t["in.token_policy"].squeeze(-1), gates.squeeze(2),
+                        decisions)
+        taught = Result(t["teacher.logits"], t["teacher.other_tokens"], *[None] * 3)
+        soft = run["base_criterion"] == "soft_target"
+        criterion = losses.DynamicLoss(
+            nn.CrossEntropyLoss(label_smoothing=0.0 if soft else float(run["base_criterion"].rsplit("_", 1)[1])),
+            token_keep=case.info["token_keep_ratio"] if run["loss"] != "block_only" else None,
+            block_keep=case.info["block_keep_ratio"] if run["loss"] != "token_only" else None,
+            token_weight=weights["token_pruning_weight"], block_weight=weights["block_pruning_weight"],
+            distill_weight=weights["distill_weight"], cls_weight=weights["clf_weight"],
+            token_distance="mse" if run["mse_token"] else "kl", ratio_scope="batch" if run["dynamic"] else "image")
+        total, terms = criterion(result, t["in.soft_targets"] if soft else t["in.labels"], taught)
+        assert list(terms) == list(run["parts"])
+        for term, value in run["parts"].items():
+            assert terms[term].item() == pytest.approx(value, rel=1e-5, abs=1e-6), (run["name"], term)
+        assert total.item() == pytest.approx(run["total"], rel=1e-5, abs=1e-6)
+        total.backward()
+        inputs = {"logits": logits, "other_tokens": tokens, "block_policy": gates}
+        inputs |= {f"decision{s}": decision for s, decision in enumerate(decisions)}
+        for key, value in inputs.items():
+            expected = t.get(f"{run['name']}.grad.{key}", torch.zeros_like(value))
+            golden.gradient_close(value.grad, expected, 1e-4, f"{run['name']} gradient of {key}")
+
+
+class Layout(TokenLayout):
+    """The layout of a re-arrangement case: one class token in the middle, several spread."""
+
+    def _position(self, index, patches):
+        if self.num_tokens == 1:
+            return patches // 2
+        return SpreadRegisters(self.num_tokens)._position(index, patches)
+
+
+@pytest.mark.parametrize("name", golden.names("rearrange_"))
+def test_rearrangement(name):
+    case = golden.load(name)
+    layout = Layout(case.info.get("class_tokens", 1))
+    for _, t in golden.subcases(case):
+        policy = t["in.policy"].squeeze(-1)
+        order, kept = kept_first(policy)
+        assert torch.equal(order, t["out.order"])
+        inputs = [t[f"in.{key}"] for key in ("policy", "tokens", "residual", "current_pos")]
+        outputs = [t[f"out.{key}"] for key in ("policy", "tokens", "residual", "current_pos")]
+        for actual, expected in zip(rearrange(policy, *inputs)[1], outputs, strict=True):
+            assert torch.equal(actual, expected)
+        positions = layout.positions(kept)
+        assert torch.equal(positions, t["out.cls_pos"].reshape(positions.shape))
+        combined = insert(t["out.tokens"], t["in.cls_tokens"], positions)
+        assert torch.equal(combined, t["out.combined"])
+        patches, class_tokens = extract(combined, positions)
+        assert torch.equal(patches, t["out.tokens"]) and torch.equal(class_tokens, t["in.cls_tokens"])
+
+
+@pytest.mark.parametrize("name", golden.names("mambareg_cls_layout"))
+def test_register_layout(name):
+    for info, t in golden.subcases(golden.load(name)):
+        patches, registers = info["grid"][0] * info["grid"][1], info["class_tokens"]
+        positions = SpreadRegisters(registers).positions(patches)
+        assert torch.equal(torch.tensor(positions), t["cls_positions"])
+        index = insert(torch.arange(patches)[None], patches + torch.arange(registers)[None], positions)
+        assert torch.equal(index[0], t["token_idx"])
+
+
+@pytest.mark.parametrize("name", golden.names("pos_embed_"))
+def test_pos_embed(name):
+    """Row 0 taken for the class row reproduces the recording; the row where it really stands is what we use."""
+    for info, t in golden.subcases(golden.load(name)):
+        patches, row = info["grid_to"] ** 2, 0 if info["extra_tokens"] else None
+        golden.close(resize_pos_embed(t["in"], patches, row, row), t["out"], 1e-5, 0, name)
+        if row is None:
+            continue
+        middle, new_middle = info["grid_from"] ** 2 // 2, patches // 2
+        ours = resize_pos_embed(t["in"], patches, middle, new_middle)
+        assert torch.equal(ours[:, new_middle], t["in"][:, middle]), "the class row is carried over untouched"
+        if info["grid_from"] == info["grid_to"]:
+            assert torch.equal(ours, t["in"])
+        else:
+            assert not torch.allclose(ours, t["out"], atol=1e-3), "the recorded defect is not repeated"
+
+
+@pytest.mark.parametrize("name", golden.names("flops_"))
+def test_flops(name):
+    for entry in golden.load(name).info["entries"]:
+        with torch.device("meta"):
+            model = golden.build(entry, dynamic=entry["model"] != "teacher")
+        assert sequence_lengths(model) == entry["seq_len_per_layer"]
+        assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
+        assert count_flops(model, entry["block_keep_ratio"]).paper == pytest.approx(entry["flops"], rel=1e-9)

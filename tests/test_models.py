@@ -1,0 +1,208 @@
+"""Models: names, sizes, layouts, initialisation, and the agreement of training and evaluation."""
+
+import pytest
+import timm
+import torch
+
+import models
+from models import FAMILIES, DynamicVisionMamba, VisionMamba, backbone, cumulative_keep, sampling
+from models.layouts import HeadClassToken, MiddleClassToken, SpreadRegisters, extract, insert, read
+
+PARAMETERS = {  # dense, dynamic; 1000 classes
+    "vim_tiny": (7_148_008, 7_367_086), "vim_small": (25_796_584, 26_594_110), "vim_base": (97_598_440, 100_631_134),
+    "videomamba_tiny": (7_148_008, 7_367_086), "videomamba_small": (25_796_584, 26_594_110),
+    "videomamba_middle": (74_217_448, 75_989_726), "videomamba_base": (97_598_440, 100_631_134),
+    "mambareg_small": (27_801_064, 28_598_590), "mambareg_base": (99_301_096, 102_333_790),
+    "mambareg_large": (341_222_376, 346_740_558),
+}
+SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_classes=7)
+FAMILY_ARGUMENTS = {"vim": {}, "videomamba": {}, "mambareg": dict(num_registers=4, register_reduction=2)}
+
+
+def small(family: str, dynamic: bool, **kwargs) -> VisionMamba:
+    torch.manual_seed(0)
+    arguments = SMALL | FAMILY_ARGUMENTS[family] | kwargs
+    if not dynamic:
+        return VisionMamba(FAMILIES[family], **arguments)
+    return DynamicVisionMamba(FAMILIES[family], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **arguments)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in timm.create_model(prefix + name).parameters()) for prefix in ("", "dyvm_")]
+    assert tuple(counts) == PARAMETERS[name]
+
+
+def test_every_name_builds_and_the_release_spelling_is_known():
+    with torch.device("meta"):
+        for name in models.model_names():
+            assert isinstance(timm.create_model(name), DynamicVisionMamba) == name.startswith("dyvm_")
+    assert models.canonical_name("Vim-Small") == "vim_small"
+    assert models.canonical_name("vim_small") == "vim_small"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(typo=1), "typo"),
+    (dict(pruning_layers=(3, 1)), "ascend"),
+    (dict(pruning_layers=(1, 5)), "1 ... 4"),
+    (dict(token_keep=(0.5, 0.7)), "must not ascend"),
+    (dict(token_keep=(1.2, 0.7)), r"\(0, 1\]"),
+    (dict(token_keep=(0.7,)), "one fraction for each"),
+    (dict(scorer_input="x"), "hidden, B, delta"),
+    (dict(token_strategy="best"), "learned, random, static"),
+    (dict(img_size=4), "smaller than the patch size"),
+    (dict(num_registers=4), "MambaReg"),
+])
+def test_bad_arguments_are_errors(arguments, message):
+    defaults = SMALL | dict(pruning_layers=(1, 3), token_keep=(0.7, 0.4))
+    with pytest.raises((TypeError, ValueError), match=message):
+        DynamicVisionMamba(FAMILIES["vim"], **(defaults | arguments))
+
+
+def test_register_reduction_must_divide():
+    with pytest.raises(ValueError, match="must divide num_registers 5"):
+        small("mambareg", dynamic=False, num_registers=5)
+
+
+def test_no_pretrained_weights():
+    with pytest.raises(ValueError, match="--model-path"):
+        timm.create_model("vim_tiny", pretrained=True)
+
+
+def test_wrong_image_size():
+    with pytest.raises(ValueError, match="48 x 32, the model takes 32 x 32"):
+        small("vim", dynamic=False)(torch.zeros(1, 3, 48, 32))
+
+
+@pytest.mark.parametrize("layout", [MiddleClassToken(), HeadClassToken(), SpreadRegisters(4)])
+def test_insert_and_extract_undo_each_other(layout):
+    patches, class_tokens = torch.randn(3, 11, 2), torch.randn(3, layout.num_tokens, 2)
+    same = layout.positions(11)
+    each = layout.positions(torch.tensor([11, 6, 0]))
+    assert tuple(each[0].tolist()) == same
+    for positions in (same, each):
+        sequence = insert(patches, class_tokens, positions)
+        assert torch.equal(read(sequence, positions), class_tokens)
+        back = extract(sequence, positions)
+        assert torch.equal(back[0], patches) and torch.equal(back[1], class_tokens)
+    shared = torch.tensor(same).expand(3, -1)
+    assert torch.equal(insert(patches, class_tokens, same), insert(patches, class_tokens, shared))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initialisation(family):
+    model = small(family, dynamic=True, embed_dim=64, depth=4)
+    for layer in model.layers:
+        for dt_proj in (layer.mixer.dt_proj, layer.mixer.dt_proj_b):
+            steps = torch.nn.functional.softplus(dt_proj.bias)
+            assert 1e-3 * 0.999 <= steps.min() and steps.max() <= 0.1 * 1.001
+            assert dt_proj.weight.abs().max() <= dt_proj.in_features**-0.5
+        assert torch.allclose(layer.mixer.A_log[0].exp(), torch.arange(1.0, 17))
+        assert (layer.mixer.D == 1).all()
+        assert not layer.mixer.block_head.weight.any() and (layer.mixer.block_head.bias == 5).all()
+    assert model.layers[0].mixer.out_proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.15)
+    for name in ("cls_token", "pos_embed"):
+        assert getattr(model, name).std().item() == pytest.approx(0.02, rel=0.3)
+    decayed = {name for name, p in model.named_parameters() if p.ndim > 1} - model.no_weight_decay()
+    assert not [name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("routed", [False, True])
+def test_masked_training_equals_pruned_evaluation(family, routed, monkeypatch):
+    """For equal decisions, training's masked path and evaluation's pruned path give the same logits."""
+    model = small(family, dynamic=True, route_blocks=routed).double()
+    patches = model.num_patches
+    if routed:  # routers that differ between images, layers and directions
+        for layer in model.layers:
+            torch.nn.init.normal_(layer.mixer.block_head.weight, std=20.0)
+            torch.nn.init.zeros_(layer.mixer.block_head.bias)
+        monkeypatch.setattr(sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype))
+    gates = []
+    for counts in [(patches, patches), (patches, 1), (1, 1), (0, 0), (9, 0), (9, 4), (13, 7), (5, 5)]:
+        image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+        slots = [torch.randperm(before)[:after].sort().values[None]
+                 for before, after in zip((patches, counts[0]), counts, strict=True)]
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "keep_decision", lambda log_probs, name, slots=slots: torch.zeros_like(
+                log_probs[..., 0]).scatter(1, slots[int(name[-1])], 1.0))
+            trained = model.train()(image)
+            patch.setattr(model, "kept_counts", lambda counts=counts: list(counts))
+            patch.setattr(backbone, "best_in_order", lambda scores, count, left=list(slots): left.pop(0))
+            pruned = model.eval()(image)
+        assert pruned.tokens.shape[1] == counts[1] == int(trained.keep.sum())
+        assert torch.equal(trained.gates.double(), pruned.gates.double())
+        torch.testing.assert_close(trained.logits, pruned.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(trained.tokens[:, :counts[1]], pruned.tokens, atol=1e-5, rtol=0)
+        assert torch.equal(trained.positions[:, :counts[1]], pruned.positions)
+        gates.append(pruned.gates)
+    if routed:
+        assert 0 < torch.stack(gates).mean() < 1
+
+
+def test_evaluation_keeps_the_published_counts():
+    model = timm.create_model("dyvm_vim_tiny", depth=19)
+    for ratio, counts in ((0.7, [137, 96, 67]), (0.8, [156, 125, 100]), (0.9, [176, 158, 142])):
+        model.set_token_keep(cumulative_keep(ratio, 3))
+        assert model.kept_counts() == counts
+
+
+def test_dropped_tokens_stay_dropped():
+    model = small("vim", dynamic=True).train()
+    result = model(torch.randn(6, 3, 32, 32))
+    first, second = (decision.detach() for decision in result.decisions)
+    dead = first.sum(1, keepdim=True) <= torch.arange(first.shape[1])
+    assert dead.any() and not second[dead].any()
+
+
+@pytest.mark.parametrize("strategy", ["random", "static"])
+def test_baseline_strategies_keep_the_budget_and_are_nested(strategy):
+    model = small("vim", dynamic=True, token_strategy=strategy)
+    images = torch.randn(4, 3, 32, 32)
+    trained = model.train()(images)
+    assert [decision.sum(1).unique().tolist() for decision in trained.decisions] == [[11.0], [6.0]]
+    evaluated = model.eval()(images)
+    assert [kept.shape[1] for kept in evaluated.kept] == [11, 6]
+    for outer, inner in zip(*evaluated.kept, strict=True):
+        assert set(inner.tolist()) <= set(outer.tolist())
+    if strategy == "static":
+        assert torch.equal(trained.positions[:, :6], evaluated.positions)
+    else:
+        alone = torch.cat([model(image[None]).positions for image in images])
+        assert torch.equal(alone, evaluated.positions), "an image keeps the same tokens in any batch"
+        assert len({tuple(kept.tolist()) for kept in evaluated.positions}) > 1
+
+
+@pytest.mark.parametrize("scorer_input", ["B", "delta"])
+def test_scorer_inputs_train(scorer_input):
+    model = small("vim", dynamic=True, scorer_input=scorer_input).train()
+    result = model(torch.randn(2, 3, 32, 32))
+    sum(decision.sum() for decision in result.decisions).backward()
+    gradient = model.score_predictors[0].in_conv[1].weight.grad
+    assert gradient.shape[0] == {"B": 16, "delta": 32}[scorer_input] and gradient.any()
+    assert model.eval()(torch.randn(2, 3, 32, 32)).kept[1].shape == (2, 6)
+
+
+def test_forward_is_the_same_alone_and_in_a_batch():
+    model = small("vim", dynamic=True).eval()
+    images = torch.randn(3, 3, 32, 32)
+    together = model(images).logits
+    torch.testing.assert_close(torch.cat([model(image[None]).logits for image in images]), together,
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_autocast_trains_without_nan():
+    model = small("vim", dynamic=True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = model(torch.randn(4, 3, 32, 32))
+            loss = result.logits.float().square().mean() + result.tokens.float().square().mean()
+            loss = loss + sum(d.mean() for d in result.decisions) + result.gates.mean()
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.isfinite(g).all() for g in gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() for p in model.parameters())

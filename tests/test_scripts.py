@@ -1,0 +1,283 @@
+"""The shell scripts: the recipes' numbers, what they launch and what they say to a wrong environment, with stand-ins
+for slow programs (python, srun) so that nothing is trained."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.shell import ROOT, environment, one_line, program, run, wait_for
+
+SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
+
+# The paper's recipes for ImageNet-1K: model, images per GPU, learning rate, token keep ratio, block keep ratio.
+RECIPES = {
+    "vim-t": ("dyvm_vim_tiny", 128, 3e-5, 0.9, 0.8),
+    "vim-s": ("dyvm_vim_small", 64, 5e-5, 0.7, 0.8),
+    "vim-b": ("dyvm_vim_base", 32, 5e-5, 0.7, 0.7),
+    "videomamba-t": ("dyvm_videomamba_tiny", 128, 3e-5, 0.9, 0.8),
+    "videomamba-s": ("dyvm_videomamba_small", 64, 5e-5, 0.7, 0.8),
+    "mambareg-s": ("dyvm_mambareg_small", 64, 5e-5, 0.7, 0.8),
+    "mambareg-b": ("dyvm_mambareg_base", 32, 5e-5, 0.7, 0.7),
+}
+SHARED_RECIPE = {
+    "method": "dyvm", "data-set": "IMNET", "epochs": 30, "sched": "cosine", "warmup-epochs": 5, "warmup-lr": 1e-5,
+    "min-lr": 1e-6, "opt": "adamw", "weight-decay": 1e-8, "drop-path": 0, "model-ema-decay": 0.99996, "amp": "off",
+    "repeated-aug": True, "aa": "rand-m9-mstd0.5-inc1", "color-jitter": 0.3, "train-interpolation": "bicubic",
+    "reprob": 0.25, "remode": "pixel", "mixup": 0.8, "cutmix": 1, "smoothing": 0.1, "eval-crop-ratio": 0.875,
+    "token-pruning-weight": 10, "block-pruning-weight": 10,
+}
+
+
+def flags_of(command):
+    """{flag: value} of a printed command's part behind main.py; the last one wins, as in argparse."""
+    words = shlex.split(command)
+    words = words[next(i for i, word in enumerate(words) if word.endswith("main.py")) + 1:]
+    flags = {}
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            flags[word.removeprefix("--")] = True if following.startswith("--") else following
+    return flags
+
+
+def same_value(printed, expected):
+    return printed == expected if isinstance(expected, (bool, str)) else float(printed) == expected
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A teacher's checkpoint and a data folder, as variables of the environment."""
+    (tmp_path / "dense model.pth").touch()
+    (tmp_path / "images").mkdir()
+    return {"MODEL_PATH": tmp_path / "dense model.pth", "DATA_PATH": tmp_path / "images"}
+
+
+# Syntax and documents
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_syntax(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("document", [*ROOT.glob("*.md"), *SCRIPTS], ids=lambda path: path.name)
+def test_named_files_exist(document):
+    """Every script and program that the README or a script's launch lines name is there."""
+    named = re.findall(r"(?:bash|python3?|sbatch.*) ((?:scripts|benchmarks|tests)/[\w/-]+\.(?:sh|py)|main\.py)",
+                       document.read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_the_papers(name, inputs):
+    result = run(f"scripts/{name}.sh", DRY_RUN=1, GPUS=4, PYTHON="python3", **inputs)
+    assert result.returncode == 0, result.stderr
+    assert "torch.distributed.run --standalone --nproc_per_node=4 " in result.stdout
+    model, batch, lr, token_keep, block_keep = RECIPES[name]
+    expected = SHARED_RECIPE | {
+        "model": model, "batch-size": batch, "lr": lr, "token-keep-ratio": token_keep, "block-keep-ratio": block_keep,
+        "model-path": str(inputs["MODEL_PATH"]), "data-path": str(inputs["DATA_PATH"]),
+        "output_dir": str(ROOT / "output" / name),
+    }
+    flags = flags_of(result.stdout)
+    assert flags.keys() == expected.keys()
+    assert {flag: flags[flag] for flag in expected if not same_value(flags[flag], expected[flag])} == {}
+
+
+def test_main_knows_every_flag_of_the_recipes(inputs):
+    usage = subprocess.run([sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True).stdout
+    commands = [run("scripts/vim-t.sh", DRY_RUN=1, **inputs).stdout, run("scripts/eval.sh", DRY_RUN=1, **inputs).stdout]
+    demo = (ROOT / "scripts/demo.sh").read_text()
+    flags = {f"--{flag}" for command in commands for flag in flags_of(command)}
+    flags |= set(re.findall(r"(?<=\s)--[\w-]+", demo)) - {"--logdir"}
+    assert {flag for flag in flags if not re.search(rf"{flag}\b(?!-)", usage)} == set()
+
+
+def test_extra_flags_win(inputs):
+    result = run("scripts/vim-s.sh", "--lr", "1e-3", "--no-repeated-aug", DRY_RUN=1, OUTPUT="/runs/a b", **inputs)
+    flags = flags_of(result.stdout)
+    assert flags["lr"] == "1e-3"
+    assert flags["output_dir"] == "/runs/a b"
+    assert result.stdout.rstrip().endswith("--no-repeated-aug")
+
+
+@pytest.mark.parametrize("devices, processes", [("0,1,3", 3), ("2", 1), ("", 1), ("-1", 1)])
+def test_one_process_for_each_visible_gpu(devices, processes, inputs):
+    result = run("scripts/vim-s.sh", DRY_RUN=1, CUDA_VISIBLE_DEVICES=devices, **inputs)
+    assert f"--nproc_per_node={processes} " in result.stdout
+
+
+def test_gpus_are_counted_by_the_driver(inputs, tmp_path):
+    program(tmp_path / "bin/nvidia-smi", 'printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"')
+    result = run("scripts/vim-s.sh", DRY_RUN=1, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **inputs)
+    assert "--nproc_per_node=2 " in result.stdout
+
+
+@pytest.mark.parametrize("script", [f"scripts/{name}.sh" for name in [*RECIPES, "eval"]])
+@pytest.mark.parametrize("variable", ["MODEL_PATH", "DATA_PATH"])
+def test_missing_variables(script, variable, inputs):
+    unset = {name: value for name, value in inputs.items() if name != variable}
+    assert f"{variable} is not set" in one_line(run(script, DRY_RUN=1, **unset), 2)
+    message = one_line(run(script, DRY_RUN=1, **unset, **{variable: "/nowhere/at all"}), 1)
+    assert f"{variable}=/nowhere/at all does not exist" in message
+
+
+@pytest.mark.parametrize("gpus", ["0", "two", "-1"])
+def test_wrong_gpus(gpus, inputs):
+    assert f"GPUS={gpus} is not" in one_line(run("scripts/vim-s.sh", DRY_RUN=1, GPUS=gpus, **inputs), 2)
+
+
+def test_eval_command(inputs):
+    flags = flags_of(run("scripts/eval.sh", "--model", "dyvm_vim_small", DRY_RUN=1, **inputs).stdout)
+    assert flags["eval"] is True
+    assert flags["model-path"] == str(inputs["MODEL_PATH"])
+    assert flags["model"] == "dyvm_vim_small"
+
+
+# SLURM
+
+
+@pytest.fixture
+def cluster(tmp_path, inputs):
+    """Variables of a job on two nodes, with stand-ins for SLURM's programs; scontrol's calls go to a file."""
+    program(tmp_path / "bin/scontrol", f'''
+if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$@" >>{tmp_path}/scontrol.log; fi''')
+    program(tmp_path / "bin/srun", 'exec "$@"')
+    python = program(tmp_path / "bin/checked-python", "exit 0")
+    return inputs | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": python, "SLURM_JOB_ID": 12345,
+        "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": ROOT,
+    }
+
+
+def test_slurm_rendezvous(cluster, tmp_path):
+    result = run("scripts/slurm.sh", "scripts/vim-s.sh", "--epochs", "2", DRY_RUN=1, cwd=tmp_path, **cluster)
+    assert result.returncode == 0, result.stderr
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345 --rdzv-endpoint=node7:22345 " in result.stdout
+    assert "--standalone" not in result.stdout
+    flags = flags_of(result.stdout)
+    assert (flags["resume"], flags["epochs"], flags["model"]) == ("auto", "2", "dyvm_vim_small")
+
+
+def test_slurm_requeues_an_interrupted_job_once_it_has_saved(cluster, tmp_path):
+    program(tmp_path / "bin/srun", f'''
+trap 'sleep 0.3; touch {tmp_path}/saved; exit 1' USR1
+touch {tmp_path}/started
+while :; do sleep 0.05; done''')
+    job = subprocess.Popen(["bash", ROOT / "scripts/slurm.sh", "scripts/vim-s.sh"], env=environment(**cluster),
+                           stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "started")
+    job.send_signal(signal.SIGUSR1)
+    message = job.communicate(timeout=20)[1]
+    assert job.returncode == 0
+    assert "job 12345 was interrupted" in message
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 12345\n"
+
+
+def test_slurm_passes_a_failure_on(cluster, tmp_path):
+    program(tmp_path / "bin/srun", "exit 3")
+    assert run("scripts/slurm.sh", "scripts/vim-s.sh", **cluster).returncode == 3
+    assert not (tmp_path / "scontrol.log").exists()
+
+
+def test_slurm_says_how_to_submit(cluster, tmp_path):
+    assert "submit it with: sbatch" in one_line(run("scripts/slurm.sh", "scripts/vim-s.sh"), 1)
+    assert "is not a recipe" in one_line(run("scripts/slurm.sh", "scripts/none.sh", **cluster), 1)
+    elsewhere = cluster | {"SLURM_SUBMIT_DIR": tmp_path}
+    assert "not the repository's root" in one_line(run("scripts/slurm.sh", "scripts/vim-s.sh", **elsewhere), 1)
+
+
+# test.sh, gpu_check.sh and demo.sh with a python that notes what it is asked to run
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A python that notes its arguments in calls.log; `-` runs what it is given, `-c` (the checks) always succeeds."""
+    return program(tmp_path / "python", f'''
+case "$1" in
+  -) exec {sys.executable} "$@" ;;
+  -c) exit ;;
+esac
+printf '%q ' "$@" >>{tmp_path}/calls.log
+echo "GOLDEN_DIR=${{GOLDEN_DIR:-}}" >>{tmp_path}/calls.log
+case "$*" in
+  *benchmarks/model.py*) echo "a line of the benchmark"; exit 7 ;;
+  *benchmarks/train.py*) sleep 20 ;;
+  *"-m gpu"*) echo "3 passed in 1.00s" ;;
+esac''')
+
+
+def test_test_command(python, tmp_path):
+    assert run("scripts/test.sh", PYTHON=python, cwd=tmp_path).returncode == 0
+    ruff, everything = (tmp_path / "calls.log").read_text().splitlines()
+    assert ruff.startswith("-m ruff check . ")
+    assert everything.startswith("-m pytest ")
+    assert "--cov=models " in everything
+    assert "--cov-fail-under=80 " in everything
+    assert everything.endswith(f"GOLDEN_DIR={ROOT.parent / 'shared/golden'}")
+    run("scripts/test.sh", "tests/test_flops.py", "-k", "paper", PYTHON=python, GOLDEN_DIR="vectors", cwd=tmp_path)
+    part = (tmp_path / "calls.log").read_text().splitlines()[-1]
+    assert "tests/test_flops.py -k paper " in part
+    assert "--cov-fail-under" not in part
+    assert part.endswith(f"GOLDEN_DIR={tmp_path / 'vectors'}")
+
+
+def test_ci_runs_the_test_command(python, tmp_path):
+    assert run(".ci/run", PYTHON=python, cwd=tmp_path).returncode == 0
+    of_ci = (tmp_path / "calls.log").read_text()
+    run("scripts/test.sh", PYTHON=python)
+    assert (tmp_path / "calls.log").read_text() == 2 * of_ci
+
+
+def test_test_command_names_what_is_missing(tmp_path):
+    python = program(tmp_path / "python", '[[ $2 != *pytest_cov* ]]')
+    assert f"{python} has no pytest_cov" in one_line(run("scripts/test.sh", PYTHON=python), 1)
+
+
+def test_gpu_check_goes_on_after_a_failure(python, tmp_path):
+    result = run("scripts/gpu_check.sh", "results", PYTHON=python, BENCHMARK_SECONDS=1, cwd=tmp_path)
+    assert result.returncode == 1
+    rows = {line.split("  ")[0]: line for line in (tmp_path / "results/summary.txt").read_text().splitlines()}
+    assert re.search(r"passed .* 3 passed in 1.00s", rows["tests"])
+    assert " passed " in rows["benchmark ops"]
+    assert re.search(r"failed \(exit 7\) .* a line of the benchmark", rows["benchmark model"])
+    assert "out of time" in rows["benchmark train"]
+    assert result.stdout.endswith((tmp_path / "results/summary.txt").read_text())
+    calls = (tmp_path / "calls.log").read_text()
+    assert f"benchmarks/ops.py --device cuda --output {tmp_path}/results/ops.json" in calls
+
+
+def test_gpu_check_without_a_gpu(tmp_path):
+    python = program(tmp_path / "python", '[[ $2 != *cuda* ]]')
+    assert "PyTorch sees no CUDA device" in one_line(run("scripts/gpu_check.sh", tmp_path / "out", PYTHON=python), 1)
+    assert "name one folder" in one_line(run("scripts/gpu_check.sh"), 2)
+    (tmp_path / "file").touch()
+    assert "cannot write to" in one_line(run("scripts/gpu_check.sh", tmp_path / "file", PYTHON=python), 1)
+
+
+def test_demo_closes_with_a_table(python, tmp_path):
+    report = {
+        "dense": {"top1": 98.9, "flops": {"paper": 20e6, "exact": 25e6}, "images_per_s": 100.0},
+        "dynamic": {"top1": 98.1, "flops": {"paper": 12e6, "exact": 15e6}, "images_per_s": 150.0},
+        "reduction": {"paper": 0.4, "exact": 0.4}, "speedup": 1.5, "data_set": "DIGITS", "device": "cpu",
+    }
+    (tmp_path / "demo/dyvm").mkdir(parents=True)
+    (tmp_path / "demo/dyvm/eval.json").write_text(json.dumps(report))
+    result = run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DYVM=3)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"top-1 % +98\.90 +98\.10 +-0\.80", result.stdout)
+    assert re.search(r"MFLOPs \(exact\) +25\.00 +15\.00 +-40\.0 %", result.stdout)
+    dense, student, evaluation = map(flags_of, (tmp_path / "calls.log").read_text().splitlines())
+    assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "30")
+    assert (student["method"], student["model"], student["epochs"]) == ("dyvm", "dyvm_vim_micro", "3")
+    assert student["model-path"] == evaluation["dense-path"] == f"{tmp_path}/demo/dense/best_checkpoint.pth"
+    assert evaluation["model-path"] == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"

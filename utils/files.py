@@ -1,0 +1,105 @@
+"""Files that are either whole or not there: atomic writing, checksums, the output folder."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+from .errors import UserError, storage_problem
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, previous: Optional[Path] = None) -> Iterator[BinaryIO]:
+    """A binary file, readable and writable, that takes the place of `path` only when the block ends without an error.
+
+    Whoever reads `path`, at any moment and after any kill, finds the old content or the new one. With `previous`,
+    the old content is kept under that name; then `path` is absent for the instant between two renames.
+
+    Raises UserError when the file cannot be written (disk full, read-only folder, ...); the temporary file is removed
+    and whatever stood at `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        raise UserError(f"cannot write {path}: {problem}; files saved earlier are intact") from error
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of their attempts to write `path`."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON, atomically; what JSON does not know (paths, devices) becomes its text."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def hash_stream(file: BinaryIO, size: Optional[int] = None) -> str:
+    """SHA-256 (hexadecimal) of the first `size` bytes of `file`, or of all of it."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
+    left = file.seek(0, os.SEEK_END) if size is None else size
+    file.seek(0)
+    while left > 0 and (count := file.readinto(block[: min(left, len(block))])):
+        digest.update(block[:count])
+        left -= count
+    return digest.hexdigest()
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 (hexadecimal) of a whole file, as `sha256sum` prints it. Raises UserError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hash_stream(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def prepare_output_dir(path: str | os.PathLike) -> Path:
+    """Create the output folder if need be and prove that it can be written, before any time is spent on training.
+
+    Raises UserError otherwise.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    return folder

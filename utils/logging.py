@@ -1,0 +1,206 @@
+"""What a run tells: the console, `log.txt` and `args.json`, averages, the progress bar and TensorBoard."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .distributed import Distributed
+from .errors import UserError
+from .files import atomic_file, write_json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_logger = logging.getLogger(__name__)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Lines on standard output that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup_logging(is_main: bool = True, level: int = logging.INFO) -> None:
+    """One format for the whole program; ranks other than the main one tell errors only."""
+    handler = _ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level if is_main else logging.ERROR, handlers=[handler], force=True)
+
+
+def write_args(output_dir: str | os.PathLike, args: argparse.Namespace) -> None:
+    """Record the flags of the run in `args.json`."""
+    write_json(Path(output_dir) / "args.json", vars(args))
+
+
+class EpochLog:
+    """`log.txt`: one JSON object a line, one line an epoch (key `epoch`), only whole lines.
+
+    A run that resumes does some epochs again: `resume_at` drops their lines, so that each epoch stands there once.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.path = Path(output_dir) / "log.txt"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add an epoch's line. Numbers that are not finite become null, since JSON has no word for them."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def resume_at(self, epoch: int) -> None:
+        """Keep the lines of the epochs before `epoch`; a line that a kill cut off goes too."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_before(line, epoch)]
+        with atomic_file(self.path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
+
+
+def _is_before(line: str, epoch: int) -> bool:
+    try:
+        return json.loads(line)["epoch"] < epoch
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Averages:
+    """Means of named scalars over many steps. Tensors are summed where they are; only reading makes the host wait."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, count: int = 1, **means: Tensor | float) -> None:
+        """Add means over `count` images each. Tensors have one element; they are summed in float64 on their device."""
+        for name, mean in means.items():
+            value = mean.detach().double() if isinstance(mean, Tensor) else float(mean)
+            self._sums[name] = self._sums.get(name, 0.0) + value * count
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def means(self, distributed: Optional[Distributed] = None) -> dict[str, float]:
+        """The means so far, in the order of the first update; with `distributed` over all ranks.
+
+        Every rank must then call it, after updates under the same names.
+        """
+        totals = torch.tensor([self._read_sums(), list(self._counts.values())], dtype=torch.float64)
+        if distributed is not None:
+            totals = distributed.all_reduce_sum(totals)
+        return dict(zip(self._sums, (totals[0] / totals[1]).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, list]:
+        """Sums and counts, so that an epoch that was interrupted ends with the same means."""
+        sums = self._read_sums()
+        return {name: [total, self._counts[name]] for name, total in zip(self._sums, sums, strict=True)}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self._sums = {name: total for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
+
+    def _read_sums(self) -> list[float]:
+        """All sums at the price of one wait, not one a name."""
+        tensors = {name: total for name, total in self._sums.items() if isinstance(total, Tensor)}
+        if not tensors:
+            return [float(total) for total in self._sums.values()]
+        read = dict(zip(tensors, torch.stack([t.reshape(()) for t in tensors.values()]).tolist(), strict=True))
+        return [read.get(name, total) for name, total in self._sums.items()]
+
+
+class Progress:
+    """Iterates and shows how far it is: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    `status` gives the text behind the bar. It is called only when something is shown, every `refresh_s` seconds on a
+    terminal and every `line_s` elsewhere, so it may read numbers from the device.
+    """
+
+    _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]{postfix}"
+
+    def __init__(
+        self,
+        iterable: Iterable,
+        description: str,
+        *,
+        total: Optional[int] = None,
+        initial: int = 0,
+        status: Optional[Callable[[], str]] = None,
+        shown: bool = True,
+        refresh_s: float = 2.0,
+        line_s: float = 30.0,
+        stream: Optional[TextIO] = None,
+    ):
+        self._iterable, self._description, self._initial, self._shown = iterable, description, initial, shown
+        self._total = len(iterable) + initial if total is None else total  # type: ignore[arg-type]
+        self._status = status or (lambda: "")
+        self._refresh_s, self._line_s = refresh_s, line_s
+        self._stream = stream or sys.stderr
+
+    def __iter__(self) -> Iterator:
+        if not self._shown:
+            return iter(self._iterable)
+        return self._with_bar() if self._stream.isatty() else self._with_lines()
+
+    def _with_bar(self) -> Iterator:
+        with tqdm(
+            total=self._total, initial=self._initial, desc=self._description, file=self._stream, dynamic_ncols=True,
+            leave=False,
+        ) as bar:  # fmt: skip
+            due = time.monotonic()
+            for item in self._iterable:
+                yield item
+                if time.monotonic() >= due:
+                    bar.set_postfix_str(self._status(), refresh=False)
+                    due = time.monotonic() + self._refresh_s
+                bar.update()
+
+    def _with_lines(self) -> Iterator:
+        start = time.monotonic()
+        due = start + self._line_s
+        for done, item in enumerate(self._iterable, start=self._initial + 1):
+            yield item
+            if time.monotonic() >= due:
+                elapsed = time.monotonic() - start
+                line = tqdm.format_meter(
+                    done, self._total, elapsed, prefix=self._description, postfix=self._status(),
+                    initial=self._initial, bar_format=self._LINE,
+                )  # fmt: skip
+                _logger.info("%s", line)
+                due = time.monotonic() + self._line_s
+
+
+def tensorboard_writer(
+    output_dir: str | os.PathLike, distributed: Distributed, purge_step: Optional[int] = None
+) -> Optional["SummaryWriter"]:
+    """A SummaryWriter on the main rank, None elsewhere.
+
+    `purge_step` is the first step of a resumed run: TensorBoard then hides what came at and after it before.
+    """
+    if not distributed.is_main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main rank needs it
+
+    return SummaryWriter(str(output_dir), purge_step=purge_step)

@@ -1,0 +1,53 @@
+"""Being told to leave: SIGTERM and SIGUSR1 ask for an orderly end, and the training loop obeys after its step.
+
+    preemption.install()
+    ...
+    if distributed.agree_any(preemption.requested()):   # every rank stops after the same step
+        save, wait for the writer, distributed.shutdown(), return preemption.EXIT_CODE
+
+Schedulers send SIGTERM before they take a node away, and SLURM sends SIGUSR1 ahead of the time limit when asked to
+(`#SBATCH --signal=USR1@120`).
+"""
+
+import signal
+from types import FrameType
+from typing import Optional
+
+# sysexits.h's EX_TEMPFAIL: it failed for now, try again. `scripts/slurm.sh` requeues a job that ends with it. Like
+# every code but 0 it makes `torchrun --max-restarts` start the workers again.
+EXIT_CODE = 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_received: Optional[signal.Signals] = None
+
+
+def install() -> None:
+    """Let SIGTERM and SIGUSR1 set a flag instead of ending the process. Call in the main thread of every rank."""
+    for number in SIGNALS:
+        signal.signal(number, _remember)
+
+
+def requested() -> bool:
+    """Whether this process was told to leave; ask `Distributed.agree_any` before acting on it."""
+    return _received is not None
+
+
+def received() -> Optional[str]:
+    """Name of the signal that came last, for the log."""
+    return None if _received is None else _received.name
+
+
+def shield_worker() -> None:
+    """For the worker_init_fn of a DataLoader: let the main process decide when its workers end.
+
+    Schedulers and terminals send their signals to every process of a job. A worker that dies of one takes the step
+    with it that the main process is about to finish. Workers still end with their parent, which they watch.
+    """
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _remember(number: int, frame: Optional[FrameType]) -> None:
+    global _received
+    _received = signal.Signals(number)
