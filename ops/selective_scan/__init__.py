@@ -29,7 +29,7 @@ __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "
            "ssm_branch"]
 
 PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
-_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # where a backend's module has another name than the backend
+_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named like their backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .triton_forward import LN2, LOG2E, _length, _load_channels, _load_masked_row, _row, _sigmoid, _step_size
 
-GROUP = 4  # steps whose states the backward pass holds in registers
+SMALLEST_GROUP = 2  # the most scratch memory that scan_backward uses is for groups of so many steps
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -43,13 +43,13 @@ def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr)
     """[N, 16] whose columns 0 and 1 are the sums of by_b and by_c [N, BLOCK] over the channels. column [1, 16].
 
     The sum runs on the matrix units (times a matrix that is one in a single column): sums between threads by shuffles
-    would cost more than all other arithmetic of the step. The products are rounded to bfloat16 on the way, which is
-    why float32 tensors (not MATRIX) take the slow road.
+    would cost more than all other arithmetic of the step. They round to 11 bits on the way (TF32), finer than
+    bfloat16 but not float32, whose tensors take the slow road (not MATRIX).
     """
     if MATRIX:
         every = tl.arange(0, BLOCK)[:, None] >= 0
-        sums = tl.dot(by_b.to(tl.bfloat16), ((column == 0) & every).to(tl.bfloat16))
-        return tl.dot(by_c.to(tl.bfloat16), ((column == 1) & every).to(tl.bfloat16), sums)
+        sums = tl.dot(by_b, ((column == 0) & every).to(tl.float32), input_precision="tf32")
+        return tl.dot(by_c, ((column == 1) & every).to(tl.float32), sums, input_precision="tf32")
     else:
         return tl.where(column == 0, tl.sum(by_b, axis=1)[:, None], tl.sum(by_c, axis=1)[:, None])
 
@@ -69,9 +69,10 @@ def _recompute(h, u, dt, bc, stride_bc, a, bias, s, n, E, c, inside, ns, exact: 
 
 @triton.jit
 def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bias, checkpoints, scratch,
-                             grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, b, walk, direction: tl.constexpr,
-                             block, blocks, B, L, E, saved, c, inside, N: tl.constexpr, DIRECTIONS: tl.constexpr,
-                             REVERSE: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+                             grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, b, walk,
+                             direction: tl.constexpr, block, blocks, B, L, E, saved, c, inside, N: tl.constexpr,
+                             DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+                             GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """`walk` = direction * B + b: where this image and direction lie in tensors [G, B, ...]."""
     ns = tl.arange(0, N)
     tile = ns[:, None] * E + c[None, :]
@@ -180,7 +181,7 @@ def scan_backward(grad_y, u, dt, bc, stride_bc, lengths, active, stride_active, 
 
     grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc [K, G, B, L, 2N],
     grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias), grad_gate [G, B, K].
-    scratch [G, B, CHUNK / GROUP, N, E].
+    scratch [G, B, CHUNK / GROUP or more, N, E].
     """
     blocks = tl.cdiv(E, BLOCK)
     block = tl.program_id(0) % blocks
@@ -228,6 +229,11 @@ def _load_conv(weight, bias, c, inside):
     return (_load_channels(weight, 4, c, inside), _load_channels(weight + 1, 4, c, inside),
             _load_channels(weight + 2, 4, c, inside), _load_channels(weight + 3, 4, c, inside)
             ), _load_channels(bias, 1, c, inside)
+
+
+@triton.jit
+def _add_taps(sums, g, row_0, row_1, row_2, row_3):
+    return sums[0] + g * row_0, sums[1] + g * row_1, sums[2] + g * row_2, sums[3] + g * row_3
 
 
 @triton.jit
@@ -284,14 +290,15 @@ def conv_backward(xz, stride_image, stride_token, mask, lengths, active, stride_
             g, by_mask = _conv_step(rows, grad_u + b * L * E, mask, weights_f, bias_f, t + 3, n_f, E, c, inside, False)
             grads_f = (grads_f[1], grads_f[2], grads_f[3], g)
             masks_f = (masks_f[1], masks_f[2], masks_f[3], by_mask)
-            sums_f = (sums_f[0] + g * rows[0], sums_f[1] + g * rows[1], sums_f[2] + g * rows[2], sums_f[3] + g * rows[3])
+            sums_f = _add_taps(sums_f, g, rows[0], rows[1], rows[2], rows[3])
             total_f += g
             for k in tl.static_range(4):
                 grad_x += weights_f[k] * grads_f[3 - k]
         if REVERSE:
-            g, by_mask_r = _conv_step(rows, grad_u + walk_r * L * E, mask, weights_r, bias_r, t, n_r, E, c, inside, True)
+            g, by_mask_r = _conv_step(rows, grad_u + walk_r * L * E, mask, weights_r, bias_r, t, n_r, E, c, inside,
+                                      True)
             grads_r = (grads_r[1], grads_r[2], grads_r[3], g)
-            sums_r = (sums_r[0] + g * rows[3], sums_r[1] + g * rows[2], sums_r[2] + g * rows[1], sums_r[3] + g * rows[0])
+            sums_r = _add_taps(sums_r, g, rows[3], rows[2], rows[1], rows[0])
             total_r += g
             for k in tl.static_range(4):
                 grad_x += weights_r[k] * grads_r[k]

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .reference import BranchParams
-from .triton_backward import GROUP, conv_backward, gate_backward, scan_backward
+from .triton_backward import SMALLEST_GROUP, conv_backward, gate_backward, scan_backward
 from .triton_forward import CHUNK, conv_forward, scan_forward
 
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -31,10 +31,13 @@ def _tuned(kernel, configs: list, key: list[str]):
     return triton.autotune(configs[:1] if _INTERPRETED else configs, key=key, cache_results=True)(kernel)
 
 
-_scan_forward = _tuned(scan_forward, [
+_scan_forward_kernel = _tuned(scan_forward, [
     triton.Config({"BLOCK": block, "PREFETCH": prefetch}, num_warps=warps, num_stages=1)
-    for block, warps in ((32, 1), (64, 1), (64, 2), (128, 4)) for prefetch in (False, True)
+    for block, warps, prefetch in ((32, 1, False), (32, 1, True), (64, 1, False), (64, 2, True), (128, 4, False))
 ], key=["E", "N", "SAVE", "BOTH", "batch_class"])
+_scan_backward_kernel = _tuned(scan_backward, [
+    triton.Config({"GROUP": group}, num_warps=1, num_stages=1) for group in (4, SMALLEST_GROUP)
+], key=["E", "N", "BOTH"])
 
 
 class _Call(NamedTuple):
@@ -149,7 +152,7 @@ def _forward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Te
     part = torch.empty_like(out) if save else out
     saved = max(triton.cdiv(L, CHUNK) - 1, 0)
     states = xz.new_empty((len(params), B, saved, N, E) if save else (0,), dtype=torch.float32)
-    _scan_forward[lambda config: (B * triton.cdiv(E, config["BLOCK"]),)](
+    _scan_forward_kernel[lambda config: (B * triton.cdiv(E, config["BLOCK"]),)](
         u, dt, projected[..., R:], R + 2 * N, xz[..., E:], xz.stride(0), xz.stride(1), *call.routing(), gates,
         *_scan_weights(params), part, out, states, B, L, E, saved, call.scale, B.bit_length(),
         N=N, BOTH=len(params) == 2, REVERSE=call.directions[0], SAVE=save, CHUNK=CHUNK)
@@ -225,15 +228,14 @@ def _scan_backward(call: _Call, grad_y: Tensor, u: Tensor, dt: Tensor, projected
     R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
     blocks = triton.cdiv(E, _BACKWARD_BLOCK)
     full = u.new_empty((0,), dtype=torch.float32).new_empty
-    scratch = full(G, B, CHUNK // GROUP, N, E)
+    scratch = full(G, B, CHUNK // SMALLEST_GROUP, N, E)
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
     grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
     grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
-    scan_backward[(B * blocks, G)](
+    _scan_backward_kernel[(B * blocks, G)](
         grad_y, u, dt, projected[..., R:], R + 2 * N, *call.routing(), gates, *_scan_weights(params), states, scratch,
         grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, B, L, E, states.shape[2],
-        N=N, BOTH=G == 2, REVERSE=call.directions[0], CHUNK=CHUNK, GROUP=GROUP, BLOCK=_BACKWARD_BLOCK,
-        num_warps=1, num_stages=1)
+        N=N, BOTH=G == 2, REVERSE=call.directions[0], CHUNK=CHUNK, BLOCK=_BACKWARD_BLOCK)
     grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
     return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate
 
