@@ -22,20 +22,18 @@ def signature(function, arguments: dict) -> tuple[dict, dict, dict]:
     types, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (value == 1 if type(value) is int else False):
-            types[name] = "constexpr"
-            constants[name] = value
-            if value == 1 and not parameter.is_constexpr and parameter.do_not_specialize:
-                types[name] = "i32"
-                del constants[name]
-        elif isinstance(value, torch.Tensor):
+        is_size = type(value) is int and not parameter.is_constexpr
+        if parameter.is_constexpr or value is None or (is_size and value == 1 and not parameter.do_not_specialize):
+            types[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
             types[name] = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64",
                                  torch.bool: "i1"}[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            divisible = value.data_ptr() % 16 == 0
         else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
-        if types[name] != "constexpr" and aligned:
+            types[name] = "i32" if is_size else "fp32"
+            divisible = is_size and value % 16 == 0 and not parameter.do_not_specialize
+        if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
