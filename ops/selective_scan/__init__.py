@@ -28,8 +28,8 @@ from .reference import BranchParams, branch_inputs
 __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
            "ssm_branch"]
 
-PREFERENCE = ("cpu", "torch", "reference")  # fastest first
-_MODULES = {"torch": "torch_lean"}  # where a backend's module has another name than the backend
+PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
+_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named like their backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
