@@ -33,7 +33,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few roundings.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 CHECKED = 2  # images compared with the definition
-SLOW_TO_TRAIN = ("sequential loop", "transformers")  # under autograd these take a minute a step
+# Under autograd these take up to a minute a step.
+SLOW_TO_TRAIN = ("sequential loop", "sequential loop, einsum", "transformers")
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,9 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384, help="d of the model; Vim-S has 384")
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
+    parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
     parser.add_argument("--rounds", type=int, default=15, help="samples of each rival")
     parser.add_argument("--retries", type=int, default=60, help="disturbed samples to redo, for each rival")
-    parser.add_argument("--slow", action="store_true", help=f"train {' and '.join(SLOW_TO_TRAIN)} too")
+    parser.add_argument("--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}")
     parser.add_argument("--output", type=Path, help="write the record as JSON")
     return parser.parse_args()
 
@@ -80,7 +82,8 @@ def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dic
         found[f"backend {name}"] = partial(backend, name)
     found["sequential loop"] = found.pop("backend reference")
     mambapy = rivals.mambapy_scan()
-    found |= {"chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
+    found |= {"sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
+              "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
               "torch.compile": rivals.with_core(rivals.compiled_chunks()),
               "mambapy": None if mambapy is None else rivals.with_core(mambapy),
               "transformers": rivals.transformers_mixer(forward, backward)}
@@ -184,6 +187,8 @@ def main() -> None:
               "batch": args.batch, "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
     wrong = []
     for name, train in (("forward", False), ("forward + backward", True)):
+        if args.passes not in ("both", "train" if train else "forward"):
+            continue
         record[name] = measure(args, train)
         ours = next(rival for rival in record[name] if rival.startswith("backend "))
         print(f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, {args.precision}, "

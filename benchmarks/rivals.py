@@ -40,6 +40,18 @@ def with_core(core: Core) -> Rival:
     return rival
 
 
+def einsum_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The usual way to write it: all decays and inputs first, as [B, E, L, N], then a loop over their slices."""
+    u, delta = u.transpose(1, 2), delta.transpose(1, 2)
+    decay = torch.exp(torch.einsum("bel,en->beln", delta, A))
+    inputs = torch.einsum("bel,bln,bel->beln", delta, B, u)
+    state, outputs = u.new_zeros(u.shape[0], *A.shape), []
+    for t in range(u.shape[2]):
+        state = decay[:, :, t] * state + inputs[:, :, t]
+        outputs.append(torch.einsum("ben,bn->be", state, C[:, t]))
+    return torch.stack(outputs, 1)
+
+
 def chunk_steps(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """A few steps from `state` [B, E, N]: (y of these steps, the state behind them)."""
     decay = torch.exp(delta.unsqueeze(-1) * A)
