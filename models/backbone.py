@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ops.rms_norm import add_rms_norm
 
@@ -117,6 +118,7 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(self._block(i, rates[i]) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate)
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
+        self.grad_checkpointing = False  # recompute each layer in the backward pass
         initialize(self)
 
     def _block(self, index: int, drop_path_rate: float, router: bool = False) -> Block:
@@ -142,6 +144,12 @@ class VisionMamba(nn.Module):
             pos_patches, pos_class = extract(self.pos_embed, self.layout.positions(self.num_patches))
         return patches + pos_patches, (self.cls_token + pos_class).expand(len(images), -1, -1)
 
+    def run_layer(self, layer: Block, *inputs) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """A layer's forward, its inner values kept or recomputed; its random numbers are the same both times."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
     def classify(self, class_tokens: Tensor) -> Tensor:
         """Class tokens after norm_f [B, n, d] -> logits [B, C]."""
         if self.family.registers:
@@ -160,7 +168,7 @@ class VisionMamba(nn.Module):
         class_positions = self.layout.positions(self.num_patches)
         hidden, residual = None, as_residual(insert(patches, class_tokens, class_positions))
         for layer in self.layers:
-            hidden, residual, _ = layer(hidden, residual, class_positions)
+            hidden, residual, _ = self.run_layer(layer, hidden, residual, class_positions)
         logits, tokens = self.finish(hidden, residual, class_positions)
         batch = len(images)
         return Result(
@@ -276,7 +284,7 @@ class DynamicVisionMamba(VisionMamba):
                 residual, hidden = take(mixed, reordered(order, class_positions, new_positions)), None
                 origin, policy, class_positions = take(origin, order), take(decision, order), new_positions
                 mask = insert(policy, policy.new_ones(new_positions.shape), new_positions)
-            hidden, residual, gate = layer(hidden, residual, class_positions, mask)
+            hidden, residual, gate = self.run_layer(layer, hidden, residual, class_positions, mask)
             gates.append(gate)
         logits, tokens = self.finish(hidden, residual, class_positions)
         return Result(logits, tokens, origin, policy.detach(), self._gates(gates, images), decisions=decisions)
