@@ -22,10 +22,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from datasets import Data
-from loaders import Batch
+from loading.loaders import Batch
+from loading.transforms import derive_seed
 from losses import batch_statistics, mean_over_ranks
 from models import Result, VisionMamba
-from transforms import derive_seed
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.logging import Averages, Progress

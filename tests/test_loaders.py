@@ -15,9 +15,9 @@ from data_helpers import make_folders, options, photo
 
 import datasets
 from datasets import build_data
-from images import BadImageError, ImageSet
-from loaders import MAX_REPLACEMENTS
-from samplers import EvalBatchSampler, TrainBatchSampler
+from loading.images import BadImageError, ImageSet
+from loading.loaders import MAX_REPLACEMENTS
+from loading.samplers import EvalBatchSampler, TrainBatchSampler
 from utils.errors import UserError
 
 

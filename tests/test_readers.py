@@ -11,8 +11,8 @@ import torch
 import webdataset
 from data_helpers import options, photo
 
-import readers
 from datasets import build_data
+from loading import readers
 from utils.errors import UsageError, UserError
 
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
-from samplers import EvalBatchSampler, TrainBatchSampler
-from transforms import eval_transform, random_state, train_transform
 from utils.errors import UsageError, UserError
+
+from .images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
+from .samplers import EvalBatchSampler, TrainBatchSampler
+from .transforms import eval_transform, random_state, train_transform
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
 MAX_REPLACEMENTS = 100
