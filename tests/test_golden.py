@@ -3,6 +3,7 @@
 Tolerances are those of the recordings' own README: float32 error measured against float64, with a margin.
 """
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from models.pruning import kept_first
 from models.weights import resize_pos_embed
 from ops import selective_scan
 from ops.selective_scan import reference
-
-from . import golden
 
 pytestmark = pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
 
