@@ -29,18 +29,23 @@ import options
 import resume
 from builders import build_dense, build_model, model_image_size, recorded_arguments, restore_model
 from datasets import Data, build_data
+from decisions import DecisionCounter
 from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
 from evaluation import evaluate_all, table
+from inference import Classifier
 from losses import DenseLoss, DynamicLoss
 from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from pictures import decision_picture
+from sweep import run_sweep
 from utils import preemption
 from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
 from utils.distributed import Distributed, init_distributed
+from utils.environment import describe_environment
 from utils.errors import run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
+from visualize import draw_samples
 
 _logger = logging.getLogger("dyvm")
 
@@ -158,6 +163,7 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
     log = EpochLog(args.output_dir)
     if distributed.is_main:
         write_args(args.output_dir, args)
+        write_json(Path(args.output_dir) / "environment.json", describe_environment())
         log.resume_at(run.epoch)
     tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
     _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model,
@@ -238,7 +244,7 @@ def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: 
         return None
     images = next(iter(data.val_batches())).images[:count]
     kept = model.eval()(images.to(device)).kept
-    return decision_picture(images, kept, model.num_patches, scale=max(1, 96 // images.shape[-1]))
+    return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 
 def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], data: Data,
@@ -247,10 +253,15 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     dense_trained = dense is not None
     if isinstance(model, DynamicVisionMamba) and dense is None:
         dense = build_dense(args, data.num_classes).to(distributed.device)
-    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed)
+    decisions = DecisionCounter(model, data.class_names)
+    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
+    totals = decisions.totals(distributed)
     if not distributed.is_main:
         return
     output = Path(args.output_dir)
+    if decisions.anything:
+        totals.write(output / "decisions")
+        draw_samples(Classifier(model, data.class_names, args, distributed.device), data, output / "decisions")
     write_json(output / "eval.json", report)
     print(table(report))
     picture = draw_decisions(model, data, distributed.device)
@@ -266,11 +277,17 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
     """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is known."""
     device = distributed.device
     model = restore_model(args, checkpoint, data.num_classes).to(device)
-    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
     dense = None
     if args.dense_path and args.method != "dense":
         dense = build_dense(args, data.num_classes).to(device)
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
+    environment = Path(args.output_dir) / "environment.json"
+    if distributed.is_main and not environment.exists():  # that of the training, if it wrote to this folder, stays
+        write_json(environment, describe_environment())
+    if args.sweep:
+        run_sweep(model, dense, recorded_arguments(checkpoint).get("token_keep_ratio"), data, args, distributed)
+        return
+    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
     report_evaluation(model, ema, dense, data, args, distributed)
 
 
