@@ -50,8 +50,9 @@ class DecisionTotals:
         """The numbers as CSV and their plots as PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.gates is not None:
-            write_csv(folder / "gates.csv", ("layer", *DIRECTIONS),
-                      ((layer, *map(_short, gate)) for layer, gate in enumerate(self.gates)))
+            stage = {layer: number for number, layer in enumerate(self.pruning_layers, start=1)}
+            write_csv(folder / "gates.csv", ("layer", *DIRECTIONS, "stage_before"),
+                      ((layer, *map(_short, gate), stage.get(layer, 0)) for layer, gate in enumerate(self.gates)))
             columns = [f"layer{layer}_{name}" for layer in range(len(self.gates)) for name in DIRECTIONS]
             write_csv(folder / "gates_per_class.csv", ("class", "images", *columns),
                       ((name, count, *map(_short, gate.ravel())) for name, count, gate in

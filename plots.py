@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import palette
-from palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, PAPER, SERIES
+from palette import ACCENT, BLUE, GRID, INK, MUTED, PAPER, SERIES
 from utils.files import atomic_file
 
 STYLE = {
@@ -31,8 +31,9 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "font.family": "DejaVu Sans",
     "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "dyvm", "image.cmap": "viridis",
 }
-# From never to always; the same for gates and for patches.
-SHARE = LinearSegmentedColormap.from_list("share", [FAINT, "#9cc3e6", BLUE, "#123a63"])
+# From never to always; the same for gates and for patches. None of the colours is one of the palette: a page in the
+# dark replaces those.
+SHARE = LinearSegmentedColormap.from_list("share", ["#edf2f7", "#9cc3e6", "#2d6db1", "#123a63"])
 MANY_CLASSES = 40  # from here on the names of classes no longer fit beside their rows
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
 
@@ -41,28 +42,31 @@ _COLOURS = {value: name.lower() for name, value in vars(palette).items()
 _COLOURS |= {value: f"series{index}" for index, value in enumerate(SERIES)}
 
 
+styled = matplotlib.rc_context(STYLE)
+
+
 def css_variables() -> str:
     """The palette as declarations of CSS variables, which the plots of `svg` refer to."""
     return " ".join(f"--{name}: {value};" for value, name in _COLOURS.items())
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
-        return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
+@styled
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    with matplotlib.rc_context(STYLE), atomic_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
 
+@styled
 def svg(figure: Figure, alt: str) -> str:
     """A figure as an <svg> element whose text is text, in the page's font, and whose colours are CSS variables."""
-    with matplotlib.rc_context(STYLE):
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()
     element = element[element.index("<svg"):]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
@@ -81,6 +85,7 @@ def _mark_stages(axes: Axes, pruning_layers: Sequence[int]) -> None:
         axes.axvline(layer - 0.5, color=ACCENT, linewidth=1.2, linestyle=(0, (2, 2)))
 
 
+@styled
 def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
     """Heat map of gate means [depth, 2]: layers across, directions down."""
     figure, [[axes]] = _figure(6.4, 1.9)
@@ -100,6 +105,7 @@ def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
     return figure
 
 
+@styled
 def gates_per_class(means: np.ndarray, names: Sequence[str]) -> Figure:
     """Heat maps of gate means [C, depth, 2], one a direction: layers across, classes down."""
     named = len(names) <= MANY_CLASSES
@@ -119,6 +125,7 @@ def gates_per_class(means: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
+@styled
 def costs(flops: np.ndarray) -> Figure:
     """Histogram of the operations of each image [N]."""
     factor, unit = (1e9, "GFLOPs") if flops.mean() >= 1e9 else (1e6, "MFLOPs")
@@ -132,6 +139,7 @@ def costs(flops: np.ndarray) -> Figure:
     return figure
 
 
+@styled
 def keep_maps(keep: np.ndarray) -> Figure:
     """Maps of how often each patch is kept, one a stage: [S, M] on a square grid."""
     side = round(keep.shape[1] ** 0.5)
@@ -147,6 +155,7 @@ def keep_maps(keep: np.ndarray) -> Figure:
     return figure
 
 
+@styled
 def over_epochs(name: str, runs: Mapping[int, tuple[Sequence[float], Sequence[float]]]) -> Figure:
     """One quantity over time; runs: {position of the run: (epochs, values)}, which sets the colour."""
     figure, [[axes]] = _figure(3.4, 2.1)
@@ -169,6 +178,7 @@ def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return front
 
 
+@styled
 def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
                  dense: Mapping[int, Optional[dict]]) -> Optional[Figure]:
     """Top-1 against operations (`axis` "exact" or "paper") or measured images/s; None where nothing was measured.
