@@ -37,9 +37,10 @@ SHARE = LinearSegmentedColormap.from_list("share", ["#edf2f7", "#9cc3e6", "#2d6d
 MANY_CLASSES = 40  # from here on the names of classes no longer fit beside their rows
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
 
-_COLOURS = {value: name.lower() for name, value in vars(palette).items()
-            if isinstance(value, str) and re.fullmatch("#[0-9a-f]{6}", value)}
-_COLOURS |= {value: f"series{index}" for index, value in enumerate(SERIES)}
+_VARIABLES = {name.lower(): value for name, value in vars(palette).items()
+              if isinstance(value, str) and re.fullmatch("#[0-9a-f]{6}", value)}
+_VARIABLES |= {f"series{index}": value for index, value in enumerate(SERIES)}
+_NAMES = {value: name for name, value in _VARIABLES.items()}
 
 
 styled = matplotlib.rc_context(STYLE)
@@ -47,7 +48,7 @@ styled = matplotlib.rc_context(STYLE)
 
 def css_variables() -> str:
     """The palette as declarations of CSS variables, which the plots of `svg` refer to."""
-    return " ".join(f"--{name}: {value};" for value, name in _COLOURS.items())
+    return " ".join(f"--{name}: {value};" for name, value in _VARIABLES.items())
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
@@ -74,9 +75,9 @@ def svg(figure: Figure, alt: str) -> str:
     # Ids are unique within a figure only, and a page holds many.
     prefix = f"f{zlib.crc32(element.encode()):08x}"
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", element)
-    element = re.sub(r"font: ([a-z\d ]*?)([\d.]+)px [^;\"]*", r"font: \g<1>\g<2>px var(--font)", element)
-    element = re.sub("#[0-9a-f]{6}", lambda match: f"var(--{_COLOURS[match[0]]}, {match[0]})"
-                     if match[0] in _COLOURS else match[0], element)
+    element = element.replace("font-family: 'DejaVu Sans'", "font-family: inherit")
+    element = re.sub("#[0-9a-f]{6}", lambda match: f"var(--{_NAMES[match[0]]}, {match[0]})"
+                     if match[0] in _NAMES else match[0], element)
     return element.replace('role="img">', f'role="img" aria-label="{html.escape(alt)}">', 1)
 
 
@@ -88,7 +89,7 @@ def _mark_stages(axes: Axes, pruning_layers: Sequence[int]) -> None:
 @styled
 def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
     """Heat map of gate means [depth, 2]: layers across, directions down."""
-    figure, [[axes]] = _figure(6.4, 1.9)
+    figure, [[axes]] = _figure(WIDTH, 2.0)
     axes.grid(False)
     mesh = axes.pcolormesh(np.arange(len(means) + 1) - 0.5, [0, 1, 2], means.T, cmap=SHARE, vmin=0, vmax=1,
                            edgecolors=PAPER, linewidth=1)
@@ -96,8 +97,8 @@ def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.set_xlabel("layer" + ("  (dashed: patches are dropped before it)" if pruning_layers else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axes.set_xlabel("layer" + (" (dashed: before it, patches are dropped)" if pruning_layers else ""))
     axes.set_title("Share of images whose scan runs")
     _mark_stages(axes, pruning_layers)
     bar = figure.colorbar(mesh, ax=axes, ticks=[0, 0.5, 1], aspect=8, pad=0.02)
@@ -143,7 +144,7 @@ def costs(flops: np.ndarray) -> Figure:
 def keep_maps(keep: np.ndarray) -> Figure:
     """Maps of how often each patch is kept, one a stage: [S, M] on a square grid."""
     side = round(keep.shape[1] ** 0.5)
-    figure, [panels] = _figure(max(WIDTH, 1.9 * len(keep)), 2.4, columns=len(keep))
+    figure, [panels] = _figure(max(WIDTH, 1.5 * len(keep)), 2.0, columns=len(keep))
     for stage, (axes, values) in enumerate(zip(panels, keep, strict=True)):
         axes.grid(False)
         image = axes.imshow(values.reshape(side, side), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")

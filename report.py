@@ -52,13 +52,13 @@ def _argument(value: Any) -> str:
 def environment_rows(runs: list[Run]) -> list[dict[str, Any]]:
     """Versions and hardware of the training, and what the evaluation ran on."""
     rows: dict[str, list[str]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: -len(run.environment)):  # the most complete one sets the order
         evaluated = run.evaluation or {}
         told = run.environment | {f"evaluation: {key}": evaluated[key] for key in ("device", "backend", "precision")
                                   if key in evaluated}
         for key, value in told.items():
             rows.setdefault(key, ["–"] * len(runs))[run.position] = str(value)
-    return [{"name": name, "values": values, "differs": len(set(values)) > 1} for name, values in rows.items()]
+    return [{"name": name, "values": values, "differs": len(set(values) - {"–"}) > 1} for name, values in rows.items()]
 
 
 GROUPS = ("Accuracy", "Loss terms", "Tokens kept and gates", "Optimisation")
@@ -105,8 +105,8 @@ def evaluation_table(runs: list[Run]) -> Optional[dict[str, Any]]:
         ("top-1 of the EMA, %", lambda r, c: c.get("ema_top1"), "{:.2f}"),
         ("top-5, %", lambda r, c: c.get("top5"), "{:.2f}"),
         ("loss", lambda r, c: c.get("loss"), "{:.4f}"),
-        ("operations, paper", lambda r, c: c["flops"]["paper"], flops_text),
-        ("operations, exact", lambda r, c: c["flops"]["exact"], flops_text),
+        ("MFLOPs, paper", lambda r, c: c["flops"]["paper"] / 1e6, "{:,.2f}"),
+        ("MFLOPs, exact", lambda r, c: c["flops"]["exact"] / 1e6, "{:,.2f}"),
         ("reduction, paper", lambda r, c: r["reduction"]["paper"] if c is r["dynamic"] else None, "{:.1%}"),
         ("reduction, exact", lambda r, c: r["reduction"]["exact"] if c is r["dynamic"] else None, "{:.1%}"),
         ("images/s", lambda r, c: c.get("images_per_s"), "{:,.1f}"),
@@ -119,10 +119,8 @@ def evaluation_table(runs: list[Run]) -> Optional[dict[str, Any]]:
     return {"columns": [{"run": run, "kind": kind} for run, kind, _ in columns], "rows": rows}
 
 
-def _shown(value: Any, form) -> str:
-    if value is None:
-        return "–"
-    return form(value) if callable(form) else form.format(value)
+def _shown(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def sweep_section(runs: list[Run]) -> Optional[dict[str, Any]]:
@@ -144,7 +142,7 @@ def sweep_section(runs: list[Run]) -> Optional[dict[str, Any]]:
     for run in swept:
         named = [(f"{p['token_keep_ratio']:g}", p) for p in run.sweep["points"]] + [("dense", run.sweep["dense"])]
         tables.append({"run": run, "rows": [{"name": name, "trained": point.get("trained", False), "values": [
-            _shown(point.get("top1"), "{:.2f}"), flops_text(point["flops"]["exact"]),
+            _shown(point.get("top1"), "{:.2f}"), f"{point['flops']['exact'] / 1e6:,.2f}",
             _shown(point.get("images_per_s"), "{:,.1f}")]} for name, point in named]})
     return {"charts": charts, "tables": tables}
 
@@ -172,7 +170,7 @@ def decision_charts(run: Run) -> list[Markup]:
     return [Markup(plots.svg(figure, alt)) for figure, alt in charts]
 
 
-def sample_pictures(run: Run) -> list[dict[str, str]]:
+def sample_pictures(run: Run) -> list[dict[str, Any]]:
     """Pictures that the run's evaluation left, as data URIs with their alternative text."""
     found = []
     for path in sorted(run.folder.glob("decisions/sample*.png")) + [run.folder / "kept_patches.png"]:
@@ -182,14 +180,15 @@ def sample_pictures(run: Run) -> list[dict[str, str]]:
         if path.name == "kept_patches.png":
             alt = f"{run.name}: validation images, and below each what every stage left of it, dropped patches dimmed"
         try:
-            found.append({"uri": picture_uri(path), "alt": alt})
+            uri, size = picture_uri(path)
+            found.append({"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]})
         except (OSError, UnidentifiedImageError) as error:
             run.notes.append(f"{path.name} cannot be read ({error})")
     return found
 
 
-def picture_uri(path: Path) -> str:
-    """A picture as a data URI of bounded size."""
+def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
+    """A picture as a data URI of bounded size; its width and height."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     if picture.width > PICTURE_WIDTH:
@@ -200,7 +199,7 @@ def picture_uri(path: Path) -> str:
     if content.tell() > PNG_BYTES:
         content, kind = io.BytesIO(), "jpeg"
         picture.save(content, format="JPEG", quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", picture.size
 
 
 def headlines(run: Run) -> list[dict[str, str]]:
@@ -213,6 +212,7 @@ def headlines(run: Run) -> list[dict[str, str]]:
     told = []
     if _is_number(shown.get("top1")):
         change = f", {shown['top1'] - dense['top1']:+.2f} to dense" if dynamic and _is_number(dense.get("top1")) else ""
+        change = change.replace("-", "−")
         told.append({"value": f"{shown['top1']:.2f} %", "what": "top-1" + change})
     if dynamic:
         told.append({"value": f"−{100 * run.evaluation['reduction']['exact']:.1f} %", "what": "operations (exact)"})

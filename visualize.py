@@ -103,7 +103,7 @@ def draw_all(classifier: Classifier, images: FileImages, root: str, output: Path
         _logger.warning("%s: %s; left out", name, reason)
 
 
-def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 6) -> None:
+def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 4) -> None:
     """Strips of validation images spread over the data set, `sample1.png`, ...; none for a stream."""
     if data.val is None:
         return
