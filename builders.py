@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from models import DynamicVisionMamba, VisionMamba, cumulative_keep
+from models import VisionMamba
 from models.weights import load_weights
 from utils.errors import UsageError, UserError
 
@@ -22,16 +22,13 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
     if args.input_size:
         sizes["img_size"] = args.input_size
     if args.method != "dense":
-        sizes |= dict(pruning_layers=args.pruning_layers, token_strategy=args.token_strategy,
-                      scorer_input=args.scorer_input, prune_tokens=args.method != "block",
-                      route_blocks=args.method != "token")
+        sizes |= dict(pruning_layers=args.pruning_layers, token_keep=args.token_keep_ratio,
+                      token_strategy=args.token_strategy, scorer_input=args.scorer_input,
+                      prune_tokens=args.method != "block", route_blocks=args.method != "token")
     try:
-        model = timm.create_model(args.model, **sizes)
-        if isinstance(model, DynamicVisionMamba):
-            model.set_token_keep(cumulative_keep(args.token_keep_ratio, len(model.pruning_layers)))
+        return timm.create_model(args.model, **sizes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model {args.model}: {error}") from None
-    return model
 
 
 def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:

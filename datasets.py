@@ -210,26 +210,23 @@ def _inaturalist(year: int, path: Path, split: str) -> ImageSet:
 
     As in DeiT, classes are numbered in the order in which the training annotations first name them.
     """
-    listing = path / f"{split}{year}.json"
+    listing, train_listing = path / f"{split}{year}.json", path / f"train{year}.json"
     if not listing.is_file():
         return _image_folders(path, split)
-    order = {category: label for label, category in enumerate(_categories(path / f"train{year}.json"))}
-    content = _read_json(listing)
+    content, train_content = _read_json(listing), _read_json(train_listing)
     try:
+        categories = dict.fromkeys(entry["category_id"] for entry in train_content["annotations"])
+        order = {category: label for label, category in enumerate(categories)}
+        names = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
         files = {image["id"]: image["file_name"] for image in content["images"]}
         labelled = [(files[entry["image_id"]], order[entry["category_id"]]) for entry in content["annotations"]]
-        names = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{printable(str(listing))}: not iNaturalist's listing of this set ({error!r})") from None
+        paths = [_inaturalist_file(path, file) for file, _ in labelled]
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"not iNaturalist's listing of this set, or at odds with {train_listing.name}"
+        raise UserError(f"{printable(str(listing))}: {reason} ({error!r})") from None
     if not labelled:
         raise UserError(f"{printable(str(listing))}: it lists no images")
-    paths = [_inaturalist_file(path, file) for file, _ in labelled]
     return FileImages(str(path), paths, [label for _, label in labelled], [str(names.get(key, key)) for key in order])
-
-
-def _categories(listing: Path) -> list[int]:
-    """Category ids in the order of their first appearance."""
-    return list(dict.fromkeys(entry["category_id"] for entry in _read_json(listing).get("annotations", [])))
 
 
 def _inaturalist_file(path: Path, name: str) -> str:
@@ -240,12 +237,9 @@ def _inaturalist_file(path: Path, name: str) -> str:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(str(file))}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{printable(str(file))}: not a listing of iNaturalist")
-    return content
 
 
 DATA_SETS: dict[str, Callable[[Path | None, str], ImageSet]] = {

@@ -162,11 +162,11 @@ class ReaderImages(ImageSet):
 
     def load(self, index: int) -> Image.Image:
         try:
-            file = self.reader[int(index)][0]
-        except OSError as error:
-            raise BadImageError(error.strerror or str(error)) from None
-        with file:
-            return decode_image(io.BytesIO(file.read()))
+            with self.reader[int(index)][0] as file:
+                content = file.read()
+        except Exception as error:  # whatever the library behind the reader raises
+            raise BadImageError(printable(repr(error))) from None
+        return decode_image(io.BytesIO(content))
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"

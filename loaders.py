@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from images import BadImageError, ImageSet, SubsetImages, stratified_choice
+from images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
 from samplers import EvalBatchSampler, TrainBatchSampler
 from transforms import eval_transform, random_state, train_transform
 from utils.errors import UsageError, UserError
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
 MAX_REPLACEMENTS = 100
+# How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can also appear in the
+# middle of a training step.
+WORKER_DIED = "DataLoader worker (pid"
 
 
 class Batch(NamedTuple):
@@ -29,20 +33,21 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a worker makes of one image; `image` is None if there was none. `problems`: (name, reason) each."""
+    """What a worker makes of one image; `image` is None if there was none.
+
+    Errors are told, not raised: an exception would come out of a worker process as a trace. `problems` has a
+    (name, reason) for each unusable image, which `BadImages` judges; `failure` ends the run in any case.
+    """
 
     image: torch.Tensor | None
-    target: int
-    index: int
-    problems: list[tuple[str, str]]
+    target: int = -1
+    index: int = -1
+    problems: list[tuple[str, str]] = []
+    failure: str | None = None
 
 
 class Samples(Dataset):
-    """Transformed images of a set, by (index, seed).
-
-    Problems are told in the sample, not raised: an exception in a worker process would arrive as a trace.
-    With `replace`, an unusable image gives way to the next usable one.
-    """
+    """Transformed images of a set, by (index, seed). With `replace`, an unusable image gives way to the next one."""
 
     def __init__(self, images: ImageSet, transform: Callable, replace: bool):
         self.images, self.transform, self.replace = images, transform, replace
@@ -59,17 +64,18 @@ class Samples(Dataset):
                 continue
             with random_state(seed):
                 return Sample(self.transform(image), int(self.images.targets[index]), index, problems)
-        return Sample(None, -1, first, problems)
+        failure = f"{len(problems)} images in a row cannot be decoded, the last one is {': '.join(problems[-1])}"
+        return Sample(None, problems=problems, failure=failure if self.replace else None)
 
 
 class WorkerBatch(NamedTuple):
-    """A `Batch` on its way from a worker. It holds the usable images; `missing` counts the others."""
+    """A `Batch` of the usable images on its way from a worker, with what became of the others."""
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
-    missing: int
     problems: list[tuple[str, str]]
+    failure: str | None
 
 
 def collate(samples: list[Sample]) -> WorkerBatch:
@@ -78,8 +84,8 @@ def collate(samples: list[Sample]) -> WorkerBatch:
         default_collate([sample.image for sample in usable]) if usable else torch.empty(0),
         torch.tensor([sample.target for sample in usable], dtype=torch.int64),
         torch.tensor([sample.index for sample in usable], dtype=torch.int64),
-        len(samples) - len(usable),
         [problem for sample in samples for problem in sample.problems],
+        next((sample.failure for sample in samples if sample.failure), None),
     )
 
 
@@ -140,12 +146,24 @@ def loader_options(args) -> dict:
     }
 
 
-def read_batches(loader: DataLoader) -> Iterator[WorkerBatch]:
-    """Iterates over a loader; a worker that died becomes one clear line."""
+def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
+    """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is one `UserError`."""
     try:
-        yield from loader
+        try:
+            for images, targets, indices, problems, failure in loader:
+                bad_images.report(problems)
+                if failure:
+                    raise UserError(failure)
+                if len(targets):
+                    yield Batch(images, targets, indices)
+        except (OSError, EOFError) as error:
+            if str(error).startswith("Caught "):  # raised by a worker that lives, with its trace
+                raise
+            # A batch of a worker that died cannot be fetched, and torch's handler of SIGCHLD is about to say why.
+            time.sleep(1)
+            raise UserError(f"reading the data failed: a worker process is gone ({error!r})") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith(WORKER_DIED):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"reading the data failed: {reason} Out of memory? Try fewer --num-workers") from None
@@ -182,12 +200,7 @@ class TrainLoader:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is outside the epoch of {self.steps_per_epoch} steps")
         self.sampler.epoch, self.sampler.start_step = epoch, start_step
-        for images, targets, indices, missing, problems in read_batches(self.loader):
-            self.bad_images.report(problems)
-            if missing:
-                name, reason = problems[-1]
-                raise UserError(f"{MAX_REPLACEMENTS} images in a row cannot be decoded, the last one {name}: {reason}")
-            yield Batch(images, targets, indices)
+        return read_batches(self.loader, self.bad_images)
 
 
 class EvalLoader:
@@ -204,10 +217,7 @@ class EvalLoader:
         )
 
     def batches(self) -> Iterator[Batch]:
-        for images, targets, indices, _missing, problems in read_batches(self.loader):
-            self.bad_images.report(problems)
-            if len(targets):
-                yield Batch(images, targets, indices)
+        return read_batches(self.loader, self.bad_images)
 
 
 @dataclass
@@ -260,14 +270,12 @@ class Data:
         return ["streamed image" if images is None else images.describe(int(index)) for index in indices]
 
 
-def assemble(
-    args, img_size: int, train: ImageSet | None, val: ImageSet, rank: int, world_size: int
-) -> Data:
+def assemble(args, img_size: int, train: ImageSet | None, val: ImageSet, rank: int, world_size: int) -> Data:
     """Joins two image sets, checked against each other, with their loaders."""
     bad_images = BadImages(args.bad_images)
     train_loader = None
     if train is not None:
-        _check_same_classes(args.data_set, train.classes, val.classes)
+        _check_same_classes(args.data_path or args.data_set, train.classes, val.classes)
         if args.subset is not None:
             train = _take_subset(train, args.subset)
         train_loader = TrainLoader(train, train_transform(args, img_size), args, bad_images, rank, world_size)
@@ -275,7 +283,7 @@ def assemble(
     return Data(val.classes, train, val, len(val), train_loader, val_loader, bad_images)
 
 
-def _check_same_classes(name: str, train: list[str], val: list[str]) -> None:
+def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:
     if train == val:
         return
     parts = []
@@ -284,7 +292,8 @@ def _check_same_classes(name: str, train: list[str], val: list[str]) -> None:
         if only:
             more = f" and {len(only) - 5} more" if len(only) > 5 else ""
             parts.append(f"only {split} has {', '.join(only[:5])}{more}")
-    raise UserError(f"{name}: the classes of train ({len(train)}) and val ({len(val)}) differ: {'; '.join(parts)}")
+    counts = f"train ({len(train)}) and val ({len(val)})"
+    raise UserError(f"{printable(source)}: the classes of {counts} differ: {'; '.join(parts) or 'their order'}")
 
 
 def _take_subset(train: ImageSet, subset: int | float) -> ImageSet:

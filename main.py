@@ -216,13 +216,14 @@ def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distribu
 
 
 def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
-    """The full report on the best checkpoint of a run."""
-    best = load_checkpoint(Path(args.output_dir) / BEST)
-    run.model.load_state_dict(best["model"])
-    ema = None
-    if run.ema is not None:
-        ema = run.ema.module
-        ema.load_state_dict(best["ema"])
+    """The full report on the best checkpoint of a run; on its last weights if the best were left in another folder."""
+    best = Path(args.output_dir) / BEST
+    ema = None if run.ema is None else run.ema.module
+    if best.exists():
+        weights = load_checkpoint(best)
+        run.model.load_state_dict(weights["model"])
+        if ema is not None:
+            ema.load_state_dict(weights["ema"])
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 

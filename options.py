@@ -5,9 +5,12 @@ flag says otherwise.
 """
 
 import argparse
+import ast
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Optional
+
+from timm.optim import list_optimizers
 
 from datasets import add_data_arguments
 from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
@@ -74,11 +77,9 @@ def not_negative(text: str) -> float:
 
 def key_value(text: str) -> tuple[str, Any]:
     """`name=value` with a Python literal, such as embed_dim=96."""
-    import ast
-
-    name, separator, value = text.partition("=")
+    name, _, value = text.partition("=")
     try:
-        return name, ast.literal_eval(value) if separator else None
+        return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a Python literal") from None
 
@@ -230,6 +231,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UsageError(f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0")
+    if not list_optimizers(args.opt.lower()):
+        raise UsageError(f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}")
     if args.amp == "fp16" and args.device == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:

@@ -18,7 +18,7 @@ from datasets import Data
 from decisions import write_csv
 from engine import evaluate
 from evaluation import column, device_name, forward_speeds
-from models import DynamicVisionMamba, VisionMamba, cumulative_keep
+from models import DynamicVisionMamba, VisionMamba
 from utils.distributed import Distributed
 from utils.files import sha256_of, write_json
 from utils.logging import Progress
@@ -47,7 +47,7 @@ def run_sweep(model: VisionMamba, dense: Optional[VisionMamba], trained: Optiona
     known = distributed.all_reduce_sum(known).tolist()
     missing = [ratio for ratio, done in zip(ratios, known, strict=True) if not done]
     for ratio in Progress(missing, "sweep", shown=distributed.is_main):
-        model.set_token_keep(cumulative_keep(ratio, stages))
+        model.set_token_keep(ratio)
         metrics = evaluate(model, data, args, distributed, f"token keep ratio {ratio:g}")
         point = {"token_keep_ratio": ratio, "trained": ratio == trained, "keep": metrics.keep,
                  **column(model, metrics, None)}
@@ -116,10 +116,8 @@ def _measure(record: dict[str, Any], model: VisionMamba, dense: VisionMamba, rat
 
 def _at_budget(model: DynamicVisionMamba, ratio: float):
     """The model as a function of images at a token keep ratio; the weights are those of `model` itself."""
-    keep = cumulative_keep(ratio, len(model.pruning_layers))
-
     def forward(images):
-        model.set_token_keep(keep)
+        model.set_token_keep(ratio)
         return model(images)
 
     return forward

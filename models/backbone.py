@@ -8,7 +8,7 @@ Source: "Dynamic Vision Mamba" (arXiv 2504.04787).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,8 @@ class DynamicVisionMamba(VisionMamba):
 
     Args:
         pruning_layers: ascending layer indexes; before each a stage drops tokens.
-        token_keep: fraction of the original patches that each stage keeps at evaluation.
+        token_keep: fraction of the original patches that each stage keeps at evaluation, or one ratio r for
+            r, r^2, ...
         route_blocks: with block routers (False: token pruning alone).
         prune_tokens: with pruning stages (False: block routing alone).
         scorer_input: what the score predictors read: the hidden state, or the previous layer's B or raw step.
@@ -189,11 +190,11 @@ class DynamicVisionMamba(VisionMamba):
     """
 
     def __init__(self, family: Family, *, pruning_layers: Sequence[int] = (6, 12, 18),
-                 token_keep: Sequence[float] = (0.7, 0.49, 0.343), prune_tokens: bool = True,
+                 token_keep: Union[float, Sequence[float]] = (0.7, 0.49, 0.343), prune_tokens: bool = True,
                  route_blocks: bool = True, scorer_input: str = "hidden", token_strategy: str = "learned", **backbone):
         self.route_blocks = route_blocks
         super().__init__(family, **backbone)
-        pruning_layers, token_keep = tuple(pruning_layers), tuple(token_keep)
+        pruning_layers = tuple(pruning_layers)
         if list(pruning_layers) != sorted(set(pruning_layers)) or not all(0 < p < self.depth for p in pruning_layers):
             raise ValueError(f"pruning_layers {list(pruning_layers)} must ascend within 1 ... {self.depth - 1}")
         if scorer_input not in SCORER_INPUTS:
@@ -213,8 +214,13 @@ class DynamicVisionMamba(VisionMamba):
     def _block(self, index: int, drop_path_rate: float, router: bool = False) -> Block:
         return super()._block(index, drop_path_rate, router=self.route_blocks)
 
-    def set_token_keep(self, token_keep: Sequence[float]) -> None:
-        """Set the fractions of the original patches that the stages keep; ValueError unless they descend in (0, 1]."""
+    def set_token_keep(self, token_keep: Union[float, Sequence[float]]) -> None:
+        """Set the fractions of the original patches that the stages keep; a number r means r, r^2, ...
+
+        Raises ValueError unless they descend within (0, 1], one for each stage.
+        """
+        if not isinstance(token_keep, Sequence):
+            token_keep = cumulative_keep(token_keep, len(self.pruning_layers))
         token_keep = tuple(token_keep)
         if len(token_keep) != len(self.pruning_layers):
             raise ValueError(f"token_keep {list(token_keep)} must have one fraction for each of the pruning layers "

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 
 from utils import checkpoint, files
 from utils.checkpoint import CheckpointWriter, copy_to_host, is_intact, load_checkpoint, load_newest, save_checkpoint
-from utils.distributed import Distributed
 from utils.errors import UserError
-from utils.random_state import capture_random_state, gather_random_states, restore_random_state
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -311,6 +309,16 @@ class TestWriter:
         writer.close()
         assert load_newest(tmp_path)[0]["step"] == 4
 
+    def test_error_at_the_end_of_the_block(self, tmp_path, caplog):
+        gone = tmp_path / "gone"
+        with pytest.raises(UserError, match="checkpoint.pth: No such file"), CheckpointWriter(gone) as writer:
+            writer.save(small_state())
+        # An error that is under way already is the one to tell; that of the save is logged.
+        with pytest.raises(ZeroDivisionError), CheckpointWriter(gone) as writer:
+            writer.save(small_state())
+            raise ZeroDivisionError
+        assert "checkpoint.pth: No such file" in caplog.text
+
     def test_damaged_newest_falls_back_with_a_warning(self, tmp_path, caplog):
         with CheckpointWriter(tmp_path) as writer:
             writer.save(small_state(1))
@@ -390,24 +398,3 @@ def test_sigkill_while_saving_loses_no_finished_save(tmp_path):
     assert result.returncode == 0, result.stderr
     steps, amid_save = map(int, result.stdout.split())
     assert steps >= 15 and amid_save > 0, "no kill hit a save"
-
-
-class TestRandomState:
-    def draw(self):
-        return random.random(), random.gauss(0, 1), np.random.randn(3).tolist(), torch.randn(3).tolist()
-
-    def test_every_generator_continues_where_it_was(self, tmp_path):
-        random.gauss(0, 1), np.random.randn()  # both keep the second number of a pair for the next call
-        states = gather_random_states(Distributed(torch.device("cpu")))
-        save_checkpoint({"model": {}, "random": states}, tmp_path / "a.pth")
-        first = self.draw()
-        assert self.draw() != first
-        restore_random_state(load_checkpoint(tmp_path / "a.pth")["random"][0])
-        assert self.draw() == first
-
-    def test_capturing_draws_nothing(self):
-        state = capture_random_state()
-        first = self.draw()
-        restore_random_state(state)
-        capture_random_state()
-        assert self.draw() == first

@@ -6,6 +6,7 @@ counts, objects) are CPU tensors that travel by gloo and never wait for the GPU'
 
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -148,14 +149,12 @@ def init_distributed(
     where = f"rank {rank} of {world_size} at {launch.host}:{launch.port}"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_s)))
-        _join(store, world_size, join_s)
+        store = _fresh_namespace(store, rank, world_size, join_s)
         watchdog = Watchdog(store.clone(), rank, world_size, silence_s)
         watchdog.start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
-        )
-    except (dist.DistError, TimeoutError) as error:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    except (RuntimeError, TimeoutError) as error:
         raise UserError(f"{where} cannot join the other processes: {_first_line(error)}") from error
     return Distributed(device, rank, world_size, local_rank, watchdog)
 
@@ -176,14 +175,31 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _join(store: dist.Store, world_size: int, join_s: float) -> None:
-    """Return when every process has come; only from then on may silence be held against one."""
+def _fresh_namespace(store: dist.Store, rank: int, world_size: int, join_s: float) -> dist.Store:
+    """A part of `store` that only the processes of this start use; returned when all of them have come.
+
+    torchrun keeps one store for all restarts, and what an attempt that died left there, such as gloo's addresses, must
+    not be taken for a living peer's. The restart count would not tell attempts apart: it differs between nodes. So
+    every process shows a token of its own, and rank 0 answers each token with the name of the namespace.
+    """
     give_up = time.monotonic() + join_s
-    store.add("joined", 1)
-    while (joined := store.add("joined", 0)) < world_size:
+    token = secrets.token_hex(8)
+    store.set(f"hello/{rank}", token)
+    fresh = None
+    while True:
+        if rank == 0:
+            for hello in (f"hello/{peer}" for peer in range(world_size)):
+                if store.check([hello]):
+                    store.set(f"welcome/{store.get(hello).decode()}", token)
+        if fresh is None and store.check([f"welcome/{token}"]):
+            fresh = dist.PrefixStore(store.get(f"welcome/{token}").decode(), store)
+            fresh.add("joined", 1)
+        joined = fresh.add("joined", 0) if fresh else 0
+        if joined == world_size:
+            return fresh
         if time.monotonic() > give_up:
-            raise TimeoutError(f"only {joined} of {world_size} came within {join_s:.0f} s")
-        time.sleep(0.05)
+            raise TimeoutError(f"{joined or 1} of {world_size} processes have come after {join_s:.0f} s")
+        time.sleep(0.02)
 
 
 class Watchdog(threading.Thread):

@@ -1,0 +1,77 @@
+"""The loss terms where no recording covers them: edge cases, and several processes."""
+
+import pytest
+import torch
+from torch import nn
+
+from losses import DenseLoss, DynamicLoss, block_ratio, token_distance, token_ratio
+from models import Result
+
+
+def result(batch=3, patches=6, width=4, classes=5, depth=2):
+    torch.manual_seed(0)
+    decision = (torch.rand(batch, patches) < 0.5).float().requires_grad_()
+    return Result(torch.randn(batch, classes, requires_grad=True),
+                  torch.randn(batch, patches, width, requires_grad=True),
+                  torch.stack([torch.randperm(patches) for _ in range(batch)]),
+                  (torch.rand(batch, patches) < 0.5).float(),
+                  torch.ones(depth, batch, 2, requires_grad=True), [decision])
+
+
+def test_dense_is_classification_alone():
+    r = result()
+    total, terms = DenseLoss(nn.CrossEntropyLoss())(r, torch.tensor([0, 1, 2]))
+    assert terms.keys() == {"cls"} and total is terms["cls"]
+    assert total.item() == pytest.approx(nn.functional.cross_entropy(r.logits, torch.tensor([0, 1, 2])).item())
+
+
+def test_terms_follow_the_parts_of_the_model():
+    r, targets = result(), torch.tensor([0, 1, 2])
+    names = {}
+    for token_keep, block_keep, budget in (((0.5,), 0.8, True), ((0.5,), None, True), (None, 0.8, True),
+                                           ((0.5,), 0.8, False)):
+        loss = DynamicLoss(nn.CrossEntropyLoss(), token_keep=token_keep, block_keep=block_keep, token_budget=budget)
+        total, terms = loss(r, targets, result())
+        assert total.item() == pytest.approx(sum(term.item() for term in terms.values()), rel=1e-6)
+        names[token_keep, block_keep, budget] = list(terms)
+    assert names == {
+        ((0.5,), 0.8, True): ["cls", "token_ratio", "block_ratio", "cls_kl", "token_distill"],
+        ((0.5,), None, True): ["cls", "token_ratio", "cls_kl", "token_distill"],
+        (None, 0.8, True): ["cls", "block_ratio", "cls_kl"],
+        ((0.5,), 0.8, False): ["cls", "block_ratio", "cls_kl", "token_distill"],
+    }
+
+
+def test_budgets_are_zero_on_target():
+    decisions = [torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 0]])]
+    assert token_ratio(decisions, [0.5]).item() == 0
+    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5]).item() == pytest.approx(0.25)
+    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5], "batch").item() == 0
+    gates = torch.ones(2, 3, 2)
+    assert block_ratio(gates, 1.0).item() == 0 and block_ratio(gates, 0.8).item() == pytest.approx(0.04)
+
+
+def test_distance_compares_the_same_patches():
+    r = result()
+    teacher = torch.empty(3, 6, 4)
+    for image in range(3):
+        teacher[image, r.positions[image]] = r.tokens.detach()[image]
+    assert token_distance(r, teacher).item() == 0
+    dropped = r.keep[0].argmin()
+    teacher[0, r.positions[0, dropped]] += 10
+    assert r.keep[0, dropped] == 0 and token_distance(r, teacher).item() == 0
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+def test_no_token_kept_gives_no_distance_and_no_gradient(distance):
+    r = result()
+    r.keep.zero_()
+    value = token_distance(r, torch.randn(3, 6, 4), distance)
+    value.backward()
+    assert value.item() == 0 and not r.tokens.grad.any()
+
+
+@pytest.mark.parametrize("arguments", [dict(token_distance="l1"), dict(ratio_scope="epoch")])
+def test_unknown_choices(arguments):
+    with pytest.raises(ValueError, match="must be one of"):
+        DynamicLoss(nn.CrossEntropyLoss(), token_keep=None, block_keep=None, **arguments)

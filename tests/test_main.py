@@ -1,0 +1,235 @@
+"""main.py as it is used: train, resume, evaluate, and what it says when something is wrong."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from utils import preemption
+from utils.errors import UsageError, UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--input-size", "16", "--subset", "64", "--batch-size", "16",
+         "--epochs", "2", "--warmup-epochs", "0", "--lr", "2e-3", "--unscale-lr", "--model-ema-decay", "0.9",
+         "--num-workers", "0", "--throughput-seconds", "0.1", "--device", "cpu"]
+DYNAMIC = ["--method", "dyvm", "--pruning-layers", "1", "2", "3"]
+
+
+def run(output: Path, *arguments) -> dict:
+    """main.main in this process; -> eval.json."""
+    assert main.main([*SMALL, "--output_dir", str(output), *map(str, arguments)]) == 0
+    return json.loads((output / "eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """Output folder of a dense training."""
+    output = tmp_path_factory.mktemp("dense")
+    run(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def student(dense, tmp_path_factory) -> Path:
+    """Output folder of a DyVM training from it."""
+    output = tmp_path_factory.mktemp("dyvm")
+    run(output, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth")
+    return output
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def test_a_dense_run_leaves_its_files(dense):
+    names = {path.name for path in dense.iterdir()}
+    assert {"args.json", "log.txt", "checkpoint.pth", "best_checkpoint.pth", "eval.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [line["epoch"] for line in log(dense)] == [0, 1]
+    assert {"train_lr", "train_loss", "train_cls", "test_loss", "test_acc1", "test_acc5", "test_ema_acc1",
+            "n_parameters"} <= log(dense)[0].keys()
+    report = json.loads((dense / "eval.json").read_text())
+    assert report["dynamic"] is None and report["reduction"] is None
+    assert report["dense"].keys() == {"top1", "top5", "loss", "flops", "images_per_s", "parameters", "ema_top1"}
+
+
+def test_a_dyvm_run_reports_dense_and_dynamic(student):
+    report = json.loads((student / "eval.json").read_text())
+    assert report.keys() == {"dense", "dynamic", "reduction", "speedup", "model", "data_set", "images", "backend",
+                             "device", "precision"}
+    assert report["dynamic"].keys() == {"top1", "top5", "loss", "flops", "images_per_s", "parameters", "ema_top1",
+                                        "keep", "gates"}
+    assert report["dynamic"]["keep"] == [int(16 * 0.7**j) / 16 for j in (1, 2, 3)]
+    assert len(report["dynamic"]["gates"]) == 4 and report["images"] == 360 and report["precision"] == "float32"
+    for kind in ("paper", "exact"):
+        flops = report["dynamic"]["flops"][kind], report["dense"]["flops"][kind]
+        assert report["reduction"][kind] == pytest.approx(1 - flops[0] / flops[1])
+    line = log(student)[0]
+    assert {"train_token_ratio", "train_block_ratio", "train_cls_kl", "train_token_distill", "train_keep_stage1",
+            "train_gate_forward"} <= line.keys()
+    terms = ("cls", "token_ratio", "block_ratio", "cls_kl", "token_distill")
+    assert line["train_loss"] == pytest.approx(sum(line[f"train_{term}"] for term in terms), rel=1e-5)
+    assert (student / "kept_patches.png").stat().st_size > 1000
+
+
+def test_tensorboard_has_the_names_of_the_log_and_the_picture(student):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(student))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == log(student)[0].keys() - {"epoch", "n_parameters"}
+    assert events.Tags()["images"] == ["kept_patches"]
+    assert [event.value for event in events.Scalars("test_acc1")] == pytest.approx(
+        [line["test_acc1"] for line in log(student)])
+
+
+def test_the_first_epoch_uses_the_schedules_first_value(dense, tmp_path):
+    assert log(dense)[0]["train_lr"] == pytest.approx(2e-3)
+    run(tmp_path, "--warmup-epochs", "1", "--warmup-lr", "1e-4")
+    assert log(tmp_path)[0]["train_lr"] == pytest.approx(1e-4)
+
+
+def test_evaluation_needs_no_repeated_flags(student, dense, tmp_path):
+    trained = json.loads((student / "eval.json").read_text())
+    arguments = ["--eval", "--model-path", str(student / "best_checkpoint.pth"), "--output_dir", str(tmp_path),
+                 "--throughput-seconds", "0", "--device", "cpu"]
+    assert main.main(arguments) == 0
+    report = json.loads((tmp_path / "eval.json").read_text())
+    for column in ("dense", "dynamic"):
+        for key in ("top1", "top5", "flops", "parameters"):
+            assert report[column][key] == trained[column][key]
+    assert report["dynamic"]["ema_top1"] == trained["dynamic"]["ema_top1"]
+    assert report["dynamic"]["images_per_s"] is None and report["speedup"] is None
+    assert main.main([*arguments, "--token-keep-ratio", "0.5"]) == 0
+    half = json.loads((tmp_path / "eval.json").read_text())
+    assert half["dynamic"]["keep"] == [0.5, 0.25, 0.125]
+    assert half["dynamic"]["flops"]["exact"] < report["dynamic"]["flops"]["exact"]
+
+
+def test_a_student_starts_from_its_teacher(dense, tmp_path):
+    """Before the first step, a student that keeps everything is its teacher."""
+    from models.weights import load_weights
+    from utils.checkpoint import load_checkpoint
+
+    args = main.options.parse([*SMALL, *DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth"),
+                               "--token-keep-ratio", "1"])
+    checkpoint = load_checkpoint(args.model_path)
+    model, teacher = main.build_model(args, 10).eval(), main.build_dense(args, 10).eval()
+    load_weights(model, checkpoint, args.model_path, from_dense=True)
+    load_weights(teacher, checkpoint, args.model_path)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(images).logits, teacher(images).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_trains(dense, tmp_path):
+    report = run(tmp_path, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--amp", "bf16", "--epochs", "1")
+    assert report["precision"] == "bf16"
+    assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "token"], ["--method", "block"], ["--method", "dyvm", "--token-strategy", "random"],
+    ["--method", "dyvm", "--token-strategy", "static"], ["--method", "token", "--scorer-input", "B"],
+    ["--method", "dyvm", "--scorer-input", "delta"],
+])
+def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp_path, flags):
+    trained = run(tmp_path, *flags, "--pruning-layers", "1", "2", "--model-path", dense / "best_checkpoint.pth",
+                  "--epochs", "1", "--subset", "32", "--block-keep-ratio", "0.5")
+    assert main.main(["--eval", "--model-path", str(tmp_path / "checkpoint.pth"), "--output_dir",
+                      str(tmp_path / "again"), "--throughput-seconds", "0", "--device", "cpu"]) == 0
+    again = json.loads((tmp_path / "again" / "eval.json").read_text())
+    assert again["dynamic"]["top1"] == trained["dynamic"]["top1"]
+    assert again["dynamic"]["flops"] == trained["dynamic"]["flops"]
+    assert (again["dynamic"]["keep"] == []) == ("block" in flags)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    states = [torch.load(path, weights_only=True) for path in (one, other)]
+    return all(torch.equal(states[0][part][key], states[1][part][key])
+               for part in ("model", "ema") for key in states[0][part])
+
+
+def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch):
+    """Told to leave after a step, in the middle of an epoch and of evaluations; resumed each time."""
+    recipe = [*DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--repeated-aug", "--num-workers", "2"]
+    run(tmp_path / "whole", *recipe)
+    asked = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "requested", lambda: next(asked) in (0, 3, 10, 25, 60, 63))
+        patch.setattr(preemption, "received", lambda: "SIGTERM")
+        arguments = [*SMALL, "--output_dir", str(tmp_path / "parts"), *map(str, recipe), "--resume", "auto"]
+        codes = []
+        while not codes or codes[-1] != 0:
+            codes.append(main.main(arguments))
+    assert codes == [preemption.EXIT_CODE] * 6 + [0]
+    assert same_weights(tmp_path / "whole" / "checkpoint.pth", tmp_path / "parts" / "checkpoint.pth")
+    assert same_weights(tmp_path / "whole" / "best_checkpoint.pth", tmp_path / "parts" / "best_checkpoint.pth")
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+
+
+def test_resume_refuses_what_would_alter_the_run(student, dense, tmp_path):
+    arguments = [*SMALL, *DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth"), "--output_dir", str(tmp_path)]
+    resume = ["--resume", str(student / "checkpoint.pth")]
+    with pytest.raises(UserError, match=r"--lr: 0.002 -> 0.5.*--resume-override"):
+        main.main([*arguments, *resume, "--lr", "0.5"])
+    with pytest.raises(UserError, match="the file's content is another one"):
+        main.main([*arguments, *resume, "--model-path", str(dense / "checkpoint_prev.pth")])
+    with pytest.raises(UserError, match="cannot be resumed: it holds no optimizer"):
+        torch.save({"model": {}}, tmp_path / "foreign.pth")
+        main.main([*arguments, "--resume", str(tmp_path / "foreign.pth")])
+    assert main.main([*arguments, *resume, "--lr", "0.5", "--resume-override"]) == 0, "it was finished: evaluated again"
+
+
+def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="not finite on the batch of DIGITS train image"):
+        run(tmp_path, "--lr", "1e30", "--nonfinite", "stop", "--epochs", "3")
+
+
+@pytest.mark.parametrize("arguments, kind, words", [
+    (["--data-set", "MNIST3"], UsageError, ["MNIST3", "DIGITS"]),
+    (["--data-set", "IMNET"], UsageError, ["--data-path"]),
+    (["--data-set", "FOLDER", "--data-path", "nowhere"], UserError, ["nowhere"]),
+    (["--input-size", "2"], UsageError, ["image size 2", "patch size 4"]),
+    (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
+    (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
+    (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
+    (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
+    (["--output_dir", "/proc/nowhere"], UserError, ["/proc/nowhere"]),
+    (["--aa", "nonsense"], UsageError, ["nonsense"]),
+    (["--opt", "nonsense"], UsageError, ["nonsense"]),
+    (["--batch-size", "4096"], UserError, ["4096"]),
+])
+def test_mistakes_are_told_in_one_line(tmp_path, arguments, kind, words):
+    with pytest.raises(UserError) as error:
+        main.main(["--output_dir", str(tmp_path), "--device", "cpu", *arguments])
+    assert type(error.value) is kind
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_pruning_layers_beyond_the_depth(dense, tmp_path):
+    with pytest.raises(UsageError, match=r"pruning_layers \[2, 9\] must ascend within 1 ... 3"):
+        run(tmp_path, "--method", "dyvm", "--model-path", dense / "checkpoint.pth", "--pruning-layers", "2", "9")
+
+
+def test_a_damaged_checkpoint_is_refused(dense, tmp_path):
+    whole = (dense / "checkpoint.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="cut.pth"):
+        main.main(["--eval", "--model-path", str(tmp_path / "cut.pth"), "--device", "cpu"])
+
+
+def test_the_program_itself_prints_one_line_and_its_exit_code(tmp_path):
+    """In a process of its own: usage mistakes end with 2, others with 1; no trace."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    for arguments, code in ((["--epochs", "no"], 2), (["--eval", "--model-path", "missing.pth"], 1)):
+        done = subprocess.run([sys.executable, ROOT / "main.py", *arguments], capture_output=True, text=True,
+                              cwd=tmp_path, env=environment, timeout=120)
+        assert done.returncode == code
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert not list(tmp_path.iterdir()), "nothing half-written"

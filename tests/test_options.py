@@ -1,0 +1,75 @@
+"""Flags: defaults, agreement of model and method, and one clear line for what cannot be."""
+
+import pytest
+
+import options
+from utils.errors import UsageError
+
+
+def parse(line: str, recorded=None):
+    return options.parse(line.split(), recorded)
+
+
+def test_defaults_train_a_micro_model_on_digits():
+    args = parse("")
+    assert (args.model, args.method, args.data_set, args.amp) == ("vim_micro", "dense", "DIGITS", "off")
+
+
+@pytest.mark.parametrize("line, model, method", [
+    ("--model Vim-Small", "vim_small", "dense"),
+    ("--model Vim-Small --method dyvm --model-path x", "dyvm_vim_small", "dyvm"),
+    ("--model dyvm_vim_tiny --model-path x", "dyvm_vim_tiny", "dyvm"),
+    ("--model MambaReg-Base --method block --model-path x", "dyvm_mambareg_base", "block"),
+])
+def test_model_and_method_agree(line, model, method):
+    args = parse(line)
+    assert (args.model, args.method) == (model, method)
+
+
+def test_recorded_choices_are_defaults_that_flags_override():
+    recorded = {"model": "dyvm_vim_tiny", "method": "token", "token_keep_ratio": 0.9, "model_kwargs": [("depth", 4)]}
+    args = parse("--eval --model-path x", recorded)
+    assert (args.model, args.method, args.token_keep_ratio, args.model_kwargs) == (
+        "dyvm_vim_tiny", "token", 0.9, {"depth": 4})
+    assert parse("--eval --model-path x --token-keep-ratio 0.5", recorded).token_keep_ratio == 0.5
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--model resnet50", ["--model", "'resnet50'", "vim_small"]),
+    ("--data-set", ["--data-set"]),
+    ("--frobnicate 3", ["--frobnicate"]),
+    ("--token-keep-ratio 0", ["--token-keep-ratio", "0", "(0, 1]"]),
+    ("--token-keep-ratio 1.5", ["1.5", "(0, 1]"]),
+    ("--block-keep-ratio nan", ["nan"]),
+    ("--block-keep-ratio many", ["'many'"]),
+    ("--epochs 0", ["--epochs", "'0'"]),
+    ("--lr -1", ["--lr"]),
+    ("--method sparse", ["--method", "sparse", "dyvm"]),
+    ("--amp int8", ["--amp", "int8", "bf16"]),
+    ("--model-kwargs depth", ["depth"]),
+    ("--model-kwargs depth=x+", ["depth=x+", "NAME=VALUE"]),
+    ("--method dense --model dyvm_vim_micro", ["dyvm_vim_micro", "vim_micro"]),
+    ("--method dyvm", ["--model-path", "teacher"]),
+    ("--eval", ["--model-path"]),
+    ("--batch-size 3", ["3", "even", "--mixup 0"]),
+    ("--batch-size 0", ["--batch-size", "0"]),
+    ("--warmup-epochs 30", ["--warmup-epochs 30", "--epochs 30"]),
+    ("--amp fp16 --device cpu", ["fp16", "bf16"]),
+    ("--scorer-input B", ["--scorer-input", "dense"]),
+    ("--method dyvm --model-path x --token-strategy static --scorer-input B", ["--scorer-input B", "static"]),
+    ("--if_amp", ["--if_amp", "--amp bf16"]),
+    ("--finetune x.pth", ["--finetune", "--model-path"]),
+    ("--dist-eval", ["always distributed"]),
+])
+def test_what_cannot_be_is_told_in_one_line(line, words):
+    with pytest.raises(UsageError) as error:
+        parse(line)
+    text = str(error.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text and error.value.exit_code == 2
+
+
+def test_every_flag_stands_in_a_named_group():
+    groups = {group.title: group for group in options.build_parser()._action_groups}
+    assert {"model", "method", "data", "augmentation", "mixup", "optimisation", "run"} <= groups.keys()
+    assert [action.dest for action in groups["options"]._group_actions] == ["help"]
