@@ -1,7 +1,6 @@
 """The shell scripts: the recipes' numbers, what they launch and what they say to a wrong environment, with stand-ins
 for slow programs (python, srun) so that nothing is trained."""
 
-import json
 import os
 import re
 import shlex
