@@ -37,9 +37,10 @@ def run_sweep(model: VisionMamba, dense: Optional[VisionMamba], trained: Optiona
         dense: the dense counterpart with its weights; None: unknown, and its operations and speed alone are reported.
         trained: the token keep ratio that the checkpoint was trained at, where that is known.
     """
-    stages = len(getattr(model, "pruning_layers", ()))
-    ratios = args.sweep if stages else []
-    if not stages:
+    dynamic = isinstance(model, DynamicVisionMamba)
+    ratios = args.sweep if dynamic else []
+    if not getattr(model, "pruning_layers", ()):
+        ratios = ratios and [1.0]
         _logger.warning("%s drops no tokens: there is no budget to sweep, its one point is reported", args.model_path)
     record = _start(args, distributed)
     # Rank 0 alone reads the file, and all ranks must skip the same budgets.
@@ -53,7 +54,7 @@ def run_sweep(model: VisionMamba, dense: Optional[VisionMamba], trained: Optiona
                  **column(model, metrics, None)}
         record["points"] = sorted([*record["points"], point], key=lambda p: p["token_keep_ratio"])
         _save(record, args, distributed)
-    if not stages:
+    if not dynamic:
         dense = model
     dense_known = dense is not None
     dense = dense if dense_known else build_dense(args, data.num_classes).to(distributed.device)

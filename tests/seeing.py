@@ -26,6 +26,8 @@ def save_model(path: Path, *flags: str, classes=DIGITS, seed: int = 0, **more) -
         if name.endswith("block_head"):
             nn.init.normal_(module.weight, std=3)
             nn.init.zeros_(module.bias)
+        if name.endswith("out_proj"):  # strong layers: what a class token reads depends on the image
+            nn.init.normal_(module.weight, std=2)
     recorded = vars(args) | {"model_path": None, "eval": False}
     save_checkpoint({"model": model.state_dict(), "family": model.family.name, "args": recorded,
                      "class_names": list(classes)} | more, path)
