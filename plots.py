@@ -179,6 +179,21 @@ def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return front
 
 
+def _draw_budget(axes: Axes, where: tuple[float, float], point: dict, colour: str, named: bool) -> None:
+    """A point of a sweep with its token keep ratio and a ring if it was trained so; the dense model as a diamond."""
+    if "token_keep_ratio" not in point:
+        axes.plot(*where, "D", markersize=7, color=colour)
+        text, below = "dense", True
+    else:
+        axes.plot(*where, "o", markersize=5.5, color=colour)
+        text, below = f"{point['token_keep_ratio']:g}", False
+        if point["trained"]:
+            axes.plot(*where, "o", markersize=11, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.4)
+    if named:
+        axes.annotate(text, where, xytext=(0, -15 if below else 8), textcoords="offset points", fontsize=8,
+                      color=MUTED if below else INK, ha="center")
+
+
 @styled
 def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
                  dense: Mapping[int, Optional[dict]]) -> Optional[Figure]:
@@ -194,28 +209,19 @@ def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
     figure, [[axes]] = _figure(WIDTH, 3.1)
     drawn = False
     for run, points in curves.items():
-        colour = SERIES[run % len(SERIES)]
         known = [point for point in points if place(point) is not None]
-        everything = list(known)
         reference = dense.get(run)
+        everything = list(known)
         if reference and reference.get("top1") is not None and place(reference) is not None:
             everything.append(reference)
-            axes.plot(place(reference), reference["top1"], marker="D", markersize=7, color=colour, linestyle="none")
-            axes.annotate("dense", (place(reference), reference["top1"]), xytext=(0, -13), textcoords="offset points",
-                          fontsize=8, color=MUTED, ha="center")
-        if not everything:
-            continue
-        drawn = True
+        drawn = drawn or bool(everything)
         where, top1 = [place(point) for point in everything], [point["top1"] for point in everything]
         front = pareto_front([-x for x in where] if speed else where, top1)
-        axes.plot([where[i] for i in front], [top1[i] for i in front], color=colour, linewidth=1.6, zorder=1)
-        axes.plot([place(p) for p in known], [p["top1"] for p in known], "o", color=colour, markersize=5.5)
-        for point in known:
-            axes.annotate(f"{point['token_keep_ratio']:g}", (place(point), point["top1"]), xytext=(0, 6),
-                          textcoords="offset points", fontsize=8, color=INK, ha="center")
-            if point["trained"]:
-                axes.plot(place(point), point["top1"], "o", markersize=11, markerfacecolor="none",
-                          markeredgecolor=ACCENT, markeredgewidth=1.4)
+        axes.plot([where[i] for i in front], [top1[i] for i in front], color=SERIES[run % len(SERIES)], zorder=1)
+        for point in everything:
+            # Among several curves there is room for the names of the ends and of the trained budget only.
+            named = len(curves) == 1 or point.get("trained") or point in (known[0], known[-1])
+            _draw_budget(axes, (place(point), point["top1"]), point, SERIES[run % len(SERIES)], named)
     axes.margins(0.12, 0.18)
     axes.set_ylabel("top-1, %")
     axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {axis}")
