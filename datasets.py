@@ -181,7 +181,7 @@ def _image_folders(path: Path, split: str) -> ImageSet:
         raise UserError(f"{printable(str(root))}: no class folders in it")
     paths, targets, empty = [], [], []
     for label, name in enumerate(classes):
-        found = _list_images(root / name)
+        found = list_images(root / name)
         if not found:
             empty.append(printable(name))
         paths += [os.path.relpath(file, root) for file in found]
@@ -192,7 +192,7 @@ def _image_folders(path: Path, split: str) -> ImageSet:
     return FileImages(str(root), paths, targets, classes)
 
 
-def _list_images(top: Path) -> list[str]:
+def list_images(top: Path) -> list[str]:
     """Image files below `top`. Links are followed, each folder once: a link to a folder above it ends nothing."""
     seen, found = set(), []
     for root, folders, names in os.walk(top, followlinks=True):

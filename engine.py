@@ -205,8 +205,12 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed,
-             description: str = "evaluation", interrupted: Callable[[], bool] = lambda: False) -> Metrics:
-    """Every validation image once, over all ranks. Raises Interrupted when `interrupted` says so after a batch."""
+             description: str = "evaluation", interrupted: Callable[[], bool] = lambda: False,
+             observe: Optional[Callable[[Batch, Result], None]] = None) -> Metrics:
+    """Every validation image once, over all ranks. Raises Interrupted when `interrupted` says so after a batch.
+
+    observe: sees each batch of this rank and what the model made of it.
+    """
     model.eval()
     device = distributed.device
     # images, correct in 1, correct in 5, summed loss, then summed gates and kept patches
@@ -225,6 +229,8 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
         totals += torch.stack([totals.new_tensor(len(images)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
         gates += result.gates.double().sum(dim=1)
         kept = [stage.shape[1] for stage in result.kept]
+        if observe is not None:
+            observe(batch, result)
         if interrupted():
             raise Interrupted
     totals = distributed.all_reduce_sum(totals)

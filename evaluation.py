@@ -1,6 +1,7 @@
 """What `--eval` reports: accuracy, operations in both conventions, real throughput; `eval.json` and a table."""
 
 import argparse
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -10,66 +11,73 @@ from torch import Tensor
 import throughput
 from datasets import Data
 from engine import Metrics, autocast, evaluate
-from models import DynamicVisionMamba, VisionMamba
+from loading.loaders import Batch
+from models import DynamicVisionMamba, Result, VisionMamba
 from models.flops import count_flops
 from ops.selective_scan import backend_for
 from utils.distributed import Distributed
 
 
 def evaluate_all(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], dense_trained: bool,
-                 data: Data, args: argparse.Namespace, distributed: Distributed) -> Optional[dict[str, Any]]:
+                 data: Data, args: argparse.Namespace, distributed: Distributed,
+                 observe: Optional[Callable[[Batch, Result], None]] = None) -> Optional[dict[str, Any]]:
     """Evaluate a model, the average of its weights and its dense counterpart; -> the content of eval.json on rank 0.
 
     Args:
         model: dense or dynamic.
         dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not known, and only
             its operations, parameters and throughput are reported.
+        observe: sees each batch and what the model made of it.
     """
-    metrics = evaluate(model, data, args, distributed, "evaluation")
+    metrics = evaluate(model, data, args, distributed, "evaluation", observe=observe)
     ema_top1 = evaluate(ema, data, args, distributed, "evaluation (EMA)").top1 if ema is not None else None
     dense_metrics = evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_trained else None
     if not distributed.is_main:
         return None
     dynamic = isinstance(model, DynamicVisionMamba)
-    speeds = _speeds({"dynamic": model, "dense": dense} if dynamic else {"dense": model}, data, args, distributed)
+    speeds = forward_speeds({"dynamic": model, "dense": dense} if dynamic else {"dense": model}, data, args,
+                            distributed, args.throughput_seconds)
     if dynamic:
-        report = {"dense": _column(dense, dense_metrics, speeds["dense"]),
-                  "dynamic": _column(model, metrics, speeds["dynamic"])}
+        report = {"dense": column(dense, dense_metrics, speeds["dense"]),
+                  "dynamic": column(model, metrics, speeds["dynamic"])}
         report["dynamic"] |= {"ema_top1": ema_top1, "keep": metrics.keep, "gates": metrics.gates}
         flops, dense_flops = report["dynamic"]["flops"], report["dense"]["flops"]
         report["reduction"] = {kind: 1 - flops[kind] / dense_flops[kind] for kind in flops}
         report["speedup"] = speeds["dynamic"] / speeds["dense"] if speeds["dense"] else None
     else:
-        report = {"dense": _column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
+        report = {"dense": column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
                   "dynamic": None, "reduction": None, "speedup": None}
     return report | {
         "model": args.model, "data_set": args.data_set, "images": metrics.images, "backend": _backend(model),
-        "device": _device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
+        "device": device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
     }
 
 
-def _column(model: VisionMamba, metrics: Optional[Metrics], images_per_s: Optional[float]) -> dict[str, Any]:
+def column(model: VisionMamba, metrics: Optional[Metrics], images_per_s: Optional[float]) -> dict[str, Any]:
+    """What is reported of one model; without `metrics` what is known without its weights."""
     flops = count_flops(model, metrics.gates if metrics else None)
     known = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss} if metrics else {}
     return known | {"flops": flops._asdict(), "images_per_s": images_per_s,
                     "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def _speeds(models: dict[str, VisionMamba], data: Data, args: argparse.Namespace,
-            distributed: Distributed) -> dict[str, Optional[float]]:
-    """Images/s of each model on the same validation images, by this process alone."""
-    if not args.throughput_seconds:
+def forward_speeds(models: Mapping[Hashable, Callable[[Tensor], Result]], data: Data, args: argparse.Namespace,
+                   distributed: Distributed, seconds: float) -> dict[Hashable, Optional[float]]:
+    """Images/s of each model on the same validation images, by this process alone; None when `seconds` is 0."""
+    if not seconds:
         return dict.fromkeys(models)
     images = next(iter(data.val_batches())).images.to(distributed.device)
 
-    def forward(model: VisionMamba):
+    def forward(model: Callable[[Tensor], Result]):
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+
         def run(batch: Tensor):
             with autocast(distributed.device, args.amp):
                 return model(batch)
         return run
 
-    return throughput.measure({name: forward(model.eval()) for name, model in models.items()}, images,
-                              args.throughput_seconds)
+    return throughput.measure({name: forward(model) for name, model in models.items()}, images, seconds)
 
 
 def _backend(model: VisionMamba) -> str:
@@ -78,9 +86,10 @@ def _backend(model: VisionMamba) -> str:
         return backend_for(torch.zeros(1, 1, mixer.in_proj.out_features, device=device), mixer.branch(False))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with its threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
 
 

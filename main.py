@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -28,47 +27,27 @@ from torch import nn
 
 import options
 import resume
+from builders import build_dense, build_model, model_image_size, recorded_arguments, restore_model
 from datasets import Data, build_data
+from decisions import DecisionCounter
 from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
 from evaluation import evaluate_all, table
+from inference import Classifier
 from losses import DenseLoss, DynamicLoss
 from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from pictures import decision_picture
+from sweep import run_sweep
 from utils import preemption
 from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
 from utils.distributed import Distributed, init_distributed
+from utils.environment import describe_environment
 from utils.errors import UsageError, run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
-
-# What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
-IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
-            "token_strategy", "scorer_input", "data_set", "data_path", "input_size", "eval_crop_ratio")
+from visualize import draw_samples
 
 _logger = logging.getLogger("dyvm")
-
-
-def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
-    """The model that `--model` and its companions name, with fresh weights."""
-    sizes: dict[str, Any] = dict(args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path)
-    if args.input_size:
-        sizes["img_size"] = args.input_size
-    if args.method != "dense":
-        sizes |= dict(pruning_layers=args.pruning_layers, token_keep=args.token_keep_ratio,
-                      token_strategy=args.token_strategy, scorer_input=args.scorer_input,
-                      prune_tokens=args.method != "block", route_blocks=args.method != "token")
-    try:
-        return timm.create_model(args.model, **sizes)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--model {args.model}: {error}") from None
-
-
-def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
-    """The dense counterpart of a dynamic model, with fresh weights."""
-    dense = argparse.Namespace(**vars(args) | dict(model=args.model.removeprefix("dyvm_"), method="dense",
-                                                   drop_path=0.0))
-    return build_model(dense, num_classes)
 
 
 def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
@@ -188,6 +167,7 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
     log = EpochLog(args.output_dir)
     if distributed.is_main:
         write_args(args.output_dir, args)
+        write_json(Path(args.output_dir) / "environment.json", describe_environment())
         log.resume_at(run.epoch)
     tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
     _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model,
@@ -269,7 +249,7 @@ def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: 
         return None
     images = next(iter(data.val_batches())).images[:count]
     kept = model.eval()(images.to(device)).kept
-    return decision_picture(images, kept, model.num_patches, scale=max(1, 96 // images.shape[-1]))
+    return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 
 def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], data: Data,
@@ -278,10 +258,15 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     dense_trained = dense is not None
     if isinstance(model, DynamicVisionMamba) and dense is None:
         dense = build_dense(args, data.num_classes).to(distributed.device)
-    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed)
+    decisions = DecisionCounter(model, data.class_names)
+    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
+    totals = decisions.totals(distributed)
     if not distributed.is_main:
         return
     output = Path(args.output_dir)
+    if decisions.anything:
+        totals.write(output / "decisions")
+        draw_samples(Classifier(model, data.class_names, args, distributed.device), data, output / "decisions")
     write_json(output / "eval.json", report)
     print(table(report))
     picture = draw_decisions(model, data, distributed.device)
@@ -296,35 +281,19 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
                         distributed: Distributed) -> None:
     """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is known."""
     device = distributed.device
-    model = build_model(args, data.num_classes).to(device)
-    load_weights(model, checkpoint, args.model_path)
-    ema = None
-    if checkpoint.get("ema"):
-        ema = build_model(args, data.num_classes).to(device)
-        load_weights(ema, checkpoint | {"model": checkpoint["ema"]}, f"{args.model_path} (EMA)")
+    model = restore_model(args, checkpoint, data.num_classes).to(device)
     dense = None
     if args.dense_path and args.method != "dense":
         dense = build_dense(args, data.num_classes).to(device)
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
+    environment = Path(args.output_dir) / "environment.json"
+    if distributed.is_main and not environment.exists():  # that of the training, if it wrote to this folder, stays
+        write_json(environment, describe_environment())
+    if args.sweep:
+        run_sweep(model, dense, recorded_arguments(checkpoint).get("token_keep_ratio"), data, args, distributed)
+        return
+    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
     report_evaluation(model, ema, dense, data, args, distributed)
-
-
-def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of ours says it is, as defaults for the flags; nothing for others."""
-    recorded = checkpoint.get("args")
-    if not isinstance(recorded, dict) or "method" not in recorded:
-        return {}
-    known = {name: recorded[name] for name in IDENTITY if name in recorded}
-    known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
-    teacher = recorded.get("model_path")
-    if teacher and Path(teacher).is_file():
-        known["dense_path"] = teacher
-    return known
-
-
-def model_image_size(args: argparse.Namespace) -> int:
-    with torch.device("meta"):
-        return build_model(args, num_classes=1).patch_embed.img_size
 
 
 def main(argv: Optional[list[str]] = None) -> int:

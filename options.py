@@ -7,6 +7,7 @@ flag says otherwise.
 import argparse
 import ast
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, Optional
 
 from timm.optim import list_optimizers
@@ -16,6 +17,7 @@ from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
 from utils.errors import UsageError
 
 METHODS = ("dense", "dyvm", "token", "block")
+MOST_BUDGETS = 100  # of one --sweep
 
 # Flags of DeiT, Vim and the release that have no counterpart of the same name here.
 REPLACED = {
@@ -41,7 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Errors are raised as UsageError, in one line and without the usage text."""
 
     def error(self, message: str):
-        raise UsageError(f"{message} (see python main.py --help)")
+        raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
 def ratio(text: str) -> float:
@@ -82,12 +84,27 @@ def key_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a Python literal") from None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags in their groups."""
-    parser = OneLineParser(prog="main.py", description="Train and evaluate Vision Mamba and DyVM.", allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = argparse.BooleanOptionalAction
+def sweep_range(text: str) -> list[float]:
+    """`first:last:step` as token keep ratios, both ends included; or one ratio alone."""
+    parts = text.split(":")
+    if len(parts) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST:STEP, such as 0.5:1.0:0.1")
+    try:
+        first, last, step = map(Decimal, parts if len(parts) == 3 else (parts[0], parts[0], "1"))
+        proper = 0 < first <= last <= 1 and step > 0  # comparisons with NaN raise InvalidOperation
+    except InvalidOperation:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST:STEP in numbers, such as 0.5:1.0:0.1") from None
+    if not proper:
+        raise argparse.ArgumentTypeError(f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios "
+                                         "lie in (0, 1]")
+    count = int((last - first) / step) + 1
+    if count > MOST_BUDGETS:
+        raise argparse.ArgumentTypeError(f"{text}: {count} budgets, at most {MOST_BUDGETS}; give a larger STEP")
+    return [float(first + index * step) for index in range(count)]
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The groups "model" and "method", which visualize.py and predict.py take too."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="vim_micro", metavar="NAME", help="vim_small, dyvm_vim_small, Vim-Small, ...")
     group.add_argument("--model-path", metavar="FILE", help="training: the dense teacher (dyvm, token, block) or the "
@@ -112,6 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
     group.add_argument("--scorer-input", choices=SCORER_INPUTS, default="hidden", help="what the score predictors read")
 
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags in their groups."""
+    parser = OneLineParser(prog="main.py", description="Train and evaluate Vision Mamba and DyVM.", allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+
+    add_model_arguments(parser)
     add_data_arguments(parser)
 
     group = parser.add_argument_group("mixup")
@@ -144,6 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")
+    group.add_argument("--sweep", type=sweep_range, metavar="FIRST:LAST:STEP", help="with --eval: evaluate at each of "
+                       "these token keep ratios and draw accuracy against cost and speed")
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
@@ -170,18 +197,18 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
     if recorded:
         parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
-    args.model_kwargs = dict(args.model_kwargs)
-    _settle_method(args)
+    settle_model(args)
     _check(args)
     if args.lr is None:
         args.lr = 1e-3 if args.method == "dense" else 5e-5
     return args
 
 
-def _settle_method(args: argparse.Namespace) -> None:
+def settle_model(args: argparse.Namespace) -> None:
     """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense model's name."""
     from models import canonical_name, model_names
 
+    args.model_kwargs = dict(args.model_kwargs)
     name = canonical_name(args.model)
     if name not in model_names():
         raise UsageError(f"--model {args.model!r} is unknown; known are {', '.join(model_names())}")
@@ -200,6 +227,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.token_strategy != "learned" and args.scorer_input != "hidden":
         raise UsageError(f"--scorer-input {args.scorer_input} has no meaning with --token-strategy "
                          f"{args.token_strategy}, which scores nothing")
+    if args.sweep and not args.eval:
+        raise UsageError("--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget")
     if args.eval and not args.model_path:
         raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
     if not args.eval and args.method != "dense" and not args.model_path:

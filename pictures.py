@@ -1,43 +1,272 @@
-"""Pictures of what the model decided: which patches of an image are left after each stage."""
+"""Pictures of what the model decided for an image, exact to the pixel: which patches are left after each stage.
+
+M patches on a square grid, k kept patches, S stages, n class or register tokens, B images; H, W pixels.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-DIMMED = 0.2  # brightness of a dropped patch
-GAP = 2  # pixels between panels
+from models.backbone import PatchEmbed
+from palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
+
+# A dropped patch keeps a fifth of its contrast, on slate: it shows on dark, on bright and on grey images.
+DIMMED = 0.2
+VEIL = np.array([100, 116, 146])
+# What lies outside the model's crop fades into the paper.
+OUTSIDE = 0.15
+GAP = 2  # pixels between the panels of `decision_picture`
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Undo the normalisation: [B, 3, H, W] -> the same in 0 ... 1."""
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Undo the normalisation: [B, 3, H, W] -> [B, H, W, 3] uint8."""
+    images = images.float().cpu()
     mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images * std + mean).clamp(0, 1)
+    pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return (pixels * 255).round().to(torch.uint8).numpy()
 
 
-def kept_mask(kept: Tensor, num_patches: int) -> Tensor:
-    """Indexes of kept patches [B, k] -> [B, num_patches] of 0 and 1."""
-    return torch.zeros(len(kept), num_patches, device=kept.device).scatter_(1, kept, 1.0)
+def patch_edges(patches: PatchEmbed) -> np.ndarray:
+    """Borders [grid + 1] of the columns (and rows) of patches in the model's pixels.
+
+    Where patches overlap, a pixel belongs to the patch whose centre is nearest.
+    """
+    size, stride = patches.proj.kernel_size[0], patches.proj.stride[0]
+    inner = np.arange(1, patches.grid) * stride + (size - stride) / 2
+    return np.concatenate([[0.0], inner, [(patches.grid - 1) * stride + size]])
 
 
-def dim_dropped(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Darken dropped patches: pixels [B, 3, H, W], mask [B, M] over a square raster grid -> [B, 3, H, W]."""
-    side = round(mask.shape[1] ** 0.5)
-    brightness = DIMMED + (1 - DIMMED) * mask.reshape(-1, 1, side, side)
-    return pixels * torch.nn.functional.interpolate(brightness, size=pixels.shape[-2:], mode="nearest")
+def patch_of_pixels(patches: PatchEmbed, size: tuple[int, int],
+                    region: Optional[tuple[float, float, float, float]] = None) -> np.ndarray:
+    """Patch index of each pixel of an image [H, W], -1 where the model sees nothing.
+
+    Args:
+        size: width, height of the image.
+        region: the part of it that the model sees (`transforms.seen_region`); all of it by default.
+    """
+    width, height = size
+    left, top, right, bottom = region or (0, 0, width, height)
+    edges = patch_edges(patches)
+
+    def cells(pixels: int, low: float, high: float) -> np.ndarray:
+        seen = (np.arange(pixels) + 0.5 - low) / (high - low) * patches.img_size
+        index = np.searchsorted(edges, seen, side="right") - 1
+        return np.where((seen >= 0) & (seen < edges[-1]), index, -1)
+
+    rows, columns = cells(height, top, bottom)[:, None], cells(width, left, right)[None]
+    return np.where((rows >= 0) & (columns >= 0), rows * patches.grid + columns, -1)
 
 
-def decision_picture(images: Tensor, kept: Sequence[Tensor], num_patches: int, scale: int = 1) -> np.ndarray:
+def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """Dim the patches that are not in `kept` [k]: pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W, 3] uint8."""
+    kept = np.asarray(kept, dtype=int)
+    entries = max(patch_of.max(), kept.max(initial=-1)) + 2  # the last one is that of index -1
+    veil, contrast = np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32), np.full(entries, DIMMED, np.float32)
+    veil[kept], contrast[kept] = 0, 1
+    veil[-1], contrast[-1] = 255 * (1 - OUTSIDE), OUTSIDE
+    return (pixels * contrast[patch_of][..., None] + veil[patch_of]).round().astype(np.uint8)
+
+
+def decision_picture(images: Tensor, kept: Sequence[Tensor], patches: PatchEmbed, scale: int = 1) -> np.ndarray:
     """One column an image: the image, then the same with the patches dimmed that each stage has dropped.
 
     images [B, 3, H, W] normalised, kept S x [B, k] -> [height, width, 3] uint8; `scale` enlarges small images.
     """
-    pixels = to_pixels(images.float().cpu())
-    rows = [pixels, *(dim_dropped(pixels, kept_mask(stage.cpu(), num_patches)) for stage in kept)]
-    grid = torch.stack(rows).repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    grid = torch.nn.functional.pad(grid, (0, GAP, 0, GAP), value=1.0)  # [S + 1, B, 3, H', W']
-    stages, batch, channels, height, width = grid.shape
-    grid = grid.permute(0, 3, 1, 4, 2).reshape(stages * height, batch * width, channels)
-    return (grid[:-GAP, :-GAP] * 255).round().to(torch.uint8).numpy()
+    pixels = to_pixels(images)
+    height, width = pixels.shape[1:3]
+    patch_of = patch_of_pixels(patches, (width, height))
+    stages = [[dim_dropped(image, patch_of, chosen) for image, chosen in zip(pixels, stage.cpu().numpy(), strict=True)]
+              for stage in kept]
+    grid = np.stack([pixels, *stages]).repeat(scale, axis=2).repeat(scale, axis=3)  # [S + 1, B, H', W', 3]
+    grid = np.pad(grid, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    rows, columns, height, width, channels = grid.shape
+    picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return picture[:-GAP, :-GAP]
+
+
+class Decisions(NamedTuple):
+    """What the model said of one image."""
+
+    name: str
+    classes: list[tuple[str, float]]  # likeliest first, with their probabilities
+    kept: list[np.ndarray]  # per stage: [k] original patch indexes, ascending
+    gates: Optional[np.ndarray]  # [depth, 2], forward and backward; None where nothing is routed
+    flops: float  # `exact`, of this image
+    dense_flops: float
+    pruning_layers: tuple[int, ...] = ()
+
+
+def font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf" / name), max(8, round(size)))
+
+
+def fitted(draw: ImageDraw.ImageDraw, text: str, typeface: ImageFont.FreeTypeFont, width: float) -> str:
+    """`text`, its end cut where it is wider than `width`."""
+    if draw.textlength(text, typeface) <= width:
+        return text
+    while text and draw.textlength(text + "…", typeface) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def flops_text(flops: float) -> str:
+    """Operations with a unit that keeps them short."""
+    unit, factor = ("G", 1e9) if flops >= 1e9 else ("M", 1e6)
+    return f"{flops / factor:.2f} {unit}FLOPs"
+
+
+# Strips: one picture an image
+
+PANEL_SIDE = 256  # smaller images are enlarged by a whole factor
+MAX_SIDE = 2048  # larger ones are reduced, so that a strip fits in memory
+
+
+class _Layout(NamedTuple):
+    """Sizes of a strip, in pixels."""
+
+    scale: int  # whole factor by which a small image is enlarged
+    width: int  # of a panel
+    height: int
+    unit: float  # all type and lines are multiples of it
+    in_row: bool  # panels side by side; else below each other, for wide images
+
+
+def strip_layout(size: tuple[int, int]) -> _Layout:
+    """How the strip of an image of `size` (width, height) is laid out."""
+    longest = max(size)
+    scale = -(-PANEL_SIDE // longest)
+    width, height = size[0] * scale, size[1] * scale
+    return _Layout(scale, width, height, max(width, height) / PANEL_SIDE, width <= 1.6 * height)
+
+
+def within(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[Image.Image, tuple[float, ...]]:
+    """An image and a region of it, reduced so that its longest side is at most `side`."""
+    factor = side / max(image.size)
+    if factor >= 1:
+        return image, region
+    size = tuple(max(1, round(length * factor)) for length in image.size)
+    x, y = size[0] / image.size[0], size[1] / image.size[1]
+    left, top, right, bottom = region
+    return image.resize(size, Image.Resampling.LANCZOS), (left * x, top * y, right * x, bottom * y)
+
+
+def draw_strip(image: Image.Image, region: tuple[float, float, float, float], model, said: Decisions) -> Image.Image:
+    """The input, the tokens left after each stage, the gates, the likeliest classes and the cost of one image.
+
+    image: the original, at its own resolution up to MAX_SIDE; region: the part of it that the model sees.
+    """
+    image, region = within(image, region, MAX_SIDE)
+    layout = strip_layout(image.size)
+    pixels = np.asarray(image).repeat(layout.scale, axis=0).repeat(layout.scale, axis=1)
+    region = tuple(layout.scale * side for side in region)
+    patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
+    panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in said.kept)]
+    u = layout.unit
+    margin, below, info_width, info_height = round(12 * u), round(52 * u), round(300 * u), round(244 * u)
+    panel_width = max(layout.width, round(130 * u))
+    step = (panel_width + margin, 0) if layout.in_row else (0, layout.height + below)
+    if layout.in_row:
+        origin = (len(panels) * step[0] + 2 * margin, margin)
+        canvas = (origin[0] + info_width + margin, max(layout.height + below, info_height) + margin)
+    else:
+        origin = (margin, len(panels) * step[1] + 2 * margin)
+        canvas = (max(panel_width, info_width) + 2 * margin, origin[1] + info_height + margin)
+    picture = Image.new("RGB", canvas, rgb(PAPER))
+    draw = ImageDraw.Draw(picture)
+    sequence = [np.arange(model.num_patches), *said.kept]
+    for index, (panel, kept) in enumerate(zip(panels, sequence, strict=True)):
+        x, y = margin + index * step[0], margin + index * step[1]
+        picture.paste(Image.fromarray(panel), (x, y))
+        captions = [f"input: {len(kept)} patches"]
+        if index:
+            layer, left = said.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
+            captions = [f"stage {index}, before layer {layer}: {left} patches", f"stage {index}: {left} patches",
+                        f"stage {index}: {left}"]
+        _draw_caption(draw, (x, y + layout.height), panel_width, u, captions, kept, model)
+    _draw_info(draw, origin, info_width, u, said)
+    return picture
+
+
+def class_marks(kept: np.ndarray, model) -> list[float]:
+    """Where the class tokens stand among the kept patches [k]: each as a place 0 ... M in raster order."""
+    ends = np.append(kept, model.num_patches)
+    return [float(ends[position - i]) for i, position in enumerate(model.layout.positions(len(kept)))]
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, captions: list[str],
+                  kept: np.ndarray, model) -> None:
+    """Below a panel: the first caption that fits, and the token sequence with dropped patches and class tokens."""
+    x, y = corner
+    plain = font(10.5 * u)
+    total = model.num_patches
+    caption = next((text for text in captions if draw.textlength(text, plain) <= width), captions[-1])
+    draw.text((x, y + 6 * u), fitted(draw, caption, plain, width), rgb(INK), plain)
+    top, bottom = y + 30 * u, y + 40 * u
+    alive = np.zeros(total, dtype=bool)
+    alive[kept] = True
+    places = (np.arange(width) * total) // width
+    for column, place in enumerate(places):
+        draw.line((x + column, top, x + column, bottom), rgb(BLUE if alive[place] else GRID))
+    for mark in class_marks(kept, model):
+        at = x + mark / total * width
+        draw.line((at, top, at, bottom), rgb(ACCENT), max(1, round(1.6 * u)))
+        draw.polygon([(at - 3.4 * u, top - 6 * u), (at + 3.4 * u, top - 6 * u), (at, top)], rgb(ACCENT))
+
+
+def _draw_info(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, said: Decisions) -> None:
+    """Name, likeliest classes, gates and cost of an image."""
+    x, y = corner
+    bold, plain, small = font(12 * u, bold=True), font(10.5 * u), font(9 * u)
+    draw.text((x, y), fitted(draw, said.name, bold, width), rgb(INK), bold)
+    for rank, (name, probability) in enumerate(said.classes):
+        top = y + (24 + 19 * rank) * u
+        full = width - 52 * u
+        draw.rectangle((x, top, x + full, top + 15 * u), rgb(FAINT))
+        draw.rectangle((x, top, x + full * probability, top + 15 * u), rgb("#b9d3ee"))
+        draw.text((x + 5 * u, top + 1 * u), fitted(draw, name, plain, full - 8 * u), rgb(INK), plain)
+        draw.text((x + width, top + 1 * u), f"{100 * probability:.1f} %", rgb(INK), plain, anchor="ra")
+    top = y + 128 * u
+    if said.gates is None:
+        draw.text((x, top), "no gates: this model scans every layer both ways", rgb(MUTED), small)
+    else:
+        on = said.gates.mean(axis=0)
+        text = f"scans kept by layer: forward {100 * on[0]:.0f} %, backward {100 * on[1]:.0f} %"
+        draw.text((x, top), text, rgb(INK), plain)
+        _draw_gates(draw, (x, top + 18 * u), width, u, said)
+    top = y + 194 * u
+    share = said.flops / said.dense_flops
+    draw.text((x, top), f"{flops_text(said.flops)} (exact)", rgb(INK), plain)
+    draw.text((x + width, top), f"{100 * share:.0f} % of dense", rgb(INK), plain, anchor="ra")
+    draw.rectangle((x, top + 17 * u, x + width, top + 25 * u), rgb(GRID))
+    draw.rectangle((x, top + 17 * u, x + width * share, top + 25 * u), rgb(BLUE))
+    legend = "▼ class tokens   ■ kept   ■ dropped"
+    for part, colour in zip(legend.split("   "), (ACCENT, BLUE, GRID), strict=True):
+        draw.text((x, top + 33 * u), part[0], rgb(colour), small)
+        draw.text((x + 11 * u, top + 33 * u), part[2:], rgb(MUTED), small)
+        x += 26 * u + draw.textlength(part, small)
+
+
+def _draw_gates(draw: ImageDraw.ImageDraw, corner: tuple[float, float], width: int, u: float, said: Decisions) -> None:
+    """Two rows of cells, forward above backward, one column a layer; a filled cell is a scan that ran."""
+    x, y = corner
+    small = font(8.5 * u)
+    left = 12 * u
+    cell = (width - left) / len(said.gates)
+    gap = min(2 * u, 0.2 * cell)
+    for direction, (arrow, colour) in enumerate((("→", BLUE), ("←", ORANGE))):
+        top = y + 16 * u * direction
+        draw.text((x, top), arrow, rgb(colour), small)
+        for layer, gate in enumerate(said.gates[:, direction]):
+            box = (x + left + layer * cell, top, x + left + (layer + 1) * cell - gap, top + 12 * u)
+            draw.rectangle(box, rgb(colour) if gate > 0.5 else rgb(PAPER), rgb(colour) if gate > 0.5 else rgb(GRID))
+    for layer in said.pruning_layers:  # a stage drops tokens before this layer
+        at = x + left + layer * cell - gap / 2
+        draw.line((at, y - 2 * u, at, y + 30 * u), rgb(INK), max(1, round(u)))

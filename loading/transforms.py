@@ -1,6 +1,7 @@
 """What happens to an image between its file and the model: timm's transforms with DeiT's choices."""
 
 import itertools
+import math
 import random
 from contextlib import contextmanager
 
@@ -84,6 +85,22 @@ def eval_transform(args, img_size: int):
         mean=MEAN,
         std=STD,
     )
+
+
+def seen_region(size: tuple[int, int], args, img_size: int) -> tuple[float, float, float, float]:
+    """The part of an image of `size` (width, height) that `eval_transform` shows: left, top, right, bottom in pixels.
+
+    The shorter side is resized to img_size / crop ratio and the centre cut out; torchvision's rounding is followed.
+    """
+    width, height = size
+    if img_size <= SMALL_IMAGE:
+        return 0.0, 0.0, float(width), float(height)
+    shorter = math.floor(img_size / args.eval_crop_ratio)
+    longer = int(shorter * max(size) / min(size))
+    resized = (shorter, longer) if width <= height else (longer, shorter)
+    left, top = (int(round((side - img_size) / 2)) for side in resized)
+    x, y = width / resized[0], height / resized[1]  # original pixels per resized pixel
+    return left * x, top * y, (left + img_size) * x, (top + img_size) * y
 
 
 @contextmanager

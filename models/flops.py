@@ -79,3 +79,12 @@ def count_flops(model: VisionMamba, gates: Union[float, Sequence, Tensor, None] 
         if layer.mixer.block_head is not None:
             exact += _linear(layer.mixer.block_head, 1)
     return Flops(float(paper), float(exact))
+
+
+def exact_per_image(model: VisionMamba, gates: Tensor) -> Tensor:
+    """Operations of each image at evaluation, in the `exact` convention: gates [depth, B, 2] -> [B] on the CPU.
+
+    Linear in the gates, so that the mean over images is that of `count_flops` at the mean gates.
+    """
+    scans = torch.tensor([_direction(model, length)[1] for length in sequence_lengths(model)], dtype=torch.float64)
+    return count_flops(model, 0.0).exact + (gates.double().cpu().sum(dim=2) * scans[:, None]).sum(dim=0)

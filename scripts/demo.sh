@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The method from end to end on a CPU, on scikit-learn's digits: a dense teacher, a DyVM student trained from it, and
-# the two side by side.
+# The method from end to end on a CPU, on scikit-learn's digits: a dense teacher, a DyVM student trained from it, the
+# two side by side, the student at other budgets, and a report of it all.
 #
 #   bash scripts/demo.sh [flags of main.py for both trainings]
 set -euo pipefail
@@ -28,21 +28,29 @@ step() {
 PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
 SECONDS=0
 
-step "1/3 dense vim_micro, $EPOCHS_DENSE epochs"
+step "1/5 dense vim_micro, $EPOCHS_DENSE epochs"
 "$PYTHON" "$ROOT/main.py" --method dense --model vim_micro --epochs "$EPOCHS_DENSE" --lr "$LR_DENSE" \
   "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dense" "$@"
 
-step "2/3 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a stage, $BLOCK_KEEP_RATIO of the scans"
+step "2/5 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a stage, $BLOCK_KEEP_RATIO of the scans"
 "$PYTHON" "$ROOT/main.py" --method dyvm --model dyvm_vim_micro --model-path "$OUTPUT/dense/best_checkpoint.pth" \
   --epochs "$EPOCHS_DYVM" --lr "$LR_DYVM" \
   --token-keep-ratio "$TOKEN_KEEP_RATIO" --block-keep-ratio "$BLOCK_KEEP_RATIO" \
   --token-pruning-weight 10 --block-pruning-weight 10 \
   "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dyvm" "$@"
 
-step "3/3 evaluation: dense against DyVM"
+step "3/5 evaluation: dense against DyVM"
 "$PYTHON" "$ROOT/main.py" --eval --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
   --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm"
 
+step "4/5 budgets: the student at other token keep ratios"
+"$PYTHON" "$ROOT/main.py" --eval --sweep 0.5:1.0:0.1 --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
+  --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm" --throughput-seconds 4
+
+step "5/5 report"
+"$PYTHON" "$ROOT/report.py" "$OUTPUT/dyvm"
+
 step "the demo took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo "report:  $OUTPUT/dyvm/report.html"
 echo "picture: $OUTPUT/dyvm/kept_patches.png"
 echo "curves:  $PYTHON -m tensorboard.main --logdir $OUTPUT"

@@ -1,7 +1,6 @@
 """The shell scripts: the recipes' numbers, what they launch and what they say to a wrong environment, with stand-ins
 for slow programs (python, srun) so that nothing is trained."""
 
-import json
 import os
 import re
 import shlex
@@ -263,20 +262,15 @@ def test_gpu_check_without_a_gpu(tmp_path):
     assert "cannot write to" in one_line(run("scripts/gpu_check.sh", tmp_path / "file", PYTHON=python), 1)
 
 
-def test_demo_closes_with_a_table(python, tmp_path):
-    report = {
-        "dense": {"top1": 98.9, "flops": {"paper": 20e6, "exact": 25e6}, "images_per_s": 100.0},
-        "dynamic": {"top1": 98.1, "flops": {"paper": 12e6, "exact": 15e6}, "images_per_s": 150.0},
-        "reduction": {"paper": 0.4, "exact": 0.4}, "speedup": 1.5, "data_set": "DIGITS", "device": "cpu",
-    }
-    (tmp_path / "demo/dyvm").mkdir(parents=True)
-    (tmp_path / "demo/dyvm/eval.json").write_text(json.dumps(report))
+def test_demo(python, tmp_path):
     result = run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DYVM=3)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"top-1 % +98\.90 +98\.10 +-0\.80", result.stdout)
-    assert re.search(r"MFLOPs \(exact\) +25\.00 +15\.00 +-40\.0 %", result.stdout)
-    dense, student, evaluation = map(flags_of, (tmp_path / "calls.log").read_text().splitlines())
+    assert f"report:  {tmp_path}/demo/dyvm/report.html" in result.stdout
+    *calls, report = (tmp_path / "calls.log").read_text().splitlines()
+    dense, student, evaluation, sweep = map(flags_of, calls)
     assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "30")
     assert (student["method"], student["model"], student["epochs"]) == ("dyvm", "dyvm_vim_micro", "3")
     assert student["model-path"] == evaluation["dense-path"] == f"{tmp_path}/demo/dense/best_checkpoint.pth"
-    assert evaluation["model-path"] == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
+    assert evaluation["model-path"] == sweep["model-path"] == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
+    assert sweep["sweep"] == "0.5:1.0:0.1"
+    assert f"report.py {tmp_path}/demo/dyvm " in report

@@ -1,0 +1,159 @@
+"""A checkpoint made ready for images of the user: what visualize.py and predict.py share.
+
+B images, C classes.
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+import options
+from builders import recorded_arguments, restore_model
+from datasets import list_images
+from engine import autocast
+from loading.images import FileImages, printable
+from loading.loaders import BadImages, Batch, EvalLoader
+from loading.transforms import eval_transform
+from models import Result, VisionMamba
+from utils.checkpoint import load_checkpoint
+from utils.distributed import init_distributed
+from utils.errors import UserError
+from utils.logging import Progress
+
+_logger = logging.getLogger(__name__)
+
+
+def build_parser(prog: str, description: str) -> options.OneLineParser:
+    """The flags that every tool for a checkpoint and images has."""
+    parser = options.OneLineParser(prog=prog, description=description, allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("images")
+    group.add_argument("--class-names", metavar="FILE", help="names of the classes by their index: a name a line, or "
+                       "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)")
+    group.add_argument("--batch-size", type=options.positive, default=32)
+    group.add_argument("--num-workers", type=int, default=min(4, len(os.sched_getaffinity(0))),
+                       help="processes that read images, where there is more than one batch of them")
+    group.add_argument("--input-size", type=options.positive, help="size of the model's images (default: as trained)")
+    group.add_argument("--eval-crop-ratio", type=options.ratio, default=0.875)
+    group = parser.add_argument_group("run")
+    group.add_argument("--ema", action="store_true", help="use the average of the weights")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    parser.set_defaults(pin_mem=False)
+    options.add_model_arguments(parser)
+    return parser
+
+
+@dataclass
+class Classifier:
+    """A model in evaluation mode, with what is needed to show it images and to name what it says."""
+
+    model: VisionMamba
+    class_names: list[str]
+    args: argparse.Namespace
+    device: torch.device
+
+    @property
+    def img_size(self) -> int:
+        return self.model.patch_embed.img_size
+
+    def results(self, images: FileImages, bad_images: BadImages, shown: bool = True) -> Iterator[tuple[Batch, Result]]:
+        """What the model makes of images, batch by batch; files that cannot be used are told to `bad_images`."""
+        args = self.args
+        if len(images) <= args.batch_size:
+            args = argparse.Namespace(**vars(args) | {"num_workers": 0})
+        loader = EvalLoader(images, eval_transform(args, self.img_size), args, bad_images, rank=0, world_size=1)
+        batches = Progress(loader.batches(), "images", total=-(-len(images) // args.batch_size), shown=shown)
+        for batch in batches:
+            yield batch, self.forward(batch.images)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Result:
+        with autocast(self.device, self.args.amp):
+            return self.model(images.to(self.device))
+
+    def likeliest(self, logits: Tensor, count: int) -> list[list[tuple[int, str, float]]]:
+        """logits [B, C] -> for each image (class, name, probability) of the likeliest classes, likeliest first."""
+        probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
+        return [[(label, self.class_names[label], probability) for label, probability in zip(*rows, strict=True)]
+                for rows in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+
+
+def load_classifier(parser: options.OneLineParser, argv: Sequence[str]) -> Classifier:
+    """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the flags' defaults."""
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        parser.error("--model-path is needed, the checkpoint to use")
+    checkpoint = load_checkpoint(args.model_path)
+    parser.set_defaults(**recorded_arguments(checkpoint))
+    args = parser.parse_args(argv)
+    options.settle_model(args)
+    head = checkpoint["model"].get("head.weight")
+    if not isinstance(head, Tensor) or head.dim() != 2:
+        raise UserError(f"{args.model_path}: no head.weight in it, so that it names no classes")
+    device = init_distributed(args.device).device
+    model = restore_model(args, checkpoint, len(head), ema=args.ema).to(device).eval()
+    return Classifier(model, class_names(args, checkpoint, len(head)), args, device)
+
+
+def class_names(args: argparse.Namespace, checkpoint: dict[str, Any], count: int) -> list[str]:
+    """Names of the classes: of the file that the user gave, of the checkpoint, of ImageNet, or their numbers."""
+    if args.class_names:
+        names = _read_names(Path(args.class_names))
+        if len(names) != count:
+            raise UserError(f"--class-names {args.class_names}: {len(names)} names, and the model has {count} classes")
+        return names
+    imagenet = ImageNetInfo("imagenet-1k")
+    names = checkpoint.get("class_names")
+    if isinstance(names, (list, tuple)) and len(names) == count:
+        known = set(imagenet.label_names())  # n01440764, ...: the folders of ImageNet
+        return [imagenet.label_name_to_description(name) if name in known else str(name) for name in names]
+    if count == imagenet.num_classes():
+        _logger.info("%s holds no class names; 1000 classes are taken to be ImageNet's", args.model_path)
+        return [imagenet.index_to_description(label) for label in range(count)]
+    _logger.warning("%s holds no class names: their numbers are shown; give --class-names FILE", args.model_path)
+    return [f"class {label}" for label in range(count)]
+
+
+def _read_names(path: Path) -> list[str]:
+    """A name a line, a JSON list, or a JSON object {"0": name, "1": [id, name], ...}."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--class-names {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--class-names {path}: not a text file in UTF-8") from None
+    if not text.lstrip().startswith(("[", "{")):
+        return [printable(line.strip()) for line in text.splitlines() if line.strip()]
+    try:
+        content = json.loads(text)
+        entries = content if isinstance(content, list) else [content[str(label)] for label in range(len(content))]
+    except ValueError as error:
+        raise UserError(f"--class-names {path}: not JSON ({error})") from None
+    except KeyError as error:
+        raise UserError(f"--class-names {path}: no name for class {error}") from None
+    return [printable(str(entry[-1] if isinstance(entry, list) and entry else entry)) for entry in entries]
+
+
+def find_images(paths: Sequence[str]) -> FileImages:
+    """The files named, and the images in the folders named and below. Raises UserError for a folder without any."""
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = list_images(Path(path))
+            if not inside:
+                raise UserError(f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)")
+            found += inside
+        else:
+            found.append(path)
+    return FileImages("", found, np.zeros(len(found)), [])

@@ -1,0 +1,72 @@
+"""Contact sheets: many images on few pages, each beside what the last stage left of it."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from palette import GRID, INK, MUTED, PAPER, rgb
+from pictures import Decisions, dim_dropped, fitted, font, patch_of_pixels, within
+from utils.files import atomic_file
+
+COLUMNS, ROWS = 4, 8
+SIDE = 128  # of a thumbnail, in pixels
+MARGIN, CAPTION = 14, 34
+
+
+class ContactSheets:
+    """Pages `contact_sheet.png`, `contact_sheet_2.png`, ...: a page is written as soon as it is full."""
+
+    def __init__(self, output: Path):
+        self.output, self.pages, self.cells = output, 0, 0
+        self.width, self.height = 2 * SIDE + 2 + MARGIN, SIDE + CAPTION + MARGIN
+        self._page = Image.new("RGB", (0, 0))
+
+    def add(self, image: Image.Image, region: tuple[float, ...], model, said: Decisions) -> None:
+        """Put an image on the page: itself, what the last stage left, its class and its cost."""
+        if self.cells == 0:
+            size = (COLUMNS * self.width + MARGIN, ROWS * self.height + MARGIN)
+            self._page = Image.new("RGB", size, rgb(PAPER))
+        row, column = divmod(self.cells, COLUMNS)
+        x, y = MARGIN + column * self.width, MARGIN + row * self.height
+        for thumb in self._thumbs(image, region, model, said):
+            self._page.paste(thumb, (x + (SIDE - thumb.width) // 2, y + (SIDE - thumb.height) // 2))
+            x += SIDE + 2
+        self._caption(MARGIN + column * self.width, y + SIDE + 4, said)
+        self.cells += 1
+        if self.cells == COLUMNS * ROWS:
+            self._write()
+
+    def close(self) -> None:
+        """Write the last page, as long as its content."""
+        if self.cells:
+            rows = -(-self.cells // COLUMNS)
+            columns = min(self.cells, COLUMNS)
+            self._page = self._page.crop((0, 0, columns * self.width + MARGIN, rows * self.height + MARGIN))
+            self._write()
+
+    def _thumbs(self, image: Image.Image, region: tuple[float, ...], model, said: Decisions) -> list[Image.Image]:
+        image, region = within(image, region, SIDE)
+        scale = max(1, SIDE // max(image.size))
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        if not said.kept:
+            return [image]
+        patch_of = patch_of_pixels(model.patch_embed, image.size, tuple(scale * side for side in region))
+        return [image, Image.fromarray(dim_dropped(np.asarray(image), patch_of, said.kept[-1]))]
+
+    def _caption(self, x: float, y: float, said: Decisions) -> None:
+        draw = ImageDraw.Draw(self._page)
+        width = 2 * SIDE + 2
+        name, probability = said.classes[0]
+        bold, plain = font(11, bold=True), font(10)
+        share = f"{100 * said.flops / said.dense_flops:.0f} % of dense"
+        draw.text((x, y), fitted(draw, f"{name}  {100 * probability:.0f} %", bold, width - 90), rgb(INK), bold)
+        draw.text((x + width, y), share, rgb(INK), plain, anchor="ra")
+        draw.text((x, y + 15), fitted(draw, said.name, plain, width), rgb(MUTED), plain)
+        draw.line((x, y + 32, x + width, y + 32), rgb(GRID))
+
+    def _write(self) -> None:
+        self.pages, self.cells = self.pages + 1, 0
+        name = "contact_sheet.png" if self.pages == 1 else f"contact_sheet_{self.pages}.png"
+        with atomic_file(self.output / name) as file:
+            self._page.save(file, format="PNG")
