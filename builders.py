@@ -1,4 +1,4 @@
-"""Models from flags and from checkpoints: what training, evaluation, visualize.py and predict.py share."""
+"""Models from flags and from checkpoints, and what a training needs beside them."""
 
 import argparse
 from pathlib import Path
@@ -6,9 +6,20 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
 
-from models import VisionMamba
+from datasets import Data
+from engine import Training, seed_everything
+from losses import DenseLoss, DynamicLoss
+from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
+from utils.checkpoint import load_checkpoint
+from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
@@ -70,3 +81,59 @@ def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def model_image_size(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         return build_model(args, num_classes=1).patch_embed.img_size
+
+
+def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
+    """Classification alone for a dense model, the terms of the method for a dynamic one."""
+    if args.mixup or args.cutmix:
+        classification: nn.Module = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        classification = LabelSmoothingCrossEntropy(args.smoothing)
+    else:
+        classification = nn.CrossEntropyLoss()
+    if not isinstance(model, DynamicVisionMamba):
+        return DenseLoss(classification)
+    return DynamicLoss(
+        classification, token_keep=model.token_keep or None,
+        block_keep=args.block_keep_ratio if model.route_blocks else None,
+        token_weight=args.token_pruning_weight, block_weight=args.block_pruning_weight,
+        distill_weight=args.distill_weight, token_budget=model.token_strategy == "learned")
+
+
+def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
+    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
+    device = distributed.device
+    seed_everything(args.seed)
+    model, teacher = build_model(args, data.num_classes).to(device), None
+    if args.model_path:
+        dense_weights = load_checkpoint(args.model_path)
+        dynamic = isinstance(model, DynamicVisionMamba)
+        load_weights(model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic)
+        if dynamic:
+            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
+            load_weights(teacher, dense_weights, args.model_path)
+    model.grad_checkpointing = args.grad_checkpointing
+    parallel: nn.Module = model
+    if distributed.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    updates = data.steps_per_epoch // args.accum_steps
+    if not updates:
+        raise UsageError(f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches")
+    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
+    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
+    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
+                                    betas=tuple(args.opt_betas), **fused)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates)
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
+                      label_smoothing=args.smoothing, num_classes=data.num_classes)
+    return Training(
+        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler,
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup)

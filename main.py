@@ -9,40 +9,39 @@
 `scripts/` has the recipes of the paper.
 """
 
+import os
+
+# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import functools
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from torch import nn
+from PIL import Image
 
 import options
 import resume
-from builders import build_dense, build_model, model_image_size, recorded_arguments, restore_model
+from builders import build_dense, build_training, model_image_size, recorded_arguments, restore_model
 from datasets import Data, build_data
 from decisions import DecisionCounter
-from engine import Interrupted, Training, evaluate, seed_everything, train_one_epoch
+from engine import Interrupted, Training, evaluate, train_one_epoch
 from evaluation import evaluate_all, table
 from inference import Classifier
-from losses import DenseLoss, DynamicLoss
+from loading.loaders import WORKER_DIED
 from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from pictures import decision_picture
 from sweep import run_sweep
 from utils import preemption
-from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
+from utils.checkpoint import BEST, load_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.environment import describe_environment
-from utils.errors import UsageError, run_main
+from utils.errors import UserError, run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from visualize import draw_samples
@@ -50,120 +49,13 @@ from visualize import draw_samples
 _logger = logging.getLogger("dyvm")
 
 
-def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
-    """Classification alone for a dense model, the terms of the method for a dynamic one."""
-    if args.mixup or args.cutmix:
-        classification: nn.Module = SoftTargetCrossEntropy()
-    elif args.smoothing:
-        classification = LabelSmoothingCrossEntropy(args.smoothing)
-    else:
-        classification = nn.CrossEntropyLoss()
-    if not isinstance(model, DynamicVisionMamba):
-        return DenseLoss(classification)
-    return DynamicLoss(
-        classification, token_keep=model.token_keep or None,
-        block_keep=args.block_keep_ratio if model.route_blocks else None,
-        token_weight=args.token_pruning_weight, block_weight=args.block_pruning_weight,
-        distill_weight=args.distill_weight, token_budget=model.token_strategy == "learned")
-
-
-def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
-    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
-    device = distributed.device
-    seed_everything(args.seed)
-    model, teacher = build_model(args, data.num_classes).to(device), None
-    if args.model_path:
-        dense_weights = load_checkpoint(args.model_path)
-        dynamic = isinstance(model, DynamicVisionMamba)
-        load_weights(model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic)
-        if dynamic:
-            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
-            load_weights(teacher, dense_weights, args.model_path)
-    model.grad_checkpointing = args.grad_checkpointing
-    parallel: nn.Module = model
-    if distributed.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    updates = data.steps_per_epoch // args.accum_steps
-    if not updates:
-        raise UsageError(f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches")
-    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
-    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
-    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
-                                    betas=tuple(args.opt_betas), **fused)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates)
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
-                      label_smoothing=args.smoothing, num_classes=data.num_classes)
-    return Training(
-        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler,
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup)
-
-
-class Saver:
-    """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
-
-    def __init__(self, run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed):
-        self.run, self.record, self.distributed = run, record, distributed
-        self.minutes = args.save_minutes
-        self.saved_at = time.monotonic()
-        self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
-
-    def save(self, averages: Averages, best: bool = False) -> None:
-        """Save everything that the run needs to go on, in an envelope that other programs can load too."""
-        parts = self.distributed.gather_objects(averages.state_dict())
-        if self.writer is not None:
-            family = self.run.model.family.name
-            self.writer.save({**self.run.state_dict(), **self.record, "family": family, "averages": parts}, best)
-        self.saved_at = time.monotonic()
-
-    def after_step(self, averages: Averages) -> bool:
-        """Save when it is time; save and say True when the run is told to leave."""
-        if self.writer is not None:
-            self.writer.check()
-        leaving = self.distributed.agree_any(preemption.requested())
-        due = self.minutes > 0 and time.monotonic() - self.saved_at > 60 * self.minutes
-        if leaving or self.distributed.agree_any(due and self.distributed.is_main):
-            self.save(averages)
-        return leaving
-
-    def close(self) -> None:
-        """Return when the last save is on the disk."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namespace,
-                    distributed: Distributed) -> Averages:
-    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch begun."""
-    averages = Averages()
-    found = resume.find_checkpoint(args.resume, args.output_dir)
-    if found is None:
-        return averages
-    checkpoint, source = found
-    resume.check_agreement(checkpoint, source, record, args.resume_override)
-    run.load_state_dict(checkpoint)
-    if checkpoint["world_size"] == distributed.world_size:
-        averages.load_state_dict(checkpoint["averages"][distributed.rank])
-    else:
-        run.step = 0  # the shares of the ranks are others now: the epoch starts again
-    _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
-    return averages
-
-
 def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int:
     """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
     preemption.install()
     run = build_training(args, data, distributed)
     record = resume.identity(args, distributed.world_size, data.class_names)
-    averages = start_or_resume(run, record, args, distributed)
-    saver = Saver(run, record, args, distributed)
+    averages = resume.start_or_resume(run, record, args, distributed)
+    saver = resume.Saver(run, record, args, distributed)
     log = EpochLog(args.output_dir)
     if distributed.is_main:
         write_args(args.output_dir, args)
@@ -182,11 +74,12 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
             epoch_record, best = evaluate_epoch(run, data, args, distributed, averages)
         except Interrupted:
             return _leave(saver)
-        run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
-        saver.save(averages, best=best)
-        if distributed.is_main:
+        if distributed.is_main:  # before the checkpoint that says the epoch is done; resuming drops lines too many
             log.append(epoch_record)
             show_epoch(tensorboard, run, data, epoch_record, distributed)
+        list_bad_images(data, args, distributed)
+        run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
+        saver.save(averages, best=best)
     saver.close()
     if tensorboard is not None:
         tensorboard.close()
@@ -195,7 +88,7 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
     return 0
 
 
-def _leave(saver: Saver) -> int:
+def _leave(saver: resume.Saver) -> int:
     saver.close()
     _logger.warning("told to leave by %s; saved, continue with --resume auto", preemption.received())
     return preemption.EXIT_CODE
@@ -217,6 +110,11 @@ def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distribu
                  metrics.top1, run.best)
     parameters = sum(p.numel() for p in run.model.parameters())
     return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
+
+
+def list_bad_images(data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
+    """Write down the images that `--bad-images skip` has left out on this rank."""
+    data.bad_images.write(Path(args.output_dir) / f"bad_images_rank{distributed.rank}.txt")
 
 
 def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
@@ -261,6 +159,7 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     decisions = DecisionCounter(model, data.class_names)
     report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
     totals = decisions.totals(distributed)
+    list_bad_images(data, args, distributed)
     if not distributed.is_main:
         return
     output = Path(args.output_dir)
@@ -271,8 +170,6 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     print(table(report))
     picture = draw_decisions(model, data, distributed.device)
     if picture is not None:
-        from PIL import Image
-
         Image.fromarray(picture).save(output / "kept_patches.png")
     _logger.info("written to %s", output / "eval.json")
 
@@ -309,10 +206,15 @@ def main(argv: Optional[list[str]] = None) -> int:
                       train=not args.eval)
     prepare_output_dir(args.output_dir)
     code = 0
-    if args.eval:
-        evaluate_checkpoint(args, checkpoint, data, distributed)
-    else:
-        code = train(args, data, distributed)
+    try:
+        if args.eval:
+            evaluate_checkpoint(args, checkpoint, data, distributed)
+        else:
+            code = train(args, data, distributed)
+    except RuntimeError as error:
+        if not str(error).startswith(WORKER_DIED):
+            raise
+        raise UserError(f"reading the data failed: {error}; out of memory? Try fewer --num-workers") from None
     distributed.shutdown()
     return code
 

@@ -2,13 +2,18 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from utils.checkpoint import load_checkpoint, load_newest
+from engine import Training
+from utils import preemption
+from utils.checkpoint import CheckpointWriter, load_checkpoint, load_newest
+from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.files import sha256_of
+from utils.logging import Averages
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
 HARMLESS = {"output_dir", "device", "num_workers", "pin_mem", "resume", "resume_override", "save_minutes",
@@ -69,3 +74,54 @@ def check_agreement(checkpoint: Mapping[str, Any], source: Path, current: Mappin
                         "the change with --resume-override")
     for difference in found:
         _logger.warning("resumed in spite of a difference: %s", difference)
+
+
+class Saver:
+    """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
+
+    def __init__(self, run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed):
+        self.run, self.record, self.distributed = run, record, distributed
+        self.minutes = args.save_minutes
+        self.saved_at = time.monotonic()
+        self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
+
+    def save(self, averages: Averages, best: bool = False) -> None:
+        """Save everything that the run needs to go on, in an envelope that other programs can load too."""
+        parts = self.distributed.gather_objects(averages.state_dict())
+        if self.writer is not None:
+            family = self.run.model.family.name
+            self.writer.save({**self.run.state_dict(), **self.record, "family": family, "averages": parts}, best)
+        self.saved_at = time.monotonic()
+
+    def after_step(self, averages: Averages) -> bool:
+        """Save when it is time; save and say True when the run is told to leave."""
+        if self.writer is not None:
+            self.writer.check()
+        leaving = self.distributed.agree_any(preemption.requested())
+        due = self.minutes > 0 and time.monotonic() - self.saved_at > 60 * self.minutes
+        if leaving or self.distributed.agree_any(due and self.distributed.is_main):
+            self.save(averages)
+        return leaving
+
+    def close(self) -> None:
+        """Return when the last save is on the disk."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namespace,
+                    distributed: Distributed) -> Averages:
+    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch begun."""
+    averages = Averages()
+    found = find_checkpoint(args.resume, args.output_dir)
+    if found is None:
+        return averages
+    checkpoint, source = found
+    check_agreement(checkpoint, source, record, args.resume_override)
+    run.load_state_dict(checkpoint)
+    if checkpoint["world_size"] == distributed.world_size:
+        averages.load_state_dict(checkpoint["averages"][distributed.rank])
+    else:
+        run.step = 0  # the shares of the ranks are others now: the epoch starts again
+    _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
+    return averages

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import builders
 import main
 from utils import preemption
 from utils.errors import UsageError, UserError
@@ -120,7 +121,7 @@ def test_a_student_starts_from_its_teacher(dense, tmp_path):
     args = main.options.parse([*SMALL, *DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth"),
                                "--token-keep-ratio", "1"])
     checkpoint = load_checkpoint(args.model_path)
-    model, teacher = main.build_model(args, 10).eval(), main.build_dense(args, 10).eval()
+    model, teacher = builders.build_model(args, 10).eval(), builders.build_dense(args, 10).eval()
     load_weights(model, checkpoint, args.model_path, from_dense=True)
     load_weights(teacher, checkpoint, args.model_path)
     images = torch.randn(2, 3, 16, 16)
