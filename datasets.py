@@ -18,8 +18,8 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images import ArrayImages, FileImages, ImageSet, printable, stratified_choice
-from loaders import Data, assemble
+from loading.images import ArrayImages, FileImages, ImageSet, printable, stratified_choice
+from loading.loaders import Data, assemble
 from utils.errors import UsageError, UserError
 
 # Where Debian's package dataset-fashion-mnist puts its files.
@@ -99,7 +99,7 @@ def build_data(args, img_size: int, *, rank: int = 0, world_size: int = 1, train
         UserError: data that is missing, empty or contradicts itself.
     """
     if args.data_set.lower().startswith(TIMM_PREFIXES):
-        from readers import build_timm_data
+        from loading.readers import build_timm_data
 
         return build_timm_data(args, img_size, rank, world_size, train)
     if args.data_set not in DATA_SETS:

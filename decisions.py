@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import plots
-from loaders import Batch
+from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.flops import exact_per_image
 from utils.distributed import Distributed

@@ -8,7 +8,7 @@ B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.047
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -22,9 +22,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from datasets import Data
-from loaders import Batch
+from loading.loaders import Batch
+from loading.transforms import derive_seed
+from losses import batch_statistics, mean_over_ranks
 from models import Result, VisionMamba
-from transforms import derive_seed
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.logging import Averages, Progress
@@ -87,38 +88,37 @@ def train_one_epoch(run: Training, data: Data, args: argparse.Namespace, distrib
                     averages: Averages, after_step: Callable[[], bool] = lambda: False) -> bool:
     """Train from `run.step` to the last step of epoch `run.epoch`; -> whether it came to the end.
 
+    A step is one batch of the loader; the weights change every `--accum-steps` of them. A rest is left out.
+
     averages: gets the means of the loss terms and rates; those of the steps done before, when resumed.
-    after_step: called when a step is done; True stops here.
+    after_step: called when the weights have changed; True stops here.
     """
-    device = distributed.device
     run.parallel.train()
     guard = NonFiniteSteps(run.optimizer, run.scaler, data.describe, stop=args.nonfinite == "stop")
-    steps = data.steps_per_epoch
+    steps = data.steps_per_epoch // args.accum_steps * args.accum_steps
     if not args.sched_on_updates:
         run.scheduler.step(run.epoch)
     bar = Progress(data.train_batches(run.epoch, run.step), f"epoch {run.epoch + 1}/{args.epochs}", total=steps,
                    initial=run.step, status=lambda: _one_line(averages.means()), shown=distributed.is_main)
+    parts: list[Batch] = []
     for batch in bar:
+        parts.append(batch)
+        if len(parts) < args.accum_steps:
+            continue
         if args.sched_on_updates:
-            run.scheduler.step_update(run.epoch * steps + run.step)
-        seed_everything(args.seed, run.epoch, run.step, distributed.rank)
-        images = batch.images.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
-        loss, measured = forward_backward(run, images, targets, args)
-        parameters = [p for p in run.model.parameters() if p.grad is not None]
-        run.scaler.unscale_(run.optimizer)
-        if args.clip_grad:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        skipped = guard.step(norm, batch.indices)
+            run.scheduler.step_update((run.epoch * steps + run.step) // args.accum_steps)
+        measured = accumulate_gradients(run, parts, args, distributed)
+        norm = gradient_norm(run, args.clip_grad)
+        skipped = guard.step(norm, torch.cat([part.indices for part in parts]))
         if run.ema is not None:
             run.ema.update(run.model)
-        averages.update(len(images), loss=loss, **measured, skipped_steps=skipped,
-                        lr=run.optimizer.param_groups[0]["lr"])
-        run.step += 1
+        lr = run.optimizer.param_groups[0]["lr"]
+        averages.update(sum(len(part.images) for part in parts), **measured, skipped_steps=skipped, lr=lr)
+        run.step, parts = run.step + len(parts), []
         if after_step():
             return False
+        if run.step == steps:
+            break
     guard.look()
     return True
 
@@ -127,21 +127,56 @@ def _one_line(means: dict[str, float]) -> str:
     return " ".join(f"{name} {value:.4g}" for name, value in means.items())
 
 
-def forward_backward(run: Training, images: Tensor, targets: Tensor,
-                     args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of one batch; -> loss, its terms and the measured rates."""
+def gradient_norm(run: Training, clip: Optional[float]) -> Tensor:
+    """The norm of the whole gradient, which is clipped to `clip` if that is given."""
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    if clip:
+        return torch.nn.utils.clip_grad_norm_(parameters, clip)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+
+
+def accumulate_gradients(run: Training, parts: Sequence[Batch], args: argparse.Namespace,
+                         distributed: Distributed) -> dict[str, Tensor]:
+    """Gradients of the loss on the joined parts; -> means of the loss, its terms and the measured rates.
+
+    The budget terms look at the joined batch. With several parts these statistics need a forward pass of their own,
+    without gradient, which the same seeds make equal to the one that follows.
+    """
+    whole = None
+    if len(parts) > 1 and run.teacher is not None:
+        with torch.no_grad():
+            seen = [batch_statistics(_forward(run, run.model, part, i, args, distributed)[0])
+                    for i, part in enumerate(parts)]
+        whole = mean_over_ranks(torch.stack(seen).mean(dim=0))
+    run.optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, Tensor] = {}
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
+            result, images, targets = _forward(run, run.parallel, part, i, args, distributed)
+            with autocast(distributed.device, args.amp):
+                taught = None
+                if run.teacher is not None:
+                    with torch.no_grad():
+                        taught = run.teacher(images)
+                loss, terms = run.criterion(result, targets, taught, whole)
+            run.scaler.scale(loss / len(parts)).backward()
+        for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(parts)
+    return totals
+
+
+def _forward(run: Training, model: nn.Module, part: Batch, index: int, args: argparse.Namespace,
+             distributed: Distributed) -> tuple[Result, Tensor, Tensor]:
+    """The model on the `index`-th part of a step, mixed up; -> result, images, targets. Seeds every random number."""
+    seed_everything(args.seed, run.epoch, run.step + index, distributed.rank)
+    images = part.images.to(distributed.device, non_blocking=True)
+    targets = part.targets.to(distributed.device, non_blocking=True)
     if run.mixup is not None:
         images, targets = run.mixup(images, targets)
-    with autocast(images.device, args.amp):
-        taught = None
-        if run.teacher is not None:
-            with torch.no_grad():
-                taught = run.teacher(images)
-        result = run.parallel(images)
-        loss, terms = run.criterion(result, targets, taught)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    return loss.detach(), {name: term.detach() for name, term in terms.items()} | measured_rates(result)
+    with autocast(distributed.device, args.amp):
+        return model(images), images, targets
 
 
 def measured_rates(result: Result) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import throughput
 from datasets import Data
 from engine import Metrics, autocast, evaluate
-from loaders import Batch
+from loading.loaders import Batch
 from models import DynamicVisionMamba, Result, VisionMamba
 from models.flops import count_flops
 from ops.selective_scan import backend_for

@@ -21,10 +21,10 @@ import options
 from builders import recorded_arguments, restore_model
 from datasets import list_images
 from engine import autocast
-from images import FileImages, printable
-from loaders import BadImages, Batch, EvalLoader
+from loading.images import FileImages, printable
+from loading.loaders import BadImages, Batch, EvalLoader
+from loading.transforms import eval_transform
 from models import Result, VisionMamba
-from transforms import eval_transform
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
 from utils.errors import UserError

@@ -21,32 +21,48 @@ RATIO_SCOPES = ("image", "batch")
 TERMS = ("cls", "token_ratio", "block_ratio", "cls_kl", "token_distill")
 
 
-def over_ranks(local: Tensor) -> Tensor:
-    """Mean over all processes, with the gradient of the local value.
+def batch_statistics(result: Result) -> Tensor:
+    """What the terms that are not sums over images need to know of a whole batch, without gradient.
 
-    DDP averages the gradients of the ranks; with this value in a non-linear term they are those of the joined batch.
+    [2 + S]: mean gate, number of kept tokens, kept fraction of each stage.
     """
+    stages = [decision.detach().mean() for decision in result.decisions]
+    return torch.stack([result.gates.detach().mean().float(), result.keep.detach().sum().float(), *stages])
+
+
+def mean_over_ranks(statistics: Tensor) -> Tensor:
+    """Statistics of a part of the batch -> their mean over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
-        return local
-    mean = local.detach().clone()
-    dist.all_reduce(mean)
-    return local + (mean / dist.get_world_size() - local.detach())
+        return statistics
+    total = statistics.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
-def token_ratio(decisions: Sequence[Tensor], targets: Sequence[float], scope: str = "image") -> Tensor:
+def _with_value(local: Tensor, value: Tensor) -> Tensor:
+    """The value of the whole batch with the gradient of this part.
+
+    Gradients are averaged over the parts (by DDP over ranks, by the loop over accumulated batches); with this value in
+    a non-linear term, the average is the gradient of the term on the joined batch.
+    """
+    return local + (value - local).detach()
+
+
+def token_ratio(decisions: Sequence[Tensor], targets: Sequence[float], batch_means: Optional[Tensor] = None) -> Tensor:
     """Mean over stages of (kept fraction - target)^2; decisions S x [B, M].
 
-    scope "image": each image is held to the target; "batch": only the batch as a whole.
+    Each image is held to the target, or, with `batch_means` [S], only the batch as a whole.
     """
     kept = torch.stack([decision.mean(dim=1) for decision in decisions])  # [S, B]
-    if scope == "batch":
-        kept = over_ranks(kept.mean(dim=1, keepdim=True))
+    if batch_means is not None:
+        kept = _with_value(kept.mean(dim=1), batch_means)
     return torch.stack([(stage - target).square().mean() for stage, target in zip(kept, targets, strict=True)]).mean()
 
 
-def block_ratio(gates: Tensor, target: float) -> Tensor:
-    """(mean of all gates - target)^2; gates [depth, B, 2]."""
-    return (over_ranks(gates.mean()) - target) ** 2
+def block_ratio(gates: Tensor, target: float, batch_mean: Optional[Tensor] = None) -> Tensor:
+    """(mean of all gates - target)^2; gates [depth, B, 2]; `batch_mean`: of the whole batch."""
+    mean = gates.mean()
+    return ((mean if batch_mean is None else _with_value(mean, batch_mean)) - target) ** 2
 
 
 def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,10 +71,12 @@ def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
                     log_target=True)
 
 
-def token_distance(result: Result, teacher_tokens: Tensor, distance: str = "mse") -> Tensor:
+def token_distance(result: Result, teacher_tokens: Tensor, distance: str = "mse",
+                   kept: Optional[Tensor] = None) -> Tensor:
     """Distance of the kept tokens to the teacher's same patches, mean over kept tokens; 0 when none is kept.
 
-    teacher_tokens [B, M, d] in raster order. "mse": mean over d too; "kl": KL over the feature axis.
+    teacher_tokens [B, M, d] in raster order. "mse": mean over d too; "kl": KL over the feature axis. `kept`: how many
+    are kept, as a mean over the parts of the whole batch.
     """
     student, teacher = result.tokens.float(), take(teacher_tokens, result.positions).float()
     if distance == "mse":
@@ -67,7 +85,8 @@ def token_distance(result: Result, teacher_tokens: Tensor, distance: str = "mse"
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
     keep = result.keep.detach()
-    return (per_token * keep).sum() / over_ranks(keep.sum()).clamp_min(torch.finfo(keep.dtype).tiny)
+    kept = keep.sum() if kept is None else kept
+    return (per_token * keep).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
 
 
 class DynamicLoss(nn.Module):
@@ -94,16 +113,24 @@ class DynamicLoss(nn.Module):
         self.distill_weight, self.cls_weight = distill_weight, cls_weight
         self.token_distance, self.ratio_scope, self.token_budget = token_distance, ratio_scope, token_budget
 
-    def forward(self, result: Result, targets: Tensor, teacher: Result) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> total, the weighted terms by name (their sum is the total)."""
+    def forward(self, result: Result, targets: Tensor, teacher: Result,
+                whole: Optional[Tensor] = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> total, the weighted terms by name (their sum is the total).
+
+        whole: `batch_statistics`, mean over the parts of the whole batch; by default this batch on all ranks.
+        """
+        whole = mean_over_ranks(batch_statistics(result)) if whole is None else whole
+        mean_gate, kept, stage_means = whole[0], whole[1], whole[2:]
         terms = {"cls": self.cls_weight * self.criterion(result.logits, targets)}
         if self.token_keep is not None and self.token_budget:
-            terms["token_ratio"] = self.token_weight * token_ratio(result.decisions, self.token_keep, self.ratio_scope)
+            batch_means = stage_means if self.ratio_scope == "batch" else None
+            terms["token_ratio"] = self.token_weight * token_ratio(result.decisions, self.token_keep, batch_means)
         if self.block_keep is not None:
-            terms["block_ratio"] = self.block_weight * block_ratio(result.gates, self.block_keep)
+            terms["block_ratio"] = self.block_weight * block_ratio(result.gates, self.block_keep, mean_gate)
         terms["cls_kl"] = self.distill_weight * logits_distance(result.logits, teacher.logits)
         if self.token_keep is not None:
-            terms["token_distill"] = self.distill_weight * token_distance(result, teacher.tokens, self.token_distance)
+            distance = token_distance(result, teacher.tokens, self.token_distance, kept)
+            terms["token_distill"] = self.distill_weight * distance
         return torch.stack(list(terms.values())).sum(), terms
 
 
@@ -114,7 +141,8 @@ class DenseLoss(nn.Module):
         super().__init__()
         self.criterion = criterion
 
-    def forward(self, result: Result, targets: Tensor, teacher: Optional[Result] = None):
+    def forward(self, result: Result, targets: Tensor, teacher: Optional[Result] = None,
+                whole: Optional[Tensor] = None) -> tuple[Tensor, dict[str, Tensor]]:
         """-> total, {"cls": total}."""
         total = self.criterion(result.logits, targets)
         return total, {"cls": total}

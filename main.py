@@ -42,7 +42,7 @@ from utils import preemption
 from utils.checkpoint import BEST, CheckpointWriter, load_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.environment import describe_environment
-from utils.errors import run_main
+from utils.errors import UsageError, run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from visualize import draw_samples
@@ -79,11 +79,15 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         if dynamic:
             teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
             load_weights(teacher, dense_weights, args.model_path)
+    model.grad_checkpointing = args.grad_checkpointing
     parallel: nn.Module = model
     if distributed.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    whole_batch = args.batch_size * distributed.world_size
+    updates = data.steps_per_epoch // args.accum_steps
+    if not updates:
+        raise UsageError(f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches")
+    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
     lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
@@ -91,7 +95,7 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=data.steps_per_epoch)
+        updates_per_epoch=updates)
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,

@@ -160,6 +160,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA")
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument("--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm")
+    group.add_argument("--accum-steps", type=positive, default=1, metavar="K",
+                       help="batches whose gradients are joined; counts in the scaling of --lr")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute layers in the backward pass: less "
+                       "memory, a third more time")
     group.add_argument("--model-ema", action=flag, default=True, help="average of the weights, evaluated too")
     group.add_argument("--model-ema-decay", type=ratio, default=0.99996)
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Optional
 
-from images import FileImages
 from inference import Classifier, build_parser, find_images, load_classifier
-from loaders import BadImages
+from loading.images import FileImages
+from loading.loaders import BadImages
 from options import positive
 from utils.errors import UserError, run_main
 

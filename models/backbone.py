@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ops.rms_norm import add_rms_norm
 
 from . import sampling
 from .initialization import initialize, initialize_router
-from .layouts import Positions, TokenLayout, extract, insert, take
+from .layouts import Positions, TokenLayout, extract, insert, reordered, take
 from .mixer import BidirectionalMamba, Block
-from .pruning import ScorePredictor, best_in_order, rearrange
+from .pruning import ScorePredictor, best_in_order, kept_first
 
 SCORER_INPUTS = ("hidden", "B", "delta")
 TOKEN_STRATEGIES = ("learned", "random", "static")
@@ -117,6 +118,7 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(self._block(i, rates[i]) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate)
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
+        self.grad_checkpointing = False  # recompute each layer in the backward pass
         initialize(self)
 
     def _block(self, index: int, drop_path_rate: float, router: bool = False) -> Block:
@@ -142,6 +144,12 @@ class VisionMamba(nn.Module):
             pos_patches, pos_class = extract(self.pos_embed, self.layout.positions(self.num_patches))
         return patches + pos_patches, (self.cls_token + pos_class).expand(len(images), -1, -1)
 
+    def run_layer(self, layer: Block, *inputs) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """A layer's forward, its inner values kept or recomputed; its random numbers are the same both times."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
     def classify(self, class_tokens: Tensor) -> Tensor:
         """Class tokens after norm_f [B, n, d] -> logits [B, C]."""
         if self.family.registers:
@@ -160,7 +168,7 @@ class VisionMamba(nn.Module):
         class_positions = self.layout.positions(self.num_patches)
         hidden, residual = None, as_residual(insert(patches, class_tokens, class_positions))
         for layer in self.layers:
-            hidden, residual, _ = layer(hidden, residual, class_positions)
+            hidden, residual, _ = self.run_layer(layer, hidden, residual, class_positions)
         logits, tokens = self.finish(hidden, residual, class_positions)
         batch = len(images)
         return Result(
@@ -233,11 +241,14 @@ class DynamicVisionMamba(VisionMamba):
         """Patches that each stage keeps at evaluation."""
         return [int(ratio * self.num_patches) for ratio in self.token_keep]
 
-    def scores(self, stage: int, patches: Tensor, residual: Tensor, policy: Tensor, class_positions: Positions,
+    def scores(self, stage: int, mixed: Tensor, residual: Tensor, policy: Tensor, class_positions: Positions,
                mask: Optional[Tensor]) -> Tensor:
-        """Log-probabilities (keep, drop) [B, m, 2] of the tokens that enter a stage."""
+        """Log-probabilities (keep, drop) [B, m, 2] of the patch tokens that enter a stage.
+
+        mixed [B, L, d]: hidden + residual; residual [B, L, d]: what the layer before normalised.
+        """
         if self.scorer_input == "hidden":
-            return self.score_predictors[stage](patches, policy)
+            return self.score_predictors[stage](extract(mixed, class_positions)[0], policy)
         previous = self.layers[self.pruning_layers[stage] - 1]
         normed = F.rms_norm(residual, previous.norm.weight.shape, previous.norm.weight, previous.norm.eps)
         B, step = previous.mixer.scan_inputs(normed, mask)
@@ -266,23 +277,23 @@ class DynamicVisionMamba(VisionMamba):
             if index in self.pruning_layers:
                 stage = len(decisions)
                 mixed = residual + layer.drop_path(hidden)
-                patches, class_tokens = extract(mixed, class_positions)
-                decision = self._decide(stage, images, patches, residual, policy, class_positions, mask)
+                decision = self._decide(stage, images, mixed, residual, policy, class_positions, mask)
                 decisions.append(decision)
-                kept, (patches, origin, policy) = rearrange(decision.detach(), patches, origin, decision)
-                class_positions = self.layout.positions(kept)
-                residual, hidden = insert(patches, class_tokens, class_positions), None
-                mask = insert(policy, policy.new_ones(class_tokens.shape[:2]), class_positions)
-            hidden, residual, gate = layer(hidden, residual, class_positions, mask)
+                order, kept = kept_first(decision.detach())
+                new_positions = self.layout.positions(kept)
+                residual, hidden = take(mixed, reordered(order, class_positions, new_positions)), None
+                origin, policy, class_positions = take(origin, order), take(decision, order), new_positions
+                mask = insert(policy, policy.new_ones(new_positions.shape), new_positions)
+            hidden, residual, gate = self.run_layer(layer, hidden, residual, class_positions, mask)
             gates.append(gate)
         logits, tokens = self.finish(hidden, residual, class_positions)
         return Result(logits, tokens, origin, policy.detach(), self._gates(gates, images), decisions=decisions)
 
-    def _decide(self, stage: int, images: Tensor, patches: Tensor, residual: Tensor, policy: Tensor,
+    def _decide(self, stage: int, images: Tensor, mixed: Tensor, residual: Tensor, policy: Tensor,
                 class_positions: Positions, mask: Optional[Tensor]) -> Tensor:
         """The cumulative 0/1 decision [B, M] of one stage in training; a token once dropped stays dropped."""
         if self.token_strategy == "learned":
-            log_probs = self.scores(stage, patches, residual, policy, class_positions, mask)
+            log_probs = self.scores(stage, mixed, residual, policy, class_positions, mask)
             return sampling.keep_decision(log_probs, f"token.stage{stage}") * policy
         count = self.kept_counts()[stage]
         alive = policy.shape[1] if stage == 0 else self.kept_counts()[stage - 1]
@@ -308,7 +319,7 @@ class DynamicVisionMamba(VisionMamba):
                 count = self.kept_counts()[stage]
                 if self.token_strategy == "learned":
                     policy = patches.new_ones(patches.shape[:2])
-                    log_probs = self.scores(stage, patches, residual, policy, class_positions, None)
+                    log_probs = self.scores(stage, mixed, residual, policy, class_positions, None)
                     chosen = best_in_order(log_probs[..., 0], count)
                 else:
                     chosen = self._baseline_choice(stage, images, patches.shape[1], count)

@@ -61,10 +61,13 @@ class SpreadRegisters(TokenLayout):
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, T, ...], index [B, S] -> [B, S, ...]: the chosen tokens of each image."""
+    """tokens [B, T] or [B, T, d], index [B, S] -> [B, S] or [B, S, d]: the chosen tokens of each image."""
     if tokens.dim() == 2:
         return tokens.gather(1, index)
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    batch, count, width = tokens.shape
+    # Whole rows of a flat table are copied several times faster than single elements are gathered.
+    rows = index + torch.arange(batch, device=index.device).unsqueeze(1) * count
+    return tokens.reshape(batch * count, width).index_select(0, rows.flatten()).view(batch, -1, width)
 
 
 def read(sequence: Tensor, positions: Positions) -> Tensor:
@@ -96,6 +99,18 @@ def extract(sequence: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
     bounds = [-1, *positions, sequence.shape[1]]
     pieces = [sequence[:, left + 1:right] for left, right in zip(bounds[:-1], bounds[1:], strict=True)]
     return torch.cat(pieces, dim=1), read(sequence, positions)
+
+
+def reordered(order: Tensor, positions: Positions, new_positions: Tensor) -> Tensor:
+    """Where each slot of a re-arranged sequence comes from.
+
+    order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from `positions` to
+    `new_positions` [B, n]. -> index [B, L] into the old sequence, for `take`.
+    """
+    length = order.shape[1] + new_positions.shape[1]
+    slots = torch.arange(length, device=order.device).expand(len(order), -1)
+    patch_slots, class_slots = extract(slots, positions)
+    return insert(take(patch_slots, order), class_slots, new_positions)
 
 
 def patch_slots(positions: Tensor, length: int) -> Tensor:

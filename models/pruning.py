@@ -12,8 +12,6 @@ Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the predictor is D
 import torch
 from torch import Tensor, nn
 
-from .layouts import take
-
 
 class ScorePredictor(nn.Module):
     """Log-probabilities of keeping and dropping each token, from its own features and the mean of the kept ones.
@@ -52,9 +50,3 @@ def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
 def best_in_order(scores: Tensor, count: int) -> Tensor:
     """Indexes of the `count` best tokens, in the order in which they stand: scores [B, M] -> [B, count]."""
     return scores.topk(count, dim=1).indices.sort(dim=1).values
-
-
-def rearrange(policy: Tensor, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Move kept tokens to the front of each tensor [B, M, ...] -> number kept [B], the re-arranged tensors."""
-    order, kept = kept_first(policy)
-    return kept, tuple(take(tensor, order) for tensor in tensors)

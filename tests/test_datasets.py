@@ -14,8 +14,8 @@ from torchvision.datasets import CIFAR10, FashionMNIST, ImageFolder
 
 import datasets
 from datasets import build_data
-from images import stratified_choice
-from transforms import random_state, train_transform
+from loading.images import stratified_choice
+from loading.transforms import random_state, train_transform
 from utils.errors import UsageError, UserError
 
 

@@ -3,6 +3,7 @@
 Tolerances are those of the recordings' own README: float32 error measured against float64, with a margin.
 """
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,11 @@ from torch import nn
 import losses
 from models import Result, sampling
 from models.flops import count_flops, sequence_lengths
-from models.layouts import SpreadRegisters, TokenLayout, extract, insert
-from models.pruning import kept_first, rearrange
+from models.layouts import SpreadRegisters, TokenLayout, extract, insert, reordered, take
+from models.pruning import kept_first
 from models.weights import resize_pos_embed
 from ops import selective_scan
 from ops.selective_scan import reference
-
-from . import golden
 
 pytestmark = pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
 
@@ -189,14 +188,17 @@ def test_rearrangement(name):
         assert torch.equal(order, t["out.order"])
         inputs = [t[f"in.{key}"] for key in ("policy", "tokens", "residual", "current_pos")]
         outputs = [t[f"out.{key}"] for key in ("policy", "tokens", "residual", "current_pos")]
-        for actual, expected in zip(rearrange(policy, *inputs)[1], outputs, strict=True):
-            assert torch.equal(actual, expected)
+        for given, expected in zip(inputs, outputs, strict=True):
+            assert torch.equal(take(given, order), expected)
         positions = layout.positions(kept)
         assert torch.equal(positions, t["out.cls_pos"].reshape(positions.shape))
         combined = insert(t["out.tokens"], t["in.cls_tokens"], positions)
         assert torch.equal(combined, t["out.combined"])
         patches, class_tokens = extract(combined, positions)
         assert torch.equal(patches, t["out.tokens"]) and torch.equal(class_tokens, t["in.cls_tokens"])
+        before = layout.positions(policy.shape[1])
+        sequence = insert(t["in.tokens"], t["in.cls_tokens"], before)
+        assert torch.equal(take(sequence, reordered(order, before, positions)), combined), "in one step, as the model"
 
 
 @pytest.mark.parametrize("name", golden.names("mambareg_cls_layout"))

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import photo
 from PIL import Image
 
-from images import MAX_PIXELS, BadImageError, decode_image, read_image
+from loading.images import MAX_PIXELS, BadImageError, decode_image, read_image
 
 
 def saved(image: Image.Image, **options) -> bytes:

@@ -1,6 +1,5 @@
 """Batches: exactly repeatable from any step, every validation image once, and bad images by rule."""
 
-import gc
 import os
 import random
 import signal
@@ -14,18 +13,27 @@ import pytest
 import torch
 from data_helpers import make_folders, options, photo
 
+import datasets
 from datasets import build_data
-from images import BadImageError, ImageSet
-from loaders import MAX_REPLACEMENTS
-from samplers import EvalBatchSampler, TrainBatchSampler
+from loading.images import BadImageError, ImageSet
+from loading.loaders import MAX_REPLACEMENTS
+from loading.samplers import EvalBatchSampler, TrainBatchSampler
 from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def stop_workers():
-    """Ends the workers of a test now: collected as garbage in the middle of an import, they take 5 s each."""
+def stop_workers(monkeypatch):
+    """Ends the workers of a test after it. Left to the collector of cycles, torch waits 5 s for each of them."""
+    built = []
+
+    def build_and_remember(*args, **options):
+        built.append(datasets.build_data(*args, **options))
+        return built[-1]
+
+    monkeypatch.setitem(globals(), "build_data", build_and_remember)
     yield
-    gc.collect()
+    for data in built:
+        data.train_loader.loader._iterator = data.val_loader.loader._iterator = None
 
 
 def same(one, other) -> bool:
@@ -181,7 +189,7 @@ def test_skip_gives_up_after_a_bounded_number(monkeypatch):
         def describe(self, index):
             return f"image {index}"
 
-    monkeypatch.setitem(build_data.__globals__["DATA_SETS"], "X", lambda path, split: Unreadable([0] * 999, ["a"]))
+    monkeypatch.setitem(datasets.DATA_SETS, "X", lambda path, split: Unreadable([0] * 999, ["a"]))
     data = build_data(options("--data-set", "X", "--bad-images", "skip"), 32)
     with pytest.raises(UserError, match=f"^{MAX_REPLACEMENTS} images in a row"):
         next(data.train_batches(0))

@@ -46,7 +46,7 @@ def test_budgets_are_zero_on_target():
     decisions = [torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 0]])]
     assert token_ratio(decisions, [0.5]).item() == 0
     assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5]).item() == pytest.approx(0.25)
-    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5], "batch").item() == 0
+    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5], torch.tensor([0.5])).item() == 0
     gates = torch.ones(2, 3, 2)
     assert block_ratio(gates, 1.0).item() == 0 and block_ratio(gates, 0.8).item() == pytest.approx(0.04)
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import predict
-from images import FileImages
 from inference import build_parser, find_images, load_classifier
-from tests.seeing import DYNAMIC, SMALL, planted, save_images, save_model
-from transforms import eval_transform
+from loading.images import FileImages
+from loading.transforms import eval_transform
 from utils.errors import UserError
 
 FLAGS = SMALL[-4:]

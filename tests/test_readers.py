@@ -1,6 +1,5 @@
 """Data sets that timm reads: real WebDataset shards, and stand-ins for the packages that are not installed."""
 
-import gc
 import io
 import json
 import logging
@@ -12,16 +11,9 @@ import torch
 import webdataset
 from data_helpers import options, photo
 
-import readers
 from datasets import build_data
+from loading import readers
 from utils.errors import UsageError, UserError
-
-
-@pytest.fixture(autouse=True)
-def stop_workers():
-    """Ends the workers of a test now: collected as garbage in the middle of an import, they take 5 s each."""
-    yield
-    gc.collect()
 
 
 def jpeg(number: int) -> bytes:

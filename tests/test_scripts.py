@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-
-from tests.shell import ROOT, environment, one_line, program, run, wait_for
+from shell import ROOT, environment, one_line, program, run, wait_for
 
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 

@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-
-from tests.shell import ROOT, environment, one_line, program, run, wait_for
+from shell import ROOT, environment, one_line, program, run, wait_for
 
 
 def test_setup_takes_the_given_python():

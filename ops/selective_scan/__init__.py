@@ -28,8 +28,8 @@ from .reference import BranchParams, branch_inputs
 __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
            "ssm_branch"]
 
-PREFERENCE = ("cpu", "torch", "reference")  # fastest first
-_MODULES = {"torch": "torch_lean"}  # where a backend's module has another name than the backend
+PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
+_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named like their backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
@@ -161,6 +161,8 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
             raise ValueError(f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward")
     if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
+    if gates is not None and gates.device != xz.device:
+        raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
     backend, _ = _load(backend_for(xz, forward))
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(xz, forward, backward, mask=mask, gates=gates, active=active,

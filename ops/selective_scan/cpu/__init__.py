@@ -14,6 +14,7 @@ B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to
 
 import ctypes
 import logging
+import threading
 from typing import NamedTuple, Optional
 
 import torch
@@ -27,9 +28,11 @@ from .build import BuildError, load_library
 _LOG2E = 1.4426950408889634
 _CONV_WIDTH = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUP_BYTES = 2 << 20  # of u, for each thread: what inference works on at a time should stay in the cache
 
 _logger = logging.getLogger(__name__)
 _library: Optional[ctypes.CDLL] = None
+_scratch = threading.local()
 
 
 class _Direction(ctypes.Structure):
@@ -109,6 +112,22 @@ def _pack(params: BranchParams, padded: int) -> Tensor:
     return F.pad(rows, (0, padded - rows.shape[1]))
 
 
+def _pack_all(directions: tuple[Optional[BranchParams], ...]) -> tuple[Optional[Tensor], ...]:
+    lanes = _library.lanes()
+    return tuple(None if p is None else _pack(p, -(-p.D.shape[0] // lanes) * lanes) for p in directions)
+
+
+def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
+    """[rows, P] of this thread, overwritten by the next call: memory fresh from the system costs as much as the
+    convolution that writes it."""
+    name, size = f"u{which}", rows * padded
+    held = getattr(_scratch, name, None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size)
+        setattr(_scratch, name, held)
+    return held[:size].view(rows, padded)
+
+
 class _Saved(NamedTuple):
     """Tensors of a forward pass, two of each that belongs to a direction (None for one that was not asked for)."""
 
@@ -155,28 +174,44 @@ def _sizes(directions: tuple[Optional[BranchParams], ...]) -> tuple[int, int]:
 
 
 def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
-             directions: tuple[Optional[BranchParams], ...], save: bool) -> tuple[Tensor, _Saved]:
-    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> y [B, L, E]."""
-    images, tokens, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    states, rank = _sizes(directions)
-    padded = -(-channels // _library.lanes()) * _library.lanes()
+             directions: tuple[Optional[BranchParams], ...], weights: tuple[Optional[Tensor], ...], out: Tensor,
+             save: bool) -> _Saved:
+    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> out [B, L, E].
+
+    Without `save` the result is of no use to the backward pass, and gone with the next call.
+    """
+    channels, (states, rank) = xz.shape[2] // 2, _sizes(directions)
+    padded = weights[0 if weights[0] is not None else 1].shape[1]
     rows, chunks = extent.rows.tolist(), extent.chunks.tolist()
-    weights, u, checkpoints = [], [], []
+    u, checkpoints = [None, None], [None, None]
     for which, params in enumerate(directions):
-        weights.append(None if params is None else _pack(params, padded))
-        u.append(None if params is None else xz.new_empty(rows[which], padded))
-        checkpoints.append(xz.new_empty(chunks[which], padded, states) if params is not None and save else None)
-    saved = _Saved(extent, tuple(weights), tuple(u), (None, None), tuple(checkpoints))
+        if params is not None:
+            u[which] = xz.new_empty(rows[which], padded) if save else _scratch_rows(which, rows[which], padded)
+            checkpoints[which] = xz.new_empty(chunks[which], padded, states) if save else None
+    saved = _Saved(extent, weights, tuple(u), (None, None), tuple(checkpoints))
     problem = _problem(xz, mask, factor, states, rank, saved)
     _library.convolve(ctypes.byref(problem))
     projected = tuple(None if params is None else torch.mm(u[which][:, :channels], params.x_proj_weight.t())
                       for which, params in enumerate(directions))
     for direction, tensor in zip(problem.direction, projected, strict=True):
         direction.projected = _pointer(tensor)
-    out = xz.new_empty(images, tokens, channels)
     problem.out = _pointer(out)
     _library.scan(ctypes.byref(problem))
-    return out, saved._replace(projected=projected)
+    return saved._replace(projected=projected)
+
+
+def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
+           directions: tuple[Optional[BranchParams], ...]) -> Tensor:
+    """y [B, L, E] without a backward pass: a few images at a time, through buffers that stay in the cache."""
+    images, tokens, width = xz.shape
+    weights, out = _pack_all(directions), xz.new_empty(images, tokens, width // 2)
+    group = max(1, torch.get_num_threads() * _GROUP_BYTES // max(1, tokens * width * xz.element_size()))
+    on = extent.start >= 0
+    for begin in range(0, images, group):
+        part = slice(begin, begin + group)
+        partial = extent if group >= images else _extent(on[:, part], extent.limit[part], extent.length[part])
+        _forward(xz[part], mask[part], factor[part], partial, directions, weights, out[part], save=False)
+    return out
 
 
 class _Gradients(NamedTuple):
@@ -215,7 +250,7 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
     if _library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
         extent = _extent(saved.extent.start >= 0, saved.extent.limit, saved.extent.limit)
-        _, saved = _forward(xz, mask, factor, extent, directions, save=True)
+        saved = _forward(xz, mask, factor, extent, directions, saved.weights, torch.empty_like(grad_out), save=True)
         problem = _problem(xz, mask, factor, states, rank, saved)
         problem.grad_out = _pointer(grad_out)
     blocks = problem.padded // _library.lanes()
@@ -251,7 +286,8 @@ class _BidirectionalSSM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, xz, mask, factor, extent, *params):
         with torch.autocast("cpu", enabled=False):
-            out, saved = _forward(xz, mask, factor, extent, _split(params), save=True)
+            directions, out = _split(params), xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+            saved = _forward(xz, mask, factor, extent, directions, _pack_all(directions), out, save=True)
         ctx.save_for_backward(xz, mask, factor, *params, *saved.flatten())
         return out
 
@@ -288,7 +324,7 @@ def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optio
         out = _BidirectionalSSM.apply(*tensors[:3], extent, *tensors[3:])
     else:
         with torch.autocast("cpu", enabled=False):
-            out, _ = _forward(*tensors[:3], extent, _split(tensors[3:]), save=False)
+            out = _infer(*tensors[:3], extent, _split(tensors[3:]))
     return out.to(dtype)
 
 

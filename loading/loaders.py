@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
-from samplers import EvalBatchSampler, TrainBatchSampler
-from transforms import eval_transform, random_state, train_transform
 from utils.errors import UsageError, UserError
+
+from .images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
+from .samplers import EvalBatchSampler, TrainBatchSampler
+from .transforms import eval_transform, random_state, train_transform
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
 MAX_REPLACEMENTS = 100
@@ -119,11 +120,11 @@ class BadImages:
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """A scheduler that preempts a job signals all its processes, and workers must serve the step that is finished.
 
-    SIGTERM still ends a worker when its own parent sends it. A thread looks at the sender, for a handler is not told.
+    SIGTERM still ends a worker when its own parent sends it. A thread looks at the sender, for a handler is not told;
+    all other threads have the signal blocked since `_start` forked them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -131,6 +132,15 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """iter(loader), whose workers start with SIGTERM blocked: torch has made threads there before any code of ours."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def loader_options(args) -> dict:
@@ -150,7 +160,7 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
     """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is one `UserError`."""
     try:
         try:
-            for images, targets, indices, problems, failure in loader:
+            for images, targets, indices, problems, failure in _start(loader):
                 bad_images.report(problems)
                 if failure:
                     raise UserError(failure)

@@ -26,10 +26,11 @@ import numpy as np
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from images import ReaderImages, printable
-from loaders import BadImages, Batch, Data, Sample, assemble, loader_options, read_batches
-from transforms import derive_seed, eval_transform, random_state, train_transform
 from utils.errors import UsageError, UserError
+
+from .images import ReaderImages, printable
+from .loaders import BadImages, Batch, Data, Sample, assemble, loader_options, read_batches
+from .transforms import derive_seed, eval_transform, random_state, train_transform
 
 
 def build_timm_data(args, img_size: int, rank: int, world_size: int, train: bool) -> Data:
@@ -239,7 +240,7 @@ def _random_access(args, split: str) -> ReaderImages:
 
 def _let_timm_import_hugging_face(name: str) -> None:
     """timm imports Hugging Face's package as `datasets`, a name under which this project's own file comes first."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     own = sys.modules.get("datasets")
     if own is not None and Path(own.__file__).resolve().parent != here:
         return

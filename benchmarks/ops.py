@@ -1,0 +1,214 @@
+"""The selective scan of one mixer, both directions, against other ways to compute it: correctness, then speed.
+
+    python benchmarks/ops.py --output benchmarks/results/ops.json
+    python benchmarks/ops.py --device cuda --precision bf16 --batch 256
+
+Every rival's output and gradients are compared with the float64 definition in the same run, on the first images of
+the same batch; one that is wrong gets no time, and the command fails. The two matrix products around the scan
+(in_proj and out_proj) are timed beside it for scale. Samples are taken in turn and redone while other processes are
+busy. Rivals that are not installed are left out (requirements-bench.txt).
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import rivals, timing  # noqa: E402
+from ops import selective_scan  # noqa: E402
+from ops.selective_scan import BranchParams  # noqa: E402
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few roundings.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
+CHECKED = 2  # images compared with the definition
+# Under autograd these take up to a minute a step.
+SLOW_TO_TRAIN = ("sequential loop", "sequential loop, einsum", "transformers")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=197)
+    parser.add_argument("--width", type=int, default=384, help="d of the model; Vim-S has 384")
+    parser.add_argument("--states", type=int, default=16)
+    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
+    parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each rival")
+    parser.add_argument("--retries", type=int, default=60, help="disturbed samples to redo, for each rival")
+    parser.add_argument("--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}")
+    parser.add_argument("--output", type=Path, help="write the record as JSON")
+    return parser.parse_args()
+
+
+def random_params(channels: int, states: int, rank: int, device: str) -> BranchParams:
+    """As in a fresh model: steps between 1e-3 and 0.1, A = -(1 ... N)."""
+    delta = torch.exp(torch.empty(channels).uniform_(-6.9, -2.3))
+    params = BranchParams(torch.randn(channels, 4) * 0.4, torch.randn(channels) * 0.1,
+                          torch.randn(rank + 2 * states, channels) * channels ** -0.5,
+                          torch.randn(channels, rank) * rank ** -0.5, torch.log(torch.expm1(delta)),
+                          -torch.arange(1.0, states + 1).repeat(channels, 1), torch.randn(channels))
+    return BranchParams(*(p.to(device).requires_grad_() for p in params))
+
+
+def backend(name: str, xz: Tensor, forward: BranchParams, backward: BranchParams) -> Tensor:
+    os.environ["DYVM_BACKEND"] = name
+    return selective_scan.bidirectional_ssm(xz, forward, backward, scale=0.5)
+
+
+def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dict[str, rivals.Rival]:
+    """Name -> function, of those that run here."""
+    found: dict[str, Optional[Callable]] = {}
+    for name in selective_scan.PREFERENCE:
+        os.environ["DYVM_BACKEND"] = name
+        try:
+            selective_scan.backend_for(xz, forward)
+        except selective_scan.BackendError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found[f"backend {name}"] = partial(backend, name)
+    found["sequential loop"] = found.pop("backend reference")
+    mambapy = rivals.mambapy_scan()
+    found |= {"sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
+              "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
+              "torch.compile": rivals.with_core(rivals.compiled_chunks()),
+              "mambapy": None if mambapy is None else rivals.with_core(mambapy),
+              "transformers": rivals.transformers_mixer(forward, backward)}
+    for name in [name for name, rival in found.items() if rival is None]:
+        print(f"left out: {name} is not installed", file=sys.stderr)
+        del found[name]
+    return found
+
+
+def gradients(rival: rivals.Rival, xz: Tensor, forward: BranchParams, backward: BranchParams,
+              grad_out: Tensor) -> list[Optional[Tensor]]:
+    """Output and gradients of xz and all weights (None where the rival keeps copies of them)."""
+    leaf = xz.detach().clone().requires_grad_()
+    y = rival(leaf, forward, backward)
+    return [y.detach(), *torch.autograd.grad(y, (leaf, *forward, *backward), grad_out.to(y.dtype), allow_unused=True)]
+
+
+def worst_error(actual: list[Optional[Tensor]], expected: list[Tensor]) -> float:
+    """Largest error of any tensor, of its largest element, over the checked images; nan counts as infinite."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a is not None:
+            error = ((a[:len(e)].double() - e).abs().max() / e.abs().max()).item()
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
+    """{rival: {"error", "ms", ...}}, and the block's matrix products beside them."""
+    torch.manual_seed(0)
+    channels, rank, dtype = 2 * args.width, -(-args.width // 16), PRECISIONS[args.precision]
+    xz = torch.randn(args.batch, args.tokens, 2 * channels, device=args.device).to(dtype)
+    forward, backward = (random_params(channels, args.states, rank, args.device) for _ in range(2))
+    grad_out = torch.randn(args.batch, args.tokens, channels, device=args.device)
+    contenders = all_rivals(xz, forward, backward)
+    if train and not args.slow:
+        contenders = {name: rival for name, rival in contenders.items() if name not in SLOW_TO_TRAIN}
+
+    # a gradient from the checked images alone, so that the weights' gradients are theirs too
+    checked_grad = grad_out.clone()
+    checked_grad[CHECKED:] = 0
+    exact = [BranchParams(*(p.detach().double().requires_grad_() for p in params)) for params in (forward, backward)]
+    expected = gradients(rivals.sequential_loop, xz[:CHECKED].double(), *exact, grad_out[:CHECKED].double())
+    results, calls = {}, {}
+    for name, rival in contenders.items():
+        if train:
+            error = worst_error(gradients(rival, xz, forward, backward, checked_grad), expected)
+            calls[name] = partial(gradients, rival, xz, forward, backward, grad_out)
+        else:
+            call = calls[name] = torch.no_grad()(partial(rival, xz, forward, backward))
+            error = worst_error([call()], expected[:1])
+        results[name] = {"error": error}
+        if error > TOLERANCES[args.precision]:
+            del calls[name]
+    calls["in_proj + out_proj"] = block_products(args, train)
+    for call in calls.values():
+        call()
+    for name, times in timing.interleaved(calls, args.device, args.rounds, args.retries).items():
+        results.setdefault(name, {}).update(times)
+    return results
+
+
+def block_products(args: argparse.Namespace, train: bool) -> Callable[[], object]:
+    """The mixer's in_proj and out_proj alone, with their backward products when training."""
+    dtype, width = PRECISIONS[args.precision], args.width
+    x = torch.randn(args.batch, args.tokens, width, device=args.device, dtype=dtype, requires_grad=train)
+    y = torch.randn(args.batch, args.tokens, 2 * width, device=args.device, dtype=dtype, requires_grad=train)
+    in_proj = torch.nn.Linear(width, 4 * width, bias=False, device=args.device, dtype=dtype)
+    out_proj = torch.nn.Linear(2 * width, width, bias=False, device=args.device, dtype=dtype)
+    grads = torch.ones(*x.shape[:2], 4 * width, device=args.device, dtype=dtype), torch.ones_like(x)
+
+    def call() -> None:
+        with torch.set_grad_enabled(train):
+            outputs = in_proj(x), out_proj(y)
+            if train:
+                torch.autograd.grad(outputs, (x, y, *in_proj.parameters(), *out_proj.parameters()), grads)
+
+    return call
+
+
+def table(results: dict[str, dict], fastest: str) -> str:
+    base = results[fastest]
+    rows = []
+    for name, r in sorted(results.items(), key=lambda item: item[1].get("ms", float("inf"))):
+        error = f"{r['error']:.1e}" if "error" in r else ""
+        if "ms" not in r or "ms" not in base:
+            rows.append((name, "WRONG" if "ms" not in r else f"{r['ms']:.1f}", "", "", "", error))
+            continue
+        rows.append((name, f"{r['ms']:.1f}", f"{r['ms'] / base['ms']:.2f}", f"{r['cpu_ms']:.1f}",
+                     f"{r['cpu_ms'] / base['cpu_ms']:.2f}", error, r["samples"], r["disturbed"]))
+    headers = ("", "ms", f"x {fastest}", "processor ms", "x", "worst error", "samples", "disturbed")
+    return tabulate(rows, headers, disable_numparse=True, stralign="right")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = {"command": " ".join(["python", "benchmarks/ops.py", *sys.argv[1:]]), "device": device_name(args.device),
+              "precision": args.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "batch": args.batch, "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
+    wrong = []
+    for name, train in (("forward", False), ("forward + backward", True)):
+        if args.passes not in ("both", "train" if train else "forward"):
+            continue
+        record[name] = measure(args, train)
+        ours = next(rival for rival in record[name] if rival.startswith("backend "))
+        print(f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, {args.precision}, "
+              f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}")
+        wrong += [rival for rival, result in record[name].items() if "ms" not in result]
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if wrong:
+        raise SystemExit(f"error: no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+              ] if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Several processes on a CPU: one step equals that of a single process on the joined batch; evaluation counts once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+STEP = """
+import argparse, sys
+import torch
+from torch import nn
+from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
+from losses import DenseLoss, DynamicLoss
+from utils.distributed import init_distributed
+
+dynamic, output = sys.argv[1] == "dyvm", sys.argv[2]
+distributed = init_distributed("cpu")
+torch.manual_seed(0)
+sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=4, num_classes=5)
+teacher = VisionMamba(FAMILIES["vim"], **sizes).eval()
+model = teacher
+criterion = DenseLoss(nn.CrossEntropyLoss())
+if dynamic:
+    model = DynamicVisionMamba(FAMILIES["vim"], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **sizes)
+    criterion = DynamicLoss(nn.CrossEntropyLoss(), token_keep=model.token_keep, block_keep=0.5)
+images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+noise = {f"token.stage{s}": torch.randn(8, 16, 2) for s in range(2)}
+noise |= {f"router.layer{i}.gumbels{k}": 8 * torch.randn(8, 2) for i in range(4) for k in (1, 2)}
+share = slice(distributed.rank * 8 // distributed.world_size, (distributed.rank + 1) * 8 // distributed.world_size)
+noise = {name: value[share] for name, value in noise.items()}
+model.train()
+parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size > 1 else model
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with torch.no_grad():
+    taught = teacher(images[share]) if dynamic else None
+with sampling.replay(noise):
+    result = parallel(images[share])
+if dynamic:
+    assert 0 < result.gates.mean() < 1 and 0 < result.keep.mean() < 1
+loss, _ = criterion(result, targets[share], taught)
+loss.backward()
+optimizer.step()
+if distributed.is_main:
+    torch.save(model.state_dict(), output)
+distributed.shutdown()
+"""
+
+
+def launch(processes: int, arguments: list, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Run a Python program in several processes that find each other as under torchrun; -> that of rank 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        environment = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+                                        PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+        children.append(subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    assert all(child.returncode == 0 for child in children), "\n".join(outputs)
+    return outputs[0]
+
+
+@pytest.mark.parametrize("method", ["dense", "dyvm"])
+def test_one_step_of_two_processes_is_that_of_one_on_the_joined_batch(method, tmp_path):
+    for processes in (1, 2):
+        launch(processes, ["-c", STEP, method, tmp_path / f"{processes}.pth"])
+    one, two = (torch.load(tmp_path / f"{processes}.pth", weights_only=True) for processes in (1, 2))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_train_and_count_every_image_once(tmp_path):
+    arguments = ["main.py", "--model-kwargs", "embed_dim=16", "depth=3", "--input-size", "16", "--subset", "48",
+                 "--batch-size", "8", "--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0", "--device", "cpu",
+                 "--throughput-seconds", "0"]
+    launch(2, [*arguments, "--output_dir", tmp_path / "two"])
+    trained = json.loads((tmp_path / "two" / "eval.json").read_text())
+    assert trained["images"] == 360
+    alone = ["main.py", "--eval", "--model-path", tmp_path / "two" / "checkpoint.pth", "--device", "cpu",
+             "--throughput-seconds", "0", "--output_dir", tmp_path / "one"]
+    launch(1, alone)
+    evaluated = json.loads((tmp_path / "one" / "eval.json").read_text())
+    for key in ("top1", "top5", "ema_top1"):
+        assert evaluated["dense"][key] == trained["dense"][key]
+    assert evaluated["dense"]["loss"] == pytest.approx(trained["dense"]["loss"], rel=1e-6)

@@ -1,0 +1,237 @@
+"""The Triton kernels against the plain definitions in float64: outputs and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, which must be switched on before they are imported:
+`test_in_the_interpreter` runs this file's kernel tests in a process of their own. On a GPU they run directly.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def kernel(test):
+    """A test that runs on a GPU, and also in the interpreter."""
+    return pytest.mark.gpu(pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu",
+                                              reason="runs in test_in_the_interpreter")(test))
+
+
+def gpu(test):
+    """A test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")(test))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan() and torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, scale=1.0):
+    return torch.randn(*shape, device=DEVICE) * scale
+
+
+def draw_params(E, N, R):
+    return BranchParams(draw(E, 4, scale=0.4), draw(E, scale=0.1), draw(R + 2 * N, E, scale=E**-0.5),
+                        draw(E, R, scale=R**-0.5), draw(E) - 3, -torch.exp(2 * torch.rand(E, N, device=DEVICE)),
+                        draw(E))
+
+
+def error(value, wanted):
+    """Relative; the absolute one where zero is wanted."""
+    scale = wanted.norm()
+    return ((value.double() - wanted).norm() / (scale if scale > 0 else 1)).item()
+
+
+def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
+    """function(**inputs) on the backend in the given dtypes, and on the reference in float64 from the same values."""
+    dtypes = dtypes or {}
+    results = []
+    for backend in ("triton", "reference"):
+        def convert(name, value, backend=backend):
+            if isinstance(value, BranchParams):
+                return BranchParams(*(convert(name, tensor) for tensor in value))
+            if value is None or not value.is_floating_point():
+                return value
+            value = value.detach().to(dtypes.get(name, torch.float32))
+            return value.to(value.dtype if backend == "triton" else torch.float64, copy=True).requires_grad_()
+        converted = {name: convert(name, value) for name, value in inputs.items()}
+        monkeypatch.setenv("DYVM_BACKEND", backend)
+        y = function(**converted)
+        torch.manual_seed(1)
+        y.backward(torch.randn(y.shape).to(inputs["xz"].device, dtypes.get("xz", torch.float32)).to(y.dtype))
+        gradients = {}
+        for name, value in converted.items():
+            if isinstance(value, BranchParams):
+                gradients |= {f"{name}.{field}": t.grad for field, t in zip(value._fields, value, strict=True)}
+            elif value is not None and value.is_floating_point():
+                gradients[name] = value.grad
+        results.append({"output": y.detach()} | gradients)
+    errors = {name: error(results[0][name], wanted) for name, wanted in results[1].items()}
+    assert all(value < tolerance for value in errors.values()), errors
+    assert results[0]["output"].dtype == dtypes.get("xz", torch.float32)
+
+
+@kernel
+@pytest.mark.parametrize("L, E, N, R, masks", [(17, 40, 16, 4, "general"), (33, 20, 16, 3, "prefix"),
+                                               (1, 8, 8, 2, None)])
+def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
+    """Awkward sizes; `general` adds gates, lengths and directions that are off."""
+    torch.manual_seed(0)
+    B = 2 if masks == "general" else 1
+    mask = active = lengths = gates = None
+    if masks == "general":
+        mask, gates = torch.rand(B, L, device=DEVICE), torch.rand(B, 2, device=DEVICE)
+        lengths = torch.tensor([L - 4, L], device=DEVICE)
+        active = torch.tensor([[True, True], [False, True]], device=DEVICE)
+    elif masks == "prefix":
+        mask = (torch.arange(L, device=DEVICE) < L - 7).float().expand(B, L).contiguous()
+    inputs = {"xz": draw(B, L, 2 * E), "forward": draw_params(E, N, R), "backward": draw_params(E, N, R),
+              "mask": mask, "gates": gates}
+    compare(lambda **given: bidirectional_ssm(**given, active=active, lengths=lengths, scale=0.5), inputs, 5e-6,
+            monkeypatch)
+
+
+@kernel
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kernel_one_direction(reverse, poisoned, monkeypatch):
+    """Images that are off, lengths of zero and beyond L; xz that is not contiguous."""
+    torch.manual_seed(0)
+    B, L, E = 4, 5, 24
+    active = torch.tensor([1, 0, 1, 1], device=DEVICE)
+    lengths = torch.tensor([3, 5, 0, 9], device=DEVICE, dtype=torch.int32)
+    inputs = {"xz": draw(B, 2 * E, L).mT, "params": draw_params(E, 16, 4), "mask": torch.rand(B, L, device=DEVICE)}
+    compare(lambda **given: ssm_branch(**given, reverse=reverse, active=active, lengths=lengths), inputs, 5e-6,
+            monkeypatch)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_half_precision(dtype, poisoned, monkeypatch):
+    """Float32's error of 5e-7, times how much coarser the type is."""
+    torch.manual_seed(0)
+    tolerance = 5e-7 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    inputs = {"xz": draw(2, 6, 64), "forward": draw_params(32, 16, 4), "backward": draw_params(32, 16, 4),
+              "gates": torch.ones(2, 2, device=DEVICE)}
+    compare(bidirectional_ssm, inputs, tolerance, monkeypatch, {"xz": dtype})
+
+
+@kernel
+def test_kernel_without_gradient(poisoned, monkeypatch):
+    """The path that keeps nothing gives the same numbers, and nothing runs over an image that is off."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    xz, forward, backward = draw(2, 5, 32), draw_params(16, 16, 2), draw_params(16, 16, 2)
+    xz[1] = float("nan")
+    active = torch.tensor([[True, True], [False, False]], device=DEVICE)
+    kept = bidirectional_ssm(xz.clone().requires_grad_(), forward, backward, active=active)
+    free = bidirectional_ssm(xz, forward, backward, active=active)
+    assert torch.equal(free, kept.detach())
+    assert torch.equal(free[1], torch.zeros_like(free[1])) and free[0].isfinite().all()
+
+
+@kernel
+def test_kernel_nan_and_empty(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    params, xz = draw_params(16, 8, 2), draw(2, 3, 32)
+    xz[0, 0, 0] = float("nan")
+    y = ssm_branch(xz, params)
+    assert y[0].isnan().any() and y[1].isfinite().all()
+    for B, L in ((0, 3), (2, 0)):
+        empty = ssm_branch(draw(B, L, 32).requires_grad_(), params)
+        assert empty.shape == (B, L, 16)
+        empty.sum().backward()
+
+
+@kernel
+@pytest.mark.parametrize("hidden, residual", [(torch.bfloat16, True), (torch.float32, False), (None, True)])
+def test_kernel_add_rms_norm(hidden, residual, poisoned):
+    from ops.rms_norm_triton import add_rms_norm, takes
+    torch.manual_seed(0)
+    given = [None if hidden is None else draw(2, 3, 40).to(hidden), draw(2, 3, 40) if residual else None, draw(40)]
+    assert takes(*given)
+    fast = [None if t is None else t.clone().requires_grad_() for t in given]
+    plain = [None if t is None else t.double().requires_grad_() for t in given]
+    normed, total = add_rms_norm(*fast, 1e-5, torch.float32)
+    wanted_total = sum(t for t in plain[:2] if t is not None)
+    wanted = wanted_total * torch.rsqrt(wanted_total.square().mean(-1, keepdim=True) + 1e-5) * plain[2]
+    grads = draw(2, 3, 40), draw(2, 3, 40)
+    torch.autograd.backward((normed, total), grads)
+    torch.autograd.backward((wanted, wanted_total), [g.double() for g in grads])
+    assert error(normed, wanted) < 1e-6 and error(total, wanted_total) < 1e-6
+    for value, correct in zip(fast, plain, strict=True):
+        if value is not None:
+            assert error(value.grad, correct.grad) < (4e-3 if value.dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernel tests run in this process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
+
+
+def test_takes_names_what_it_refuses(monkeypatch):
+    from ops.selective_scan import triton_scan
+    monkeypatch.setattr(triton_scan, "_INTERPRETED", True)
+    E, N, R = 8, 16, 2
+    xz, params = torch.zeros(1, 2, 2 * E), BranchParams(*(t.cpu() for t in draw_params(E, N, R)))
+    assert triton_scan.takes(xz, params) is None
+    assert "xz is torch.float64" in triton_scan.takes(xz.double(), params)
+    assert "A is torch.float64" in triton_scan.takes(xz, params._replace(A=params.A.double()))
+    assert "width 4, not 3" in triton_scan.takes(xz, params._replace(conv_weight=torch.zeros(E, 3)))
+    assert "not 12" in triton_scan.takes(xz, params._replace(A=torch.zeros(E, 12)))
+    assert "not 128" in triton_scan.takes(xz, params._replace(A=torch.zeros(E, 128)))
+    monkeypatch.setattr(triton_scan, "_INTERPRETED", False)
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    with pytest.raises(BackendError, match="DYVM_BACKEND=triton: runs on CUDA tensors, not on cpu"):
+        ssm_branch(xz, params)
+
+
+@gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("L, E", [(63, 200), (197, 384)])
+def test_gpu_sizes(L, E, dtype, tolerance, poisoned, monkeypatch):
+    torch.manual_seed(0)
+    inputs = {"xz": draw(3, L, 2 * E), "forward": draw_params(E, 16, 24), "backward": draw_params(E, 16, 24),
+              "mask": (torch.arange(L, device=DEVICE) < L - 20).float().expand(3, L).contiguous(),
+              "gates": torch.ones(3, 2, device=DEVICE)}
+    compare(lambda **given: bidirectional_ssm(**given, scale=0.5), inputs, tolerance, monkeypatch, {"xz": dtype})
+
+
+@gpu
+def test_gpu_graph(monkeypatch):
+    """A forward pass never waits for the device, and its capture replays with new routing."""
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    xz, params = draw(2, 50, 128).bfloat16(), (draw_params(64, 16, 4), draw_params(64, 16, 4))
+    active, lengths = torch.ones(2, 2, dtype=torch.bool, device=DEVICE), torch.tensor([50, 20], device=DEVICE)
+    bidirectional_ssm(xz, *params, active=active, lengths=lengths)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bidirectional_ssm(xz, *params, active=active, lengths=lengths)
+    active[1] = False
+    lengths.fill_(33)
+    graph.replay()
+    assert torch.equal(y, bidirectional_ssm(xz, *params, active=active, lengths=lengths))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bidirectional_ssm(xz, *params, active=active, lengths=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
