@@ -144,15 +144,19 @@ def costs(flops: np.ndarray) -> Figure:
 def keep_maps(keep: np.ndarray) -> Figure:
     """Maps of how often each patch is kept, one a stage: [S, M] on a square grid."""
     side = round(keep.shape[1] ** 0.5)
-    figure, [panels] = _figure(max(WIDTH, 1.5 * len(keep)), 2.0, columns=len(keep))
-    for stage, (axes, values) in enumerate(zip(panels, keep, strict=True)):
+    columns = max(3, len(keep))  # fewer would be drawn larger than the other plots of a page
+    figure, [panels] = _figure(0.8 + 1.2 * columns, 1.8, columns=columns)
+    for axes in panels[len(keep):]:
+        axes.set_visible(False)
+    for stage, (axes, values) in enumerate(zip(panels, keep, strict=False)):
         axes.grid(False)
         image = axes.imshow(values.reshape(side, side), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(f"stage {stage + 1}: {100 * values.mean():.0f} %")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], aspect=16, pad=0.02).outline.set_visible(False)
+    bar = figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], aspect=12, shrink=0.8, pad=0.03)
+    bar.outline.set_visible(False)
     return figure
 
 

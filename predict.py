@@ -6,6 +6,7 @@
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -70,4 +71,5 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends it without a word
     run_main(main)

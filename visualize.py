@@ -21,7 +21,7 @@ from builders import build_dense
 from datasets import Data
 from decisions import write_csv
 from inference import Classifier, build_parser, find_images, load_classifier
-from loading.images import FileImages
+from loading.images import BadImageError, FileImages
 from loading.loaders import BadImages
 from loading.transforms import eval_transform, seen_region
 from models import DynamicVisionMamba, Result
@@ -107,12 +107,14 @@ def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 
     """Strips of validation images spread over the data set, `sample1.png`, ...; none for a stream."""
     if data.val is None:
         return
-    output.mkdir(exist_ok=True)
     transform = eval_transform(classifier.args, classifier.img_size)
     count = min(count, len(data.val))
     for number in range(count):
         index = (2 * number + 1) * len(data.val) // (2 * count)
-        image = data.val.load(index)
+        try:
+            image = data.val.load(index)
+        except BadImageError:  # the evaluation has named it, or ended there
+            continue
         name = f"sample {number + 1}: {data.class_names[data.val.targets[index]]}"
         [said] = explain(classifier, classifier.forward(transform(image)[None]), [name])
         region = seen_region(image.size, classifier.args, classifier.img_size)

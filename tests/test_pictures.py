@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeing import planted
 
 import pictures
 from loading.transforms import eval_transform, seen_region
@@ -13,7 +14,6 @@ from models import FAMILIES, DynamicVisionMamba
 from models.backbone import PatchEmbed
 from models.layouts import insert
 from pictures import Decisions, class_marks, draw_strip, patch_edges, patch_of_pixels, strip_layout
-from tests.seeing import planted
 
 ARGS = SimpleNamespace(eval_crop_ratio=0.875)
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import predict
 from inference import build_parser, find_images, load_classifier
 from loading.images import FileImages
 from loading.transforms import eval_transform
-from tests.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 from utils.errors import UserError
 
 FLAGS = SMALL[-4:]

@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import BROWSER, Browser
+from seeing import DYNAMIC, SMALL
+from shell import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 import report
 from runs import read_run, run_names
-from tests.browser import BROWSER, Browser
-from tests.seeing import DYNAMIC, SMALL
-from tests.shell import ROOT
 from utils.errors import UserError
 
 SECTIONS = ("evaluation", "budgets", "training", "decisions", "setting")

@@ -4,13 +4,13 @@ import csv
 import json
 
 import pytest
+from seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
 import sweep
 import throughput
 from plots import pareto_front
-from tests.seeing import DYNAMIC, SMALL, save_model
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]

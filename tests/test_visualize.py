@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import visualize
 from decisions import DecisionCounter
@@ -13,7 +14,6 @@ from inference import build_parser, load_classifier
 from loading.loaders import Batch
 from models.flops import count_flops
 from sheets import COLUMNS, ROWS
-from tests.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
