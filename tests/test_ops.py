@@ -31,10 +31,12 @@ TOLERANCE = 2e-5
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """torch.empty gives NaN, so that an element which nobody wrote shows."""
+    threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -83,6 +85,8 @@ def random_mask(images, tokens):
 def evaluate(monkeypatch, backend, call, device, dtype, tensors, options, behind=None):
     """Output and gradients of `call` on copies of `tensors` (a dict; BranchParams count as seven tensors)."""
     monkeypatch.setenv("DYVM_BACKEND", backend)
+    # Threads matter to the C++ kernels alone; elsewhere they only spin between thousands of small operations.
+    torch.set_num_threads(2 if backend == "cpu" else 1)
     leaves = []
 
     def copy(value):
