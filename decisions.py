@@ -13,7 +13,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-import plots
+from drawing import plots
 from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.flops import exact_per_image

@@ -29,13 +29,13 @@ import resume
 from builders import build_dense, build_training, model_image_size, recorded_arguments, restore_model
 from datasets import Data, build_data
 from decisions import DecisionCounter
+from drawing.pictures import decision_picture
 from engine import Interrupted, Training, evaluate, train_one_epoch
 from evaluation import evaluate_all, table
 from inference import Classifier
 from loading.loaders import WORKER_DIED
 from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
-from pictures import decision_picture
 from sweep import run_sweep
 from utils import preemption
 from utils.checkpoint import BEST, load_checkpoint

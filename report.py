@@ -16,10 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-import plots
 from decisions import read_csv
+from drawing import plots
+from drawing.pictures import flops_text
 from options import OneLineParser
-from pictures import flops_text
 from runs import Run, read_run, run_names
 from utils.errors import run_main
 from utils.files import atomic_file

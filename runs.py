@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from palette import SERIES
+from drawing.palette import SERIES
 from utils.errors import UserError
 
 

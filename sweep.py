@@ -12,10 +12,10 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-import plots
 from builders import build_dense
 from datasets import Data
 from decisions import write_csv
+from drawing import plots
 from engine import evaluate
 from evaluation import column, device_name, forward_speeds
 from models import DynamicVisionMamba, VisionMamba

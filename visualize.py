@@ -20,14 +20,14 @@ from PIL import Image
 from builders import build_dense
 from datasets import Data
 from decisions import write_csv
+from drawing.pictures import Decisions, draw_strip
+from drawing.sheets import ContactSheets
 from inference import Classifier, build_parser, find_images, load_classifier
 from loading.images import BadImageError, FileImages
 from loading.loaders import BadImages
 from loading.transforms import eval_transform, seen_region
 from models import DynamicVisionMamba, Result
 from models.flops import count_flops, exact_per_image
-from pictures import Decisions, draw_strip
-from sheets import ContactSheets
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_file, prepare_output_dir
 

@@ -23,7 +23,7 @@ done
 "$PYTHON" -m ruff check .
 
 coverage=(--cov-report=term-missing:skip-covered)
-for module in *.py loading models ops utils; do
+for module in *.py drawing loading models ops utils; do
   coverage+=(--cov="${module%.py}")
 done
 if [[ $# -eq 0 ]]; then

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from seeing import planted
 
-import pictures
+from drawing import pictures
+from drawing.pictures import Decisions, class_marks, draw_strip, patch_edges, patch_of_pixels, strip_layout
 from loading.transforms import eval_transform, seen_region
 from models import FAMILIES, DynamicVisionMamba
 from models.backbone import PatchEmbed
 from models.layouts import insert
-from pictures import Decisions, class_marks, draw_strip, patch_edges, patch_of_pixels, strip_layout
 
 ARGS = SimpleNamespace(eval_crop_ratio=0.875)
 

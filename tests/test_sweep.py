@@ -10,7 +10,7 @@ import main
 import options
 import sweep
 import throughput
-from plots import pareto_front
+from drawing.plots import pareto_front
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]

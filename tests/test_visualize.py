@@ -10,10 +10,10 @@ from seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import visualize
 from decisions import DecisionCounter
+from drawing.sheets import COLUMNS, ROWS
 from inference import build_parser, load_classifier
 from loading.loaders import Batch
 from models.flops import count_flops
-from sheets import COLUMNS, ROWS
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -68,7 +68,7 @@ def test_a_folder_gives_strips_a_contact_sheet_and_a_table(dynamic, tmp_path, ca
 
 def test_contact_sheets_are_written_page_by_page(dynamic, tmp_path):
     """Thousands of images must not be held: a page leaves memory when it is full."""
-    from sheets import ContactSheets
+    from drawing.sheets import ContactSheets
 
     image, said = planted((30, 30)), visualize.Decisions("x", [("a", 1.0)], [np.arange(5)], None, 1.0, 2.0, (1,))
     model = load_classifier(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS]).model

@@ -15,7 +15,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from models.backbone import PatchEmbed
-from palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
+
+from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
 # A dropped patch keeps a fifth of its contrast, on slate: it shows on dark, on bright and on grey images.
 DIMMED = 0.2

@@ -18,9 +18,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import palette
-from palette import ACCENT, BLUE, GRID, INK, MUTED, PAPER, SERIES
 from utils.files import atomic_file
+
+from . import palette
+from .palette import ACCENT, BLUE, GRID, INK, MUTED, PAPER, SERIES
 
 STYLE = {
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "text.color": INK,

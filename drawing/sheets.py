@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from palette import GRID, INK, MUTED, PAPER, rgb
-from pictures import Decisions, dim_dropped, fitted, font, patch_of_pixels, within
 from utils.files import atomic_file
+
+from .palette import GRID, INK, MUTED, PAPER, rgb
+from .pictures import Decisions, dim_dropped, fitted, font, patch_of_pixels, within
 
 COLUMNS, ROWS = 4, 8
 SIDE = 128  # of a thumbnail, in pixels

@@ -1,0 +1,1 @@
+"""Pictures and plots: patches, gates, costs, contact sheets; their colours."""
