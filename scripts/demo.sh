@@ -7,18 +7,18 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 OUTPUT="${OUTPUT:-$ROOT/output/demo}"
-EPOCHS_DENSE="${EPOCHS_DENSE:-30}"
-EPOCHS_DYVM="${EPOCHS_DYVM:-15}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-24}"
+EPOCHS_DYVM="${EPOCHS_DYVM:-16}"
 LR_DENSE="${LR_DENSE:-2e-3}"
-LR_DYVM="${LR_DYVM:-5e-4}"
+LR_DYVM="${LR_DYVM:-1.5e-3}"
 TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.7}"
 BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
 
 # Small images and a short run want less augmentation than ImageNet: shifts of up to 3 pixels and label smoothing.
 DIGITS_RECIPE=(
-  --data-set DIGITS --batch-size 64 --unscale-lr --sched-on-updates --warmup-epochs 3 --weight-decay 0.05 --model-ema-decay 0.99
-  --crop-padding 3 --hflip 0 --aa none --color-jitter 0 --reprob 0 --no-repeated-aug
-  --mixup 0 --cutmix 0 --smoothing 0.1
+  --data-set DIGITS --batch-size 64 --unscale-lr --sched-on-updates --warmup-epochs 3 --weight-decay 0.05
+  --model-ema-decay 0.98 --crop-padding 3 --hflip 0 --aa none --color-jitter 0 --reprob 0
+  --no-repeated-aug --mixup 0 --cutmix 0 --smoothing 0.1
 )
 
 step() {
