@@ -18,7 +18,7 @@ BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
 DIGITS_RECIPE=(
   --data-set DIGITS --batch-size 64 --unscale-lr --sched-on-updates --warmup-epochs 3 --weight-decay 0.05
   --model-ema-decay 0.98 --crop-padding 3 --hflip 0 --aa none --color-jitter 0 --reprob 0
-  --no-repeated-aug --mixup 0 --cutmix 0 --smoothing 0.1
+  --no-repeated-aug --mixup 0 --cutmix 0 --smoothing 0.1 --throughput-seconds 0
 )
 
 step() {
@@ -39,13 +39,13 @@ step "2/5 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a s
   --token-pruning-weight 10 --block-pruning-weight 10 \
   "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dyvm" "$@"
 
-step "3/5 evaluation: dense against DyVM"
-"$PYTHON" "$ROOT/main.py" --eval --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
-  --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm"
-
-step "4/5 budgets: the student at other token keep ratios"
+step "3/5 budgets: the student at other token keep ratios"
 "$PYTHON" "$ROOT/main.py" --eval --sweep 0.5:1.0:0.1 --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
   --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm" --throughput-seconds 4
+
+step "4/5 evaluation: dense against DyVM"
+"$PYTHON" "$ROOT/main.py" --eval --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
+  --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm"
 
 step "5/5 report"
 "$PYTHON" "$ROOT/report.py" "$OUTPUT/dyvm"
