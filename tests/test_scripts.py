@@ -263,12 +263,12 @@ def test_gpu_check_without_a_gpu(tmp_path):
 
 
 def test_demo(python, tmp_path):
-    result = run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DYVM=3)
+    result = run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DENSE=5, EPOCHS_DYVM=3)
     assert result.returncode == 0, result.stderr
     assert f"report:  {tmp_path}/demo/dyvm/report.html" in result.stdout
     *calls, report = (tmp_path / "calls.log").read_text().splitlines()
-    dense, student, evaluation, sweep = map(flags_of, calls)
-    assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "30")
+    dense, student, sweep, evaluation = map(flags_of, calls)
+    assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "5")
     assert (student["method"], student["model"], student["epochs"]) == ("dyvm", "dyvm_vim_micro", "3")
     assert student["model-path"] == evaluation["dense-path"] == f"{tmp_path}/demo/dense/best_checkpoint.pth"
     assert evaluation["model-path"] == sweep["model-path"] == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
