@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from datasets import Data
+from graphs import graphed
 from loading.loaders import Batch
 from loading.transforms import derive_seed
 from losses import batch_statistics, mean_over_ranks
@@ -45,6 +46,15 @@ def seed_everything(*numbers: int) -> None:
 def autocast(device: torch.device, amp: str):
     """The context of a forward pass under `--amp`."""
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp]) if amp != "off" else nullcontext()
+
+
+def evaluation_forward(model: Callable[[Tensor], Result], device: torch.device, amp: str) -> Callable[[Tensor], Result]:
+    """A model's forward pass under `--amp`; each call enters autocast anew, so that a CUDA graph can hold it."""
+    def forward(images: Tensor) -> Result:
+        with autocast(device, amp):
+            return model(images)
+
+    return forward
 
 
 @dataclass
@@ -209,10 +219,11 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
              observe: Optional[Callable[[Batch, Result], None]] = None) -> Metrics:
     """Every validation image once, over all ranks. Raises Interrupted when `interrupted` says so after a batch.
 
-    observe: sees each batch of this rank and what the model made of it.
+    observe: sees each batch of this rank and what the model made of it, which the next batch may overwrite.
     """
     model.eval()
     device = distributed.device
+    forward = graphed(evaluation_forward(model, device, args.amp), device, args.cuda_graph)
     # images, correct in 1, correct in 5, summed loss, then summed gates and kept patches
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     gates = torch.zeros(model.depth, 2, dtype=torch.float64, device=device)
@@ -221,8 +232,7 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
     for batch in Progress(data.val_batches(), description, total=share, shown=distributed.is_main):
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
-        with autocast(device, args.amp):
-            result = model(images)
+        result = forward(images)
         logits = result.logits.float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none").double().sum()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import throughput
 from datasets import Data
-from engine import Metrics, autocast, evaluate
+from engine import Metrics, evaluate, evaluation_forward
+from graphs import graphed
 from loading.loaders import Batch
 from models import DynamicVisionMamba, Result, VisionMamba
 from models.flops import count_flops
@@ -68,14 +69,10 @@ def forward_speeds(models: Mapping[Hashable, Callable[[Tensor], Result]], data: 
         return dict.fromkeys(models)
     images = next(iter(data.val_batches())).images.to(distributed.device)
 
-    def forward(model: Callable[[Tensor], Result]):
+    def forward(model: Callable[[Tensor], Result]) -> Callable[[Tensor], Result]:
         if isinstance(model, torch.nn.Module):
             model.eval()
-
-        def run(batch: Tensor):
-            with autocast(distributed.device, args.amp):
-                return model(batch)
-        return run
+        return graphed(evaluation_forward(model, distributed.device, args.amp), distributed.device, args.cuda_graph)
 
     return throughput.measure({name: forward(model) for name, model in models.items()}, images, seconds)
 
@@ -89,7 +86,7 @@ def _backend(model: VisionMamba) -> str:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU with its threads."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
 
 

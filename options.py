@@ -174,6 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    group.add_argument("--cuda-graph", action=flag, default=True, help="evaluation on a GPU: record the forward pass "
+                       "of each batch shape once and replay it")
     group.add_argument("--resume", metavar="auto|FILE", help="go on from FILE, or from the newest checkpoint in "
                        "--output_dir if there is one")
     group.add_argument("--resume-override", action="store_true", help="go on although flags differ from the run's")

@@ -17,7 +17,7 @@ from utils.logging import Averages
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
 HARMLESS = {"output_dir", "device", "num_workers", "pin_mem", "resume", "resume_override", "save_minutes",
-            "throughput_seconds", "data_path", "model_path", "dense_path", "eval", "bad_images"}
+            "throughput_seconds", "cuda_graph", "data_path", "model_path", "dense_path", "eval", "bad_images"}
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,72 @@
+"""CUDA graphs for evaluation: the whole forward pass of a batch, recorded once and replayed.
+
+At small batches a GPU waits for the host that launches its kernels; a graph launches them all at once. The models'
+forward passes never wait for the device and their shapes depend on the flags alone, so that a graph holds all of one.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models import Result
+
+_logger = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Result]
+
+
+def capture(forward: Forward, images: Tensor) -> Forward:
+    """Record `forward` on the shape of `images` [B, 3, H, W] and return its replay.
+
+    A replay overwrites the tensors of the Result that it returned before. The graph reads the weights where they stand
+    and knows them only as long as they stay there. `forward` must have run on this shape before, since kernels that
+    tune themselves cannot be recorded while they do, and must enter autocast itself: weights that an outer context
+    has cast are no part of the graph.
+    """
+    given = images.clone()
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: the data loader's thread that pins memory calls CUDA too.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = forward(given)
+
+    def replay(images: Tensor) -> Result:
+        given.copy_(images, non_blocking=True)
+        graph.replay()
+        return dataclasses.replace(result)
+
+    return replay
+
+
+class GraphedForward:
+    """A forward pass that is captured the second time it sees a shape of batch.
+
+    The first time runs as ever, and tunes what tunes itself; a last batch that comes once is not worth more. When
+    capture fails, one line says so and every batch runs without a graph.
+    """
+
+    def __init__(self, forward: Forward):
+        self.forward = forward
+        self.enabled = True
+        self._seen: set[torch.Size] = set()
+        self._replays: dict[torch.Size, Forward] = {}
+
+    def __call__(self, images: Tensor) -> Result:
+        """images [B, 3, H, W] -> Result, valid until the next call."""
+        shape = images.shape
+        if self.enabled and shape in self._seen and shape not in self._replays:
+            try:
+                self._replays[shape] = capture(self.forward, images)
+            except Exception as error:  # whatever is wrong with the forward pass itself, the call below raises again
+                self.enabled = False
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                _logger.warning("evaluation goes on without a CUDA graph, capturing one failed: %s", reason)
+        self._seen.add(shape)
+        return self._replays.get(shape, self.forward)(images)
+
+
+def graphed(forward: Forward, device: torch.device, wanted: bool = True) -> Forward:
+    """`forward` with a graph per shape where that is `wanted` (`--cuda-graph`) and the device is a GPU."""
+    return GraphedForward(forward) if wanted and device.type == "cuda" else forward
