@@ -21,6 +21,7 @@ from models.weights import load_weights
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
+from utils.nonfinite import NonFiniteSteps
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
@@ -133,7 +134,8 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
                       label_smoothing=args.smoothing, num_classes=data.num_classes)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     return Training(
-        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler,
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup)
+        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler, scaler,
+        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup,
+        guard=NonFiniteSteps(optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"))

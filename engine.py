@@ -70,6 +70,7 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: Optional[ModelEmaV3]
     mixup: Optional[Mixup]
+    guard: NonFiniteSteps
     epoch: int = 0
     step: int = 0  # the next step of this epoch; after the last one, the epoch awaits its evaluation
     best: float = 0.0
@@ -80,6 +81,7 @@ class Training:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped_in_a_row": self.guard.in_a_row,
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
@@ -91,6 +93,7 @@ class Training:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.guard.in_a_row = state["skipped_in_a_row"]
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
 
 
@@ -104,7 +107,6 @@ def train_one_epoch(run: Training, data: Data, args: argparse.Namespace, distrib
     after_step: called when the weights have changed; True stops here.
     """
     run.parallel.train()
-    guard = NonFiniteSteps(run.optimizer, run.scaler, data.describe, stop=args.nonfinite == "stop")
     steps = data.steps_per_epoch // args.accum_steps * args.accum_steps
     if not args.sched_on_updates:
         run.scheduler.step(run.epoch)
@@ -119,7 +121,7 @@ def train_one_epoch(run: Training, data: Data, args: argparse.Namespace, distrib
             run.scheduler.step_update((run.epoch * steps + run.step) // args.accum_steps)
         measured = accumulate_gradients(run, parts, args, distributed)
         norm = gradient_norm(run, args.clip_grad)
-        skipped = guard.step(norm, torch.cat([part.indices for part in parts]))
+        skipped = run.guard.step(norm, measured["loss"], torch.cat([part.indices for part in parts]))
         if run.ema is not None:
             run.ema.update(run.model)
         lr = run.optimizer.param_groups[0]["lr"]
@@ -129,7 +131,7 @@ def train_one_epoch(run: Training, data: Data, args: argparse.Namespace, distrib
             return False
         if run.step == steps:
             break
-    guard.look()
+    run.guard.look()
     return True
 
 
@@ -171,6 +173,8 @@ def accumulate_gradients(run: Training, parts: Sequence[Batch], args: argparse.N
                     with torch.no_grad():
                         taught = run.teacher(images)
                 loss, terms = run.criterion(result, targets, taught, whole)
+            # A loss that is not finite can have a finite gradient. This makes the gradient tell, on every rank.
+            loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             run.scaler.scale(loss / len(parts)).backward()
         for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
             totals[name] = totals.get(name, 0) + value.detach() / len(parts)
@@ -217,7 +221,7 @@ class Metrics:
 def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed,
              description: str = "evaluation", interrupted: Callable[[], bool] = lambda: False,
              observe: Optional[Callable[[Batch, Result], None]] = None) -> Metrics:
-    """Every validation image once, over all ranks. Raises Interrupted when `interrupted` says so after a batch.
+    """Every validation image once, over all ranks. Raises Interrupted on all of them when `interrupted` says so on one.
 
     observe: sees each batch of this rank and what the model made of it, which the next batch may overwrite.
     """
@@ -228,6 +232,7 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     gates = torch.zeros(model.depth, 2, dtype=torch.float64, device=device)
     kept: list[int] = []
+    leaving = False
     share = -(-data.num_val // (args.batch_size * distributed.world_size)) if data.num_val else None
     for batch in Progress(data.val_batches(), description, total=share, shown=distributed.is_main):
         images = batch.images.to(device, non_blocking=True)
@@ -241,8 +246,12 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
         kept = [stage.shape[1] for stage in result.kept]
         if observe is not None:
             observe(batch, result)
-        if interrupted():
-            raise Interrupted
+        leaving = interrupted()
+        if leaving:
+            break
+    # Ranks differ in their number of batches, so that they can agree only here.
+    if distributed.agree_any(leaving):
+        raise Interrupted
     totals = distributed.all_reduce_sum(totals)
     gates = distributed.all_reduce_sum(gates)
     count = int(totals[0])

@@ -44,6 +44,7 @@ from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
+from utils.nonfinite import NonFiniteError
 from visualize import draw_samples
 
 _logger = logging.getLogger("dyvm")
@@ -53,9 +54,9 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
     """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
     preemption.install()
     run = build_training(args, data, distributed)
-    record = resume.identity(args, distributed.world_size, data.class_names)
+    record = resume.identity(args, distributed.world_size, data)
     averages = resume.start_or_resume(run, record, args, distributed)
-    saver = resume.Saver(run, record, args, distributed)
+    saver = resume.Saver(run, record, data, args, distributed)
     log = EpochLog(args.output_dir)
     if distributed.is_main:
         write_args(args.output_dir, args)
@@ -67,7 +68,11 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
                  data.steps_per_epoch)
     while run.epoch < args.epochs:
         after_step = functools.partial(saver.after_step, averages)
-        if not train_one_epoch(run, data, args, distributed, averages, after_step):
+        try:
+            finished = train_one_epoch(run, data, args, distributed, averages, after_step)
+        except NonFiniteError as error:
+            raise saver.save_for_inspection(averages, error) from None
+        if not finished:
             return _leave(saver)
         saver.save(averages)
         try:
@@ -77,7 +82,6 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
         if distributed.is_main:  # before the checkpoint that says the epoch is done; resuming drops lines too many
             log.append(epoch_record)
             show_epoch(tensorboard, run, data, epoch_record, distributed)
-        list_bad_images(data, args, distributed)
         run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
         saver.save(averages, best=best)
     saver.close()
@@ -98,23 +102,22 @@ def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distribu
                    averages: Averages) -> tuple[dict[str, Any], bool]:
     """Evaluate after an epoch; -> its line of log.txt, whether it is the best so far."""
     trained = averages.means(distributed)
+    trained["skipped_steps"] = round(trained["skipped_steps"] * (data.steps_per_epoch // args.accum_steps))
     metrics = evaluate(run.model, data, args, distributed, interrupted=preemption.requested)
     record = {f"train_{name}": value for name, value in trained.items()}
     record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
     if run.ema is not None:
         record["test_ema_acc1"] = evaluate(run.ema.module, data, args, distributed, "evaluation (EMA)",
                                            preemption.requested).top1
+    if args.bad_images == "skip":
+        listed = distributed.gather_objects(resume.list_bad_images(data, args, distributed))
+        record["bad_images"] = len(set().union(*listed or []))
     best = metrics.top1 >= run.best
     run.best = max(run.best, metrics.top1)
     _logger.info("epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)", run.epoch + 1, args.epochs, trained["loss"],
                  metrics.top1, run.best)
     parameters = sum(p.numel() for p in run.model.parameters())
     return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
-
-
-def list_bad_images(data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
-    """Write down the images that `--bad-images skip` has left out on this rank."""
-    data.bad_images.write(Path(args.output_dir) / f"bad_images_rank{distributed.rank}.txt")
 
 
 def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
@@ -159,7 +162,7 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     decisions = DecisionCounter(model, data.class_names)
     report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
     totals = decisions.totals(distributed)
-    list_bad_images(data, args, distributed)
+    resume.list_bad_images(data, args, distributed)
     if not distributed.is_main:
         return
     output = Path(args.output_dir)

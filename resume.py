@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from datasets import Data
 from engine import Training
 from utils import preemption
-from utils.checkpoint import CheckpointWriter, load_checkpoint, load_newest
+from utils.checkpoint import CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.files import sha256_of
 from utils.logging import Averages
+from utils.nonfinite import NonFiniteError
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
 HARMLESS = {"output_dir", "device", "num_workers", "pin_mem", "resume", "resume_override", "save_minutes",
             "throughput_seconds", "cuda_graph", "data_path", "model_path", "dense_path", "eval", "bad_images"}
+NONFINITE = "nonfinite.pth"  # the state that a run which cannot go on leaves for inspection
 
 _logger = logging.getLogger(__name__)
 
@@ -36,10 +39,10 @@ def teacher_checksum(args: argparse.Namespace) -> Optional[str]:
     return sha256_of(args.model_path) if args.model_path else None
 
 
-def identity(args: argparse.Namespace, world_size: int, class_names: list[str]) -> dict[str, Any]:
+def identity(args: argparse.Namespace, world_size: int, data: Data) -> dict[str, Any]:
     """What a checkpoint records of its run, beside its state."""
-    return {"args": vars(args), "world_size": world_size, "class_names": class_names,
-            "teacher_sha256": teacher_checksum(args)}
+    return {"args": vars(args), "world_size": world_size, "class_names": data.class_names,
+            "steps_per_epoch": data.steps_per_epoch, "teacher_sha256": teacher_checksum(args)}
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -55,6 +58,8 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
                      f"({str(recorded['teacher_sha256'])[:12]} -> {str(current['teacher_sha256'])[:12]})")
     if recorded["class_names"] != current["class_names"]:
         found.append("the classes of the data set")
+    if recorded["steps_per_epoch"] != current["steps_per_epoch"]:
+        found.append(f"batches an epoch: {recorded['steps_per_epoch']} -> {current['steps_per_epoch']}")
     return found
 
 
@@ -62,8 +67,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_agreement(checkpoint: Mapping[str, Any], source: Path, current: Mapping[str, Any], override: bool) -> None:
-    """Raise UserError for a checkpoint that this run may not continue; with `override`, warn instead."""
+def check_agreement(checkpoint: Mapping[str, Any], source: Path, current: Mapping[str, Any], override: bool) -> bool:
+    """Whether a checkpoint is of this very run. Raises UserError if not; with `override`, warns instead."""
     lacking = [key for key in ("optimizer", "epoch", "step", *current) if key not in checkpoint]
     if lacking:
         raise UserError(f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its weights with "
@@ -74,24 +79,45 @@ def check_agreement(checkpoint: Mapping[str, Any], source: Path, current: Mappin
                         "the change with --resume-override")
     for difference in found:
         _logger.warning("resumed in spite of a difference: %s", difference)
+    return not found
+
+
+def list_bad_images(data: Data, args: argparse.Namespace, distributed: Distributed) -> list[str]:
+    """Write down the images that `--bad-images skip` has left out on this rank; -> a line for each."""
+    return data.bad_images.write(Path(args.output_dir) / f"bad_images_rank{distributed.rank}.txt")
 
 
 class Saver:
     """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
 
-    def __init__(self, run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed):
-        self.run, self.record, self.distributed = run, record, distributed
+    def __init__(self, run: Training, record: dict[str, Any], data: Data, args: argparse.Namespace,
+                 distributed: Distributed):
+        self.run, self.record, self.data, self.args, self.distributed = run, record, data, args, distributed
         self.minutes = args.save_minutes
         self.saved_at = time.monotonic()
         self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
 
     def save(self, averages: Averages, best: bool = False) -> None:
         """Save everything that the run needs to go on, in an envelope that other programs can load too."""
+        self.run.guard.look()
+        list_bad_images(self.data, self.args, self.distributed)
         parts = self.distributed.gather_objects(averages.state_dict())
         if self.writer is not None:
-            family = self.run.model.family.name
-            self.writer.save({**self.run.state_dict(), **self.record, "family": family, "averages": parts}, best)
+            self.writer.save(self._state(parts), best)
         self.saved_at = time.monotonic()
+
+    def _state(self, averages: list[dict[str, list]]) -> dict[str, Any]:
+        return {**self.run.state_dict(), **self.record, "family": self.run.model.family.name, "averages": averages}
+
+    def save_for_inspection(self, averages: Averages, error: NonFiniteError) -> UserError:
+        """Save the state before the step that was not finite, and the names of its images; -> the error to tell."""
+        parts = self.distributed.gather_objects(averages.state_dict())
+        if self.writer is None:
+            return error
+        self.close()
+        path = Path(self.args.output_dir) / NONFINITE
+        save_checkpoint({**self._state(parts), "images": error.batches}, path)
+        return UserError(f"{error}. {path} has the weights before that step, and the names (images, by rank)")
 
     def after_step(self, averages: Averages) -> bool:
         """Save when it is time; save and say True when the run is told to leave."""
@@ -117,11 +143,11 @@ def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namesp
     if found is None:
         return averages
     checkpoint, source = found
-    check_agreement(checkpoint, source, record, args.resume_override)
+    same = check_agreement(checkpoint, source, record, args.resume_override)
     run.load_state_dict(checkpoint)
-    if checkpoint["world_size"] == distributed.world_size:
+    if same:
         averages.load_state_dict(checkpoint["averages"][distributed.rank])
     else:
-        run.step = 0  # the shares of the ranks are others now: the epoch starts again
+        run.step = 0  # the batches, or the shares of the ranks, may be others now: the epoch starts again
     _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
     return averages

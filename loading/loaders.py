@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.errors import UsageError, UserError
+from utils.files import atomic_file
 
 from .images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
 from .samplers import EvalBatchSampler, TrainBatchSampler
@@ -104,17 +105,21 @@ class BadImages:
             raise UserError(f"{name}: {reason}. Repair or remove it, or leave such images out with --bad-images skip")
         self.found.update(problems)
 
-    def write(self, path: str | Path) -> None:
-        """Lists the images found, a line each, added to those that `path` lists already. Nothing found, no file."""
-        if not self.found:
-            return
+    def write(self, path: str | Path) -> list[str]:
+        """Lists the images found, a line each, added to those that `path` lists already; -> its lines.
+
+        Nothing found, no file.
+        """
         path = Path(path)
         try:
             known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            lines = dict.fromkeys(known + [f"{name}: {reason}" for name, reason in self.found.items()])
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path}: cannot write the list of bad images: {error.strerror}") from None
+            raise UserError(f"{path}: cannot read the list of bad images: {error.strerror}") from None
+        lines = list(dict.fromkeys(known + [f"{name}: {reason}" for name, reason in self.found.items()]))
+        if lines != known:
+            with atomic_file(path) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        return lines
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -1,7 +1,6 @@
 """What the processes of test_distributed.py run: `python distributed_worker.py CASE`, with a launcher's environment."""
 
 import os
-import random
 import signal
 import sys
 import time
@@ -12,7 +11,6 @@ from utils import preemption
 from utils.distributed import Distributed, init_distributed
 from utils.errors import UserError, run_main
 from utils.logging import Averages
-from utils.random_state import gather_random_states
 
 
 def say(*words: object) -> None:
@@ -31,11 +29,6 @@ def collectives(distributed: Distributed) -> None:
     gathered = distributed.gather_objects({"rank": rank, "names": ["é"] * (rank + 1)})
     expected = [{"rank": 0, "names": ["é"]}, {"rank": 1, "names": ["é", "é"]}]
     assert gathered == (expected if rank == 0 else None)
-
-    random.seed(rank)
-    states = gather_random_states(distributed)
-    if distributed.is_main:
-        assert not torch.equal(states[0]["python"]["words"], states[1]["python"]["words"])
 
     averages = Averages()
     averages.update(3 - rank, loss=torch.tensor(1.0 + rank))

@@ -154,10 +154,10 @@ def test_skip_replaces_in_training_and_leaves_out_in_evaluation(tmp_path, worker
     listing = tmp_path / "bad_images.txt"
     listing.write_text("from an earlier run: gone\n")
     data.bad_images.write(listing)
-    data.bad_images.write(listing)
+    assert len(data.bad_images.write(listing)) == 4
     lines = listing.read_text().splitlines()
     assert len(lines) == 4 and lines[0] == "from an earlier run: gone" and f"{names[1]}: the file is empty" in lines
-    with pytest.raises(UserError, match="nowhere/list.txt: cannot write the list of bad images: No such"):
+    with pytest.raises(UserError, match="cannot write .*nowhere/list.txt: No such"):
         data.bad_images.write(tmp_path / "nowhere/list.txt")
 
 

@@ -68,6 +68,12 @@ class TestAverages:
             averages.update(loss=torch.tensor(2.0**24 + 2))
         assert averages.means()["loss"] == 2.0**24 + 2
 
+    def test_numbers_that_are_not_finite_are_left_out(self):
+        averages = Averages()
+        for loss in (1.0, float("nan"), 3.0, float("inf")):
+            averages.update(2, loss=torch.tensor(loss), lr=0.5)
+        assert averages.means() == {"loss": 2.0, "lr": 0.5}
+
     def test_an_interrupted_epoch_ends_with_the_same_means(self):
         values = torch.rand(20).unbind()
         straight, first, second = Averages(), Averages(), Averages()

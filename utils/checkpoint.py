@@ -111,10 +111,11 @@ class CheckpointWriter:
         self._write = self._thread.submit(self._write_all, copy_to_host(state), best)
 
     def _write_all(self, state: dict, best: bool) -> None:
-        # A file that was damaged since must not push a good predecessor out.
-        _write(state, self.newest, previous=self.previous if is_intact(self.newest) else None)
+        # The best one first: a run that was killed between the two evaluates again, and saves both.
         if best:
             _write(state, self.best)
+        # A file that was damaged since must not push a good predecessor out.
+        _write(state, self.newest, previous=self.previous if is_intact(self.newest) else None)
 
     def check(self) -> None:
         """Raise the error of a background save that has failed; never waits."""

@@ -94,41 +94,48 @@ class Averages:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def update(self, count: int = 1, **means: Tensor | float) -> None:
-        """Add means over `count` images each. Tensors have one element; they are summed in float64 on their device."""
+        """Add means over `count` images each. Tensors have one element; they are summed in float64 on their device.
+
+        A tensor that is not a finite number is left out, as the step is that it comes from.
+        """
         for name, mean in means.items():
-            value = mean.detach().double() if isinstance(mean, Tensor) else float(mean)
-            self._sums[name] = self._sums.get(name, 0.0) + value * count
-            self._counts[name] = self._counts.get(name, 0) + count
+            if isinstance(mean, Tensor):
+                value = mean.detach().double().reshape(())
+                finite = value.isfinite()
+                total, counted = torch.where(finite, value, 0.0) * count, finite * count
+            else:
+                total, counted = float(mean) * count, count
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + counted
 
     def means(self, distributed: Optional[Distributed] = None) -> dict[str, float]:
         """The means so far, in the order of the first update; with `distributed` over all ranks.
 
-        Every rank must then call it, after updates under the same names.
+        Every rank must then call it, after updates under the same names. NaN where nothing was counted.
         """
-        totals = torch.tensor([self._read_sums(), list(self._counts.values())], dtype=torch.float64)
+        totals = torch.tensor(self._read(), dtype=torch.float64)
         if distributed is not None:
             totals = distributed.all_reduce_sum(totals)
         return dict(zip(self._sums, (totals[0] / totals[1]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, list]:
         """Sums and counts, so that an epoch that was interrupted ends with the same means."""
-        sums = self._read_sums()
-        return {name: [total, self._counts[name]] for name, total in zip(self._sums, sums, strict=True)}
+        return {name: list(pair) for name, *pair in zip(self._sums, *self._read(), strict=True)}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         self._sums = {name: total for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
 
-    def _read_sums(self) -> list[float]:
-        """All sums at the price of one wait, not one a name."""
-        tensors = {name: total for name, total in self._sums.items() if isinstance(total, Tensor)}
-        if not tensors:
-            return [float(total) for total in self._sums.values()]
-        read = dict(zip(tensors, torch.stack([t.reshape(()) for t in tensors.values()]).tolist(), strict=True))
-        return [read.get(name, total) for name, total in self._sums.items()]
+    def _read(self) -> tuple[list[float], list[float]]:
+        """All sums and all counts at the price of one wait, not one a name."""
+        numbers = [*self._sums.values(), *self._counts.values()]
+        tensors = [number for number in numbers if isinstance(number, Tensor)]
+        read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
+        values = [next(read) if isinstance(number, Tensor) else float(number) for number in numbers]
+        return values[:len(self._sums)], values[len(self._sums):]
 
 
 class Progress:

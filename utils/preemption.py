@@ -38,16 +38,6 @@ def received() -> Optional[str]:
     return None if _received is None else _received.name
 
 
-def shield_worker() -> None:
-    """For the worker_init_fn of a DataLoader: let the main process decide when its workers end.
-
-    Schedulers and terminals send their signals to every process of a job. A worker that dies of one takes the step
-    with it that the main process is about to finish. Workers still end with their parent, which they watch.
-    """
-    for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _remember(number: int, frame: Optional[FrameType]) -> None:
     global _received
     _received = signal.Signals(number)
