@@ -1,8 +1,9 @@
 """Models from flags and from checkpoints, and what a training needs beside them."""
 
 import argparse
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
@@ -21,15 +22,26 @@ from models.weights import load_weights
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
+from utils.files import sha256_of
 from utils.nonfinite import NonFiniteSteps
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
-            "token_strategy", "scorer_input", "data_set", "data_path", "input_size", "eval_crop_ratio")
+            "token_strategy", "scorer_input", "data_set", "data_path", "val_split", "input_size", "eval_crop_ratio")
+
+# Arguments of the models that have a flag of their own.
+FLAGGED = {"num_classes": "--data-set", "drop_path_rate": "--drop-path", "img_size": "--input-size",
+           "pruning_layers": "--pruning-layers", "token_keep": "--token-keep-ratio",
+           "token_strategy": "--token-strategy", "scorer_input": "--scorer-input", "prune_tokens": "--method",
+           "route_blocks": "--method"}
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
     """The model that `--model` and its companions name, with fresh weights."""
+    for name in FLAGGED.keys() & args.model_kwargs.keys():
+        raise UsageError(f"--model-kwargs {name}=...: use {FLAGGED[name]}")
     sizes: dict[str, Any] = dict(args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path)
     if args.input_size:
         sizes["img_size"] = args.input_size
@@ -73,10 +85,33 @@ def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return {}
     known = {name: recorded[name] for name in IDENTITY if name in recorded}
     known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
-    teacher = recorded.get("model_path")
-    if teacher and Path(teacher).is_file():
-        known["dense_path"] = teacher
+    known["dense_path"] = _recorded_teacher(recorded.get("model_path"), checkpoint.get("teacher_sha256"))
     return known
+
+
+def _recorded_teacher(path: Optional[str], sha256: Optional[str]) -> Optional[str]:
+    """The teacher's file if it is still there and still the same."""
+    if not path or not Path(path).is_file():
+        return None
+    if sha256 is not None and sha256_of(path) != sha256:
+        _logger.warning("%s is not the teacher any more that the checkpoint was trained with; the dense column has no "
+                        "accuracy (give --dense-path to compare with it all the same)", path)
+        return None
+    return path
+
+
+def check_classes(checkpoint: dict[str, Any], class_names: list[str], source: str) -> None:
+    """Raise UserError when a checkpoint of ours was trained on other classes than those of the data set."""
+    recorded = checkpoint.get("class_names")
+    if recorded is None or list(recorded) == list(class_names):
+        return
+    if len(recorded) != len(class_names):
+        difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
+    else:
+        i = next(i for i, pair in enumerate(zip(recorded, class_names, strict=True)) if pair[0] != pair[1])
+        difference = f"other classes than the data set's: class {i} was {recorded[i]!r}, here it is {class_names[i]!r}"
+    raise UserError(f"{source} was trained on {difference}; evaluate on the --data-set of its training, or fine-tune "
+                    "it first with --method dense --model-path")
 
 
 def model_image_size(args: argparse.Namespace) -> int:
@@ -104,11 +139,15 @@ def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
 def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
     """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
     device = distributed.device
+    if args.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     seed_everything(args.seed)
     model, teacher = build_model(args, data.num_classes).to(device), None
     if args.model_path:
         dense_weights = load_checkpoint(args.model_path)
         dynamic = isinstance(model, DynamicVisionMamba)
+        if dynamic:
+            check_classes(dense_weights, data.class_names, args.model_path)
         load_weights(model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic)
         if dynamic:
             teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
@@ -124,8 +163,11 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
     whole_batch = args.batch_size * args.accum_steps * distributed.world_size
     lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
-                                    betas=tuple(args.opt_betas), **fused)
+    try:
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
+                                        betas=tuple(args.opt_betas), **fused)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,

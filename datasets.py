@@ -66,7 +66,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-split", default="validation", help="split or shards to validate on (timm's readers only)")
     group.add_argument("--subset", type=_subset, metavar="FRACTION|N", help="train on this stratified, fixed part only")
     group.add_argument("--batch-size", type=_number_from(int, 1), default=64, help="per process")
-    group.add_argument("--num-workers", type=_number_from(int, 0), default=_default_workers(), help="per process")
+    group.add_argument(
+        "--num-workers", "--num_workers", type=_number_from(int, 0), default=_default_workers(), help="per process"
+    )
     group.add_argument("--pin-mem", action=on_off, default=True, help="pin CPU memory for faster copies to the GPU")
     group.add_argument("--input-size", type=_number_from(int, 1), help="image size in pixels (default: the model's)")
     group.add_argument("--eval-crop-ratio", type=_number_from(float, 0.01, 1), default=0.875)

@@ -26,7 +26,7 @@ from PIL import Image
 
 import options
 import resume
-from builders import build_dense, build_training, model_image_size, recorded_arguments, restore_model
+from builders import build_dense, build_training, check_classes, model_image_size, recorded_arguments, restore_model
 from datasets import Data, build_data
 from decisions import DecisionCounter
 from drawing.pictures import decision_picture
@@ -181,6 +181,7 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
                         distributed: Distributed) -> None:
     """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is known."""
     device = distributed.device
+    check_classes(checkpoint, data.class_names, args.model_path)
     model = restore_model(args, checkpoint, data.num_classes).to(device)
     dense = None
     if args.dense_path and args.method != "dense":

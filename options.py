@@ -8,12 +8,14 @@ import argparse
 import ast
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Any, Optional
 
 from timm.optim import list_optimizers
 
 from datasets import add_data_arguments
 from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
+from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 
 METHODS = ("dense", "dyvm", "token", "block")
@@ -35,7 +37,10 @@ REPLACED = {
     "the paper trains with cross entropy", "--attn-only": "nothing", "--lr-noise": "nothing",
     "--lr-noise-pct": "nothing", "--lr-noise-std": "nothing", "--decay-epochs": "--sched cosine",
     "--decay-rate": "--sched cosine", "--cooldown-epochs": "--epochs", "--patience-epochs": "--sched cosine",
-    "--if_random_cls_token_position": "nothing", "--if_random_token_rank": "nothing", "--no_log": "nothing",
+    "--drop": "--drop-path", "--momentum": "--opt-betas", "--cutmix-minmax": "--cutmix", "--mixup-mode": "nothing",
+    "--no_continue_inf": "--nonfinite stop", "--no_nan2num": "nothing", "--no_random_cls_token_position": "nothing",
+    "--no_random_token_rank": "nothing", "--if_random_cls_token_position": "nothing",
+    "--if_random_token_rank": "nothing", "--no_log": "nothing",
 }
 
 
@@ -61,6 +66,28 @@ def positive(text: str) -> int:
     """An integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """A number in [0, 1]."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
+    return value
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    if probability(text) == 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    return float(text)
+
+
+def whole(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
     return int(text)
 
 
@@ -115,7 +142,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="further arguments of the model, such as embed_dim=96 depth=10")
     group.add_argument("--pruning-layers", nargs="+", type=positive, metavar="LAYER",
                        help="prune tokens before these layers (default: the model's)")
-    group.add_argument("--drop-path", type=not_negative, default=0.0)
+    group.add_argument("--drop-path", type=below_one, default=0.0)
 
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=METHODS, help="dense: classification alone; dyvm: tokens and blocks; token, "
@@ -142,9 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("mixup")
     group.add_argument("--mixup", type=not_negative, default=0.8)
     group.add_argument("--cutmix", type=not_negative, default=1.0)
-    group.add_argument("--mixup-prob", type=not_negative, default=1.0)
-    group.add_argument("--mixup-switch-prob", type=not_negative, default=0.5)
-    group.add_argument("--smoothing", type=not_negative, default=0.1, help="label smoothing")
+    group.add_argument("--mixup-prob", type=probability, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
+    group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive, default=30)
@@ -152,12 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--unscale-lr", action="store_true", help="do not scale --lr by the whole batch / 512")
     group.add_argument("--min-lr", type=not_negative, default=1e-6)
     group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
-    group.add_argument("--warmup-epochs", type=int, default=5)
+    group.add_argument("--warmup-epochs", type=whole, help="default: 5, or fewer in a run of less than 10 epochs")
     group.add_argument("--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate")
     group.add_argument("--sched-on-updates", action="store_true", help="change the learning rate every step")
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
     group.add_argument("--opt-eps", type=not_negative, default=1e-8)
-    group.add_argument("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA")
+    group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument("--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm")
     group.add_argument("--accum-steps", type=positive, default=1, metavar="K",
@@ -183,14 +210,17 @@ def build_parser() -> argparse.ArgumentParser:
                        help="save that often within an epoch; 0: only at its end")
     group.add_argument("--nonfinite", choices=("skip", "stop"), default="skip",
                        help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=whole, default=0)
     group.add_argument("--throughput-seconds", type=not_negative, default=10.0, metavar="S",
                        help="evaluation: time spent on images/s; 0 leaves it out")
     return parser
 
 
 def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> argparse.Namespace:
-    """Parse flags; `recorded` arguments of an earlier run replace the defaults. Raises UsageError."""
+    """Parse flags; `recorded` arguments of an earlier run replace the defaults. Raises UsageError.
+
+    For `--eval`, parse once to learn the checkpoint's name and again with what it recorded.
+    """
     for argument in argv:
         name = argument.split("=")[0]
         if name in REPLACED:
@@ -199,6 +229,14 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
     if recorded:
         parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5, args.epochs // 2)
+    if args.eval and recorded is None:
+        if not args.model_path:
+            raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
+        return args  # the checkpoint has its word before the flags are judged
+    if recorded and args.data_set != recorded["data_set"] and args.data_path == recorded.get("data_path"):
+        args.data_path = None  # that of another data set
     settle_model(args)
     _check(args)
     if args.lr is None:
@@ -231,15 +269,22 @@ def _check(args: argparse.Namespace) -> None:
                          f"{args.token_strategy}, which scores nothing")
     if args.sweep and not args.eval:
         raise UsageError("--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget")
-    if args.eval and not args.model_path:
-        raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
+    _check_overwriting(args)
     if not args.eval and args.method != "dense" and not args.model_path:
         raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UsageError(f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0")
-    if not list_optimizers(args.opt.lower()):
+    if args.opt.lower() not in list_optimizers():
         raise UsageError(f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}")
-    if args.amp == "fp16" and args.device == "cpu":
-        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} - 1")
+
+
+def _check_overwriting(args: argparse.Namespace) -> None:
+    """A run must not write its checkpoints over the weights that it starts from."""
+    if args.eval or not args.model_path:
+        return
+    own = [Path(args.output_dir).resolve() / name for name in (NEWEST, PREVIOUS, BEST)]
+    if Path(args.model_path).resolve() in own:
+        raise UsageError(f"--model-path {args.model_path} lies in --output_dir {args.output_dir} and would be "
+                         "overwritten; choose another --output_dir")

@@ -74,6 +74,12 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, not {size!r}")
+
+
 def as_residual(x: Tensor) -> Tensor:
     """The residual stream is float32 under mixed precision too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -89,9 +95,15 @@ class VisionMamba(nn.Module):
                  in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 192, depth: int = 24, d_state: int = 16,
                  num_registers: int = 1, register_reduction: int = 1, drop_path_rate: float = 0.0):
         super().__init__()
-        stride = stride or patch_size
+        stride = patch_size if stride is None else stride
+        _check_sizes(img_size=img_size, patch_size=patch_size, stride=stride, in_chans=in_chans, embed_dim=embed_dim,
+                     num_classes=num_classes, depth=depth, d_state=d_state, num_registers=num_registers)
         if img_size < patch_size:
             raise ValueError(f"image size {img_size} is smaller than the patch size {patch_size}")
+        rest = (img_size - patch_size) % stride
+        if rest:
+            raise ValueError(f"image size {img_size} leaves {rest} pixels that no patch of {patch_size} at stride "
+                             f"{stride} sees; {img_size - rest} and {img_size - rest + stride} fit")
         if not family.registers and (num_registers, register_reduction) != (1, 1):
             raise ValueError(f"{family.name} has one class token; num_registers and register_reduction are MambaReg's")
         if register_reduction < 1 or embed_dim % register_reduction or num_registers % register_reduction:

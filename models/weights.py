@@ -103,6 +103,10 @@ def load_weights(model: VisionMamba, checkpoint: Mapping[str, Any], source: str,
     }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {kind}: {_listing(keys)}" for kind, keys in problems.items() if keys)
+        head = state.get("head.weight")
+        if head is not None and head.dim() == 2 and len(head) != model.num_classes:
+            told += (f". It was trained on {len(head)} classes, the data set has {model.num_classes}: choose its "
+                     "--data-set, or fine-tune it first with --method dense --model-path")
         raise UserError(f"{source} does not fit this {model.family.name} model: {told}")
     model.load_state_dict(state, strict=False)
 
@@ -115,9 +119,11 @@ def _listing(keys: list[str]) -> str:
 def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) -> None:
     """Resize the position embedding in `state` when the checkpoint was trained at another image size."""
     table = state.get("pos_embed")
-    if table is None or table.shape[1:] == model.pos_embed.shape[1:] or table.shape[-1] != model.embed_dim:
-        return
+    if table is None or table.dim() != 3 or len(table) != 1 or table.shape[2] != model.embed_dim:
+        return  # told among the misshapen ones
     new_row = model.class_row()
+    if table.shape == model.pos_embed.shape or table.shape[1] <= (new_row is not None):
+        return
     try:
         patches = table.shape[1] - (new_row is not None)
         row = None if new_row is None else model.layout.positions(patches)[0]

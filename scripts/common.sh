@@ -56,7 +56,8 @@ visible_gpus() {
 # launch FLAGS_OF_MAIN...: main.py under torchrun, on this machine or, with RDZV_ENDPOINT, RDZV_ID and NNODES
 # (slurm.sh sets them), as one of several. SIGUSR1 reaches the workers as SIGTERM does: they have 30 seconds to save.
 launch() {
-  local gpus="${GPUS:-$(visible_gpus)}" python="${PYTHON:-python3}" rendezvous=(--standalone) command
+  local gpus="${GPUS:-$(visible_gpus)}" python="${PYTHON:-python3}" rendezvous=(--standalone) command restarts
+  restarts="${MAX_RESTARTS:-0}"
   [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail 2 "GPUS=$gpus is not a number of processes, 1 or more"
   dry_run || python="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
   if [[ -n ${RDZV_ENDPOINT:-} ]]; then
@@ -64,9 +65,13 @@ launch() {
   fi
   command=(
     "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$gpus"
-    --max-restarts="${MAX_RESTARTS:-0}" --signals-to-handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    --max-restarts="$restarts" --signals-to-handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     "$ROOT/main.py" "$@"
   )
+  # A single process needs no launcher, which would bury an error's one line under its own trace.
+  if [[ $gpus -eq 1 && $restarts -eq 0 && -z ${RDZV_ENDPOINT:-} ]]; then
+    command=("$python" "$ROOT/main.py" "$@")
+  fi
   if dry_run; then
     printf '%q ' "${command[@]}"
     echo

@@ -20,7 +20,7 @@ def save_model(path: Path, *flags: str, classes=DIGITS, seed: int = 0, **more) -
     """A checkpoint as a training leaves it: random weights, gates that differ between images, recorded arguments."""
     torch.manual_seed(seed)
     # The teacher is no part of what is recorded: --eval demands none.
-    args = options.parse(["--eval", "--model-path", "none", *SMALL, *flags])
+    args = options.parse(["--eval", "--model-path", "none", *SMALL, *flags], {})
     model = build_model(args, len(classes))
     for name, module in model.named_modules():
         if name.endswith("block_head"):

@@ -197,6 +197,9 @@ def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
     (["--data-set", "IMNET"], UsageError, ["--data-path"]),
     (["--data-set", "FOLDER", "--data-path", "nowhere"], UserError, ["nowhere"]),
     (["--input-size", "2"], UsageError, ["image size 2", "patch size 4"]),
+    (["--input-size", "17"], UsageError, ["image size 17", "16 and 20 fit"]),
+    (["--model-kwargs", "num_classes=3"], UsageError, ["num_classes", "--data-set"]),
+    (["--amp", "fp16"], UsageError, ["fp16", "bf16"]),
     (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
     (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
     (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
@@ -216,6 +219,54 @@ def test_mistakes_are_told_in_one_line(tmp_path, arguments, kind, words):
 def test_pruning_layers_beyond_the_depth(dense, tmp_path):
     with pytest.raises(UsageError, match=r"pruning_layers \[2, 9\] must ascend within 1 ... 3"):
         run(tmp_path, "--method", "dyvm", "--model-path", dense / "checkpoint.pth", "--pruning-layers", "2", "9")
+
+
+def test_a_teacher_that_has_changed_is_noticed(student, dense, tmp_path, caplog):
+    teacher = tmp_path / "teacher.pth"
+    teacher.write_bytes((dense / "best_checkpoint.pth").read_bytes())
+    run(tmp_path / "run", *DYNAMIC, "--model-path", teacher, "--epochs", "1")
+    checkpoint = main.load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert builders.recorded_arguments(checkpoint)["dense_path"] == str(teacher)
+    teacher.write_bytes((dense / "checkpoint_prev.pth").read_bytes())
+    with caplog.at_level("WARNING"):
+        assert builders.recorded_arguments(checkpoint)["dense_path"] is None
+    assert "is not the teacher any more" in caplog.text
+
+
+def test_other_classes_are_refused(dense):
+    checkpoint = main.load_checkpoint(dense / "checkpoint.pth")
+    names = checkpoint["class_names"]
+    builders.check_classes(checkpoint, names, "x.pth")
+    builders.check_classes({"model": {}}, ["anything"], "official.pth")
+    with pytest.raises(UserError, match="class 3 was '3', here it is 'three'"):
+        builders.check_classes(checkpoint, [*names[:3], "three", *names[4:]], "x.pth")
+    with pytest.raises(UserError, match="10 classes, the data set has 2"):
+        builders.check_classes(checkpoint, names[:2], "x.pth")
+
+
+@pytest.mark.parametrize("flags, criterion", [
+    ([], "SoftTargetCrossEntropy"), (["--mixup", "0", "--cutmix", "0"], "LabelSmoothingCrossEntropy"),
+    (["--mixup", "0", "--cutmix", "0", "--smoothing", "0"], "CrossEntropyLoss"),
+])
+def test_training_is_built_as_the_recipe_says(flags, criterion):
+    from datasets import build_data
+    from utils.distributed import Distributed
+
+    args = main.options.parse(["--batch-size", "64", "--accum-steps", "2", "--lr", "1e-3", "--weight-decay", "0.1",
+                               "--warmup-epochs", "0", "--num-workers", "0", *flags])
+    training = builders.build_training(args, build_data(args, 32), Distributed(torch.device("cpu")))
+    assert type(training.criterion.criterion).__name__ == criterion
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
+    decay = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    for name, parameter in training.model.named_parameters():
+        plain = parameter.ndim < 2 or name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))
+        assert decay[id(parameter)] == (0 if plain else 0.1), name
+
+
+def test_a_wrong_backend_is_a_mistake_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYVM_BACKEND", "fastest")
+    with pytest.raises(UserError, match="DYVM_BACKEND=fastest: no such backend; choose one of cpu"):
+        run(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused(dense, tmp_path):

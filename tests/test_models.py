@@ -6,7 +6,9 @@ import torch
 
 import models
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, backbone, cumulative_keep, sampling
+from models.flops import count_flops
 from models.layouts import HeadClassToken, MiddleClassToken, SpreadRegisters, extract, insert, read
+from ops import selective_scan
 
 PARAMETERS = {  # dense, dynamic; 1000 classes
     "vim_tiny": (7_148_008, 7_367_086), "vim_small": (25_796_584, 26_594_110), "vim_base": (97_598_440, 100_631_134),
@@ -34,6 +36,26 @@ def test_parameter_counts(name):
     assert tuple(counts) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name, ratio, gate, exact", [
+    ("vim_tiny", None, None, 1.823), ("vim_small", None, None, 5.912), ("vim_base", None, None, 20.886),
+    ("mambareg_small", None, None, 6.241), ("mambareg_base", None, None, 22.049),
+    ("dyvm_vim_tiny", 0.9, 0.8, 1.471), ("dyvm_vim_small", 0.7, 0.8, 3.663), ("dyvm_vim_base", 0.7, 0.7, 12.938),
+])
+def test_exact_operations(name, ratio, gate, exact):
+    with torch.device("meta"):
+        model = timm.create_model(name, **({} if ratio is None else {"token_keep": ratio}))
+    assert count_flops(model, gate).exact / 1e9 == pytest.approx(exact, abs=6e-4)
+
+
+def test_each_direction_counts_with_its_own_gate():
+    model = small("vim", dynamic=True)
+    gates = torch.ones(model.depth, 2)
+    full = count_flops(model, gates)
+    gates[2, 1] = 0
+    less = count_flops(model, gates)
+    assert full.exact - less.exact == 2 * (full.paper - less.paper) - 3 * 4 * 2 * model.embed_dim
+
+
 def test_every_name_builds_and_the_release_spelling_is_known():
     with torch.device("meta"):
         for name in models.model_names():
@@ -52,6 +74,10 @@ def test_every_name_builds_and_the_release_spelling_is_known():
     (dict(scorer_input="x"), "hidden, B, delta"),
     (dict(token_strategy="best"), "learned, random, static"),
     (dict(img_size=4), "smaller than the patch size"),
+    (dict(img_size=33), "leaves 1 pixels that no patch of 8 at stride 8 sees; 32 and 40 fit"),
+    (dict(depth=0), "depth must be a positive integer, not 0"),
+    (dict(embed_dim="a"), "embed_dim must be a positive integer, not 'a'"),
+    (dict(stride=-1), "stride must be a positive integer"),
     (dict(num_registers=4), "MambaReg"),
 ])
 def test_bad_arguments_are_errors(arguments, message):
@@ -108,11 +134,13 @@ def test_initialisation(family):
     assert not [name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))]
 
 
+@pytest.mark.parametrize("backend", [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("routed", [False, True])
-def test_masked_training_equals_pruned_evaluation(family, routed, monkeypatch):
-    """For equal decisions, training's masked path and evaluation's pruned path give the same logits."""
-    model = small(family, dynamic=True, route_blocks=routed).double()
+def test_masked_training_equals_pruned_evaluation(family, routed, backend, monkeypatch):
+    """For equal decisions, training's masked path and evaluation's pruned path give the same logits, in float32."""
+    monkeypatch.setenv("DYVM_BACKEND", backend)
+    model = small(family, dynamic=True, route_blocks=routed)
     patches = model.num_patches
     if routed:  # routers that differ between images, layers and directions
         for layer in model.layers:
@@ -121,8 +149,8 @@ def test_masked_training_equals_pruned_evaluation(family, routed, monkeypatch):
         monkeypatch.setattr(sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype))
     gates = []
     for counts in [(patches, patches), (patches, 1), (1, 1), (0, 0), (9, 0), (9, 4), (13, 7), (5, 5)]:
-        image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-        slots = [torch.randperm(before)[:after].sort().values[None]
+        image = torch.randn(3, 3, 32, 32)
+        slots = [torch.stack([torch.randperm(before)[:after].sort().values for _ in image])
                  for before, after in zip((patches, counts[0]), counts, strict=True)]
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "keep_decision", lambda log_probs, name, slots=slots: torch.zeros_like(
@@ -131,8 +159,8 @@ def test_masked_training_equals_pruned_evaluation(family, routed, monkeypatch):
             patch.setattr(model, "kept_counts", lambda counts=counts: list(counts))
             patch.setattr(backbone, "best_in_order", lambda scores, count, left=list(slots): left.pop(0))
             pruned = model.eval()(image)
-        assert pruned.tokens.shape[1] == counts[1] == int(trained.keep.sum())
-        assert torch.equal(trained.gates.double(), pruned.gates.double())
+        assert pruned.tokens.shape[1] == counts[1] and (trained.keep.sum(1) == counts[1]).all()
+        assert torch.equal(trained.gates, pruned.gates)
         torch.testing.assert_close(trained.logits, pruned.logits, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained.tokens[:, :counts[1]], pruned.tokens, atol=1e-5, rtol=0)
         assert torch.equal(trained.positions[:, :counts[1]], pruned.positions)

@@ -26,8 +26,19 @@ def test_model_and_method_agree(line, model, method):
     assert (args.model, args.method) == (model, method)
 
 
+def test_warm_up_fits_a_short_run():
+    assert [parse(f"--epochs {epochs}").warmup_epochs for epochs in (1, 4, 30)] == [0, 2, 5]
+
+
+def test_the_recorded_folder_belongs_to_the_recorded_data_set():
+    recorded = {"data_set": "IMNET", "data_path": "imagenet"}
+    assert parse("--eval --model-path x", recorded).data_path == "imagenet"
+    assert parse("--eval --model-path x --data-set DIGITS", recorded).data_path is None
+
+
 def test_recorded_choices_are_defaults_that_flags_override():
-    recorded = {"model": "dyvm_vim_tiny", "method": "token", "token_keep_ratio": 0.9, "model_kwargs": [("depth", 4)]}
+    recorded = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "token", "token_keep_ratio": 0.9,
+                "model_kwargs": [("depth", 4)]}
     args = parse("--eval --model-path x", recorded)
     assert (args.model, args.method, args.token_keep_ratio, args.model_kwargs) == (
         "dyvm_vim_tiny", "token", 0.9, {"depth": 4})
@@ -54,7 +65,14 @@ def test_recorded_choices_are_defaults_that_flags_override():
     ("--batch-size 3", ["3", "even", "--mixup 0"]),
     ("--batch-size 0", ["--batch-size", "0"]),
     ("--warmup-epochs 30", ["--warmup-epochs 30", "--epochs 30"]),
-    ("--amp fp16 --device cpu", ["fp16", "bf16"]),
+    ("--seed -1", ["--seed", "-1"]),
+    ("--drop-path 1.5", ["--drop-path", "1.5"]),
+    ("--opt-betas 2 3", ["--opt-betas", "2", "[0, 1"]),
+    ("--smoothing 1.5", ["--smoothing", "1.5"]),
+    ("--mixup-prob 3", ["--mixup-prob", "3"]),
+    ("--opt *", ["--opt", "'*'", "adamw"]),
+    ("--model-path out/best_checkpoint.pth --output_dir out", ["would be overwritten", "--output_dir"]),
+    ("--drop 0.1", ["--drop", "--drop-path"]),
     ("--scorer-input B", ["--scorer-input", "dense"]),
     ("--method dyvm --model-path x --token-strategy static --scorer-input B", ["--scorer-input B", "static"]),
     ("--if_amp", ["--if_amp", "--amp bf16"]),

@@ -235,10 +235,11 @@ def _load_without_code(file: BinaryIO) -> Any:
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden is None:
-            raise _Unusable("it is damaged or no PyTorch checkpoint") from error
+            raise _Unusable("it is damaged, no PyTorch checkpoint, or holds something other than tensors and plain "
+                            "values; nothing in it was executed") from error
         raise _Unusable(
             f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are allowed; "
-            "nothing in it was executed"
+            "nothing in it was executed; if you trust it, store its 'model' entry as .safetensors"
         ) from error
     except Exception as error:  # bytes that are no checkpoint fail in every way that there is, inside torch
         raise _Unusable("it is cut off, damaged or no PyTorch checkpoint") from error

@@ -250,7 +250,7 @@ class Watchdog(threading.Thread):
 def peer_failure(error: BaseException) -> Optional[str]:
     """One line if `error` is how the backends tell that another process is gone, else None."""
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
-        return _lost(f"another process has ended or does not answer ({_first_line(error)})")
+        return _lost("another process has ended or does not answer")
     return None
 
 

@@ -23,6 +23,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 from .reference import BranchParams, branch_inputs
 
 __all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
@@ -35,7 +37,7 @@ _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """A backend that was asked for by name cannot run here or does not take the arguments."""
 
 
