@@ -121,7 +121,7 @@ class DynamicLoss(nn.Module):
         """
         whole = mean_over_ranks(batch_statistics(result)) if whole is None else whole
         mean_gate, kept, stage_means = whole[0], whole[1], whole[2:]
-        terms = {"cls": self.cls_weight * self.criterion(result.logits, targets)}
+        terms = {"cls": self.cls_weight * self.criterion(result.logits.float(), targets)}
         if self.token_keep is not None and self.token_budget:
             batch_means = stage_means if self.ratio_scope == "batch" else None
             terms["token_ratio"] = self.token_weight * token_ratio(result.decisions, self.token_keep, batch_means)
@@ -144,5 +144,5 @@ class DenseLoss(nn.Module):
     def forward(self, result: Result, targets: Tensor, teacher: Optional[Result] = None,
                 whole: Optional[Tensor] = None) -> tuple[Tensor, dict[str, Tensor]]:
         """-> total, {"cls": total}."""
-        total = self.criterion(result.logits, targets)
+        total = self.criterion(result.logits.float(), targets)
         return total, {"cls": total}

@@ -40,17 +40,19 @@ def sample(call: Callable[[], object], device: str) -> tuple[float, float, float
     return seconds, own, disturbance
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int, retries: int) -> dict[str, dict]:
+def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int, retries: int,
+                long: float = 1.0) -> dict[str, dict]:
     """Times of all calls, in turn: {name: {"ms", "cpu_ms", "samples", "disturbed"}}, medians over `rounds`.
 
-    A call that takes seconds is sampled three times. A sample that other processes disturb is redone; after
-    `retries` of these over the run of one call the disturbed ones count too, and are counted in "disturbed".
+    A call that takes more than `long` processor seconds is sampled three times. A sample that other processes disturb
+    is redone; after `retries` of these over the run of one call the disturbed ones count too, and are counted in
+    "disturbed".
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     disturbed, left = dict.fromkeys(calls, 0), dict.fromkeys(calls, retries)
     for _ in range(rounds):
         for name, call in calls.items():
-            if len(taken[name]) >= 3 and statistics.median(own for _, own in taken[name]) > 1:
+            if len(taken[name]) >= 3 and statistics.median(own for _, own in taken[name]) > long:
                 continue
             seconds, own, share = sample(call, device)
             while share > QUIET and left[name] > 0:

@@ -165,7 +165,7 @@ class VisionMamba(nn.Module):
     def classify(self, class_tokens: Tensor) -> Tensor:
         """Class tokens after norm_f [B, n, d] -> logits [B, C]."""
         if self.family.registers:
-            return self.head(self.norm_neck(self.neck(class_tokens).flatten(1)))
+            return self.head(self.norm_neck(as_residual(self.neck(class_tokens)).flatten(1)))
         return self.head(class_tokens[:, 0])
 
     def finish(self, hidden: Tensor, residual: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,91 @@
+"""Correctness of whole models, before any speed: the chosen backend against the definition, decision by decision.
+
+A rounding difference can turn a decision that is nearly a tie, and then everything behind it differs. What the routers
+and score predictors say is therefore recorded in one run and put in place of what they say in the other, so that both
+decide alike; their own outputs are compared too.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from models import VisionMamba
+
+
+def deciders(model: VisionMamba) -> dict[str, nn.Module]:
+    """The modules whose outputs decide: score predictors and block routers, by name."""
+    return {name: module for name, module in model.named_modules()
+            if name.endswith("block_head") or (name.startswith("score_predictors.") and name.count(".") == 1)}
+
+
+@contextmanager
+def decisions_recorded(model: VisionMamba) -> Iterator[dict[str, Tensor]]:
+    """Within this context, gathers what the model's deciders say in a forward pass."""
+    said: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        return lambda module, inputs, output: said.update({name: output.detach()})
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in deciders(model).items()]
+    try:
+        yield said
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def decisions_replayed(model: VisionMamba, recorded: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Within this context, the deciders' outputs have the recorded values, and the gradients of their own.
+
+    Gathers what the deciders said themselves.
+    """
+    said: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def replace(module, inputs, output):
+            said[name] = output.detach()
+            return recorded[name] + (output - output.detach()).to(recorded[name].dtype)
+        return replace
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in deciders(model).items()]
+    try:
+        yield said
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def backend(name: Optional[str]) -> Iterator[None]:
+    """Within this context, selective scans run on a backend by name; None: on the fastest that fits."""
+    before = os.environ.pop("DYVM_BACKEND", None)
+    if name is not None:
+        os.environ["DYVM_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("DYVM_BACKEND", None)
+        if before is not None:
+            os.environ["DYVM_BACKEND"] = before
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest error, of the largest entry; infinite for NaN."""
+    error = ((actual.double() - expected.double()).abs().max() / expected.abs().max()).item()
+    return error if error == error else float("inf")
+
+
+def logits_error(model: VisionMamba, images: Tensor, chosen: Optional[str], precision: torch.autocast) -> float:
+    """Worst `relative_error` of the logits and the deciders' outputs: a backend against the float32 definition."""
+    model.eval()
+    with torch.no_grad():
+        with backend("reference"), decisions_recorded(model) as expected:
+            logits = model(images).logits
+        with backend(chosen), decisions_replayed(model, expected) as said, precision:
+            errors = [relative_error(model(images).logits, logits)]
+    return max(errors + [relative_error(said[name], expected[name]) for name in expected])
