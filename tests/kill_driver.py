@@ -27,7 +27,6 @@ def attempt(flags: list[str], tell: int) -> int:
         return child
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    torch.set_num_threads(1)
     for module, name, letter in ((resume.Saver, "save", b"s"), (main, "evaluate", b"e")):
         setattr(module, name, telling(getattr(module, name), tell, letter))
     run_main(lambda: main.main(flags))
@@ -51,7 +50,7 @@ def drive(whole: str, parts: Path, kills: int, flags: list[str]) -> None:
         if kill % 10:  # every tenth kill may hit the start-up
             while not os.read(hear, 1):
                 pass
-        time.sleep(generator.uniform(0, 0.3))
+        time.sleep(generator.uniform(0, 0.15))
         done, status = os.waitpid(child, os.WNOHANG)
         assert not done, f"the run ended before kill {kill}, with status {status}"
         os.kill(child, signal.SIGKILL)
@@ -68,4 +67,5 @@ def drive(whole: str, parts: Path, kills: int, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # before the forks: a pool of threads would not survive them
     drive(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
