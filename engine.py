@@ -240,7 +240,8 @@ def evaluate(model: VisionMamba, data: Data, args: argparse.Namespace, distribut
         result = forward(images)
         logits = result.logits.float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+        # Multiples of 2^-24: their float64 sum is exact, so that no number of processes changes the last digit.
+        loss = (F.cross_entropy(logits, targets, reduction="none").double() * 2**24).round().sum() / 2**24
         totals += torch.stack([totals.new_tensor(len(images)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
         gates += result.gates.double().sum(dim=1)
         kept = [stage.shape[1] for stage in result.kept]

@@ -77,6 +77,8 @@ launch() {
     echo
     return
   fi
+  # When a process is lost, the others say so in one line; PyTorch's C++ part would add pages.
+  export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-FATAL}"
   exec "${command[@]}"
 }
 

@@ -1,16 +1,10 @@
 """Several processes on a CPU: one step equals that of a single process on the joined batch; evaluation counts once."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
+from processes import launch
 
 STEP = """
 import argparse, sys
@@ -51,23 +45,6 @@ if distributed.is_main:
     torch.save(model.state_dict(), output)
 distributed.shutdown()
 """
-
-
-def launch(processes: int, arguments: list, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run a Python program in several processes that find each other as under torchrun; -> that of rank 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        environment = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                                        PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-        children.append(subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [child.communicate(timeout=timeout)[0] for child in children]
-    assert all(child.returncode == 0 for child in children), "\n".join(outputs)
-    return outputs[0]
 
 
 @pytest.mark.parametrize("method", ["dense", "dyvm"])

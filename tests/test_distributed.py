@@ -1,8 +1,6 @@
 """Several processes: what launchers say, what the ranks agree on, and how a run ends when one of them dies."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import LAUNCHER_VARIABLES, clean_environment, free_port
 
 from utils import preemption
 from utils.distributed import Launch, first_node, init_distributed, read_launch
@@ -17,18 +16,6 @@ from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKER = REPOSITORY / "tests" / "distributed_worker.py"
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
-
-
-def clean_environment(**extra: str) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return env | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | extra
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Pair:

@@ -1,0 +1,91 @@
+"""`--accum-steps` equals the larger batch; `--grad-checkpointing` changes no gradient."""
+
+import pytest
+import torch
+
+import engine
+import options
+from builders import build_model, build_training
+from datasets import build_data
+from engine import accumulate_gradients, train_one_epoch
+from loading.loaders import Batch
+from models import sampling
+from utils.checkpoint import save_checkpoint
+from utils.distributed import Distributed
+from utils.logging import Averages
+
+SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--input-size", "16", "--mixup", "0", "--cutmix", "0",
+         "--epochs", "2", "--warmup-epochs", "0", "--num-workers", "0", "--device", "cpu", "--subset", "48",
+         "--opt", "sgd", "--lr", "2"]
+METHODS = {"dense": [], "dyvm": ["--method", "dyvm", "--pruning-layers", "1", "3", "--block-keep-ratio", "0.5"]}
+
+
+@pytest.fixture
+def training(tmp_path):
+    """(method, flags...) -> args, data, run; the teacher of a dynamic one has random weights."""
+    def build(method: str, *flags: str):
+        torch.manual_seed(1)
+        teacher = tmp_path / "teacher.pth"
+        save_checkpoint({"model": build_model(options.parse(SMALL), 10).state_dict()}, teacher)
+        dynamic = METHODS[method] and [*METHODS[method], "--model-path", str(teacher)]
+        args = options.parse([*SMALL, *dynamic, *flags])
+        data = build_data(args, 16)
+        return args, data, build_training(args, data, ALONE)
+    return build
+
+
+ALONE = Distributed(torch.device("cpu"))
+
+
+def noise(step: int, batch: int = 16) -> dict[str, torch.Tensor]:
+    """Of a step of the larger batch; the routers' is wide, so that gates differ."""
+    generator = torch.Generator().manual_seed(step)
+    found = {f"token.stage{s}": torch.randn(batch, 16, 2, generator=generator) for s in range(2)}
+    return found | {f"router.layer{i}.gumbels{k}": 8 * torch.randn(batch, 2, generator=generator)
+                    for i in range(4) for k in (1, 2)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(48, 3, 16, 16, generator=generator), torch.arange(48) % 10
+    forward, ends = engine._forward, []
+    for accum, size in ((1, 16), (2, 8)):
+        args, data, run = training(method, "--batch-size", str(size), "--accum-steps", str(accum))
+        batches = [Batch(*parts) for parts in zip(images.split(size), targets.split(size),
+                                                  torch.arange(48).split(size), strict=True)]
+        monkeypatch.setattr(data.train_loader, "batches", lambda epoch, start, batches=batches: iter(batches))
+
+        def replayed(run, model, part, index, *rest, accum=accum, size=size):
+            rows = slice(index * size, (index + 1) * size)
+            with sampling.replay({name: value[rows] for name, value in noise(run.step // accum).items()}):
+                return forward(run, model, part, index, *rest)
+
+        monkeypatch.setattr(engine, "_forward", replayed)
+        before = [p.detach().clone() for p in run.model.parameters()]
+        averages = Averages()
+        assert train_one_epoch(run, data, args, ALONE, averages)
+        ends.append((run, averages.means()))
+        moved = max((p - q).abs().max() for p, q in zip(run.model.parameters(), before, strict=True))
+        assert moved > 1e-3
+    (one, one_means), (two, two_means) = ends
+    assert one_means["lr"] == two_means["lr"] and two_means["loss"] == pytest.approx(one_means["loss"], rel=1e-5)
+    if method == "dyvm":
+        assert 0 < one_means["gate_forward"] < 1 and one_means["block_ratio"] > 0
+    for (name, value), other in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(other, value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputed_layers_give_the_same_gradients(training, method):
+    """In training mode, with noise in the routers and drop path."""
+    gradients = []
+    for flags in ([], ["--grad-checkpointing"]):
+        args, data, run = training(method, "--batch-size", "16", "--drop-path", "0.2", *flags)
+        assert run.model.grad_checkpointing == bool(flags)
+        run.parallel.train()
+        accumulate_gradients(run, [next(data.train_batches(0))], args, ALONE)
+        gradients.append({name: p.grad for name, p in run.model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -1,0 +1,147 @@
+"""Two processes on a CPU: both act alike when one meets a bad number, dies or is told to leave, and the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from processes import ROOT, clean_environment, finish, launch, start, wait_until
+
+import main
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+DISTURBED = ROOT / "tests" / "disturbed_training.py"
+SMALL = ["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--subset", "64", "--batch-size", "8",
+         "--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0", "--throughput-seconds", "0", "--device", "cpu"]
+OFTEN = ["--save-minutes", "1e-6"]
+
+EVALUATE = """
+import json, torch, options
+from builders import build_model
+from datasets import build_data
+from engine import evaluate
+from loading.images import SubsetImages
+from loading.loaders import assemble
+from utils.distributed import init_distributed
+
+distributed = init_distributed("cpu")
+args = options.parse(["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--num-workers", "0"])
+torch.manual_seed(0)
+model, data = build_model(args, 10), build_data(args, 16, train=False)
+for count in (1, 7, 359, 360):
+    val = SubsetImages(data.val, torch.arange(count).numpy())
+    part = assemble(args, 16, None, val, distributed.rank, distributed.world_size)
+    metrics = evaluate(model, part, args, distributed)
+    print("metrics", json.dumps([metrics.images, metrics.top1, metrics.top5, metrics.loss]))
+distributed.shutdown()
+"""
+
+
+def one_line(stderr: str, *words: str) -> None:
+    lines = [line for line in stderr.splitlines() if line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), stderr
+
+
+def test_evaluation_equals_that_of_one_process():
+    one, two = ([line for line in launch(processes, ["-c", EVALUATE])[0].splitlines() if line.startswith("metrics")]
+                for processes in (1, 2))
+    assert [json.loads(line.removeprefix("metrics"))[0] for line in one] == [1, 7, 359, 360]
+    assert one == two
+
+
+def test_both_leave_out_the_step_of_a_bad_number_on_one(tmp_path):
+    flags = [*SMALL, "--mixup", "0", "--cutmix", "0", "--output_dir", str(tmp_path)]
+    outputs = launch(2, [DISTURBED, "nan=1:2", "hash=1", "--", *flags])
+    hashes = {line for output in outputs for line in output.splitlines() if line.startswith("weights")}
+    assert len(hashes) == 1
+    log = json.loads((tmp_path / "log.txt").read_text())
+    assert log["train_skipped_steps"] == 1 and log["train_loss"] > 0
+    told = [line for line in outputs[0].splitlines() if "step left out: the loss is not finite" in line]
+    assert len(told) == 1 and told[0].count("DIGITS train image") == 8, "the images of the rank that had it"
+
+
+def test_a_bad_number_on_one_stops_both_when_asked_to(tmp_path):
+    flags = [*SMALL, "--mixup", "0", "--cutmix", "0", "--nonfinite", "stop", "--output_dir", str(tmp_path)]
+    ends = finish(start(2, [DISTURBED, "nan=1:2", "--", *flags]))
+    assert [code for code, _, _ in ends] == [1, 1]
+    one_line(ends[0][2], "error (rank 0)", "the loss is not finite on the batch of", "nonfinite.pth")
+    one_line(ends[1][2], "error (rank 1)")
+    saved = load_checkpoint(tmp_path / "nonfinite.pth")
+    assert (saved["epoch"], saved["step"], len(saved["images"])) == (0, 2, 2)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.fixture(scope="module")
+def survivor(tmp_path_factory):
+    """A training in whose middle rank 1 was killed -> output folder, flags, seconds until rank 0 ended, its end."""
+    output, pids = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("pids")
+    flags = [*SMALL, *OFTEN, "--subset", "256", "--output_dir", str(output)]
+    children = start(2, [DISTURBED, "slow=0.3", f"pids={pids}", "--", *flags])
+    try:
+        wait_until(lambda: (output / "checkpoint_prev.pth").exists())
+        children[1].kill()
+        begin = time.monotonic()
+        end = children[0].wait(timeout=60)
+    finally:
+        ends = finish(children)
+    return output, flags, time.monotonic() - begin, (end, ends[0][2])
+
+
+def test_a_killed_rank_ends_the_other(survivor):
+    _, _, seconds, (code, stderr) = survivor
+    assert seconds < 60 and code == 1
+    one_line(stderr, "error (rank 0)", "--resume auto continues from the last save")
+
+
+def test_another_number_of_processes_is_refused_or_begins_the_epoch_again(survivor, capsys):
+    output, flags, _, _ = survivor
+    assert load_checkpoint(output / "checkpoint.pth")["step"] > 0
+    with pytest.raises(UserError, match=r"number of processes: 2 -> 1.*--resume-override"):
+        main.main([*flags, "--resume", "auto"])
+    assert main.main([*flags, "--resume", "auto", "--resume-override"]) == 0
+    assert "at epoch 1, step 0" in capsys.readouterr().out
+    assert load_checkpoint(output / "checkpoint.pth")["epoch"] == 1
+
+
+def torchrun(log, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    with open(log, "w") as file:
+        return subprocess.Popen([*map(str, command)], cwd=ROOT, env=clean_environment(), stdout=file, stderr=file)
+
+
+def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
+    """SIGTERM to torchrun, then again with --resume auto; and a worker killed under --max-restarts 1."""
+    flags = [*SMALL, *OFTEN, "--subset", "256", "--resume", "auto"]
+    told, killed, pids, log = (tmp_path / name for name in ("told", "killed", "pids", "log"))
+    pids.mkdir()
+    run = torchrun(log, DISTURBED, "slow=0.2", "--", *flags, "--output_dir", told)
+    try:
+        wait_until(lambda: (told / "checkpoint_prev.pth").exists())
+        begin = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) != 0 and time.monotonic() - begin < 30
+    finally:
+        run.kill()
+    assert "told to leave by SIGTERM; saved" in log.read_text()
+    step = load_checkpoint(told / "checkpoint.pth")["step"]
+    assert 0 < step < 16
+    run = torchrun(log, "main.py", *flags, "--output_dir", told)
+    assert run.wait(timeout=60) == 0 and f"at epoch 1, step {step}" in log.read_text()
+
+    run = torchrun(log, "--max-restarts", "1", DISTURBED, "slow=0.2", f"pids={pids}", "--", *flags,
+                   "--output_dir", killed)
+    try:
+        wait_until(lambda: (killed / "checkpoint_prev.pth").exists())
+        os.kill(int((pids / "1").read_text()), signal.SIGKILL)
+        assert run.wait(timeout=100) == 0
+    finally:
+        run.kill()
+    assert "resumed from" in log.read_text()
+    states = [load_checkpoint(folder / "checkpoint.pth") for folder in (told, killed)]
+    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert (told / "log.txt").read_bytes() == (killed / "log.txt").read_bytes()
