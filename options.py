@@ -205,7 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
                        "of each batch shape once and replay it")
     group.add_argument("--resume", metavar="auto|FILE", help="go on from FILE, or from the newest checkpoint in "
                        "--output_dir if there is one")
-    group.add_argument("--resume-override", action="store_true", help="go on although flags differ from the run's")
+    group.add_argument("--resume-override", action="store_true", help="go on although flags or the number of "
+                       "processes differ from the run's; the epoch that was begun starts again")
     group.add_argument("--save-minutes", type=not_negative, default=15.0, metavar="M",
                        help="save that often within an epoch; 0: only at its end")
     group.add_argument("--nonfinite", choices=("skip", "stop"), default="skip",
