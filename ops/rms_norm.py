@@ -64,5 +64,10 @@ def _add_rms_norm(hidden: Optional[Tensor], residual: Optional[Tensor], weight: 
         total = (residual if hidden is None else hidden).to(compute)
     else:
         total = residual.to(compute) + hidden.to(compute)
+    if not torch.is_grad_enabled():
+        # The same with one pass over the tokens instead of two and without the tensors between, which autograd needs.
+        norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
+        scale = norm.square_().div_(total.shape[-1]).add_(eps).rsqrt_()
+        return (total * scale).mul_(weight).to(dtype), total
     scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     return (total * scale * weight.to(compute)).to(dtype), total

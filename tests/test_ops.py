@@ -383,6 +383,8 @@ def test_add_rms_norm(first):
     expected = sum(t for t in (hidden, residual) if t is not None)
     assert torch.equal(total, expected)
     assert torch.allclose(normed, torch.nn.functional.rms_norm(expected, (12,), weight, 1e-5))
+    with torch.no_grad():
+        torch.testing.assert_close(add_rms_norm(hidden, residual, weight, 1e-5), (normed, total))
     leaves = [t for t in (hidden, residual, weight) if t is not None]
     assert torch.autograd.gradcheck(
         lambda *given: add_rms_norm(given[0] if hidden is not None else None,
