@@ -240,7 +240,7 @@ def test_mistaken_flags_get_one_line(flags, message):
 def test_flag_values_are_checked(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         options(*flags)
-    assert stop.value.code == 2 and f"{flags[0]}: " in capsys.readouterr().err
+    assert stop.value.code == 2 and f"argument {flags[0]}" in capsys.readouterr().err
 
 
 def test_flags_have_deits_defaults():

@@ -224,7 +224,7 @@ def test_test_command(python, tmp_path):
     assert everything.startswith("-m pytest ")
     assert "--cov=models " in everything
     assert "--cov-fail-under=80 " in everything
-    assert everything.endswith(f"GOLDEN_DIR={ROOT.parent / 'shared/golden'}")
+    assert everything.endswith(f"GOLDEN_DIR={(ROOT.parent / 'shared/golden').resolve()}")
     run("scripts/test.sh", "tests/test_flops.py", "-k", "paper", PYTHON=python, GOLDEN_DIR="vectors", cwd=tmp_path)
     part = (tmp_path / "calls.log").read_text().splitlines()[-1]
     assert "tests/test_flops.py -k paper " in part
