@@ -2,7 +2,8 @@
 
     python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384] [--output FILE]
 
-Both are timed in turn; the speed is printed only if both give the same tokens.
+Both are timed in turn, forward alone and forward + backward, which is how training uses it; the speed is printed only
+if both give the same tokens and the same gradients.
 """
 
 import argparse
@@ -55,27 +56,47 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     policy = (torch.rand(args.batch, args.patches, device=args.device) < 0.7).float()
-    hidden, residual = torch.randn(2, args.batch, args.patches + 1, args.width, device=args.device)
+    hidden, residual = (torch.randn(args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True)
+                        for _ in range(2))
     origin = torch.arange(args.patches, device=args.device).expand(args.batch, -1)
     inputs = (policy, hidden, residual, origin, args.patches // 2)
-    for loop, ours in zip(by_image(*inputs), by_batch(*inputs), strict=True):
-        if not torch.equal(loop, ours):
-            sys.exit("error: the two disagree; no speed is reported")
-    times = {"loop over images": [], "whole batch": []}
-    for _ in range(args.rounds):
-        for name, function in zip(times, (by_image, by_batch), strict=True):
-            start = time.perf_counter()
-            function(*inputs)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
-    ratio = medians["loop over images"] / medians["whole batch"]
-    print(tabulate([[name, f"{value:.2f}"] for name, value in medians.items()], headers=["", "ms, median"]))
-    print(f"ratio {ratio:.1f}; equal to the last bit")
+    weight = torch.randn_like(hidden)
+
+    def forward(function):
+        with torch.no_grad():
+            return function(*inputs)
+
+    def train(function):
+        return torch.autograd.grad(function(*inputs)[0], (hidden, residual), weight)
+
+    ways = {"loop over images": by_image, "whole batch": by_batch}
+    record = {}
+    for what, run in (("forward", forward), ("forward + backward", train)):
+        for loop, ours in zip(*(run(function) for function in ways.values()), strict=True):
+            if not torch.equal(loop, ours):
+                sys.exit(f"error: the two disagree in {what}; no speed is reported")
+        times = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, function in ways.items():
+                times[name].append(seconds(run, function, args.device))
+        medians = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
+        record[what] = {"ms": medians, "ratio": medians["loop over images"] / medians["whole batch"]}
+    rows = [[what, *(f"{value:.2f}" for value in measured["ms"].values()), f"{measured['ratio']:.1f}"]
+            for what, measured in record.items()]
+    print(tabulate(rows, headers=["ms, median", *ways, "ratio"]))
+    print("tokens and gradients equal to the last bit")
     if args.output:
-        args.output.write_text(json.dumps({**vars(args), "output": None, "ms": medians, "ratio": ratio,
-                                           "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=2))
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        args.output.write_text(json.dumps({**settings, **record, "threads": torch.get_num_threads(),
+                                           "torch": torch.__version__}, indent=2))
+
+
+def seconds(run, function, device):
+    start = time.perf_counter()
+    run(function)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
