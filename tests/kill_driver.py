@@ -4,6 +4,7 @@ The run WHOLE is not disturbed. Each attempt at PARTS is a fork of this process,
 computed nothing. Prints how many kills hit a save, the start-up, and an evaluation.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ def attempt(flags: list[str], tell: int) -> int:
     child = os.fork()
     if child:
         return child
+    os.setsid()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     for module, name, letter in ((resume.Saver, "save", b"s"), (main, "evaluate", b"e")):
@@ -55,6 +57,8 @@ def drive(whole: str, parts: Path, kills: int, flags: list[str]) -> None:
         assert not done, f"the run ended before kill {kill}, with status {status}"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):  # it had no session of its own yet, and no workers
+            os.killpg(child, signal.SIGKILL)  # the workers that it left, as a scheduler does
         os.write(tell, b"k")
         said = os.read(hear, 1 << 16)
         met["start-up"] += said == b"k"
