@@ -2,7 +2,8 @@
 
     python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384] [--output FILE]
 
-Both are timed in turn, forward alone and forward + backward, which is how training uses it; the speed is printed only
+Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has read), the policy and the
+original indexes. Both are timed in turn, forward alone and forward + backward, which is how training uses it; the speed is printed only
 if both give the same tokens and the same gradients.
 """
 
@@ -22,27 +23,25 @@ from models.layouts import MiddleClassToken, reordered, take
 from models.pruning import kept_first
 
 
-def by_image(policy, hidden, residual, origin, middle):
-    """Image by image, hidden and residual apart, the class token put back with torch.cat."""
+def by_image(policy, sequence, origin, middle):
+    """Image by image, the class token taken out and put back with torch.cat."""
     sequences, policies, origins = [], [], []
     for image in range(len(policy)):
         kept, dropped = policy[image].nonzero()[:, 0], (policy[image] == 0).nonzero()[:, 0]
         order, place = torch.cat([kept, dropped]), len(kept) // 2
-        moved = []
-        for tokens in (hidden[image], residual[image]):
-            patches = torch.cat([tokens[:middle], tokens[middle + 1:]])[order]
-            moved.append(torch.cat([patches[:place], tokens[middle:middle + 1], patches[place:]]))
-        sequences.append(moved[0] + moved[1])
+        tokens = sequence[image]
+        patches = torch.cat([tokens[:middle], tokens[middle + 1:]])[order]
+        sequences.append(torch.cat([patches[:place], tokens[middle:middle + 1], patches[place:]]))
         policies.append(policy[image][order])
         origins.append(origin[image][order])
     return torch.stack(sequences), torch.stack(policies), torch.stack(origins)
 
 
-def by_batch(policy, hidden, residual, origin, middle):
+def by_batch(policy, sequence, origin, middle):
     """As `DynamicVisionMamba` does it."""
     order, kept = kept_first(policy)
     index = reordered(order, (middle,), MiddleClassToken().positions(kept))
-    return take(hidden + residual, index), take(policy, order), take(origin, order)
+    return take(sequence, index), take(policy, order), take(origin, order)
 
 
 def main():
@@ -56,18 +55,17 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     policy = (torch.rand(args.batch, args.patches, device=args.device) < 0.7).float()
-    hidden, residual = (torch.randn(args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True)
-                        for _ in range(2))
+    sequence = torch.randn(args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True)
     origin = torch.arange(args.patches, device=args.device).expand(args.batch, -1)
-    inputs = (policy, hidden, residual, origin, args.patches // 2)
-    weight = torch.randn_like(hidden)
+    inputs = (policy, sequence, origin, args.patches // 2)
+    weight = torch.randn_like(sequence)
 
     def forward(function):
         with torch.no_grad():
             return function(*inputs)
 
     def train(function):
-        return torch.autograd.grad(function(*inputs)[0], (hidden, residual), weight)
+        return torch.autograd.grad(function(*inputs)[0], sequence, weight)
 
     ways = {"loop over images": by_image, "whole batch": by_batch}
     record = {}
