@@ -74,14 +74,14 @@ inline void project_steps(const Tile& tile, Vec* delta) {
 template <bool kDerivative>
 inline void compute_steps(const Tile& tile, Steps& steps) {
   project_steps(tile, steps.delta);
-  Vec largest = {};
+  IntVec largest = {};  // steps are not negative: their bits are in order, and a NaN is above them all
   for (int t = 0; t < tile.steps; ++t) {
     const Vec delta = softplus(steps.delta[t], kDerivative ? &steps.derivative[t] : nullptr);
     steps.delta[t] = delta;
     steps.input[t] = delta * tile.u(t);
-    largest = delta <= largest ? largest : delta;  // keeps a NaN
+    largest = (IntVec)delta > largest ? (IntVec)delta : largest;
   }
-  steps.largest = max(largest);
+  steps.largest = max((Vec)largest);
 }
 
 // What the backward pass wants to know of every step of a state group.
