@@ -14,6 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from calibration import restore_threshold
 from datasets import Data
 from engine import Training, seed_everything
 from losses import DenseLoss, DynamicLoss
@@ -27,7 +28,8 @@ from utils.nonfinite import NonFiniteSteps
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
-            "token_strategy", "scorer_input", "data_set", "data_path", "val_split", "input_size", "eval_crop_ratio")
+            "token_strategy", "scorer_input", "gate_threshold", "data_set", "data_path", "val_split", "input_size",
+            "eval_crop_ratio")
 
 # Arguments of the models that have a flag of their own.
 FLAGGED = {"num_classes": "--data-set", "drop_path_rate": "--drop-path", "img_size": "--input-size",
@@ -64,7 +66,7 @@ def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
 
 def restore_model(args: argparse.Namespace, checkpoint: dict[str, Any], num_classes: int,
                   ema: bool = False) -> VisionMamba:
-    """The model of `args` with the weights of a checkpoint, or with the average of its weights (`ema`).
+    """The model of `args` with weights and gate threshold of a checkpoint, or with the average of them (`ema`).
 
     Raises UserError when the weights do not fit, or when there is no average.
     """
@@ -75,6 +77,7 @@ def restore_model(args: argparse.Namespace, checkpoint: dict[str, Any], num_clas
         checkpoint, source = checkpoint | {"model": checkpoint["ema"]}, f"{source} (EMA)"
     model = build_model(args, num_classes)
     load_weights(model, checkpoint, source)
+    restore_threshold(model, checkpoint, args.gate_threshold, "ema" if ema else "model", source)
     return model
 
 

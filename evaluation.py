@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import throughput
+from calibration import sigmoid
 from datasets import Data
 from engine import Metrics, evaluate, evaluation_forward
 from graphs import graphed
@@ -42,6 +43,8 @@ def evaluate_all(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional
         report = {"dense": column(dense, dense_metrics, speeds["dense"]),
                   "dynamic": column(model, metrics, speeds["dynamic"])}
         report["dynamic"] |= {"ema_top1": ema_top1, "keep": metrics.keep, "gates": metrics.gates}
+        if model.route_blocks:
+            report["dynamic"]["gate_threshold"] = sigmoid(model.gate_threshold)
         flops, dense_flops = report["dynamic"]["flops"], report["dense"]["flops"]
         report["reduction"] = {kind: 1 - flops[kind] / dense_flops[kind] for kind in flops}
         report["speedup"] = speeds["dynamic"] / speeds["dense"] if speeds["dense"] else None
@@ -123,5 +126,6 @@ def table(report: dict[str, Any]) -> str:
         if dynamic["keep"]:
             lines.append("patches kept after each stage: " + ", ".join(f"{100 * k:.1f} %" for k in dynamic["keep"]))
         forward, backward = (sum(column) / len(column) for column in zip(*dynamic["gates"], strict=True))
-        lines.append(f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %")
+        threshold = f" (gate threshold {dynamic['gate_threshold']:.3f})" if "gate_threshold" in dynamic else ""
+        lines.append(f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from PIL import Image
 import options
 import resume
 from builders import build_dense, build_training, check_classes, model_image_size, recorded_arguments, restore_model
+from calibration import STORED, calibrate, restore_threshold
 from datasets import Data, build_data
 from decisions import DecisionCounter
 from drawing.pictures import decision_picture
@@ -38,7 +39,7 @@ from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from sweep import run_sweep
 from utils import preemption
-from utils.checkpoint import BEST, load_checkpoint
+from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.environment import describe_environment
 from utils.errors import UserError, run_main
@@ -46,6 +47,8 @@ from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from utils.nonfinite import NonFiniteError
 from visualize import draw_samples
+
+CALIBRATED = "calibrated_checkpoint.pth"
 
 _logger = logging.getLogger("dyvm")
 
@@ -123,12 +126,18 @@ def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distribu
 def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
     """The full report on the best checkpoint of a run; on its last weights if the best were left in another folder."""
     best = Path(args.output_dir) / BEST
-    ema = None if run.ema is None else run.ema.module
+    ema, weights = None if run.ema is None else run.ema.module, None
     if best.exists():
         weights = load_checkpoint(best)
         run.model.load_state_dict(weights["model"])
         if ema is not None:
             ema.load_state_dict(weights["ema"])
+    thresholds = calibrate({"model": run.model, "ema": ema}, data, args, distributed)
+    if thresholds and weights and distributed.is_main:
+        save_checkpoint(weights | {STORED: thresholds}, best)
+    for name, model in (("model", run.model), ("ema", ema)):
+        if model is not None:
+            restore_threshold(model, {STORED: thresholds}, args.gate_threshold, name, str(best))
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 
@@ -190,10 +199,14 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
     environment = Path(args.output_dir) / "environment.json"
     if distributed.is_main and not environment.exists():  # that of the training, if it wrote to this folder, stays
         write_json(environment, describe_environment())
+    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
+    if args.calibrate:
+        thresholds = calibrate({"model": model, "ema": ema}, data, args, distributed)
+        if distributed.is_main:
+            save_checkpoint(checkpoint | {STORED: thresholds}, Path(args.output_dir) / CALIBRATED)
     if args.sweep:
         run_sweep(model, dense, recorded_arguments(checkpoint).get("token_keep_ratio"), data, args, distributed)
         return
-    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
     report_evaluation(model, ema, dense, data, args, distributed)
 
 
@@ -207,7 +220,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         checkpoint = load_checkpoint(args.model_path)
         args = options.parse(argv, recorded_arguments(checkpoint))
     data = build_data(args, model_image_size(args), rank=distributed.rank, world_size=distributed.world_size,
-                      train=not args.eval)
+                      train=not args.eval or args.calibrate)
     prepare_output_dir(args.output_dir)
     code = 0
     try:

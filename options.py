@@ -77,6 +77,16 @@ def probability(text: str) -> float:
     return value
 
 
+def gate_threshold(text: str) -> float | str:
+    """The word "calibrated", or a probability in (0, 1)."""
+    if text == "calibrated":
+        return text
+    value = not_negative(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither `calibrated` nor a probability between 0 and 1")
+    return value
+
+
 def below_one(text: str) -> float:
     """A number in [0, 1)."""
     if probability(text) == 1:
@@ -155,6 +165,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distill-weight", type=not_negative, default=0.5)
     group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
     group.add_argument("--scorer-input", choices=SCORER_INPUTS, default="hidden", help="what the score predictors read")
+    group.add_argument("--gate-threshold", type=gate_threshold, default="calibrated", metavar="calibrated|P",
+                       help="evaluation: scans run whose router says more than P (0.5 in the paper, which keeps more "
+                       "than was trained); calibrated: the checkpoint's own P, at which --block-keep-ratio is met")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -196,6 +209,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")
+    group.add_argument("--calibrate", action="store_true", help="with --eval: choose the gate threshold on training "
+                       "images first, and write --output_dir/calibrated_checkpoint.pth")
     group.add_argument("--sweep", type=sweep_range, metavar="FIRST:LAST:STEP", help="with --eval: evaluate at each of "
                        "these token keep ratios and draw accuracy against cost and speed")
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
@@ -270,6 +285,8 @@ def _check(args: argparse.Namespace) -> None:
                          f"{args.token_strategy}, which scores nothing")
     if args.sweep and not args.eval:
         raise UsageError("--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget")
+    if args.calibrate and not (args.eval and args.method in ("dyvm", "block")):
+        raise UsageError("--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block")
     _check_overwriting(args)
     if not args.eval and args.method != "dense" and not args.model_path:
         raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")

@@ -19,7 +19,8 @@ from utils.nonfinite import NonFiniteError
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
 HARMLESS = {"output_dir", "device", "num_workers", "pin_mem", "resume", "resume_override", "save_minutes",
-            "throughput_seconds", "cuda_graph", "data_path", "model_path", "dense_path", "eval", "bad_images"}
+            "throughput_seconds", "cuda_graph", "data_path", "model_path", "dense_path", "eval", "bad_images",
+            "gate_threshold", "calibrate"}
 NONFINITE = "nonfinite.pth"  # the state that a run which cannot go on leaves for inspection
 
 _logger = logging.getLogger(__name__)

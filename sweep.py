@@ -42,7 +42,7 @@ def run_sweep(model: VisionMamba, dense: Optional[VisionMamba], trained: Optiona
     if not getattr(model, "pruning_layers", ()):
         ratios = ratios and [1.0]
         _logger.warning("%s drops no tokens: there is no budget to sweep, its one point is reported", args.model_path)
-    record = _start(args, distributed)
+    record = _start(model, args, distributed)
     # Rank 0 alone reads the file, and all ranks must skip the same budgets.
     known = [float(distributed.is_main and point_of(record, ratio) is not None) for ratio in ratios]
     known = distributed.all_reduce_sum(known).tolist()
@@ -76,14 +76,14 @@ def point_of(record: dict[str, Any], ratio: float) -> Optional[dict[str, Any]]:
     return next((point for point in record["points"] if point["token_keep_ratio"] == ratio), None)
 
 
-def _start(args: argparse.Namespace, distributed: Distributed) -> dict[str, Any]:
+def _start(model: VisionMamba, args: argparse.Namespace, distributed: Distributed) -> dict[str, Any]:
     """The record of an interrupted sweep of the same checkpoint under the same conditions, or an empty one."""
     conditions = {
         "checkpoint_sha256": sha256_of(args.model_path), "model": args.model, "data_set": args.data_set,
         "data_path": args.data_path, "input_size": args.input_size, "eval_crop_ratio": args.eval_crop_ratio,
         "dense_sha256": sha256_of(args.dense_path) if args.dense_path else None,
         "device": device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size, "gate_threshold": getattr(model, "gate_threshold", None),
     }
     path = Path(args.output_dir) / NAME
     if distributed.is_main and path.exists():

@@ -21,6 +21,7 @@ from .transforms import eval_transform, random_state, train_transform
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
 MAX_REPLACEMENTS = 100
+CALIBRATION_IMAGES = 2048
 # How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can also appear in the
 # middle of a training step.
 WORKER_DIED = "DataLoader worker (pid"
@@ -231,6 +232,9 @@ class EvalLoader:
             **loader_options(args),
         )
 
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def batches(self) -> Iterator[Batch]:
         return read_batches(self.loader, self.bad_images)
 
@@ -251,6 +255,7 @@ class Data:
     train_loader: TrainLoader | None
     val_loader: EvalLoader
     bad_images: BadImages = field(repr=False)
+    calibration_loader: EvalLoader | None = None  # a part of `train`, shown as in evaluation; a stream has none
 
     @property
     def num_classes(self) -> int:
@@ -288,14 +293,16 @@ class Data:
 def assemble(args, img_size: int, train: ImageSet | None, val: ImageSet, rank: int, world_size: int) -> Data:
     """Joins two image sets, checked against each other, with their loaders."""
     bad_images = BadImages(args.bad_images)
-    train_loader = None
+    train_loader = calibration_loader = None
     if train is not None:
         _check_same_classes(args.data_path or args.data_set, train.classes, val.classes)
         if args.subset is not None:
             train = _take_subset(train, args.subset)
         train_loader = TrainLoader(train, train_transform(args, img_size), args, bad_images, rank, world_size)
+        chosen = SubsetImages(train, stratified_choice(train.targets, min(CALIBRATION_IMAGES, len(train))))
+        calibration_loader = EvalLoader(chosen, eval_transform(args, img_size), args, bad_images, rank, world_size)
     val_loader = EvalLoader(val, eval_transform(args, img_size), args, bad_images, rank, world_size)
-    return Data(val.classes, train, val, len(val), train_loader, val_loader, bad_images)
+    return Data(val.classes, train, val, len(val), train_loader, val_loader, bad_images, calibration_loader)
 
 
 def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:

@@ -249,6 +249,15 @@ class DynamicVisionMamba(VisionMamba):
             raise ValueError(f"token_keep {list(token_keep)} must not ascend and must lie in (0, 1]")
         self.token_keep = token_keep
 
+    def set_gate_threshold(self, logit: float) -> None:
+        """Set the logit that a gate must exceed at evaluation; 0, a probability of 0.5, is the paper's."""
+        for layer in self.layers:
+            layer.mixer.gate_threshold = logit
+
+    @property
+    def gate_threshold(self) -> float:
+        return self.layers[0].mixer.gate_threshold
+
     def kept_counts(self) -> list[int]:
         """Patches that each stage keeps at evaluation."""
         return [int(ratio * self.num_patches) for ratio in self.token_keep]

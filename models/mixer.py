@@ -24,7 +24,7 @@ class BidirectionalMamba(nn.Module):
     """Two selective scans over one input projection, forward and backward (suffix `_b`).
 
     With `router`, the class token decides per image which of the two run: noisy straight-through gates in training,
-    the sign of the logit against `gate_threshold` at evaluation.
+    logit > `gate_threshold` at evaluation.
     """
 
     def __init__(self, dim: int, d_state: int, halve: bool, router: bool = False, layer_index: int = 0):
@@ -43,7 +43,7 @@ class BidirectionalMamba(nn.Module):
         self.A_b_log = nn.Parameter(states.clone())
         self.block_head = nn.Linear(2 * inner, 2) if router else None
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.gate_threshold = (0.0, 0.0)
+        self.gate_threshold = 0.0  # a logit
 
     def branch(self, backward: bool) -> BranchParams:
         """The weights of one direction, as the scan reads them."""
@@ -60,8 +60,7 @@ class BidirectionalMamba(nn.Module):
         logits = self.block_head(read(xz, class_positions).mean(dim=1)).float()
         if self.training:
             return sampling.binary_gate(logits, f"router.layer{self.layer_index}")
-        forward, backward = self.gate_threshold
-        return torch.stack([logits[:, 0] > forward, logits[:, 1] > backward], dim=1).float()
+        return (logits > self.gate_threshold).float()
 
     def forward(self, hidden: Tensor, class_positions: Positions,
                 mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:

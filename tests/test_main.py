@@ -65,7 +65,7 @@ def test_a_dyvm_run_reports_dense_and_dynamic(student):
     assert report.keys() == {"dense", "dynamic", "reduction", "speedup", "model", "data_set", "images", "backend",
                              "device", "precision"}
     assert report["dynamic"].keys() == {"top1", "top5", "loss", "flops", "images_per_s", "parameters", "ema_top1",
-                                        "keep", "gates"}
+                                        "keep", "gates", "gate_threshold"}
     assert report["dynamic"]["keep"] == [int(16 * 0.7**j) / 16 for j in (1, 2, 3)]
     assert len(report["dynamic"]["gates"]) == 4 and report["images"] == 360 and report["precision"] == "float32"
     for kind in ("paper", "exact"):
@@ -142,7 +142,7 @@ def test_bf16_trains(dense, tmp_path):
 def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp_path, flags):
     trained = run(tmp_path, *flags, "--pruning-layers", "1", "2", "--model-path", dense / "best_checkpoint.pth",
                   "--epochs", "1", "--subset", "32", "--block-keep-ratio", "0.5")
-    assert main.main(["--eval", "--model-path", str(tmp_path / "checkpoint.pth"), "--output_dir",
+    assert main.main(["--eval", "--model-path", str(tmp_path / "best_checkpoint.pth"), "--output_dir",
                       str(tmp_path / "again"), "--throughput-seconds", "0", "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "again" / "eval.json").read_text())
     assert again["dynamic"]["top1"] == trained["dynamic"]["top1"]

@@ -1,0 +1,123 @@
+"""The gate threshold at which a model keeps the share of its scans that it was trained to keep.
+
+In training a gate is drawn: it is open with probability p = sigmoid(logit), and the budget holds for the mean of the
+draws. The paper then evaluates with p > 0.5, which keeps more (0.888 where 0.80 was trained). Here one threshold for
+all gates is chosen on training images, shown as in evaluation. It opens the gates of which the routers are surest, and
+is stored in the checkpoint. Gates change what later routers read, so that the quantile is taken again until it holds.
+
+Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this project's own.
+"""
+
+import argparse
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from datasets import Data
+from engine import autocast
+from models import DynamicVisionMamba, VisionMamba
+from utils.distributed import Distributed
+from utils.logging import Progress
+
+STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
+PASSES = 8
+CLOSE_ENOUGH = 0.002
+
+_logger = logging.getLogger(__name__)
+
+
+def calibrate(models: Mapping[str, Optional[VisionMamba]], data: Data, args: argparse.Namespace,
+              distributed: Distributed) -> dict[str, float]:
+    """Choose and set the threshold of each model that routes; -> logits by name, to be stored. Every rank must call it.
+
+    models: "model", and "ema" or None.
+    """
+    found = {}
+    for name, model in models.items():
+        if model is None or not getattr(model, "route_blocks", False):
+            continue
+        if data.calibration_loader is None:
+            _logger.warning("the gate threshold is not calibrated: %s is read as a stream", args.data_set)
+            return {}
+        found[name], kept = calibrate_model(model, data, args, distributed)
+        probability, target = sigmoid(found[name]), args.block_keep_ratio
+        _logger.info("gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target %.2f %%)",
+                     name, probability, 100 * kept, 100 * target)
+        if abs(kept - target) > 0.01:
+            _logger.warning("no threshold was found that comes closer: the routers hardly tell images and layers apart")
+    return found
+
+
+def calibrate_model(model: DynamicVisionMamba, data: Data, args: argparse.Namespace,
+                    distributed: Distributed) -> tuple[float, float]:
+    """Set the threshold that comes closest to `args.block_keep_ratio`; -> its logit, the share kept."""
+    target, threshold = args.block_keep_ratio, 0.0
+    low, high, tried = -math.inf, math.inf, {}
+    for _ in range(PASSES):
+        model.set_gate_threshold(threshold)
+        logits = router_logits(model, data, args, distributed)
+        kept = (logits > threshold).double().mean().item() if distributed.is_main else 0.0
+        following = quantile_above(logits, target) if distributed.is_main else 0.0
+        kept, following = distributed.all_reduce_sum([kept, following]).tolist()
+        tried[threshold] = kept
+        if abs(kept - target) <= CLOSE_ENOUGH:
+            break
+        low, high = (max(low, threshold), high) if kept > target else (low, min(high, threshold))
+        # A quantile outside of what is known already would go round in circles.
+        threshold = following if low < following < high else (low + high) / 2
+        if not math.isfinite(threshold) or threshold in tried:
+            break
+    threshold = min(tried, key=lambda value: abs(tried[value] - target))
+    model.set_gate_threshold(threshold)
+    return threshold, tried[threshold]
+
+
+@torch.no_grad()
+def router_logits(model: DynamicVisionMamba, data: Data, args: argparse.Namespace,
+                  distributed: Distributed) -> Tensor:
+    """Logits of all gates on the calibration images of all ranks, in one long row on rank 0; elsewhere empty."""
+    seen: list[Tensor] = []
+    routers = [layer.mixer.block_head for layer in model.layers]
+    handles = [router.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.float().cpu()))
+               for router in routers]
+    model.eval()
+    try:
+        batches = data.calibration_loader
+        for batch in Progress(batches.batches(), "calibration", total=len(batches), shown=distributed.is_main):
+            with autocast(distributed.device, args.amp):
+                model(batch.images.to(distributed.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    own = torch.cat([logits.flatten() for logits in seen]) if seen else torch.empty(0)
+    return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
+
+
+def quantile_above(values: Tensor, share: float) -> float:
+    """A number that a `share` of the values exceeds, half-way between its neighbours."""
+    ordered = values.double().sort(descending=True).values
+    count = min(max(round(share * len(ordered)), 1), len(ordered) - 1)
+    return ordered[count - 1:count + 1].mean().item()
+
+
+def restore_threshold(model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str,
+                      source: str) -> None:
+    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own for `name`."""
+    if not getattr(model, "route_blocks", False):
+        return
+    if wanted != "calibrated":
+        model.set_gate_threshold(math.log(wanted / (1 - wanted)))
+        return
+    stored = checkpoint.get(STORED)
+    if isinstance(stored, dict) and isinstance(stored.get(name), float):
+        model.set_gate_threshold(stored[name])
+    else:
+        _logger.info("%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one", source)
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))

@@ -1,0 +1,119 @@
+"""The gate threshold: found on training images, stored in the checkpoint, used by every program that evaluates it."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from seeing import DYNAMIC, SMALL, save_model
+
+import main
+import options
+from builders import recorded_arguments, restore_model
+from calibration import calibrate, quantile_above
+from datasets import build_data
+from engine import evaluate
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import Distributed
+from utils.errors import UsageError
+
+ALONE = Distributed(torch.device("cpu"))
+
+
+def loaded(path: Path, *flags: str):
+    """-> flags as --eval sees them, the model, the data."""
+    checkpoint = load_checkpoint(path)
+    argv = ["--eval", "--model-path", str(path), "--num-workers", "0", "--device", "cpu", *flags]
+    args = options.parse(argv, recorded_arguments(checkpoint))
+    return args, restore_model(args, checkpoint, 10), build_data(args, 32)
+
+
+def evaluated(path: Path, output: Path, *flags: str) -> dict:
+    assert main.main(["--eval", "--model-path", str(path), "--output_dir", str(output), "--throughput-seconds", "0",
+                      "--num-workers", "0", "--device", "cpu", *flags]) == 0
+    return json.loads((output / "eval.json").read_text())["dynamic"]
+
+
+def share_kept(gates: list[list[float]]) -> float:
+    return sum(map(sum, gates)) / (2 * len(gates))
+
+
+@pytest.mark.parametrize("method, target", [("dyvm", 0.25), ("dyvm", 0.6), ("dyvm", 0.9), ("block", 0.25)])
+def test_the_target_is_met_on_training_and_on_validation_images(tmp_path, method, target):
+    flags = ["--method", method, *DYNAMIC[2:]]
+    path = save_model(tmp_path / "model.pth", *flags)
+    args, model, data = loaded(path, "--block-keep-ratio", str(target))
+    before = share_kept(evaluate(model, data, args, ALONE).gates)
+    assert abs(before - target) > 0.01  # or there is nothing to show
+    found = calibrate({"model": model, "ema": None}, data, args, ALONE)
+    assert found == {"model": model.gate_threshold}
+    with torch.no_grad():
+        seen = [model(batch.images).gates.mean().item() * len(batch.images)
+                for batch in data.calibration_loader.batches()]
+    assert abs(sum(seen) / len(data.train) - target) < 0.003  # all of the digits' 1437 training images
+    assert abs(share_kept(evaluate(model, data, args, ALONE).gates) - target) < 0.02  # 360 others
+
+
+def test_the_images_are_shown_as_in_evaluation(tmp_path):
+    args, _, data = loaded(save_model(tmp_path / "model.pth", *DYNAMIC), "--subset", "50", "--batch-size", "16")
+    first = [torch.cat([batch.images for batch in data.calibration_loader.batches()]) for _ in range(2)]
+    assert len(first[0]) == 50 and torch.equal(*first)
+
+
+def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, caplog):
+    path = save_model(tmp_path / "model.pth", *DYNAMIC)
+    args, model, data = loaded(path, "--subset", "32", "--batch-size", "16")
+    for layer in model.layers:
+        torch.nn.init.zeros_(layer.mixer.block_head.weight)
+        torch.nn.init.constant_(layer.mixer.block_head.bias, 5)
+    with caplog.at_level(logging.WARNING):
+        assert calibrate({"model": model}, data, args, ALONE) == {"model": 0.0}
+    assert "hardly tell" in caplog.text
+
+
+def test_a_quantile_lies_between_its_neighbours():
+    values = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])
+    assert quantile_above(values, 0.4) == 3.5 and quantile_above(values, 0.8) == 1.5
+    assert quantile_above(values, 1.0) == 1.5 and quantile_above(values, 0.01) == 4.5  # never all, never none
+
+
+def test_the_threshold_of_the_checkpoint_and_others(tmp_path, caplog):
+    path = save_model(tmp_path / "model.pth", *DYNAMIC, gate_threshold={"model": 1.25, "ema": -2.0})
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(checkpoint | {"ema": checkpoint["model"]}, path)
+    assert loaded(path)[1].gate_threshold == 1.25
+    args, *_ = loaded(path)
+    assert restore_model(args, load_checkpoint(path), 10, ema=True).gate_threshold == -2.0
+    assert loaded(path, "--gate-threshold", "0.5")[1].gate_threshold == 0
+    assert loaded(path, "--gate-threshold", "0.9")[1].gate_threshold == pytest.approx(math.log(9))
+    assert "no calibrated" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert loaded(save_model(tmp_path / "bare.pth", *DYNAMIC))[1].gate_threshold == 0
+    assert "bare.pth holds no calibrated gate threshold: 0.5 is used" in caplog.text
+
+
+def test_eval_calibrate_writes_a_checkpoint_that_evaluates_so(tmp_path):
+    path = save_model(tmp_path / "model.pth", *DYNAMIC, "--block-keep-ratio", "0.3")
+    official = load_checkpoint(path)
+    told = ["--data-set", "DIGITS", "--model", "dyvm_vim_micro", *SMALL[:3], *DYNAMIC, "--block-keep-ratio", "0.3"]
+    save_checkpoint({"model": official["model"]}, path)
+    before = evaluated(path, tmp_path / "before", *told)
+    assert before["gate_threshold"] == 0.5
+    after = evaluated(path, tmp_path / "after", *told, "--calibrate")
+    assert abs(share_kept(after["gates"]) - 0.3) < 0.02 < abs(share_kept(before["gates"]) - 0.3)
+    again = evaluated(tmp_path / "after" / "calibrated_checkpoint.pth", tmp_path / "again", *told)
+    assert again["gates"] == after["gates"] and again["gate_threshold"] == after["gate_threshold"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--gate-threshold", "0"], "neither `calibrated` nor a probability"),
+    (["--gate-threshold", "1"], "neither `calibrated` nor a probability"),
+    (["--gate-threshold", "half"], "no number"),
+    (["--calibrate"], "--calibrate needs --eval"),
+    (["--calibrate", "--eval", "--model-path", "x.pth", "--method", "token"], "--calibrate needs --eval"),
+])
+def test_mistakes(flags, words):
+    with pytest.raises(UsageError, match=words):
+        options.parse(flags, {} if "--eval" in flags else None)
