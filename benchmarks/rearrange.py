@@ -2,9 +2,9 @@
 
     python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384] [--output FILE]
 
-Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has read), the policy and the
-original indexes. Both are timed in turn, forward alone and forward + backward, which is how training uses it; the speed is printed only
-if both give the same tokens and the same gradients.
+Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has read), the policy and
+the original indexes. Both are timed in turn, forward alone and forward + backward, which is how training uses it; the
+speed is printed only if both give the same tokens and the same gradients.
 """
 
 import argparse
