@@ -198,7 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute layers in the backward pass: less "
                        "memory, a third more time")
     group.add_argument("--model-ema", action=flag, default=True, help="average of the weights, evaluated too")
-    group.add_argument("--model-ema-decay", type=ratio, default=0.99996)
+    group.add_argument("--model-ema-decay", type=ratio, metavar="D", help="default: 0.99996, or less in a run of less "
+                       "than 125,000 updates: 1 - 5 / updates")
 
     group = parser.add_argument_group("run")
     group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")

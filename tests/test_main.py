@@ -12,6 +12,7 @@ import torch
 
 import builders
 import main
+import options
 from utils import preemption
 from utils.errors import UsageError, UserError
 
@@ -132,6 +133,15 @@ def test_bf16_trains(dense, tmp_path):
     report = run(tmp_path, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--amp", "bf16", "--epochs", "1")
     assert report["precision"] == "bf16"
     assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
+
+
+def test_the_average_of_a_short_run_forgets_the_initial_weights():
+    given, default = options.parse(["--model-ema-decay", "0.99996"]), options.parse([])
+    for updates in (50, 660, 75_000):
+        assert builders.ema_decay(given, updates) == 0.99996
+        assert 1e-3 < builders.ema_decay(default, updates) ** updates < 0.01
+    assert builders.ema_decay(default, 3) == 0
+    assert builders.ema_decay(default, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
 
 
 STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
