@@ -139,9 +139,11 @@ def main() -> None:
     parser.add_argument("--model", default="vim_tiny")
     parser.add_argument("--input-size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--saves", type=int, default=20, help="2 or more")
+    parser.add_argument("--saves", type=int, default=20)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.saves < 2:
+        parser.error(f"--saves {given.saves}: quartiles need 2 or more")
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse(["--model", given.model, "--input-size", str(given.input_size), "--batch-size",
