@@ -139,6 +139,17 @@ def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
         distill_weight=args.distill_weight, token_budget=model.token_strategy == "learned")
 
 
+def ema_decay(args: argparse.Namespace, updates: int) -> float:
+    """`--model-ema-decay`, for `updates` of the average in the whole run.
+
+    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of mostly random weights;
+    there the default is less, so that the initial weights count for e^-5 = 0.7 % of the average at the end.
+    """
+    if args.model_ema_decay is not None:
+        return args.model_ema_decay
+    return min(0.99996, max(0.0, 1 - 5 / updates))
+
+
 def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
     """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
     device = distributed.device
@@ -182,5 +193,5 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     return Training(
         model, parallel, teacher, build_criterion(args, model), optimizer, scheduler, scaler,
-        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None, mixup=mixup,
+        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates)) if args.model_ema else None, mixup=mixup,
         guard=NonFiniteSteps(optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"))

@@ -19,6 +19,12 @@ from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 
 METHODS = ("dense", "dyvm", "token", "block")
+# Flags that only some methods read in training.
+READ_BY = {
+    "--pruning-layers": ("dyvm", "token"), "--token-keep-ratio": ("dyvm", "token"),
+    "--token-pruning-weight": ("dyvm", "token"), "--block-keep-ratio": ("dyvm", "block"),
+    "--block-pruning-weight": ("dyvm", "block"), "--distill-weight": ("dyvm", "token", "block"),
+}
 MOST_BUDGETS = 100  # of one --sweep
 
 # Flags of DeiT, Vim and the release that have no counterpart of the same name here.
@@ -205,7 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute layers in the backward pass: less "
                        "memory, a third more time")
     group.add_argument("--model-ema", action=flag, default=True, help="average of the weights, evaluated too")
-    group.add_argument("--model-ema-decay", type=ratio, default=0.99996)
+    group.add_argument("--model-ema-decay", type=ratio, metavar="D", help="default: 0.99996, or less in a run of less "
+                       "than 125,000 updates: 1 - 5 / updates")
 
     group = parser.add_argument_group("run")
     group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")
@@ -255,6 +262,8 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
         args.data_path = None  # that of another data set
     settle_model(args)
     _check(args)
+    if not args.eval:
+        _check_read(argv, args.method)
     if args.lr is None:
         args.lr = 1e-3 if args.method == "dense" else 5e-5
     return args
@@ -296,6 +305,22 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}")
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} - 1")
+
+
+def _check_read(argv: Sequence[str], method: str) -> None:
+    """A flag given for a training whose method does not read it is a mistake.
+
+    Not so when an earlier `--method` on the command line reads it: the recipes' flags stay when the user changes their
+    method with another `--method` behind them.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", action="append", default=[])
+    named = {method, *parser.parse_known_args(argv)[0].method}
+    given = {argument.split("=")[0] for argument in argv}
+    for flag, readers in READ_BY.items():
+        if flag in given and named.isdisjoint(readers):
+            raise UsageError(f"{flag} has no meaning with --method {method}; leave it out, or train with --method "
+                             f"{' or '.join(readers)}")
 
 
 def _check_overwriting(args: argparse.Namespace) -> None:

@@ -6,8 +6,9 @@ decide alike; their own outputs are compared too.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Optional
 
 import torch
@@ -23,19 +24,27 @@ def deciders(model: VisionMamba) -> dict[str, nn.Module]:
 
 
 @contextmanager
+def _hooked(model: VisionMamba, hook: Callable[[str, nn.Module, tuple[Tensor], Tensor], Optional[Tensor]]
+            ) -> Iterator[None]:
+    """Within this context, `hook` is called behind every decider with its name; what it returns replaces the output."""
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in deciders(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def decisions_recorded(model: VisionMamba) -> Iterator[dict[str, Tensor]]:
     """Within this context, gathers what the model's deciders say in a forward pass."""
     said: dict[str, Tensor] = {}
 
-    def hook(name: str):
-        return lambda module, inputs, output: said.update({name: output.detach()})
+    def record(name, module, inputs, output):
+        said[name] = output.detach()
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in deciders(model).items()]
-    try:
+    with _hooked(model, record):
         yield said
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -46,18 +55,12 @@ def decisions_replayed(model: VisionMamba, recorded: dict[str, Tensor]) -> Itera
     """
     said: dict[str, Tensor] = {}
 
-    def hook(name: str):
-        def replace(module, inputs, output):
-            said[name] = output.detach()
-            return recorded[name] + (output - output.detach()).to(recorded[name].dtype)
-        return replace
+    def replace(name, module, inputs, output):
+        said[name] = output.detach()
+        return recorded[name] + (output - output.detach()).to(recorded[name].dtype)
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in deciders(model).items()]
-    try:
+    with _hooked(model, replace):
         yield said
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

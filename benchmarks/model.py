@@ -44,26 +44,32 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 2e-2}
 Call = Callable[[], object]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_common(parser: argparse.ArgumentParser, seconds: float) -> argparse.Namespace:
+    """Parse with the flags that all benchmarks of models have; `seconds` is the default time of sampling."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of sampling for each table")
+    parser.add_argument("--retries", type=int, default=10, help="disturbed samples to redo, for each contender")
+    parser.add_argument("--output", type=Path, help="write the record as JSON, after every table")
+    args = parser.parse_args()
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["S", "T"], choices=SIZES, help="sizes")
     parser.add_argument("--batch", nargs="+", type=int, help="default: 1 16 64 256 on a GPU, else 16")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="DeiT compiled too (default: on a GPU)")
-    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of sampling for each size and batch")
-    parser.add_argument("--retries", type=int, default=10, help="disturbed samples to redo, for each model")
-    parser.add_argument("--output", type=Path, help="write the record as JSON, after every size and batch")
-    args = parser.parse_args()
+    args = parse_common(parser, seconds=20.0)
     on_gpu = args.device == "cuda"
-    args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     args.batch = args.batch or ([1, 16, 64, 256] if on_gpu else [16])
-    if args.threads:
-        torch.set_num_threads(args.threads)
     args.compile = on_gpu if args.compile is None else args.compile
     return args
 

@@ -1,61 +1,136 @@
-"""What saving costs: training with a save every minute against training without, in alternate blocks of one process.
+"""What saving costs: training throughput with a save every minute against training without, from a run that does both.
 
-    python benchmarks/saving.py [--device cpu|cuda] [--model vim_tiny] [--batch 16] [--seconds 60] [--output FILE]
+    python benchmarks/saving.py [--device cpu|cuda] [--model vim_tiny] [--batch 16] [--saves 20] [--output FILE]
 
-Each block lasts `--seconds`; with saving, one save begins in its middle, as `--save-minutes 1` does for 60 seconds, and
-whatever of it is left at the end of the block is waited for. All saves are read back, or no ratio is reported.
-The clock is disturbed by whatever else runs; processor time includes the thread that writes.
+Every training step is timed. A window begins with a save and ends a few steps after the background thread is done; what
+it lost is the time of the call that saves, and what its steps took beyond the median of the undisturbed steps on either
+side. Beside each save, in random order, stands a control: a window of as many steps in which nothing is saved, so that
+what the machine loses by itself shows, and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and at
+the upper quartile of the losses; it is printed only if every save, read back, is whole and equals what was saved.
 """
 
 import argparse
-import json
 import os
-import platform
+import random
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import options
 import resume
 from builders import build_training, model_image_size
-from datasets import build_data
+from datasets import Data, build_data
 from engine import Training, accumulate_gradients, gradient_norm
-from utils.checkpoint import is_intact
+from evaluation import device_name
+from loading.loaders import Batch
+from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
-from utils.logging import Averages
+from utils.environment import describe_environment
+from utils.files import write_json
+from utils.logging import Averages, Progress
+
+MARGIN = 5  # undisturbed steps between two windows, with which both are compared
+SETTLING = 2  # steps after the background thread is done that still count as touched by the save
 
 
-def endless(data):
+def endless(data: Data) -> Iterator[Batch]:
     epoch = 0
     while True:
         yield from data.train_batches(epoch)
         epoch += 1
 
 
-def block(run: Training, batches, args: argparse.Namespace, alone: Distributed, seconds: float,
-          saver=None) -> dict[str, float]:
-    """Train for `seconds` -> images/s, and images per second of processor time."""
-    images, saved, begin, begin_cpu = 0, saver is None, time.perf_counter(), time.process_time()
-    while (now := time.perf_counter() - begin) < seconds:
+def stepper(run: Training, data: Data, args: argparse.Namespace, alone: Distributed) -> Callable[[], float]:
+    """A function that does one training step; -> its seconds."""
+    batches = endless(data)
+
+    def step() -> float:
+        begin = time.perf_counter()
         batch = next(batches)
         measured = accumulate_gradients(run, [batch], args, alone)
         run.guard.step(gradient_norm(run, None), measured["loss"], batch.indices)
         run.ema.update(run.model)
-        images += len(batch.images)
-        if not saved and now > seconds / 2:
-            saver.save(Averages())
-            saved = True
-    if saver is not None:
-        saver.writer.wait()
-    if alone.device.type == "cuda":
-        torch.cuda.synchronize()
-    return {"images_per_s": images / (time.perf_counter() - begin),
-            "images_per_cpu_s": images / (time.process_time() - begin_cpu)}
+        if alone.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return step
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether nested dicts and lists hold the same, tensors to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def check_saved(path: Path, expected: dict[str, Any]) -> None:
+    """End without a ratio unless `path` is whole and holds `expected`."""
+    found = load_checkpoint(path) if is_intact(path) else {}
+    wrong = [name for name in expected if name not in found or not equal(found[name], expected[name])]
+    if wrong:
+        sys.exit(f"error: no ratio is reported: {', '.join(wrong)} of {path.name} is not what was saved")
+
+
+def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[float, list[float]]:
+    """Save and go on until nothing of it is left; -> seconds of the call that saves, and of each step."""
+    begin = time.perf_counter()
+    saver.save(Averages())
+    blocked, steps = time.perf_counter() - begin, []
+    while saver.writer.writing():
+        steps.append(step())
+        saver.writer.check()
+    return blocked, steps + [step() for _ in range(SETTLING)]
+
+
+def measure(step: Callable[[], float], saver: resume.Saver, saves: int) -> list[dict[str, Any]]:
+    """`saves` windows of saves and as many controls, by twos; -> of each its kind, length and seconds lost."""
+    for _ in range(MARGIN):
+        step()  # the first ones are slow
+    expected_steps = len(window_of_save(step, saver)[1])  # no previous file had to be verified: it does not count
+    order = random.Random(0)
+    kinds = [kind for _ in range(saves) for kind in order.sample(("save", "control"), 2)]
+    before, windows = [step() for _ in range(MARGIN)], []
+    for kind in Progress(kinds, "windows"):
+        blocked, expected = 0.0, copy_to_host(saver.run.state_dict())
+        if kind == "save":
+            blocked, steps = window_of_save(step, saver)
+            expected_steps = len(steps)
+            check_saved(saver.writer.newest, expected)
+        else:
+            steps = [step() for _ in range(expected_steps)]
+        after = [step() for _ in range(MARGIN)]
+        windows.append({"kind": kind, "steps": len(steps), "blocked_s": blocked,
+                        "lost_s": blocked + lost_seconds(before, steps, after)})
+        before = after
+    return windows
+
+
+def lost_seconds(before: Sequence[float], steps: Sequence[float], after: Sequence[float]) -> float:
+    """What `steps` took beyond the median of those before and after them."""
+    return sum(steps) - len(steps) * statistics.median([*before, *after])
+
+
+def summary(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles of the seconds lost, of saves, controls and their differences pair by pair, and the ratios."""
+    lost = {kind: [window["lost_s"] for window in windows if window["kind"] == kind] for kind in ("save", "control")}
+    lost["difference"] = [a - b for a, b in zip(lost["save"], lost["control"], strict=True)]
+    quartiles = {kind: statistics.quantiles(values, n=4, method="inclusive") for kind, values in lost.items()}
+    _, median, upper = quartiles["difference"]
+    return {"quartiles_of_lost_s": quartiles, "ratio": {"median": 60 / (60 + median),
+                                                        "upper_quartile_of_loss": 60 / (60 + upper)}}
 
 
 def main() -> None:
@@ -64,10 +139,12 @@ def main() -> None:
     parser.add_argument("--model", default="vim_tiny")
     parser.add_argument("--input-size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--saves", type=int, default=20)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.saves < 2:
+        parser.error(f"--saves {given.saves}: quartiles need 2 or more")
+    load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse(["--model", given.model, "--input-size", str(given.input_size), "--batch-size",
                               str(given.batch), "--num-workers", "0", "--device", given.device, "--output_dir", folder])
@@ -75,30 +152,21 @@ def main() -> None:
         data = build_data(args, model_image_size(args))
         run = build_training(args, data, alone)
         saver = resume.Saver(run, resume.identity(args, 1, data), data, args, alone)
-        batches = endless(data)
-        block(run, batches, args, alone, min(5, given.seconds))  # warm-up
-        rounds = []
-        for _ in range(given.rounds):
-            rounds.append({"no_saving": block(run, batches, args, alone, given.seconds),
-                           "saving": block(run, batches, args, alone, given.seconds, saver)})
-            if not is_intact(saver.writer.newest):
-                sys.exit("error: the save is not whole; no ratio is reported")
+        windows = measure(stepper(run, data, args, alone), saver, given.saves)
         size = saver.writer.newest.stat().st_size
         saver.close()
-
-    def ratio(kind: str) -> float:
-        return sum(pair["saving"][kind] for pair in rounds) / sum(pair["no_saving"][kind] for pair in rounds)
-
-    ratios = {kind: ratio(kind) for kind in ("images_per_s", "images_per_cpu_s")}
-    print(f"a save of {size / 1e6:.0f} MB every {given.seconds:g} s: {ratios['images_per_s']:.4f} of the throughput "
-          f"without ({ratios['images_per_cpu_s']:.4f} by processor time)")
+    result = summary(windows)
+    for kind, (lower, median, upper) in result["quartiles_of_lost_s"].items():
+        print(f"{kind:>10}: {median:.3f} s lost (quartiles {lower:.3f} to {upper:.3f})")
+    print(f"a save of {size / 1e6:.0f} MB every minute: {result['ratio']['median']:.4f} of the throughput without, "
+          f"{result['ratio']['upper_quartile_of_loss']:.4f} at the upper quartile of the loss; {given.saves} saves, "
+          "each read back and equal to what was saved")
     if given.output:
-        device = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or platform.machine()
-        given.output.write_text(json.dumps({
-            "command": "python " + " ".join(["benchmarks/saving.py", *sys.argv[1:]]), "device": device,
-            "threads": torch.get_num_threads(), "load_average": os.getloadavg(), "torch": torch.__version__,
-            "python": platform.python_version(), "checkpoint_bytes": size, "rounds": rounds, "ratio": ratios,
-        }, indent=2) + "\n")
+        write_json(given.output, {
+            "command": " ".join(["python", "benchmarks/saving.py", *sys.argv[1:]]),
+            "device": device_name(alone.device), "threads": torch.get_num_threads(),
+            "load_average": {"before": load_before, "after": os.getloadavg()}, "environment": describe_environment(),
+            "checkpoint_bytes": size, **result, "windows": windows})
 
 
 if __name__ == "__main__":

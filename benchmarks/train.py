@@ -29,8 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import checking, timing
-from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, peak_memory, precision, random_images
-from benchmarks.ops import PRECISIONS
+from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, parse_common, peak_memory, precision, random_images
 from evaluation import device_name
 from losses import DynamicLoss
 from models import DynamicVisionMamba, VisionMamba, backbone, sampling
@@ -44,27 +43,17 @@ Step = Callable[[], list[Tensor]]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--parts", nargs="+", default=["dyvm", "dense"], choices=("dyvm", "dense"))
     parser.add_argument("--dyvm-model", help="default: vim_small on a GPU, else vim_micro: the reference operators "
                         "keep every state of the scans")
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
     parser.add_argument("--batch", type=int, help="default: 16; 64 on a GPU with mamba_ssm")
-    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of sampling for each part")
-    parser.add_argument("--retries", type=int, default=10, help="disturbed samples to redo, for each step")
-    parser.add_argument("--output", type=Path, help="write the record as JSON")
-    args = parser.parse_args()
+    args = parse_common(parser, seconds=30.0)
     on_gpu = args.device == "cuda"
-    args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     args.release_backend = "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
     args.dyvm_model = args.dyvm_model or ("vim_small" if on_gpu else "vim_micro")
     args.dense_size = args.dense_size or ("S" if on_gpu else "T")
     args.batch = args.batch or (64 if on_gpu and args.release_backend == "mamba_ssm" else 16)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     return args
 
 

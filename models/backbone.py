@@ -214,14 +214,14 @@ class DynamicVisionMamba(VisionMamba):
                  route_blocks: bool = True, scorer_input: str = "hidden", token_strategy: str = "learned", **backbone):
         self.route_blocks = route_blocks
         super().__init__(family, **backbone)
-        pruning_layers = tuple(pruning_layers)
+        pruning_layers = tuple(pruning_layers) if prune_tokens else ()
         if list(pruning_layers) != sorted(set(pruning_layers)) or not all(0 < p < self.depth for p in pruning_layers):
             raise ValueError(f"pruning_layers {list(pruning_layers)} must ascend within 1 ... {self.depth - 1}")
         if scorer_input not in SCORER_INPUTS:
             raise ValueError(f"scorer_input {scorer_input!r} must be one of {', '.join(SCORER_INPUTS)}")
         if token_strategy not in TOKEN_STRATEGIES:
             raise ValueError(f"token_strategy {token_strategy!r} must be one of {', '.join(TOKEN_STRATEGIES)}")
-        self.pruning_layers = pruning_layers if prune_tokens else ()
+        self.pruning_layers = pruning_layers
         self.scorer_input, self.token_strategy = scorer_input, token_strategy
         self.set_token_keep(token_keep if prune_tokens else ())
         if self.pruning_layers and token_strategy == "learned":

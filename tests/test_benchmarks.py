@@ -1,13 +1,17 @@
-"""What the benchmarks of models rest on: routers set to a share, decisions replayed, the release-like step."""
+"""What the benchmarks rest on: routers set to a share, decisions replayed, the release-like step, what a save loses."""
 
+import json
+import sys
 from types import SimpleNamespace
 
+import pytest
 import timm
 import torch
 
-from benchmarks import checking, train
+from benchmarks import checking, saving, train
 from benchmarks.model import random_images, set_routers
 from models import sampling
+from utils.checkpoint import save_checkpoint
 
 ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference")
 
@@ -60,3 +64,37 @@ def test_the_noise_covers_a_forward_pass():
     model = micro().train()
     with sampling.replay(train.draw_noise(model, 2, "cpu")):
         assert model(random_images(2, 32, "cpu")).gates.shape == (8, 2, 2)
+
+
+def test_what_a_save_loses_is_what_its_steps_took_beyond_their_neighbours():
+    drifting = saving.lost_seconds([1.0] * 5, [1.5, 3.5, 1.5], [2.0] * 5)
+    assert drifting == pytest.approx(2.0)  # the neighbours' median is 1.5
+    windows = [{"kind": kind, "lost_s": lost} for kind, lost in
+               [("save", 0.5), ("control", 0.1), ("control", -0.1), ("save", 0.9), ("save", 0.7), ("control", 0.0)]]
+    result = saving.summary(windows)
+    assert result["quartiles_of_lost_s"]["difference"] == pytest.approx([0.55, 0.7, 0.85])  # of 0.4, 1.0, 0.7
+    assert result["ratio"] == pytest.approx({"median": 60 / 60.7, "upper_quartile_of_loss": 60 / 60.85})
+
+
+def test_a_save_that_is_damaged_or_differs_gets_no_ratio(tmp_path):
+    path, state = tmp_path / "checkpoint.pth", {"model": {"w": torch.arange(5.0)}, "step": 3, "ema": None}
+    save_checkpoint(state, path)
+    saving.check_saved(path, state)
+    with pytest.raises(SystemExit, match="no ratio is reported: model of checkpoint.pth"):
+        saving.check_saved(path, state | {"model": {"w": torch.tensor([0.0, 1, 2, 3, 5])}})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="no ratio is reported"):
+        saving.check_saved(path, state)
+
+
+def test_the_record_of_the_cost_of_saving(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "saving.json"
+    monkeypatch.setattr(sys, "argv", ["saving.py", "--model", "vim_micro", "--batch", "2", "--saves", "3", "--output",
+                                      str(output)])
+    saving.main()
+    record = json.loads(output.read_text())
+    kinds = [window["kind"] for window in record["windows"]]
+    assert all(sorted(kinds[i:i + 2]) == ["control", "save"] for i in (0, 2, 4))
+    assert all((window["blocked_s"] > 0) == (window["kind"] == "save") for window in record["windows"])
+    assert 0 < record["ratio"]["upper_quartile_of_loss"] <= record["ratio"]["median"]
+    assert f"{record['ratio']['median']:.4f} of the throughput without" in capsys.readouterr().out

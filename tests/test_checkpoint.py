@@ -286,9 +286,10 @@ class TestWriter:
             writer.save({"model": {"w": weights}})
             weights += 1  # returned before anything was written, and what is written is the state of the call
             writer.check()
-            assert list(tmp_path.iterdir()) == []
+            assert list(tmp_path.iterdir()) == [] and writer.writing()
             may_write.set()
             writer.wait()
+            assert not writer.writing()
             assert load_checkpoint(tmp_path / "checkpoint.pth")["model"]["w"].tolist() == [0] * 5
 
     def test_error_of_the_thread_reaches_the_main_thread(self, tmp_path, monkeypatch):

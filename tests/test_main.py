@@ -12,6 +12,7 @@ import torch
 
 import builders
 import main
+import options
 from utils import preemption
 from utils.errors import UsageError, UserError
 
@@ -134,14 +135,27 @@ def test_bf16_trains(dense, tmp_path):
     assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
 
 
+def test_the_average_of_a_short_run_forgets_the_initial_weights():
+    given, default = options.parse(["--model-ema-decay", "0.99996"]), options.parse([])
+    for updates in (50, 660, 75_000):
+        assert builders.ema_decay(given, updates) == 0.99996
+        assert 1e-3 < builders.ema_decay(default, updates) ** updates < 0.01
+    assert builders.ema_decay(default, 3) == 0
+    assert builders.ema_decay(default, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
+
+
+STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
+
+
 @pytest.mark.parametrize("flags", [
-    ["--method", "token"], ["--method", "block"], ["--method", "dyvm", "--token-strategy", "random"],
-    ["--method", "dyvm", "--token-strategy", "static"], ["--method", "token", "--scorer-input", "B"],
-    ["--method", "dyvm", "--scorer-input", "delta"],
+    ["--method", "token", *STAGES], ["--method", "block", *GATES],
+    ["--method", "dyvm", *STAGES, *GATES, "--token-strategy", "random"],
+    ["--method", "dyvm", *STAGES, *GATES, "--token-strategy", "static"],
+    ["--method", "token", *STAGES, "--scorer-input", "B"],
+    ["--method", "dyvm", *STAGES, *GATES, "--scorer-input", "delta"],
 ])
 def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp_path, flags):
-    trained = run(tmp_path, *flags, "--pruning-layers", "1", "2", "--model-path", dense / "best_checkpoint.pth",
-                  "--epochs", "1", "--subset", "32", "--block-keep-ratio", "0.5")
+    trained = run(tmp_path, *flags, "--model-path", dense / "best_checkpoint.pth", "--epochs", "1", "--subset", "32")
     assert main.main(["--eval", "--model-path", str(tmp_path / "best_checkpoint.pth"), "--output_dir",
                       str(tmp_path / "again"), "--throughput-seconds", "0", "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "again" / "eval.json").read_text())

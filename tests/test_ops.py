@@ -1,25 +1,17 @@
-"""Every selective scan backend that runs here against the float64 definition: outputs, every gradient, bad input.
+"""Every selective scan backend that runs here against the float64 definition: outputs and every gradient.
 
 B images, L tokens, E inner channels, N states, R step rank.
 """
 
-import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+from scan_helpers import params_of
 
 from ops import selective_scan
-from ops.rms_norm import add_rms_norm
-from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch
-from ops.selective_scan.cpu import build
+from ops.selective_scan import BranchParams, bidirectional_ssm, ssm_branch
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [name for name in selective_scan.PREFERENCE if name != "reference"]
 ON_CUDA = ("triton", "mamba_ssm")
 #        B, L, E, N, R
@@ -50,26 +42,6 @@ def backend(request, monkeypatch):
         pytest.skip(f"{request.param}: {reason}")
     monkeypatch.setenv("DYVM_BACKEND", request.param)
     return device
-
-
-@pytest.fixture
-def fresh_choice():
-    """Backends are asked anew whether they are available, and forget the answer afterwards."""
-    selective_scan._unavailable.cache_clear()
-    selective_scan._reported.clear()
-    yield
-    selective_scan._unavailable.cache_clear()
-
-
-def params_of(channels, states, rank, seed=0, width=4):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return BranchParams(normal(channels, width) * 0.4, normal(channels) * 0.1,
-                        normal(rank + 2 * states, channels) * channels ** -0.5, normal(channels, rank) * rank ** -0.5,
-                        normal(channels) - 2, -torch.exp(normal(channels, states)), normal(channels))
 
 
 def prefix_mask(images, tokens):
@@ -250,157 +222,3 @@ def test_frozen_weights(backend, monkeypatch):
     y.sum().backward()
     assert not plain.requires_grad and torch.allclose(plain, y, atol=1e-6)
     assert leaf.grad.isfinite().all() and leaf.grad.any()
-
-
-# ---- bad input
-
-@pytest.mark.parametrize("change, message", [
-    ({"xz": torch.zeros(2, 16)}, "xz must be"),
-    ({"xz": torch.zeros(2, 5, 16, dtype=torch.int64)}, "xz must be"),
-    ({"xz": torch.zeros(2, 5, 18)}, "2E = 16"),
-    ({"mask": torch.ones(2, 4)}, r"mask must have shape \[2, 5\]"),
-    ({"active": torch.ones(3, dtype=torch.bool)}, r"active must have shape \[2\]"),
-    ({"lengths": torch.ones(2)}, "lengths must be integers"),
-    ({"mask": torch.ones(2, 5, device="meta")}, "mask is on meta, xz on cpu"),
-    ({"params": {"conv_bias": torch.zeros(9)}}, r"conv_bias must have shape \[8\]"),
-    ({"params": {"x_proj_weight": torch.zeros(8, 8)}}, r"x_proj_weight must have shape \[9, 8\]"),
-    ({"params": {"D": torch.zeros(8, device="meta")}}, "D is on meta, xz on cpu"),
-])
-def test_arguments_that_disagree(change, message):
-    params = BranchParams(*(p.float() for p in params_of(8, 4, 1)))
-    arguments = {"xz": torch.zeros(2, 5, 16), **change}
-    arguments["params"] = params._replace(**change.get("params", {}))
-    with pytest.raises(ValueError, match=message):
-        ssm_branch(**arguments)
-
-
-def test_directions_that_disagree():
-    xz, params = torch.zeros(2, 5, 16), BranchParams(*(p.float() for p in params_of(8, 4, 1)))
-    other = BranchParams(*(p.float() for p in params_of(8, 5, 1)))
-    with pytest.raises(ValueError, match="forward and .* backward"):
-        bidirectional_ssm(xz, params, other)
-    with pytest.raises(ValueError, match=r"gates must have shape \[2, 2\]"):
-        bidirectional_ssm(xz, params, params, gates=torch.ones(2))
-
-
-@pytest.mark.parametrize("name, dtype, width, message", [
-    ("fpga", torch.float32, 4, "DYVM_BACKEND=fpga: no such backend"),
-    ("cpu", torch.float64, 4, "DYVM_BACKEND=cpu: takes float32"),
-    ("cpu", torch.float32, 3, "DYVM_BACKEND=cpu: takes a convolution of width 4"),
-])
-def test_forced_backend_that_cannot(monkeypatch, name, dtype, width, message):
-    monkeypatch.setenv("DYVM_BACKEND", name)
-    params = BranchParams(*(p.to(dtype) for p in params_of(8, 4, 1, width=width)))
-    with pytest.raises(BackendError, match=message):
-        ssm_branch(torch.zeros(1, 3, 16, dtype=dtype), params)
-
-
-def test_unforced_choice_takes_what_fits(monkeypatch):
-    monkeypatch.delenv("DYVM_BACKEND", raising=False)
-    xz = torch.zeros(1, 3, 16, dtype=torch.float64)
-    assert selective_scan.backend_for(xz, params_of(8, 4, 1)) == "torch"
-
-
-# ---- the build of the CPU backend
-
-def needs_compiler():
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("no C++ compiler")
-
-
-def test_no_compiler(monkeypatch, caplog, fresh_choice):
-    """One line says so, the next backend runs; forced, it is an error."""
-    monkeypatch.delenv("DYVM_BACKEND", raising=False)
-    monkeypatch.setenv("PATH", "")
-    xz, params = torch.randn(1, 3, 16), BranchParams(*(p.float() for p in params_of(8, 4, 1)))
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert ssm_branch(xz, params).isfinite().all()
-    lines = [record.getMessage() for record in caplog.records]
-    assert len([line for line in lines if "no C++ compiler" in line]) == 1
-    assert [line for line in lines if "backend" in line] == ["selective scan on cpu runs on the 'torch' backend"]
-    monkeypatch.setenv("DYVM_BACKEND", "cpu")
-    with pytest.raises(BackendError, match="no C\\+\\+ compiler"):
-        ssm_branch(xz, params)
-
-
-def test_failing_compiler(monkeypatch, tmp_path):
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho 'fatal error: out of ideas' >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(build.BuildError, match="exit code 3: fatal error: out of ideas"):
-        build.library_path()
-
-
-def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    needs_compiler()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    path = build.library_path(("-O0",))
-    assert path.exists() and path.parent == tmp_path / f"dyvm-{os.getuid()}"
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_two_processes_build_once(tmp_path):
-    needs_compiler()
-    compiler, log = tmp_path / "compiler", tmp_path / "log"
-    real = shutil.which(os.environ.get("CXX", "g++"))
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *kernel.cpp*) echo built >> {log};; esac\nexec {real} "$@"\n')
-    compiler.chmod(0o755)
-    environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    code = f"import runpy; print(runpy.run_path({build.__file__!r})['library_path']())"
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-                 for _ in range(2)]
-    paths = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert paths[0] == paths[1] and Path(paths[0]).exists()
-    assert log.read_text().split() == ["built"]
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which only Linux has")
-def test_one_openmp_runtime():
-    """The kernels run on the OpenMP runtime that PyTorch has loaded; a second one would fight it for the cores."""
-    needs_compiler()
-    code = ("import torch\nfrom ops.selective_scan import cpu\nassert cpu.available() is None\n"
-            "paths = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
-            "print(*(path for path in paths if 'omp' in path.split('/')[-1]))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.count(".so") == 1, result.stdout
-
-
-# ---- residual add + RMSNorm
-
-@pytest.mark.parametrize("first", ["both", "no residual", "no hidden"])
-def test_add_rms_norm(first):
-    tensors = [torch.randn(2, 5, 12, dtype=torch.float64) for _ in range(2)]
-    hidden = None if first == "no hidden" else tensors[0].requires_grad_()
-    residual = None if first == "no residual" else tensors[1].requires_grad_()
-    weight = torch.rand(12, dtype=torch.float64, requires_grad=True)
-    normed, total = add_rms_norm(hidden, residual, weight, 1e-5)
-    expected = sum(t for t in (hidden, residual) if t is not None)
-    assert torch.equal(total, expected)
-    assert torch.allclose(normed, torch.nn.functional.rms_norm(expected, (12,), weight, 1e-5))
-    with torch.no_grad():
-        torch.testing.assert_close(add_rms_norm(hidden, residual, weight, 1e-5), (normed, total))
-    leaves = [t for t in (hidden, residual, weight) if t is not None]
-    assert torch.autograd.gradcheck(
-        lambda *given: add_rms_norm(given[0] if hidden is not None else None,
-                                    given[-2] if residual is not None else None, given[-1]), leaves)
-
-
-def test_add_rms_norm_types():
-    hidden, residual, weight = torch.randn(2, 5, 12).bfloat16(), torch.randn(2, 5, 12), torch.rand(12)
-    normed, total = add_rms_norm(hidden, residual, weight)
-    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        normed, total = add_rms_norm(residual, residual, weight)
-    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="hidden, residual or both"):
-        add_rms_norm(None, None, weight)
-    with pytest.raises(ValueError, match="one shape"):
-        add_rms_norm(hidden[:, :3], residual, weight)
-    with pytest.raises(ValueError, match=r"weight must have shape \[12\]"):
-        add_rms_norm(hidden, residual, weight[:5])

@@ -87,6 +87,43 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
     assert "\n" not in text and error.value.exit_code == 2
 
 
+@pytest.mark.parametrize("method, flags", [
+    ("dense", ["--token-keep-ratio", "--block-keep-ratio", "--token-pruning-weight", "--block-pruning-weight",
+               "--distill-weight", "--pruning-layers"]),
+    ("token", ["--block-keep-ratio", "--block-pruning-weight"]),
+    ("block", ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers"]),
+    ("dyvm", []),
+])
+def test_flags_that_the_method_does_not_read_are_refused(method, flags):
+    for flag in options.READ_BY:
+        for value in (f"{flag} 1", f"{flag}=1"):  # the default of some: what counts is that it was given
+            line = f"--method {method} --model-path x {value}"
+            if flag not in flags:
+                parse(line)
+                continue
+            with pytest.raises(UsageError) as error:
+                parse(line)
+            assert str(error.value).startswith(f"{flag} has no meaning with --method {method}; leave it out, or ")
+    parse(f"--method {method} --model-path x")
+
+
+def test_flags_that_the_default_method_does_not_read_are_refused():
+    with pytest.raises(UsageError, match="--token-keep-ratio has no meaning with --method dense; .* dyvm or token$"):
+        parse("--token-keep-ratio 0.5")
+
+
+def test_a_recipe_keeps_its_flags_when_its_method_is_changed():
+    line = "--method dyvm --model-path x --token-keep-ratio 0.7 --block-keep-ratio 0.8"
+    for method in ("token", "block", "dense"):
+        assert parse(f"{line} --method {method}").method == method
+
+
+def test_evaluation_takes_all_of_them():
+    recorded = {"data_set": "DIGITS", "model": "vim_tiny", "method": "dense", "model_kwargs": []}
+    for flag in options.READ_BY:
+        parse(f"--eval --model-path x {flag} 1", recorded)
+
+
 def test_every_flag_stands_in_a_named_group():
     groups = {group.title: group for group in options.build_parser()._action_groups}
     assert {"model", "method", "data", "augmentation", "mixup", "optimisation", "run"} <= groups.keys()

@@ -117,6 +117,10 @@ class CheckpointWriter:
         # A file that was damaged since must not push a good predecessor out.
         _write(state, self.newest, previous=self.previous if is_intact(self.newest) else None)
 
+    def writing(self) -> bool:
+        """Whether a save is still under way in the background."""
+        return self._write is not None and not self._write.done()
+
     def check(self) -> None:
         """Raise the error of a background save that has failed; never waits."""
         if self._write is not None and self._write.done():
