@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -64,6 +64,7 @@ SET_HERE = {
 # Accuracies and speeds are compared on the same images.
 SHARED = ("data_set", "data_path", "val_split", "input_size", "eval_crop_ratio", "device", "amp")
 POLL_SECONDS = 0.2
+ROOT = Path(__file__).resolve().parent
 
 _logger = logging.getLogger("ablation")
 
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `variants` becomes {name: flags}, `common` holds what follows `--`."""
     end = argv.index("--") if "--" in argv else len(argv)
     # A variant's flags are one word that begins with a dash; argparse would take it for a flag of ours.
-    own = [f" {word}" if "--variant" in argv[max(0, index - 2):index][:1] else word
+    own = [f" {word}" if index > 1 and argv[index - 2] == "--variant" else word
            for index, word in enumerate(argv[:end])]
     args = build_parser().parse_args(own)
     unknown = [name for name in args.variants if name not in VARIANTS]
@@ -218,6 +219,8 @@ def locked(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another ablation.py, or by trainings that one left running; wait "
                             "for them, or choose another --output_dir") from None
+        except OSError as error:
+            _logger.warning("%s cannot be locked (%s): start no second ablation.py in it", folder, error.strerror)
         yield file.fileno()
 
 
@@ -249,7 +252,7 @@ def _start(run: PlannedRun, place: int, jobs: int, lock: int) -> subprocess.Pope
     """Start a training. In a session of its own: Ctrl-C in the terminal must not end it before it has saved."""
     prepare_output_dir(run.folder)
     with open(run.folder / "output.txt", "a") as output:
-        return subprocess.Popen([sys.executable, str(Path(__file__).with_name("main.py")), *run.flags],
+        return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *run.flags],
                                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                 env=os.environ | _resources(run.args.device, place, jobs), pass_fds=[lock],
                                 start_new_session=True)
@@ -278,13 +281,21 @@ def train_missing(runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lo
     missing = [run for run in runs if not is_complete(run, teacher_sha256)]
     _logger.info("%d runs, %d of them complete", len(runs), len(runs) - len(missing))
     failed: dict[str, str] = {}
-    for run, code in Progress(train_all(missing, jobs, lock), "runs", total=len(missing)):
-        if code:
-            failed[str(run)] = why_it_failed(run, code)
-            _logger.error("%s failed: %s (%s)", run, failed[str(run)], run.folder / "output.txt")
-        else:
-            _logger.info("%s: top-1 %.2f %%", run, Outcome.read(run).top1)
+    with closing(train_all(missing, jobs, lock)) as ended:
+        for run, code in Progress(ended, "runs", total=len(missing)):
+            if code == 0:
+                _logger.info("%s: top-1 %.2f %%", run, Outcome.read(run).top1)
+            elif not preemption.requested():
+                failed[str(run)] = why_it_failed(run, code)
+                _logger.error("%s failed: %s (%s)", run, failed[str(run)], run.folder / "output.txt")
     return failed
+
+
+def describe(args: argparse.Namespace, argv: Sequence[str], common: argparse.Namespace, teacher: str) -> dict[str, Any]:
+    """What the record says of the ablation; `common`: the flags of a run, of which only shared ones are read."""
+    command = shlex.join(["python", "ablation.py", *argv]).replace(f"{ROOT}/", "")
+    return {"command": command, "data_set": common.data_set, "subset": common.subset, "model": common.model,
+            "epochs": common.epochs, "seeds": args.seeds, "teacher_sha256": teacher, "variants": args.variants}
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -307,10 +318,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         speeds = measure_speeds(outcomes, args.dense_path, data, init_distributed(runs[0].args.device),
                                 args.throughput_seconds, output)
         summary = summarise(args.variants, outcomes, speeds)
-        command = shlex.join(["python", "ablation.py", *argv])
-        about = {"command": command, "seeds": args.seeds, "teacher_sha256": teacher, "variants": args.variants,
-                 "args": vars(runs[0].args)}
-        write(summary, outcomes, failed, about, speeds, output)
+        write(summary, outcomes, failed, describe(args, argv, runs[0].args, teacher), speeds, output)
     print(table(summary, "simple"))
     for run, reason in failed.items():
         print(f"missing: {run}: {reason}")

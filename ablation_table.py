@@ -175,21 +175,23 @@ def _csv_row(run: Outcome) -> list[Any]:
 
 def _document(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str], about: Mapping[str, Any],
               environment: Mapping[str, str], speeds: Mapping[str, Any]) -> str:
-    args, conditions = about["args"], speeds["conditions"]
-    subset = f", subset {args['subset']}" if args["subset"] else ""
+    conditions = speeds["conditions"]
+    subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
+    timed = ("images/s: not measured" if not conditions["seconds"] else
+             f"images/s: all models in turn on one batch of {conditions['batch_size']}, {conditions['device']}, "
+             f"{conditions['precision']}; of each variant its first seed")
     lines = [
         "# Ablation", "", table(rows, "github"), "",
         "Top-1 of the best epoch's checkpoint: mean ± sample standard deviation over the n seeds. Changes and images/s "
         "are against the dense teacher. Patches kept: after the last stage. Scans kept: mean gate over layers and "
         "directions. `exact` counts both scan directions, each with its own gate, and the routers.", "",
-        f"* {args['data_set']}{subset}, {args['epochs']} epochs from the dense teacher; {args['model']}; seeds "
-        f"{' '.join(map(str, about['seeds']))}",
-        f"* images/s: all models in turn on one batch of {conditions['batch_size']}, {conditions['device']}, "
-        f"{conditions['precision']}; the variants' first seed",
+        f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: {about['epochs']}; seeds: "
+        f"{', '.join(map(str, about['seeds']))}",
+        f"* {timed}",
         "* " + ", ".join(f"{key} {value}" for key, value in environment.items()), "",
         "| variant | flags of main.py |", "|---|---|",
         *(f"| {name} | `{' '.join(flags)}` |" for name, flags in about["variants"].items()), "",
         "```bash", about["command"], "```", ""]
     if failed:
-        lines += ["Missing:", "", *(f"* {run}: {reason}" for run, reason in failed.items()), ""]
+        lines += ["Missing runs:", "", *(f"* {run}: {reason}" for run, reason in failed.items()), ""]
     return "\n".join(lines)

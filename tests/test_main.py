@@ -134,11 +134,10 @@ def test_bf16_trains(dense, tmp_path):
     assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "token"], ["--method", "block"], ["--method", "dyvm", "--token-strategy", "random"],
-    ["--method", "dyvm", "--token-strategy", "static"], ["--method", "token", "--scorer-input", "B"],
-    ["--method", "dyvm", "--scorer-input", "delta"],
-])
+@pytest.mark.parametrize("flags", [["--method", "block"], *(
+    ["--method", method, *choice] for method in ("dyvm", "token") for choice in (
+        ["--scorer-input", "hidden"], ["--scorer-input", "B"], ["--scorer-input", "delta"],
+        ["--token-strategy", "random"], ["--token-strategy", "static"]))], ids="_".join)
 def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp_path, flags):
     trained = run(tmp_path, *flags, "--pruning-layers", "1", "2", "--model-path", dense / "best_checkpoint.pth",
                   "--epochs", "1", "--subset", "32", "--block-keep-ratio", "0.5")
