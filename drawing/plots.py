@@ -249,7 +249,7 @@ def variants(rows: Sequence[Mapping], axis: str) -> Optional[Figure]:
     for index, row in enumerate(drawn):
         x, dense = row[axis] / scale, row is rows[0]
         colour = INK if dense else SERIES[(index - 1) % len(SERIES)]
-        marker = "D" if dense else "os^v"[(index - 1) // len(SERIES) % 4]
+        marker = "D" if dense else "os^vPX*"[(index - 1) % 7]
         axes.plot([x] * row["n"], row["top1_of_runs"], ".", markersize=4, color=colour, alpha=0.5)
         axes.errorbar(x, row["top1"], yerr=row["sd"], fmt=marker, markersize=6, capsize=3, linewidth=1.2, color=colour,
                       label=row["name"])
