@@ -95,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="among those built in: " + "; ".join(f"{name} ({VARIANTS[name]})" for name in VARIANTS))
     group.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
                        help="one of your own, with its flags of main.py in quotes; may be repeated")
-    group.add_argument("--seeds", nargs="+", type=options.whole, default=[0, 1, 2], metavar="SEED")
+    group.add_argument("--seeds", nargs="+", type=options.whole, default=[0, 1, 2], metavar="SEED",
+                       help="each variant is trained once with each of them")
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", "--output-dir", default="output/ablation", metavar="DIR")
     group.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="trainings at a time, each on a "
