@@ -48,10 +48,7 @@ def identity(args: argparse.Namespace, world_size: int, data: Data) -> dict[str,
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Differences between two `identity` records that would alter the run, as `flag: recorded -> now`."""
-    before, now = recorded["args"], current["args"]
-    found = [f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
-             for name in sorted(before.keys() | now.keys())
-             if name not in HARMLESS and _plain(before.get(name)) != _plain(now.get(name))]
+    found = flag_differences(recorded["args"], current["args"])
     if recorded["world_size"] != current["world_size"]:
         found.append(f"number of processes: {recorded['world_size']} -> {current['world_size']}")
     if recorded["teacher_sha256"] != current["teacher_sha256"]:
@@ -62,6 +59,13 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     if recorded["steps_per_epoch"] != current["steps_per_epoch"]:
         found.append(f"batches an epoch: {recorded['steps_per_epoch']} -> {current['steps_per_epoch']}")
     return found
+
+
+def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Flags whose values would alter a run, as `flag: before -> now`."""
+    return [f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if name not in HARMLESS and _plain(before.get(name)) != _plain(now.get(name))]
 
 
 def _plain(value: Any) -> Any:

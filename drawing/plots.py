@@ -232,3 +232,32 @@ def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
     axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {axis}")
     axes.set_title("Accuracy against speed" if speed else "Accuracy against operations")
     return figure if drawn else None
+
+
+@styled
+def variants(rows: Sequence[Mapping], axis: str) -> Optional[Figure]:
+    """Top-1 of an ablation against operations (`axis` "flops") or measured images/s; None where nothing is known.
+
+    A mark and a bar at mean and standard deviation over the seeds, a dot for each run; the first row is the dense
+    model, whose accuracy is drawn across.
+    """
+    drawn = [row for row in rows if row["n"] and row[axis] is not None]
+    if not drawn:
+        return None
+    figure, [[axes]] = _figure(6.4, 3.4)
+    scale = 1e6 if axis == "flops" else 1
+    for index, row in enumerate(drawn):
+        x, dense = row[axis] / scale, row is rows[0]
+        colour = INK if dense else SERIES[(index - 1) % len(SERIES)]
+        marker = "D" if dense else "os^vPX*"[(index - 1) % 7]
+        axes.plot([x] * row["n"], row["top1_of_runs"], ".", markersize=4, color=colour, alpha=0.5)
+        axes.errorbar(x, row["top1"], yerr=row["sd"], fmt=marker, markersize=6, capsize=3, linewidth=1.2, color=colour,
+                      label=row["name"])
+        if dense:
+            axes.axhline(row["top1"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.margins(0.08, 0.12)
+    axes.set_ylabel("top-1, %")
+    axes.set_xlabel("MFLOPs an image, exact" if axis == "flops" else "images/s, measured")
+    axes.set_title("Accuracy against operations" if axis == "flops" else "Accuracy against speed")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -13,7 +13,8 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-NAME="$(basename "$0" .sh)"
+NAME="$(realpath --relative-to="$ROOT/scripts" "$0")" # vim-s, ablation/static
+NAME="${NAME%.sh}"
 
 # The part of the paper's recipe that all models share. The learning rate is scaled by the total batch / 512, so it
 # holds for any number of GPUs; --min-lr and --warmup-lr are not scaled.
@@ -24,6 +25,12 @@ PAPER_RECIPE=(
   --repeated-aug --aa rand-m9-mstd0.5-inc1 --color-jitter 0.3 --train-interpolation bicubic --reprob 0.25 --remode pixel
   --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --eval-crop-ratio 0.875
   --token-pruning-weight 10 --block-pruning-weight 10
+)
+
+# Vim-S, which the ablations vary.
+# shellcheck disable=SC2034
+VIM_S_RECIPE=(
+  "${PAPER_RECIPE[@]}" --model dyvm_vim_small --batch-size 64 --lr 5e-5 --token-keep-ratio 0.7 --block-keep-ratio 0.8
 )
 
 # fail EXIT_CODE MESSAGE: 1 for what lies outside the command, 2 for a mistake in it, as in main.py.

@@ -6,7 +6,4 @@
 # MODEL_PATH is the dense Vim-Small checkpoint: teacher and start of the student. More in scripts/common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-train_dyvm "${PAPER_RECIPE[@]}" \
-  --model dyvm_vim_small --batch-size 64 --lr 5e-5 \
-  --token-keep-ratio 0.7 --block-keep-ratio 0.8 \
-  "$@"
+train_dyvm "${VIM_S_RECIPE[@]}" "$@"

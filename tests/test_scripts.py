@@ -11,6 +11,9 @@ import sys
 import pytest
 from shell import ROOT, environment, one_line, program, run, wait_for
 
+import ablation
+import options
+
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
 # The paper's recipes for ImageNet-1K: model, images per GPU, learning rate, token keep ratio, block keep ratio.
@@ -141,6 +144,55 @@ def test_eval_command(inputs):
     assert flags["eval"] is True
     assert flags["model-path"] == str(inputs["MODEL_PATH"])
     assert flags["model"] == "dyvm_vim_small"
+
+
+# Ablations
+
+
+@pytest.mark.parametrize("name, flag, value", [
+    ("token-only", "method", "token"), ("block-only", "method", "block"), ("scorer-b", "scorer-input", "B"),
+    ("scorer-delta", "scorer-input", "delta"), ("random", "token-strategy", "random"),
+    ("static", "token-strategy", "static")])
+def test_an_ablation_is_the_recipe_but_for_one_flag(name, flag, value, inputs, tmp_path):
+    recipe = flags_of(run("scripts/vim-s.sh", DRY_RUN=1, GPUS=4, **inputs).stdout)
+    result = run(f"scripts/ablation/{name}.sh", DRY_RUN=1, GPUS=4, cwd=tmp_path, **inputs)
+    assert flags_of(result.stdout) == recipe | {
+        flag: value, "output_dir": str(ROOT / "output/ablation" / name)}
+    assert f"/path/to/it bash scripts/ablation/{name}.sh" in one_line(run(f"scripts/ablation/{name}.sh"), 2)
+    assert shlex.join([f"--{flag}", value]) in ablation.VARIANTS.values()
+
+
+def test_all_ablations_on_imagenet(inputs):
+    printed = run("scripts/ablation/all.sh", "--amp", "bf16", DRY_RUN=1, GPUS=8, SEEDS="3 5", **inputs).stdout
+    words = shlex.split(printed)
+    args = ablation.parse(words[2:])
+    assert words[1] == str(ROOT / "ablation.py")
+    assert (args.seeds, args.jobs, list(args.variants)) == ([3, 5], 8, list(ablation.VARIANTS))
+    assert (args.dense_path, args.output_dir) == (str(inputs["MODEL_PATH"]), str(ROOT / "output/ablation/all"))
+    run_args = ablation.plan(args)[0].args
+    recipe = flags_of(run("scripts/vim-s.sh", DRY_RUN=1, **inputs).stdout)
+    assert run_args.batch_size * run_args.accum_steps == 4 * int(recipe["batch-size"])
+    assert (run_args.lr, run_args.epochs, run_args.data_set, run_args.amp) == (5e-5, 30, "IMNET", "bf16")
+    for variable in ("MODEL_PATH", "DATA_PATH"):
+        unset = {name: value for name, value in inputs.items() if name != variable}
+        assert f"{variable} is not set" in one_line(run("scripts/ablation/all.sh", DRY_RUN=1, **unset), 2)
+
+
+def test_ablations_on_fashion_mnist(python, tmp_path):
+    result = run("scripts/ablation/fmnist.sh", "--amp", "bf16", PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=5,
+                 EPOCHS=3, SUBSET=640, JOBS=4, SEEDS="1 2")
+    assert result.returncode == 0, result.stderr
+    dense, runner = (tmp_path / "calls.log").read_text().splitlines()
+    flags = flags_of(dense)
+    assert (flags["method"], flags["epochs"], flags["subset"], flags["resume"]) == ("dense", "5", "640", "auto")
+    args = ablation.parse(shlex.split(runner)[1:-1])  # without the stand-in's GOLDEN_DIR
+    assert (args.seeds, args.jobs, args.output_dir) == ([1, 2], 4, str(tmp_path / "runs"))
+    assert args.dense_path == f"{flags['output_dir']}/best_checkpoint.pth"
+    student, teacher = ablation.plan(args)[0].args, options.parse(shlex.split(dense)[1:-1])
+    assert (student.epochs, student.pruning_layers, student.token_keep_ratio) == (3, [2, 4, 6], 0.6)
+    own = {"epochs", "lr", "warmup_epochs", "method", "model", "model_path", "output_dir", "pruning_layers",
+           "token_keep_ratio", "seed"}
+    assert {name for name in vars(student) if getattr(student, name) != getattr(teacher, name)} == own
 
 
 # SLURM
