@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
@@ -32,7 +33,7 @@ class BidirectionalMamba(nn.Module):
         inner, rank = 2 * dim, math.ceil(dim / 16)
         self.scale = 0.5 if halve else 1.0
         self.layer_index = layer_index
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         for suffix in ("", "_b"):
             setattr(self, f"conv1d{suffix}", nn.Conv1d(inner, inner, CONV_WIDTH, groups=inner))
             setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
@@ -42,7 +43,7 @@ class BidirectionalMamba(nn.Module):
         self.A_log = nn.Parameter(states)
         self.A_b_log = nn.Parameter(states.clone())
         self.block_head = nn.Linear(2 * inner, 2) if router else None
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
 
     def branch(self, backward: bool) -> BranchParams:

@@ -12,6 +12,8 @@ Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the predictor is D
 import torch
 from torch import Tensor, nn
 
+from ops.linear import Linear
+
 
 class ScorePredictor(nn.Module):
     """Log-probabilities of keeping and dropping each token, from its own features and the mean of the kept ones.
@@ -21,11 +23,11 @@ class ScorePredictor(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), Linear(width, width), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(width, width // 2), nn.GELU(),
-            nn.Linear(width // 2, width // 4), nn.GELU(),
-            nn.Linear(width // 4, 2), nn.LogSoftmax(dim=-1),
+            Linear(width, width // 2), nn.GELU(),
+            Linear(width // 2, width // 4), nn.GELU(),
+            Linear(width // 4, 2), nn.LogSoftmax(dim=-1),
         )
 
     def forward(self, tokens: Tensor, policy: Tensor) -> Tensor:

@@ -22,13 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.linear import linear
+
 from ..reference import BranchParams
 from .build import BuildError, load_library
 
 _LOG2E = 1.4426950408889634
 _CONV_WIDTH = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP_BYTES = 2 << 20  # of u, for each thread: what inference works on at a time should stay in the cache
+_GROUP_BYTES = 8 << 20  # of u, for each thread: what inference works on at a time should stay in the last cache
 
 _logger = logging.getLogger(__name__)
 _library: Optional[ctypes.CDLL] = None
@@ -191,7 +193,7 @@ def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
     saved = _Saved(extent, weights, tuple(u), (None, None), tuple(checkpoints))
     problem = _problem(xz, mask, factor, states, rank, saved)
     _library.convolve(ctypes.byref(problem))
-    projected = tuple(None if params is None else torch.mm(u[which][:, :channels], params.x_proj_weight.t())
+    projected = tuple(None if params is None else linear(u[which][:, :channels], params.x_proj_weight)
                       for which, params in enumerate(directions))
     for direction, tensor in zip(problem.direction, projected, strict=True):
         direction.projected = _pointer(tensor)

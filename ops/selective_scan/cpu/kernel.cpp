@@ -11,7 +11,7 @@ void parallel_over(const Problem& p, int64_t parts, Setup&& setup, F&& f) {
 #pragma omp parallel num_threads((int)p.threads)
   {
     auto scratch = setup();
-#pragma omp for collapse(2) schedule(dynamic, 1)
+#pragma omp for collapse(2) schedule(guided)
     for (int64_t image = 0; image < p.images; ++image)
       for (int64_t part = 0; part < parts; ++part) f(image, part, scratch);
   }
