@@ -19,6 +19,7 @@ from .layouts import Positions, read
 
 CONV_WIDTH = 4
 ROUTER_BIAS = 5.0  # a fresh router keeps nearly every scan
+GROUP_BYTES = 8 << 20  # of xz that inference on a CPU works on at a time: it should stay in the last cache
 
 
 class BidirectionalMamba(nn.Module):
@@ -54,11 +55,9 @@ class BidirectionalMamba(nn.Module):
         return BranchParams(conv.weight.squeeze(1), conv.bias, getattr(self, f"x_proj{suffix}").weight,
                             dt_proj.weight, dt_proj.bias, -torch.exp(A_log.float()), getattr(self, f"D{suffix}"))
 
-    def route(self, xz: Tensor, class_positions: Positions) -> Optional[Tensor]:
-        """Gates [B, 2] (forward, backward) from the class tokens of xz [B, L, 4d]; None without a router."""
-        if self.block_head is None:
-            return None
-        logits = self.block_head(read(xz, class_positions).mean(dim=1)).float()
+    def route(self, class_xz: Tensor) -> Tensor:
+        """Gates [B, 2] (forward, backward) from the class tokens of xz, [B, n, 4d]."""
+        logits = self.block_head(class_xz.mean(dim=1)).float()
         if self.training:
             return sampling.binary_gate(logits, f"router.layer{self.layer_index}")
         return (logits > self.gate_threshold).float()
@@ -66,13 +65,36 @@ class BidirectionalMamba(nn.Module):
     def forward(self, hidden: Tensor, class_positions: Positions,
                 mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
         """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] or None without a router."""
+        if hidden.device.type == "cpu" and not torch.is_grad_enabled() and mask is None and not self.training:
+            return self._infer_in_groups(hidden, class_positions)
         xz = self.in_proj(hidden)
-        gates = self.route(xz, class_positions)
-        routing = {}
-        if gates is not None:
+        gates, routing = None, {}
+        if self.block_head is not None:
+            gates = self.route(read(xz, class_positions))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing)
         return self.out_proj(y), gates
+
+    def _infer_in_groups(self, hidden: Tensor, class_positions: Positions) -> tuple[Tensor, Optional[Tensor]]:
+        """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the cache, and without
+        those whose scans are both off, of which only the class tokens are projected."""
+        batch, tokens, _ = hidden.shape
+        size = max(1, GROUP_BYTES // max(1, tokens * self.in_proj.out_features * hidden.element_size()))
+        groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
+        gates, active = None, None
+        if self.block_head is not None:
+            gates = self.route(self.in_proj(read(hidden, class_positions)))
+            active = gates > 0.5
+            running = active.any(dim=1)
+            if not running.all():
+                groups = running.nonzero()[:, 0].split(size)
+        forward, backward = self.branch(False), self.branch(True)
+        out = torch.zeros_like(hidden)
+        for group in groups:
+            on = None if active is None else active[group]
+            y = bidirectional_ssm(self.in_proj(hidden[group]), forward, backward, scale=self.scale, active=on)
+            out[group] = self.out_proj(y)
+        return out, gates
 
     def scan_inputs(self, hidden: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """What an ablated score predictor reads instead of the hidden state, averaged over the two directions.

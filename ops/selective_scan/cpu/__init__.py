@@ -30,7 +30,6 @@ from .build import BuildError, load_library
 _LOG2E = 1.4426950408889634
 _CONV_WIDTH = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP_BYTES = 8 << 20  # of u, for each thread: what inference works on at a time should stay in the last cache
 
 _logger = logging.getLogger(__name__)
 _library: Optional[ctypes.CDLL] = None
@@ -204,15 +203,9 @@ def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
 
 def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
            directions: tuple[Optional[BranchParams], ...]) -> Tensor:
-    """y [B, L, E] without a backward pass: a few images at a time, through buffers that stay in the cache."""
-    images, tokens, width = xz.shape
-    weights, out = _pack_all(directions), xz.new_empty(images, tokens, width // 2)
-    group = max(1, torch.get_num_threads() * _GROUP_BYTES // max(1, tokens * width * xz.element_size()))
-    on = extent.start >= 0
-    for begin in range(0, images, group):
-        part = slice(begin, begin + group)
-        partial = extent if group >= images else _extent(on[:, part], extent.limit[part], extent.length[part])
-        _forward(xz[part], mask[part], factor[part], partial, directions, weights, out[part], save=False)
+    """y [B, L, E] without a backward pass."""
+    out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
+    _forward(xz, mask, factor, extent, directions, _pack_all(directions), out, save=False)
     return out
 
 
