@@ -79,7 +79,9 @@ class BidirectionalMamba(nn.Module):
         """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the cache, and without
         those whose scans are both off, of which only the class tokens are projected."""
         batch, tokens, _ = hidden.shape
-        size = max(1, GROUP_BYTES // max(1, tokens * self.in_proj.out_features * hidden.element_size()))
+        count = math.ceil(batch * tokens * self.in_proj.out_features * hidden.element_size() / GROUP_BYTES)
+        size = math.ceil(batch / max(1, count))
+        size = max(1, size + -size % torch.get_num_threads())  # so that no thread stands idle
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active = None, None
         if self.block_head is not None:

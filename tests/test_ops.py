@@ -222,3 +222,36 @@ def test_frozen_weights(backend, monkeypatch):
     y.sum().backward()
     assert not plain.requires_grad and torch.allclose(plain, y, atol=1e-6)
     assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+@pytest.mark.parametrize("size", [(5, 7, 3), (48, 16, 24), (70, 33, 9)])  # up to two panels of the projection
+@pytest.mark.parametrize("options", [(), ("mask",), ("active",), ("lengths", "mask", "active")])
+def test_inference_shares_out_images_or_their_parts_with_one_result(size, options, monkeypatch):
+    """To the last bit, for any number of images and threads; and nearly that of a forward pass that keeps states."""
+    reason = selective_scan._refusal("cpu", torch.zeros(1, 1, 16), params_of(8, 4, 1))
+    if reason:
+        pytest.skip(f"cpu: {reason}")
+    monkeypatch.setenv("DYVM_BACKEND", "cpu")
+    (channels, states, rank), images, tokens = size, 6, 61
+    generator = torch.Generator().manual_seed(1)
+    params = [BranchParams(*(tensor.float() for tensor in params_of(channels, states, rank, seed))) for seed in (2, 3)]
+    xz = torch.randn(images, tokens, 2 * channels, generator=generator)
+    given = {"mask": (torch.rand(images, tokens, generator=generator) < 0.7).float(),
+             "active": torch.rand(images, 2, generator=generator) < 0.6,
+             "lengths": torch.randint(1, tokens + 1, (images,), generator=generator)}
+    given = {name: given[name] for name in options}
+
+    def run(part: slice, threads: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return bidirectional_ssm(xz[part], *params, **{name: value[part] for name, value in given.items()})
+        finally:
+            torch.set_num_threads(before)
+
+    whole = run(slice(None), 1)
+    for count, threads in ((6, 2), (5, 2), (1, 2), (1, 1), (3, 3), (4, 3)):
+        assert torch.equal(run(slice(count), threads), whole[:count]), (count, threads)
+    trained = bidirectional_ssm(xz.requires_grad_(), *params, **given)
+    assert trained.requires_grad
+    torch.testing.assert_close(trained.detach(), whole, rtol=1e-5, atol=1e-5)

@@ -40,7 +40,7 @@ class _Direction(ctypes.Structure):
     """Direction of problem.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in (
-        "start", "weights", "u", "projected", "checkpoints", "chunk", "grad_u", "grad_delta", "grad_BC",
+        "start", "weights", "u", "projected", "checkpoints", "chunk", "projection", "grad_u", "grad_delta", "grad_BC",
         "grad_weights")]
 
 
@@ -175,20 +175,16 @@ def _sizes(directions: tuple[Optional[BranchParams], ...]) -> tuple[int, int]:
 
 
 def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
-             directions: tuple[Optional[BranchParams], ...], weights: tuple[Optional[Tensor], ...], out: Tensor,
-             save: bool) -> _Saved:
-    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> out [B, L, E].
-
-    Without `save` the result is of no use to the backward pass, and gone with the next call.
-    """
+             directions: tuple[Optional[BranchParams], ...], weights: tuple[Optional[Tensor], ...],
+             out: Tensor) -> _Saved:
+    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> out [B, L, E]."""
     channels, (states, rank) = xz.shape[2] // 2, _sizes(directions)
-    padded = weights[0 if weights[0] is not None else 1].shape[1]
     rows, chunks = extent.rows.tolist(), extent.chunks.tolist()
     u, checkpoints = [None, None], [None, None]
-    for which, params in enumerate(directions):
-        if params is not None:
-            u[which] = xz.new_empty(rows[which], padded) if save else _scratch_rows(which, rows[which], padded)
-            checkpoints[which] = xz.new_empty(chunks[which], padded, states) if save else None
+    for which, weight in enumerate(weights):
+        if weight is not None:
+            u[which] = xz.new_empty(rows[which], weight.shape[1])
+            checkpoints[which] = xz.new_empty(chunks[which], weight.shape[1], states)
     saved = _Saved(extent, weights, tuple(u), (None, None), tuple(checkpoints))
     problem = _problem(xz, mask, factor, states, rank, saved)
     _library.convolve(ctypes.byref(problem))
@@ -203,9 +199,29 @@ def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
 
 def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
            directions: tuple[Optional[BranchParams], ...]) -> Tensor:
-    """y [B, L, E] without a backward pass."""
-    out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-    _forward(xz, mask, factor, extent, directions, _pack_all(directions), out, save=False)
+    """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the threads."""
+    images, tokens, threads = *xz.shape[:2], torch.get_num_threads()
+    (states, rank), out = _sizes(directions), xz.new_empty(images, tokens, xz.shape[2] // 2)
+    weights, columns = _pack_all(directions), rank + 2 * states
+    projections = tuple(None if params is None else
+                        F.pad(params.x_proj_weight.t(), (0, -columns % _library.lanes())).contiguous()
+                        for params in directions)
+    # Whole images to each thread is faster, unless threads would stand idle.
+    by_image, nothing = images % threads == 0 or images >= 4 * threads, (None, None)
+    u = projected = nothing
+    if not by_image:
+        rows = extent.rows.tolist()
+        u = tuple(None if weight is None else _scratch_rows(which, rows[which], weight.shape[1])
+                  for which, weight in enumerate(weights))
+        projected = tuple(None if weight is None else xz.new_empty(rows[which], columns)
+                          for which, weight in enumerate(weights))
+    problem = _problem(xz, mask, factor, states, rank, _Saved(extent, weights, u, projected, nothing))
+    problem.out = _pointer(out)
+    for direction, weight in zip(problem.direction, projections, strict=True):
+        direction.projection = _pointer(weight)
+    passes = (_library.infer,) if by_image else (_library.convolve, _library.project_images, _library.scan)
+    for run in passes:
+        run(ctypes.byref(problem))
     return out
 
 
@@ -245,7 +261,7 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
     if _library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
         extent = _extent(saved.extent.start >= 0, saved.extent.limit, saved.extent.limit)
-        saved = _forward(xz, mask, factor, extent, directions, saved.weights, torch.empty_like(grad_out), save=True)
+        saved = _forward(xz, mask, factor, extent, directions, saved.weights, torch.empty_like(grad_out))
         problem = _problem(xz, mask, factor, states, rank, saved)
         problem.grad_out = _pointer(grad_out)
     blocks = problem.padded // _library.lanes()
@@ -282,7 +298,7 @@ class _BidirectionalSSM(torch.autograd.Function):
     def forward(ctx, xz, mask, factor, extent, *params):
         with torch.autocast("cpu", enabled=False):
             directions, out = _split(params), xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-            saved = _forward(xz, mask, factor, extent, directions, _pack_all(directions), out, save=True)
+            saved = _forward(xz, mask, factor, extent, directions, _pack_all(directions), out)
         ctx.save_for_backward(xz, mask, factor, *params, *saved.flatten())
         return out
 

@@ -21,12 +21,13 @@ struct Window {
   const int64_t image, block, length;
   const float* mask;
 
-  Window(const Problem& problem, int64_t image_, int64_t block_, int64_t length_)
+  // To be moved to `begin` first.
+  Window(const Problem& problem, int64_t image_, int64_t block_, int64_t length_, int64_t begin = 0)
       : p(problem), image(image_), block(block_), length(length_), mask(problem.mask + image_ * problem.tokens) {
-    for (int ahead = 0; ahead < kReach; ++ahead) x[kReach + 1 + ahead] = token(ahead);
+    for (int i = 1; i <= 2 * kReach; ++i) x[i] = token(begin - 1 - kReach + i);
   }
   Vec unmasked(int64_t t) const { return load(p.x(image, t) + block * kLanes, p.lanes(block)); }
-  Vec token(int64_t t) const { return t < length ? unmasked(t) * mask[t] : Vec{}; }
+  Vec token(int64_t t) const { return t >= 0 && t < length ? unmasked(t) * mask[t] : Vec{}; }
   void move_to(int64_t t) {  // from t - 1
     for (int i = 0; i < 2 * kReach; ++i) x[i] = x[i + 1];
     x[2 * kReach] = token(t + kReach);
@@ -42,15 +43,16 @@ struct Window {
   }
 };
 
-inline void convolve_block(const Problem& p, int64_t image, int64_t block) {
+// u of the tokens begin ... end of one image and one channel block, in the directions that are on.
+inline void convolve_block(const Problem& p, int64_t image, int64_t block, int64_t begin, int64_t end) {
   const bool on[2] = {p.on(0, image), p.on(1, image)};
   if (!on[0] && !on[1]) return;
   float* u[2] = {};
   for (int which = 0; which < 2; ++which)
     if (on[which]) u[which] = p.direction[which].u + p.direction[which].start[image] * p.padded + block * kLanes;
   const Taps forward(p, on[0] ? 0 : 1, block), backward(p, on[1] ? 1 : 0, block);
-  Window window(p, image, block, p.length[image]);
-  for (int64_t t = 0; t < window.length; ++t) {
+  Window window(p, image, block, p.length[image], begin);
+  for (int64_t t = begin; t < end; ++t) {
     window.move_to(t);
     if (on[0]) store(u[0] + t * p.padded, silu(window.convolve<0>(forward)) * window.mask[t]);
     if (on[1]) store(u[1] + t * p.padded, silu(window.convolve<1>(backward)) * window.mask[t]);

@@ -1,7 +1,6 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
 // Between them PyTorch multiplies the matrices: projected = u x_proj^T, and the gradients' counterparts.
-#include "convolution.h"
-#include "scan.h"
+#include "infer.h"
 
 namespace {
 
@@ -27,7 +26,7 @@ int64_t problem_bytes() { return sizeof(Problem); }
 
 void convolve(const Problem* p) {
   parallel_over(*p, p->blocks(), [] { return 0; }, [p](int64_t image, int64_t block, int) {
-    convolve_block(*p, image, block);
+    convolve_block(*p, image, block, 0, p->length[image]);
   });
 }
 
@@ -35,6 +34,29 @@ void scan(const Problem* p) {
   struct Scratch { Decays decays; std::vector<Vec> state; };
   parallel_over(*p, p->blocks(), [p] { return Scratch{Decays(p->states), std::vector<Vec>(p->states)}; },
                 [p](int64_t image, int64_t block, Scratch& s) { scan_block(*p, image, block, s.decays, s.state); });
+}
+
+// projected of both directions, for inference; in training PyTorch multiplies.
+void project_images(const Problem* p) {
+  const int64_t chunks = (p->tokens + kProjectedRows - 1) / kProjectedRows;
+  parallel_over(*p, 2 * chunks, [] { return 0; }, [p, chunks](int64_t image, int64_t part, int) {
+    const int which = part >= chunks;
+    if (!p->on(which, image)) return;
+    const Direction& d = p->direction[which];
+    const int64_t begin = (part - which * chunks) * kProjectedRows, row = d.start[image] + begin;
+    project(*p, d.u + row * p->padded, d.projection, d.projected + row * p->projections(),
+            std::min<int64_t>(kProjectedRows, p->length[image] - begin));
+  });
+}
+
+// Convolution, projection and scan in one, for as many images as there are threads, or more.
+void infer(const Problem* p) {
+#pragma omp parallel num_threads((int)p->threads)
+  {
+    InferScratch scratch(*p);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t image = 0; image < p->images; ++image) infer_image(*p, image, scratch);
+  }
 }
 
 // Whether any gradient arrives at a token that exists but that the scan did not walk.

@@ -21,6 +21,7 @@ struct Direction {
   float* projected;      // [rows, R + 2N]: low-rank step, B, C
   float* checkpoints;    // [chunks, P / W, N, W], state at the head of each tile; null when nothing is saved
   const int64_t* chunk;  // [B] first chunk of each image
+  const float* projection;  // [E, R + 2N rounded up to whole vectors], x_proj^T; only for inference
   // Written by the backward pass
   float* grad_u;        // [rows, P]
   float* grad_delta;    // [rows, P], with respect to the step before softplus
@@ -53,6 +54,20 @@ struct Problem {
 
   bool on(int which, int64_t image) const { return direction[which].start && direction[which].start[image] >= 0; }
   int64_t projections() const { return rank + 2 * states; }
+  int64_t padded_projections() const { return (projections() + kLanes - 1) / kLanes * kLanes; }
+
+  // The part of the problem that is one image's, as far as the forward pass reads it.
+  Problem only(int64_t image) const {
+    Problem one = *this;
+    one.images = 1;
+    one.xz = x(image, 0);
+    one.mask += image * tokens;
+    one.factor += 2 * image;
+    one.length += image;
+    one.limit += image;
+    one.out += image * tokens * channels;
+    return one;
+  }
 
   // Rows of Direction::weights.
   static int64_t conv_tap(int tap) { return tap; }

@@ -134,41 +134,53 @@ struct Decays {
 
 // ---- forward
 
+// One tile from step sizes to output. The first direction of an image writes the output, a second one adds to it, and
+// the last one gates it.
+inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& decays, Vec* state) {
+  const Problem& p = tile.p;
+  const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
+  const float factor = p.factor[2 * tile.image + tile.which];
+  const int lanes = p.lanes(tile.block);
+  const int64_t offset = tile.block * kLanes;
+  Steps steps;
+  compute_steps<false>(tile, steps);
+  Vec y[kTile] = {};
+  for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
+    if (steps.largest < decays.step_limit)
+      scan_tile<size, true, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
+    else
+      scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
+  });
+  for (int t = 0; t < tile.steps; ++t) {
+    float* out = p.out + (tile.image * p.tokens + tile.token(t)) * p.channels + offset;
+    Vec total = (y[t] + skip * tile.u(t)) * factor;
+    if (!first) total += load(out, lanes);
+    if (last) total *= silu(load(p.z(tile.image, tile.token(t)) + offset, lanes));
+    store(out, total, lanes);
+  }
+}
+
 inline void scan_direction(const Problem& p, int which, int64_t image, int64_t block, bool first, bool last,
                            Decays& decays, std::vector<Vec>& state) {
   decays.read(p, which, block);
   std::fill(state.begin(), state.end(), Vec{});
-  const Vec skip = load(p.weight(which, p.skip(), block));
-  const float factor = p.factor[2 * image + which];
-  const int lanes = p.lanes(block);
   for (int64_t index = 0; index * kTile < p.length[image]; ++index) {
     const Tile tile(p, which, image, block, index);
     if (float* checkpoint = tile.checkpoint())
       for (int64_t s = 0; s < p.states; ++s) store(checkpoint + s * kLanes, state[s]);
-    Steps steps;
-    compute_steps<false>(tile, steps);
-    Vec y[kTile] = {};
-    for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
-      if (steps.largest < decays.step_limit)
-        scan_tile<size, true, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
-      else
-        scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
-    });
-    for (int t = 0; t < tile.steps; ++t) {
-      float* out = p.out + (image * p.tokens + tile.token(t)) * p.channels + block * kLanes;
-      Vec total = (y[t] + skip * tile.u(t)) * factor;
-      if (!first) total += load(out, lanes);
-      if (last) total *= silu(load(p.z(image, tile.token(t)) + block * kLanes, lanes));
-      store(out, total, lanes);
-    }
+    walk_tile(tile, first, last, decays, state.data());
   }
+}
+
+// The output of the tokens that no scan walks.
+inline void clear_behind(const Problem& p, int64_t image, int64_t block, int64_t walked) {
+  for (int64_t t = walked; t < p.tokens; ++t)
+    store(p.out + (image * p.tokens + t) * p.channels + block * kLanes, Vec{}, p.lanes(block));
 }
 
 inline void scan_block(const Problem& p, int64_t image, int64_t block, Decays& decays, std::vector<Vec>& state) {
   const bool on[2] = {p.on(0, image), p.on(1, image)};
-  const int64_t written = on[0] || on[1] ? p.length[image] : 0;
-  for (int64_t t = written; t < p.tokens; ++t)
-    store(p.out + (image * p.tokens + t) * p.channels + block * kLanes, Vec{}, p.lanes(block));
+  clear_behind(p, image, block, on[0] || on[1] ? p.length[image] : 0);
   if (on[0]) scan_direction(p, 0, image, block, true, !on[1], decays, state);
   if (on[1]) scan_direction(p, 1, image, block, !on[0], true, decays, state);
 }

@@ -69,23 +69,22 @@ constexpr float kExp2Range = 126.f;
 // 2^x for |x| <= 126, relative error 2e-7. Adding 1.5 * 2^23 (or 2^18) rounds x to an integer (or a multiple of 1/32),
 // which then stands in the lowest bits of the sum; minimax polynomials to 2^f on the rest f.
 #if defined(__AVX512F__)
-// Bits of 2^(j/32), less the j that the shift below carries into the mantissa.
-alignas(64) constexpr uint32_t kExp2Table[32] = {
-    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
-    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+alignas(64) constexpr float kExp2Table[32] = {  // 2^(j/32)
+    1.f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
 inline Vec exp2_in_range(Vec x) {
   const float kRound = 393216.f;
   // Products have two of Zen 4's pipes, sums have two others: hidden from the compiler, which would fuse it with both
   // sums that use it, x stays one product.
   asm("" : "+v"(x));
   Vec shifted = x + kRound;
-  Vec f = x - (shifted - kRound);
+  Vec rounded = shifted - kRound, f = x - rounded;
   Vec p = (0.240224749f * f + 0.693157315f) * f + 1.f;
-  IntVec part = (IntVec)_mm512_permutex2var_epi32(_mm512_load_si512(kExp2Table), (__m512i)shifted,
-                                                  _mm512_load_si512(kExp2Table + 16));
-  return p * (Vec)(part + ((IntVec)shifted << 18));
+  Vec part = (Vec)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
+                                         _mm512_load_ps(kExp2Table + 16));
+  return (Vec)_mm512_scalef_ps((__m512)(p * part), (__m512)rounded);  // times 2^floor(rounded)
 }
 #else
 inline Vec exp2_in_range(Vec x) {

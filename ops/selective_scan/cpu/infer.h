@@ -1,0 +1,97 @@
+// Inference: the projection, and all passes in one for whole images. There a thread takes an image through convolution,
+// projection and scan of one direction after the other, so that u never leaves its cache.
+#pragma once
+#include "convolution.h"
+#include "scan.h"
+
+// Columns of the projection, in vectors, and rows that are worked on at a time: their sums fill the registers.
+constexpr int kPanel = kRegisterStates == 16 ? 4 : 3;
+constexpr int kSums = kRegisterStates == 16 ? 24 : 12;
+constexpr int64_t kProjectedRows = 48;  // of one thread at a time, where an image is shared out
+
+// out[r] = u[r] W for kRows rows and kVectors vectors of columns, of which `columns` exist.
+template <int kVectors, int kRows>
+inline void project_rows(const Problem& p, const float* u, const float* weight, float* out, int64_t columns) {
+  Vec total[kRows][kVectors] = {};
+  for (int64_t e = 0; e < p.channels; ++e, weight += p.padded_projections()) {
+    Vec w[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[r][v] += w[v] * u[r * p.padded + e];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t exist = columns - v * kLanes;
+      store(out + r * p.projections() + v * kLanes, total[r][v], (int)std::min<int64_t>(kLanes, exist));
+    }
+}
+
+// A row's sums do not depend on the rows beside it, so that an image's result depends on neither batch nor threads.
+template <int kVectors>
+inline void project_panel(const Problem& p, const float* u, const float* weight, float* out, int64_t rows,
+                          int64_t columns) {
+  constexpr int kRows = kSums / kVectors;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows)
+    project_rows<kVectors, kRows>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+  for (; row < rows; ++row)
+    project_rows<kVectors, 1>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+}
+
+// projected [rows, R + 2N] = u [rows, P] x_proj^T
+inline void project(const Problem& p, const float* u, const float* weight, float* projected, int64_t rows) {
+  for (int64_t column = 0; column < p.projections(); column += kPanel * kLanes) {
+    const int64_t columns = p.projections() - column;
+    const float* w = weight + column;
+    float* out = projected + column;
+    switch (std::min<int64_t>(kPanel, (columns + kLanes - 1) / kLanes)) {
+      case 1: project_panel<1>(p, u, w, out, rows, columns); break;
+      case 2: project_panel<2>(p, u, w, out, rows, columns); break;
+      case 3: project_panel<3>(p, u, w, out, rows, columns); break;
+      default: project_panel<kPanel>(p, u, w, out, rows, columns);
+    }
+  }
+}
+
+struct InferScratch {
+  std::vector<float> u, projected;  // of one image and one direction
+  std::vector<Vec> state;           // [blocks, N]
+  std::vector<Decays> decays[2];    // of each block
+  explicit InferScratch(const Problem& p)
+      : u(p.tokens * p.padded), projected(p.tokens * p.projections()), state(p.blocks() * p.states) {
+    for (int which = 0; which < 2; ++which) {
+      if (!p.direction[which].start) continue;
+      decays[which].assign(p.blocks(), Decays(p.states));
+      for (int64_t block = 0; block < p.blocks(); ++block) decays[which][block].read(p, which, block);
+    }
+  }
+};
+
+// Tile by tile, and in each over all channels: whole rows of x, z and the output pass by, which a processor fetches
+// ahead, while one block's share of them lies scattered over as many pages.
+inline void infer_image(const Problem& all, int64_t image, InferScratch& scratch) {
+  const bool on[2] = {all.on(0, image), all.on(1, image)};
+  Problem p = all.only(image);
+  const int64_t start = 0, length = on[0] || on[1] ? p.length[0] : 0;
+  for (int64_t block = 0; block < p.blocks(); ++block) clear_behind(p, 0, block, length);
+  for (int which = 0; which < 2; ++which) {
+    if (!on[which]) continue;
+    Direction& d = p.direction[which];
+    d.start = &start;
+    d.u = scratch.u.data();
+    d.projected = scratch.projected.data();
+    p.direction[1 - which].start = nullptr;
+    for (int64_t begin = 0; begin < length; begin += kTile)
+      for (int64_t block = 0; block < p.blocks(); ++block)
+        convolve_block(p, 0, block, begin, std::min(begin + kTile, length));
+    project(p, d.u, d.projection, d.projected, length);
+    std::fill(scratch.state.begin(), scratch.state.end(), Vec{});
+    for (int64_t index = 0; index * kTile < length; ++index)
+      for (int64_t block = 0; block < p.blocks(); ++block)
+        walk_tile(Tile(p, which, 0, block, index), which == 0 || !on[0], which == 1 || !on[1],
+                  scratch.decays[which][block], &scratch.state[block * p.states]);
+  }
+}

@@ -1,0 +1,89 @@
+"""Products without gradient on a CPU, and the mixers' inference that is built on them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import mixer
+from models.mixer import BidirectionalMamba
+from ops import linear as module
+from ops.linear import Linear, linear
+
+
+def tensors(*shape, width=44, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(*shape, generator=generator), torch.randn(width, shape[-1], generator=generator)
+    return x, weight, torch.randn(width, generator=generator) if bias else None
+
+
+@pytest.mark.parametrize("shape, width", [((3, 5, 20), 7), ((197, 384), 44), ((2, 1), 1), ((0, 4), 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product(shape, width, bias):
+    x, weight, shift = tensors(*shape, width=width, bias=bias)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
+        strided = x.repeat_interleave(2, dim=-1)[..., ::2]
+        torch.testing.assert_close(linear(strided, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_those_beside_it():
+    """An image's tokens are more rows than these; below about 40 rows oneDNN and MKL both sum in another order."""
+    x, weight, bias = tensors(500, 96)
+    with torch.no_grad():
+        whole = linear(x, weight, bias)
+        for rows in (65, 196, 499):
+            assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
+
+
+def test_what_onednn_does_not_get(monkeypatch):
+    """Products for autograd, of other types and under autocast are PyTorch's own, and so are all without oneDNN."""
+    def refuse(*_):
+        raise AssertionError("oneDNN was called")
+
+    monkeypatch.setattr(module, "_product", refuse)
+    layer, x = Linear(20, 7), torch.randn(3, 20, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
+    with torch.no_grad():
+        assert linear(x.double(), layer.weight.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setattr(module, "_onednn", lambda: False)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_release_of_pytorch_without_the_product(monkeypatch):
+    def missing(*_):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(module, "_product", missing)
+    module._onednn.cache_clear()
+    try:
+        assert not module._onednn()
+        x, weight, bias = tensors(3, 20)
+        with torch.no_grad():
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    finally:
+        module._onednn.cache_clear()
+
+
+@pytest.mark.parametrize("router", [True, False])
+def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, router):
+    torch.manual_seed(0)
+    layer, hidden = BidirectionalMamba(16, 4, halve=True, router=router).eval(), torch.randn(12, 9, 16)
+    if router:
+        torch.nn.init.normal_(layer.block_head.weight, std=5)
+        torch.nn.init.zeros_(layer.block_head.bias)
+    expected, gates = layer(hidden, (4,))  # with autograd: all at once
+    assert expected.requires_grad
+    with torch.no_grad():
+        for images in (12, 4, 1):
+            monkeypatch.setattr(mixer, "GROUP_BYTES", images * 9 * 64 * 4)
+            found, found_gates = layer(hidden, (4,))
+            torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+            assert found_gates is None if gates is None else torch.equal(found_gates, gates)
+        assert layer(hidden[:0], (4,))[0].shape == (0, 9, 16)
+    if router:
+        off = gates.sum(dim=1) == 0
+        assert 0 < off.sum() < 12  # or the test shows nothing
+        assert not found[off].any() and found[~off].any()
