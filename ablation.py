@@ -203,6 +203,9 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
         return False
     checkpoint, path = found
     different = flag_differences(checkpoint.get("args", {}), vars(run.args))
+    threshold = checkpoint.get("args", {}).get("gate_threshold")  # does not alter a training, but its evaluation
+    if threshold != run.args.gate_threshold:
+        different.append(f"--gate-threshold: {threshold!r} -> {run.args.gate_threshold!r}")
     if checkpoint.get("teacher_sha256") != teacher_sha256:
         different.append("another dense teacher")
     if different:

@@ -28,7 +28,7 @@ from utils.nonfinite import NonFiniteSteps
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
-            "token_strategy", "scorer_input", "gate_threshold", "data_set", "data_path", "val_split", "input_size",
+            "token_strategy", "scorer_input", "data_set", "data_path", "train_split", "val_split", "input_size",
             "eval_crop_ratio")
 
 # Arguments of the models that have a flag of their own.

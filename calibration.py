@@ -26,6 +26,7 @@ from utils.logging import Progress
 STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
 PASSES = 8
 CLOSE_ENOUGH = 0.002
+GIVE_UP = 0.1  # farther from the target than that, the paper's threshold stays
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def calibrate(models: Mapping[str, Optional[VisionMamba]], data: Data, args: arg
         probability, target = sigmoid(found[name]), args.block_keep_ratio
         _logger.info("gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target %.2f %%)",
                      name, probability, 100 * kept, 100 * target)
-        if abs(kept - target) > 0.01:
+        if not abs(kept - target) <= 0.01:
             _logger.warning("no threshold was found that comes closer: the routers hardly tell images and layers apart")
     return found
 
@@ -72,6 +73,8 @@ def calibrate_model(model: DynamicVisionMamba, data: Data, args: argparse.Namesp
         if not math.isfinite(threshold) or threshold in tried:
             break
     threshold = min(tried, key=lambda value: abs(tried[value] - target))
+    if not abs(tried[threshold] - target) <= GIVE_UP:  # NaN too
+        threshold = 0.0
     model.set_gate_threshold(threshold)
     return threshold, tried[threshold]
 
@@ -110,13 +113,19 @@ def restore_threshold(model: VisionMamba, checkpoint: Mapping[str, Any], wanted:
     if not getattr(model, "route_blocks", False):
         return
     if wanted != "calibrated":
-        model.set_gate_threshold(math.log(wanted / (1 - wanted)))
+        set_threshold(model, wanted)
         return
     stored = checkpoint.get(STORED)
     if isinstance(stored, dict) and isinstance(stored.get(name), float):
         model.set_gate_threshold(stored[name])
     else:
         _logger.info("%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one", source)
+
+
+def set_threshold(model: Optional[VisionMamba], probability: float) -> None:
+    """Set the threshold of a model that routes, as a probability."""
+    if getattr(model, "route_blocks", False):
+        model.set_gate_threshold(math.log(probability / (1 - probability)))
 
 
 def sigmoid(logit: float) -> float:

@@ -27,7 +27,7 @@ from PIL import Image
 import options
 import resume
 from builders import build_dense, build_training, check_classes, model_image_size, recorded_arguments, restore_model
-from calibration import STORED, calibrate, restore_threshold
+from calibration import STORED, calibrate, set_threshold
 from datasets import Data, build_data
 from decisions import DecisionCounter
 from drawing.pictures import decision_picture
@@ -42,7 +42,7 @@ from utils import preemption
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.environment import describe_environment
-from utils.errors import UserError, run_main
+from utils.errors import UsageError, UserError, run_main
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from utils.nonfinite import NonFiniteError
@@ -135,9 +135,9 @@ def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distribut
     thresholds = calibrate({"model": run.model, "ema": ema}, data, args, distributed)
     if thresholds and weights and distributed.is_main:
         save_checkpoint(weights | {STORED: thresholds}, best)
-    for name, model in (("model", run.model), ("ema", ema)):
-        if model is not None:
-            restore_threshold(model, {STORED: thresholds}, args.gate_threshold, name, str(best))
+    if args.gate_threshold != "calibrated":
+        for model in (run.model, ema):
+            set_threshold(model, args.gate_threshold)
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 
@@ -203,11 +203,21 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
     if args.calibrate:
         thresholds = calibrate({"model": model, "ema": ema}, data, args, distributed)
         if distributed.is_main:
-            save_checkpoint(checkpoint | {STORED: thresholds}, Path(args.output_dir) / CALIBRATED)
+            save_calibrated(checkpoint, thresholds, model, args)
     if args.sweep:
         run_sweep(model, dense, recorded_arguments(checkpoint).get("token_keep_ratio"), data, args, distributed)
         return
     report_evaluation(model, ema, dense, data, args, distributed)
+
+
+def save_calibrated(checkpoint: dict[str, Any], thresholds: dict[str, float], model: VisionMamba,
+                    args: argparse.Namespace) -> None:
+    """`--calibrate`: the checkpoint with thresholds and the budgets they are for; of a foreign one its weights."""
+    known = {"model": checkpoint["model"], "family": model.family.name}
+    if recorded_arguments(checkpoint):
+        budgets = {"block_keep_ratio": args.block_keep_ratio, "token_keep_ratio": args.token_keep_ratio}
+        known = checkpoint | {"args": checkpoint["args"] | budgets}
+    save_checkpoint(known | {STORED: thresholds}, Path(args.output_dir) / CALIBRATED)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -221,6 +231,9 @@ def main(argv: Optional[list[str]] = None) -> int:
         args = options.parse(argv, recorded_arguments(checkpoint))
     data = build_data(args, model_image_size(args), rank=distributed.rank, world_size=distributed.world_size,
                       train=not args.eval or args.calibrate)
+    if args.calibrate and data.calibration_loader is None:
+        raise UsageError(f"--calibrate: {args.data_set} is read as a stream, of which no fixed part can be shown; "
+                         "choose a threshold with --gate-threshold P")
     prepare_output_dir(args.output_dir)
     code = 0
     try:

@@ -23,7 +23,8 @@ METHODS = ("dense", "dyvm", "token", "block")
 READ_BY = {
     "--pruning-layers": ("dyvm", "token"), "--token-keep-ratio": ("dyvm", "token"),
     "--token-pruning-weight": ("dyvm", "token"), "--block-keep-ratio": ("dyvm", "block"),
-    "--block-pruning-weight": ("dyvm", "block"), "--distill-weight": ("dyvm", "token", "block"),
+    "--block-pruning-weight": ("dyvm", "block"), "--gate-threshold": ("dyvm", "block"),
+    "--distill-weight": ("dyvm", "token", "block"),
 }
 MOST_BUDGETS = 100  # of one --sweep
 
@@ -296,6 +297,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget")
     if args.calibrate and not (args.eval and args.method in ("dyvm", "block")):
         raise UsageError("--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block")
+    if args.calibrate and args.gate_threshold != "calibrated":
+        raise UsageError(f"--calibrate chooses the threshold; leave out --gate-threshold {args.gate_threshold}")
     _check_overwriting(args)
     if not args.eval and args.method != "dense" and not args.model_path:
         raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")

@@ -34,6 +34,7 @@ from loading.loaders import Batch
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
 from utils.environment import describe_environment
+from utils.errors import run_main
 from utils.files import write_json
 from utils.logging import Averages, Progress
 
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

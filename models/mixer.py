@@ -95,7 +95,7 @@ class BidirectionalMamba(nn.Module):
         for group in groups:
             on = None if active is None else active[group]
             y = bidirectional_ssm(self.in_proj(hidden[group]), forward, backward, scale=self.scale, active=on)
-            out[group] = self.out_proj(y)
+            out[group] = self.out_proj(y).to(out.dtype)
         return out, gates
 
     def scan_inputs(self, hidden: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] -> x weight^T + bias [..., out], as `torch.nn.functional.linear`."""
     # The choice must not depend on the number of rows: an image's logits would depend on its batch.
     if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu") and x.numel() and _onednn()):
+            and not torch.is_autocast_enabled("cpu") and x.numel() and x.shape[-1] == weight.shape[-1]
+            and torch.backends.mkldnn.enabled and _onednn()):
         return _product(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -62,9 +62,10 @@ def test_the_images_are_shown_as_in_evaluation(tmp_path):
     assert len(first[0]) == 50 and torch.equal(*first)
 
 
-def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, caplog):
+@pytest.mark.parametrize("target", ["0.8", "0.3"])
+def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, caplog, target):
     path = save_model(tmp_path / "model.pth", *DYNAMIC)
-    args, model, data = loaded(path, "--subset", "32", "--batch-size", "16")
+    args, model, data = loaded(path, "--subset", "32", "--batch-size", "16", "--block-keep-ratio", target)
     for layer in model.layers:
         torch.nn.init.zeros_(layer.mixer.block_head.weight)
         torch.nn.init.constant_(layer.mixer.block_head.bias, 5)
@@ -99,6 +100,7 @@ def test_eval_calibrate_writes_a_checkpoint_that_evaluates_so(tmp_path):
     official = load_checkpoint(path)
     told = ["--data-set", "DIGITS", "--model", "dyvm_vim_micro", *SMALL[:3], *DYNAMIC, "--block-keep-ratio", "0.3"]
     save_checkpoint({"model": official["model"]}, path)
+    torch.save(torch.load(path, weights_only=True) | {"size": torch.Size([1])}, path)  # anything may stand beside it
     before = evaluated(path, tmp_path / "before", *told)
     assert before["gate_threshold"] == 0.5
     after = evaluated(path, tmp_path / "after", *told, "--calibrate")
@@ -113,6 +115,8 @@ def test_eval_calibrate_writes_a_checkpoint_that_evaluates_so(tmp_path):
     (["--gate-threshold", "half"], "no number"),
     (["--calibrate"], "--calibrate needs --eval"),
     (["--calibrate", "--eval", "--model-path", "x.pth", "--method", "token"], "--calibrate needs --eval"),
+    (["--calibrate", "--eval", "--model-path", "x.pth", "--method", "block", "--gate-threshold", "0.6"],
+     "leave out --gate-threshold 0.6"),
 ])
 def test_mistakes(flags, words):
     with pytest.raises(UsageError, match=words):

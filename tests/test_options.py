@@ -87,16 +87,20 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
     assert "\n" not in text and error.value.exit_code == 2
 
 
+GIVEN = {"--gate-threshold": 0.5}  # where 1 is no value of the flag
+
+
 @pytest.mark.parametrize("method, flags", [
     ("dense", ["--token-keep-ratio", "--block-keep-ratio", "--token-pruning-weight", "--block-pruning-weight",
-               "--distill-weight", "--pruning-layers"]),
-    ("token", ["--block-keep-ratio", "--block-pruning-weight"]),
+               "--distill-weight", "--pruning-layers", "--gate-threshold"]),
+    ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
     ("block", ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers"]),
     ("dyvm", []),
 ])
 def test_flags_that_the_method_does_not_read_are_refused(method, flags):
     for flag in options.READ_BY:
-        for value in (f"{flag} 1", f"{flag}=1"):  # the default of some: what counts is that it was given
+        given = GIVEN.get(flag, 1)
+        for value in (f"{flag} {given}", f"{flag}={given}"):  # the default of some: what counts is that it was given
             line = f"--method {method} --model-path x {value}"
             if flag not in flags:
                 parse(line)
@@ -121,7 +125,7 @@ def test_a_recipe_keeps_its_flags_when_its_method_is_changed():
 def test_evaluation_takes_all_of_them():
     recorded = {"data_set": "DIGITS", "model": "vim_tiny", "method": "dense", "model_kwargs": []}
     for flag in options.READ_BY:
-        parse(f"--eval --model-path x {flag} 1", recorded)
+        parse(f"--eval --model-path x {flag} {GIVEN.get(flag, 1)}", recorded)
 
 
 def test_every_flag_stands_in_a_named_group():

@@ -8,6 +8,7 @@
 #   SUBSET                 training images, of 60,000
 #   SEEDS                  seeds, separated by spaces
 #   JOBS                   trainings at a time
+#   TOKEN_KEEP_RATIO, BLOCK_KEEP_RATIO   budgets of the variants
 #   OUTPUT                 folder of the runs and of the table (default: output/ablation/fmnist in the repository)
 #
 # Started again, it goes on where it was interrupted.
@@ -19,6 +20,8 @@ EPOCHS_DENSE="${EPOCHS_DENSE:-8}"
 EPOCHS="${EPOCHS:-4}"
 SUBSET="${SUBSET:-10000}"
 JOBS="${JOBS:-2}"
+TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.6}"
+BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2}"
 
 FMNIST_RECIPE=(
@@ -36,5 +39,5 @@ PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
 
 exec "$PYTHON" "$ROOT/ablation.py" --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT" \
   --seeds "${SEEDS[@]}" --jobs "$JOBS" -- "${FMNIST_RECIPE[@]}" \
-  --pruning-layers 2 4 6 --token-keep-ratio 0.6 --block-keep-ratio 0.8 --epochs "$EPOCHS" --warmup-epochs 0 --lr 1e-3 \
-  "$@"
+  --pruning-layers 2 4 6 --token-keep-ratio "$TOKEN_KEEP_RATIO" --block-keep-ratio "$BLOCK_KEEP_RATIO" \
+  --epochs "$EPOCHS" --warmup-epochs 0 --lr 1e-3 "$@"

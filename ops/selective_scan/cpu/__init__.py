@@ -1,8 +1,9 @@
-"""Selective scan on the CPU: C++ kernels (kernel.cpp) around PyTorch's matrix products, forward and backward.
+"""Selective scan on the CPU: C++ kernels (kernel.cpp), in training around PyTorch's matrix products.
 
 One pass over x does the convolution and SiLU of both directions, one matrix product a direction projects to
-(step, B, C), one pass does step, scan, skip, gate and the sum of the directions. The backward pass recomputes the
-states from checkpoints every 16 steps, and the outputs of the two directions along with them.
+(step, B, C), one pass does step, scan, skip, gate and the sum of the directions. In inference a thread takes a whole
+image through all of it. The backward pass recomputes the states from checkpoints every 16 steps, and the outputs of
+the two directions along with them.
 
 Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`, and tokens behind
 the last one that `mask` lets through are left out of the packed rows that all passes and matrix products work on:
@@ -124,7 +125,7 @@ def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
     name, size = f"u{which}", rows * padded
     held = getattr(_scratch, name, None)
     if held is None or held.numel() < size:
-        held = torch.empty(size)
+        held = torch.empty(size, dtype=torch.float32)
         setattr(_scratch, name, held)
     return held[:size].view(rows, padded)
 
@@ -235,8 +236,9 @@ class _Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, images: int, rows: int, padded: int, states: int, groups: int) -> "_Gradients":
-        return cls(torch.empty(rows, padded), torch.empty(rows, padded), torch.empty(groups, rows, 2 * states),
-                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded))
+        sizes = (rows, padded), (rows, padded), (groups, rows, 2 * states)
+        return cls(*(torch.empty(size, dtype=torch.float32) for size in sizes),
+                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded, dtype=torch.float32))
 
 
 def _projection_gradients(grads: _Gradients, u: Tensor, projected: Tensor,

@@ -1,5 +1,5 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
-// Between them PyTorch multiplies the matrices: projected = u x_proj^T, and the gradients' counterparts.
+// In training PyTorch multiplies the matrices between them: projected = u x_proj^T, and the gradients' counterparts.
 #include "infer.h"
 
 namespace {
