@@ -133,7 +133,7 @@ def tell_what_is_missing(classifier: Classifier) -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = build_parser("visualize.py", "Draw the tokens kept, the gates and the cost of images.")
     parser.add_argument("--images", required=True, metavar="FILE|FOLDER")
     parser.add_argument("--output_dir", "--output-dir", required=True, metavar="DIR")
