@@ -13,6 +13,7 @@ import torch
 import builders
 import main
 import options
+from report import main as write_report
 from utils import preemption
 from utils.errors import UsageError, UserError
 
@@ -161,6 +162,9 @@ def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp
     assert again["dynamic"]["top1"] == trained["dynamic"]["top1"]
     assert again["dynamic"]["flops"] == trained["dynamic"]["flops"]
     assert (again["dynamic"]["keep"] == []) == ("block" in flags)
+    write_report([str(tmp_path)])
+    text = (tmp_path / "report.html").read_text()
+    assert f"{trained['dynamic']['top1']:.2f}" in text and flags[1] in text
 
 
 def same_weights(one: Path, other: Path) -> bool:
