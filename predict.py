@@ -42,7 +42,7 @@ def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterato
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = build_parser("predict.py", "Print class and probability of images; unreadable files are named and passed "
                           "over.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="image or folder of images")

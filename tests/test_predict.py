@@ -1,6 +1,7 @@
 """predict.py: classes and probabilities as text and as JSON, and what it says to bad input."""
 
 import json
+import logging
 
 import pytest
 from seeing import DYNAMIC, SMALL, planted, save_images, save_model
@@ -12,6 +13,12 @@ from loading.transforms import eval_transform
 from utils.errors import UserError
 
 FLAGS = SMALL[-4:]
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_of_its_own(monkeypatch):
+    """Without the handlers that other programs have left, which write to standard output."""
+    monkeypatch.setattr(logging.root, "handlers", [])
 
 
 @pytest.fixture(scope="module")
