@@ -16,6 +16,7 @@ from utils.distributed import init_distributed
 
 dynamic, output = sys.argv[1] == "dyvm", sys.argv[2]
 distributed = init_distributed("cpu")
+sys.setswitchinterval(10)  # Python's lock seldom changes hands: a gloo thread that still needs it at the end aborts
 torch.manual_seed(0)
 sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=4, num_classes=5)
 teacher = VisionMamba(FAMILIES["vim"], **sizes).eval()

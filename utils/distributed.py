@@ -26,6 +26,7 @@ from .errors import UserError
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 JOIN_SECONDS = 300.0
 SILENCE_SECONDS = 40.0
+RELEASE_SECONDS = 0.2
 
 
 class Launch(NamedTuple):
@@ -123,6 +124,10 @@ class Distributed:
         if self.world_size > 1:
             self.barrier()
             self.watchdog.stop()
+            # A gloo thread lets go of a collective's tensor a moment after the collective, and takes Python's lock to
+            # do so. If Python is ending by then, that aborts the process: destroying the group waits for its threads,
+            # but not while a DDP module holds the group too.
+            time.sleep(RELEASE_SECONDS)
             dist.destroy_process_group()
 
 
