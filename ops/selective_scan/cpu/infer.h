@@ -4,55 +4,70 @@
 #include "convolution.h"
 #include "scan.h"
 
-// Columns of the projection, in vectors, and rows that are worked on at a time: their sums fill the registers.
-constexpr int kPanel = kRegisterStates == 16 ? 4 : 3;
+// Columns of the projection, in half vectors, and rows that are worked on at a time: their sums fill the registers.
+constexpr int kHalfLanes = kLanes / 2;
+constexpr int kPanel = kRegisterStates == 16 ? 8 : 6;
 constexpr int kSums = kRegisterStates == 16 ? 24 : 12;
 constexpr int64_t kProjectedRows = 48;  // of one thread at a time, where an image is shared out
 
-// out[r] = u[r] W for kRows rows and kVectors vectors of columns, of which `columns` exist.
-template <int kVectors, int kRows>
+typedef float HalfVec __attribute__((vector_size(4 * kHalfLanes)));
+typedef float UnalignedHalfVec __attribute__((vector_size(4 * kHalfLanes), aligned(4), may_alias));
+
+// out[r] = u[r] W for kRows rows and kHalves half vectors of columns, of which `columns` exist.
+template <int kHalves, int kRows>
 inline void project_rows(const Problem& p, const float* u, const float* weight, float* out, int64_t columns) {
-  Vec total[kRows][kVectors] = {};
+  constexpr int kVectors = kHalves / 2;
+  constexpr bool kHalf = kHalves % 2;
+  Vec total[kRows][kVectors + 1] = {};
+  HalfVec rest[kRows] = {};
   for (int64_t e = 0; e < p.channels; ++e, weight += p.padded_projections()) {
-    Vec w[kVectors];
+    Vec w[kVectors + 1];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
+    HalfVec half = {};
+    if (kHalf) half = *reinterpret_cast<const UnalignedHalfVec*>(weight + kVectors * kLanes);
 #pragma GCC unroll 24
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) total[r][v] += w[v] * u[r * p.padded + e];
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t exist = columns - v * kLanes;
-      store(out + r * p.projections() + v * kLanes, total[r][v], (int)std::min<int64_t>(kLanes, exist));
+      if (kHalf) rest[r] += half * u[r * p.padded + e];
     }
+  }
+  for (int r = 0; r < kRows; ++r, out += p.projections()) {
+    for (int v = 0; v < kVectors; ++v)
+      store(out + v * kLanes, total[r][v], (int)std::min<int64_t>(kLanes, columns - v * kLanes));
+    for (int64_t lane = 0; kHalf && lane < std::min<int64_t>(kHalfLanes, columns - kVectors * kLanes); ++lane)
+      out[kVectors * kLanes + lane] = rest[r][lane];
+  }
 }
 
 // A row's sums do not depend on the rows beside it, so that an image's result depends on neither batch nor threads.
-template <int kVectors>
+template <int kHalves>
 inline void project_panel(const Problem& p, const float* u, const float* weight, float* out, int64_t rows,
                           int64_t columns) {
-  constexpr int kRows = kSums / kVectors;
+  constexpr int kRows = kSums / ((kHalves + 1) / 2);
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows)
-    project_rows<kVectors, kRows>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+    project_rows<kHalves, kRows>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
   for (; row < rows; ++row)
-    project_rows<kVectors, 1>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+    project_rows<kHalves, 1>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+}
+
+// Calls f with the number of half vectors of a panel as a compile-time constant.
+template <int kHalves, class F>
+inline void for_panel(int64_t halves, F&& f) {
+  if constexpr (kHalves > 1)
+    if (halves < kHalves) return for_panel<kHalves - 1>(halves, f);
+  f(std::integral_constant<int, kHalves>());
 }
 
 // projected [rows, R + 2N] = u [rows, P] x_proj^T
 inline void project(const Problem& p, const float* u, const float* weight, float* projected, int64_t rows) {
-  for (int64_t column = 0; column < p.projections(); column += kPanel * kLanes) {
+  for (int64_t column = 0; column < p.projections(); column += kPanel * kHalfLanes) {
     const int64_t columns = p.projections() - column;
-    const float* w = weight + column;
-    float* out = projected + column;
-    switch (std::min<int64_t>(kPanel, (columns + kLanes - 1) / kLanes)) {
-      case 1: project_panel<1>(p, u, w, out, rows, columns); break;
-      case 2: project_panel<2>(p, u, w, out, rows, columns); break;
-      case 3: project_panel<3>(p, u, w, out, rows, columns); break;
-      default: project_panel<kPanel>(p, u, w, out, rows, columns);
-    }
+    for_panel<kPanel>((columns + kHalfLanes - 1) / kHalfLanes, [&](auto halves) {
+      project_panel<halves>(p, u, weight + column, projected + column, rows, columns);
+    });
   }
 }
 
