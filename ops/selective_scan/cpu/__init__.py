@@ -19,7 +19,6 @@ import threading
 from typing import NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +27,6 @@ from ops.linear import linear
 from ..reference import BranchParams
 from .build import BuildError, load_library
 
-_LOG2E = 1.4426950408889634
 _CONV_WIDTH = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,10 +35,17 @@ _library: Optional[ctypes.CDLL] = None
 _scratch = threading.local()
 
 
+class _Given(ctypes.Structure):
+    """Given of problem.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in BranchParams._fields]
+
+
 class _Direction(ctypes.Structure):
     """Direction of problem.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in (
+    _fields_ = [("given", _Given)]
+    _fields_ += [(name, ctypes.c_void_p) for name in (
         "start", "weights", "u", "projected", "checkpoints", "chunk", "projection", "grad_u", "grad_delta", "grad_BC",
         "grad_weights")]
 
@@ -107,16 +112,28 @@ def _visible(mask: Optional[Tensor], limit: Tensor) -> Tensor:
     return ((mask != 0) & (position <= limit.unsqueeze(1))).mul(position).amax(1)
 
 
-def _pack(params: BranchParams, padded: int) -> Tensor:
-    """The weights that the kernels read, channels last and padded with zeros; rows as problem.h has them."""
-    rows = torch.cat((params.conv_weight.t(), params.conv_bias[None], params.D[None], (params.A * _LOG2E).t(),
-                      params.dt_proj_bias[None], params.dt_proj_weight.t()))
-    return F.pad(rows, (0, padded - rows.shape[1]))
+def _pack(directions: tuple[Optional[BranchParams], ...], infer: bool) -> tuple[tuple[Optional[Tensor], ...], ...]:
+    """(weights, projections) of both directions as the kernels read them, see problem.h; projections to `infer` alone.
 
-
-def _pack_all(directions: tuple[Optional[BranchParams], ...]) -> tuple[Optional[Tensor], ...]:
-    lanes = _library.lanes()
-    return tuple(None if p is None else _pack(p, -(-p.D.shape[0] // lanes) * lanes) for p in directions)
+    The parameters are float32 and contiguous.
+    """
+    given = next(p for p in directions if p is not None)
+    channels, (states, rank), lanes = given.D.shape[0], _sizes(directions), _library.lanes()
+    padded, columns = -(-channels // lanes) * lanes, -(-(rank + 2 * states) // lanes) * lanes
+    problem = _Problem(channels=channels, padded=padded, states=states, rank=rank, threads=torch.get_num_threads())
+    weights, projections = [None, None], [None, None]
+    for which, params in enumerate(directions):
+        if params is None:
+            continue
+        direction = problem.direction[which]
+        direction.given = _Given(*map(_pointer, params))
+        weights[which] = given.D.new_empty(_CONV_WIDTH + 3 + states + rank, padded)
+        direction.weights = _pointer(weights[which])
+        if infer:
+            projections[which] = given.D.new_empty(channels, columns)
+            direction.projection = _pointer(projections[which])
+    _library.pack(ctypes.byref(problem))
+    return tuple(weights), tuple(projections)
 
 
 def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
@@ -203,10 +220,7 @@ def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
     """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the threads."""
     images, tokens, threads = *xz.shape[:2], torch.get_num_threads()
     (states, rank), out = _sizes(directions), xz.new_empty(images, tokens, xz.shape[2] // 2)
-    weights, columns = _pack_all(directions), rank + 2 * states
-    projections = tuple(None if params is None else
-                        F.pad(params.x_proj_weight.t(), (0, -columns % _library.lanes())).contiguous()
-                        for params in directions)
+    weights, projections = _pack(directions, infer=True)
     # Whole images to each thread is faster, unless threads would stand idle.
     by_image, nothing = images % threads == 0 or images >= 4 * threads, (None, None)
     u = projected = nothing
@@ -214,7 +228,7 @@ def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
         rows = extent.rows.tolist()
         u = tuple(None if weight is None else _scratch_rows(which, rows[which], weight.shape[1])
                   for which, weight in enumerate(weights))
-        projected = tuple(None if weight is None else xz.new_empty(rows[which], columns)
+        projected = tuple(None if weight is None else xz.new_empty(rows[which], rank + 2 * states)
                           for which, weight in enumerate(weights))
     problem = _problem(xz, mask, factor, states, rank, _Saved(extent, weights, u, projected, nothing))
     problem.out = _pointer(out)
@@ -300,7 +314,7 @@ class _BidirectionalSSM(torch.autograd.Function):
     def forward(ctx, xz, mask, factor, extent, *params):
         with torch.autocast("cpu", enabled=False):
             directions, out = _split(params), xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-            saved = _forward(xz, mask, factor, extent, directions, _pack_all(directions), out)
+            saved = _forward(xz, mask, factor, extent, directions, _pack(directions, infer=False)[0], out)
         ctx.save_for_backward(xz, mask, factor, *params, *saved.flatten())
         return out
 

@@ -1,6 +1,8 @@
 // Inference: the projection, and all passes in one for whole images. There a thread takes an image through convolution,
 // projection and scan of one direction after the other, so that u never leaves its cache.
 #pragma once
+#include <memory>
+
 #include "convolution.h"
 #include "scan.h"
 
@@ -72,11 +74,12 @@ inline void project(const Problem& p, const float* u, const float* weight, float
 }
 
 struct InferScratch {
-  std::vector<float> u, projected;  // of one image and one direction
+  std::unique_ptr<float[]> u, projected;  // of one image and one direction
   std::vector<Vec> state;           // [blocks, N]
   std::vector<Decays> decays[2];    // of each block
   explicit InferScratch(const Problem& p)
-      : u(p.tokens * p.padded), projected(p.tokens * p.projections()), state(p.blocks() * p.states) {
+      : u(new float[p.tokens * p.padded]), projected(new float[p.tokens * p.projections()]),
+        state(p.blocks() * p.states) {
     for (int which = 0; which < 2; ++which) {
       if (!p.direction[which].start) continue;
       decays[which].assign(p.blocks(), Decays(p.states));
@@ -96,8 +99,8 @@ inline void infer_image(const Problem& all, int64_t image, InferScratch& scratch
     if (!on[which]) continue;
     Direction& d = p.direction[which];
     d.start = &start;
-    d.u = scratch.u.data();
-    d.projected = scratch.projected.data();
+    d.u = scratch.u.get();
+    d.projected = scratch.projected.get();
     p.direction[1 - which].start = nullptr;
     for (int64_t begin = 0; begin < length; begin += kTile)
       for (int64_t block = 0; block < p.blocks(); ++block)

@@ -1,6 +1,7 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
 // In training PyTorch multiplies the matrices between them: projected = u x_proj^T, and the gradients' counterparts.
 #include "infer.h"
+#include "pack.h"
 
 namespace {
 
@@ -23,6 +24,13 @@ extern "C" {
 int64_t lanes() { return kLanes; }
 int64_t tile_steps() { return kTile; }
 int64_t problem_bytes() { return sizeof(Problem); }
+
+void pack(const Problem* p) {
+#pragma omp parallel for collapse(2) num_threads((int)p->threads)
+  for (int which = 0; which < 2; ++which)
+    for (int64_t block = 0; block < p->blocks(); ++block)
+      if (p->direction[which].weights) pack_block(*p, which, block);
+}
 
 void convolve(const Problem* p) {
   parallel_over(*p, p->blocks(), [] { return 0; }, [p](int64_t image, int64_t block, int) {

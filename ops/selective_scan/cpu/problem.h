@@ -14,14 +14,26 @@
 constexpr int kTile = 16;     // steps from one checkpoint of the state to the next
 constexpr int kConvWidth = 4;
 
+// The weights of one direction as PyTorch holds them.
+struct Given {
+  const float* conv_weight;     // [E, 4]
+  const float* conv_bias;       // [E]
+  const float* x_proj_weight;   // [R + 2N, E]
+  const float* dt_proj_weight;  // [E, R]
+  const float* dt_proj_bias;    // [E]
+  const float* A;               // [E, N]
+  const float* D;               // [E]
+};
+
 struct Direction {
+  Given given;           // read by pack() alone
   const int64_t* start;  // [B]; null: this direction is off for all images
-  const float* weights;  // [4 + 1 + 1 + N + 1 + R, P]: see the accessors of Problem
+  float* weights;        // [4 + 1 + 1 + N + 1 + R, P], from pack(): see the accessors of Problem
   float* u;              // [rows, P]
   float* projected;      // [rows, R + 2N]: low-rank step, B, C
   float* checkpoints;    // [chunks, P / W, N, W], state at the head of each tile; null when nothing is saved
   const int64_t* chunk;  // [B] first chunk of each image
-  const float* projection;  // [E, R + 2N rounded up to whole vectors], x_proj^T; only for inference
+  float* projection;     // [E, R + 2N rounded up to whole vectors], x_proj^T from pack(); only for inference
   // Written by the backward pass
   float* grad_u;        // [rows, P]
   float* grad_delta;    // [rows, P], with respect to the step before softplus
