@@ -56,6 +56,8 @@ fi''')
         return subprocess.Popen(
             ["bash", self.folder / "repository/scripts/setup.sh"], text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # a shell cannot undo that the tests themselves were started with SIGINT ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env=environment(PATH=f"{self.folder}/bin:{os.environ['PATH']}", XDG_CACHE_HOME=self.folder / "cache",
                             **variables))
 
