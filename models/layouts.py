@@ -67,7 +67,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     batch, count, width = tokens.shape
     # Whole rows of a flat table are copied several times faster than single elements are gathered.
     rows = index + torch.arange(batch, device=index.device).unsqueeze(1) * count
-    return tokens.reshape(batch * count, width).index_select(0, rows.flatten()).view(batch, -1, width)
+    return tokens.reshape(batch * count, width).index_select(0, rows.flatten()).view(batch, index.shape[1], width)
 
 
 def read(sequence: Tensor, positions: Positions) -> Tensor:

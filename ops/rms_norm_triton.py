@@ -117,8 +117,9 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx, grad_normed: Optional[Tensor], grad_stream: Optional[Tensor]):
         total, scale, weight = ctx.saved_tensors
         if grad_normed is None:
-            grad_hidden = None if ctx.hidden_dtype is None or grad_stream is None else grad_stream.to(ctx.hidden_dtype)
-            return grad_hidden, grad_stream, None, None, None
+            wanted = [grad_stream is not None and needed for needed in ctx.needs_input_grad[:2]]
+            return (grad_stream.to(ctx.hidden_dtype) if wanted[0] else None, grad_stream if wanted[1] else None,
+                    None, None, None)
         d, rows = total.shape[-1], scale.numel()
         grad_total = torch.empty_like(total) if ctx.needs_input_grad[1] else None
         grad_hidden = total.new_empty(total.shape, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[0] else None

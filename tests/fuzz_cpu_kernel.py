@@ -32,6 +32,16 @@ def random_params(channels: int, states: int, rank: int) -> BranchParams:
                         -torch.exp(torch.randn(channels, states)), torch.randn(channels))
 
 
+def in_other_form(params: BranchParams, draw: random.Random) -> BranchParams:
+    """The same weights, some of them strided or in bfloat16."""
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        form = draw.choice(["as it is", "strided", "bfloat16"])
+        if form == "strided":
+            return torch.stack((tensor, tensor + 1), -1)[..., 0]
+        return tensor.bfloat16() if form == "bfloat16" else tensor
+    return BranchParams(*map(other, params))
+
+
 def random_call(draw: random.Random, counts: dict[str, int]) -> None:
     """One call of ssm_branch or bidirectional_ssm, with what it drew counted."""
     images, tokens = draw.randint(0, 5), draw.choice([0, 1, 2, 3, 4, 15, 16, 17, 31, 33, draw.randint(1, 70)])
@@ -39,7 +49,7 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
     sizes = (channels, states, draw.randint(1, 9))
     dtype = draw.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
     flags = {name: draw.random() < 0.5 for name in
-             ("backward", "both directions", "mask", "active", "lengths", "gates", "strided", "reverse")}
+             ("backward", "both directions", "mask", "active", "lengths", "gates", "strided", "reverse", "weights")}
     flags["gates"] &= flags["both directions"]
     flags["reverse"] &= not flags["both directions"]
     xz = torch.randn(images, tokens, 2 * channels)
@@ -56,12 +66,15 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
         options["lengths"] = torch.randint(0, tokens + 1, (images,), dtype=draw.choice([torch.int32, torch.int64]))
     if flags["active"]:
         options["active"] = torch.rand(images, *((2,) if flags["both directions"] else ())) < 0.6
+    params = [random_params(*sizes) for _ in range(1 + flags["both directions"])]
+    if flags["weights"]:
+        params = [in_other_form(branch, draw) for branch in params]
     if flags["both directions"]:
         if flags["gates"]:
             options["gates"] = torch.rand(images, 2).round().requires_grad_(flags["backward"])
-        y = bidirectional_ssm(xz, random_params(*sizes), random_params(*sizes), **options)
+        y = bidirectional_ssm(xz, *params, **options)
     else:
-        y = ssm_branch(xz, random_params(*sizes), reverse=flags["reverse"], **options)
+        y = ssm_branch(xz, *params, reverse=flags["reverse"], **options)
     assert y.shape == (images, tokens, channels) and y.isfinite().all()
     if flags["backward"]:
         weights = torch.randn_like(y)
@@ -69,6 +82,7 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
             weights = weights * prefix.unsqueeze(-1).to(dtype)
         y.backward(weights)
         assert xz.grad.isfinite().all()
+    flags["weights strided or bfloat16"] = flags.pop("weights")
     for name, value in {**flags, str(dtype): True, "no rows": xz.numel() == 0}.items():
         counts[name] = counts.get(name, 0) + value
 

@@ -220,6 +220,11 @@ def test_forward_is_the_same_alone_and_in_a_batch():
                                atol=1e-5, rtol=1e-5)
 
 
+def test_no_images():
+    result = small("vim", dynamic=True).eval()(torch.randn(0, 3, 32, 32))
+    assert result.logits.shape == (0, 7) and [kept.shape for kept in result.kept] == [(0, 11), (0, 6)]
+
+
 def test_bf16_autocast_trains_without_nan():
     model = small("vim", dynamic=True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

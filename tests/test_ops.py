@@ -189,6 +189,15 @@ def test_no_images_or_no_tokens(backend, images, tokens):
     assert all(p.grad is None or not p.grad.any() for p in params)
 
 
+def test_no_channels(backend):
+    xz = torch.randn(2, 5, 0, device=backend, requires_grad=True)
+    params = BranchParams(*(torch.zeros(shape, device=backend, requires_grad=True) for shape in
+                            ((0, 4), (0,), (9, 0), (0, 1), (0,), (0, 4), (0,))))
+    y = bidirectional_ssm(xz, params, params)
+    y.sum().backward()
+    assert y.shape == (2, 5, 0) and xz.grad.shape == xz.shape
+
+
 @pytest.mark.parametrize("half", ["x", "z"])
 def test_nan_in_nan_out(backend, half):
     xz = torch.randn(2, 40, 48, device=backend)

@@ -12,6 +12,14 @@ from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ss
     ({"xz": torch.zeros(2, 16)}, "xz must be"),
     ({"xz": torch.zeros(2, 5, 16, dtype=torch.int64)}, "xz must be"),
     ({"xz": torch.zeros(2, 5, 18)}, "2E = 16"),
+    ({"xz": None}, "xz must be a floating-point tensor .* not NoneType"),
+    ({"params": {"A": torch.zeros(8)}}, r"A must be a matrix, not torch.float32 \[8\]"),
+    ({"params": {"conv_weight": torch.tensor(1.0)}}, "conv_weight must be a matrix"),
+    ({"params": {"conv_bias": None}}, "conv_bias must be a floating-point tensor, not NoneType"),
+    ({"params": {"A": torch.zeros(8, 4, dtype=torch.int64)}}, "A must be a floating-point tensor, not torch.int64"),
+    ({"params": {"D": torch.zeros(8, dtype=torch.complex64)}}, "D must be a floating-point tensor"),
+    ({"mask": torch.ones(2, 5, dtype=torch.complex64)}, "mask must be a tensor of real numbers"),
+    ({"lengths": [3, 5]}, "lengths must be a tensor of real numbers, not list"),
     ({"mask": torch.ones(2, 4)}, r"mask must have shape \[2, 5\]"),
     ({"active": torch.ones(3, dtype=torch.bool)}, r"active must have shape \[2\]"),
     ({"lengths": torch.ones(2)}, "lengths must be integers"),
@@ -35,6 +43,8 @@ def test_directions_that_disagree():
         bidirectional_ssm(xz, params, other)
     with pytest.raises(ValueError, match=r"gates must have shape \[2, 2\]"):
         bidirectional_ssm(xz, params, params, gates=torch.ones(2))
+    with pytest.raises(ValueError, match="gates must be a tensor of real numbers, not list"):
+        bidirectional_ssm(xz, params, params, gates=[[1, 1], [1, 1]])
 
 
 @pytest.mark.parametrize("name, dtype, width, message", [

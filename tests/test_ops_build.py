@@ -1,7 +1,9 @@
 """The build of the CPU backend: once, in a cache, and a clear word where it fails."""
 
+import ctypes
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 from scan_helpers import params_of
 
 from ops import selective_scan
-from ops.selective_scan import BackendError, BranchParams, ssm_branch
+from ops.selective_scan import BackendError, BranchParams, cpu, ssm_branch
 from ops.selective_scan.cpu import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +58,56 @@ def test_failing_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(build.BuildError, match="exit code 3: fatal error: out of ideas"):
         build.library_path()
+
+
+def test_compiler_that_is_no_program(monkeypatch, tmp_path):
+    (tmp_path / "text").write_text("nothing to run")
+    (tmp_path / "text").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "text"))
+    with pytest.raises(build.BuildError, match="Exec format error"):
+        build.library_path()
+
+
+def test_compiler_of_several_words(monkeypatch, tmp_path):
+    needs_compiler()
+    monkeypatch.setenv("CXX", f"env {os.environ.get('CXX', 'g++')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.library_path(("-O0",)).exists()
+
+
+def test_library_that_cannot_be_loaded_is_built_anew():
+    """In its own process: a library that is loaded stays so."""
+    needs_compiler()
+    code = ("import torch\nfrom ops.selective_scan.cpu import build\n"
+            "path = build.library_path(('-O1',))\npath.write_text('cut off')\n"
+            "build.library_path = lambda original=build.library_path: original(('-O1',))\n"
+            "print(build.load_library().tile_steps())")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 0
+    assert "cannot be loaded and is built anew" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-march=x86-64",)])
+def test_smaller_instruction_sets(monkeypatch, flags):
+    """The kernels as other processors build them, against the definition: numbers, gradients, and NaNs of any kind."""
+    needs_compiler()
+    params = BranchParams(*(p.float().requires_grad_() for p in params_of(21, 5, 3)))
+    xz = torch.randn(2, 19, 42, requires_grad=True)
+    monkeypatch.setenv("DYVM_BACKEND", "reference")
+    expected = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
+    monkeypatch.setenv("DYVM_BACKEND", "cpu")
+    ssm_branch(xz, params)  # loads the library that is replaced now
+    monkeypatch.setattr(cpu, "_library", ctypes.CDLL(str(build.library_path(flags))))
+    actual = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
+    for name, a, e in zip(("xz", *BranchParams._fields), actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
+    for bits in (0x7fc00000, 0xffc00000, 0x7fc00001, 0xffffffff, 0x7f812345):
+        A = params.A.detach().clone()
+        A.view(torch.int32)[3] = torch.tensor(bits, dtype=torch.int64).to(torch.int32)
+        with torch.no_grad():
+            y = ssm_branch(xz, params._replace(A=A))
+        assert y[..., 3].isnan().all() and y[..., 4].isfinite().all(), hex(bits)
 
 
 def test_cache_that_cannot_be_written(monkeypatch, tmp_path):

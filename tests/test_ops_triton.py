@@ -108,11 +108,12 @@ def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
 @kernel
 @pytest.mark.parametrize("reverse", [False, True])
 def test_kernel_one_direction(reverse, poisoned, monkeypatch):
-    """Images that are off, lengths of zero and beyond L; xz that is not contiguous."""
+    """Images that are off, lengths of zero and beyond L; xz and lengths that are not contiguous."""
     torch.manual_seed(0)
     B, L, E = 4, 5, 24
     active = torch.tensor([1, 0, 1, 1], device=DEVICE)
     lengths = torch.tensor([3, 5, 0, 9], device=DEVICE, dtype=torch.int32)
+    lengths = torch.stack((lengths, lengths - 2), 1)[:, 0]
     inputs = {"xz": draw(B, 2 * E, L).mT, "params": draw_params(E, 16, 4), "mask": torch.rand(B, L, device=DEVICE)}
     compare(lambda **given: ssm_branch(**given, reverse=reverse, active=active, lengths=lengths), inputs, 5e-6,
             monkeypatch)
@@ -176,6 +177,28 @@ def test_kernel_add_rms_norm(hidden, residual, poisoned):
     for value, correct in zip(fast, plain, strict=True):
         if value is not None:
             assert error(value.grad, correct.grad) < (4e-3 if value.dtype == torch.bfloat16 else 1e-6)
+
+
+@kernel
+@pytest.mark.parametrize("wanted", [(True, False), (True, True)])
+def test_kernel_add_rms_norm_only_the_sum_has_a_gradient(wanted):
+    """And the residual stream may want none, as behind frozen blocks."""
+    from ops.rms_norm_triton import add_rms_norm
+    hidden, residual = (draw(2, 3, 40).requires_grad_(w) for w in wanted)
+    _, total = add_rms_norm(hidden, residual, draw(40), 1e-5, torch.float32)
+    grad = draw(2, 3, 40)
+    total.backward(grad)
+    assert torch.equal(hidden.grad, grad)
+    assert torch.equal(residual.grad, grad) if wanted[1] else residual.grad is None
+
+
+@kernel
+def test_kernel_add_rms_norm_first_block():
+    """No residual yet, and only the sum has a gradient."""
+    from ops.rms_norm_triton import add_rms_norm
+    hidden, grad = draw(2, 3, 40).requires_grad_(), draw(2, 3, 40)
+    add_rms_norm(hidden, None, draw(40), 1e-5, torch.float32)[1].backward(grad)
+    assert torch.equal(hidden.grad, grad)
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernel tests run in this process")

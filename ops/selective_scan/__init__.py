@@ -90,11 +90,24 @@ def backend_for(xz: Tensor, params: BranchParams) -> str:
     return chosen
 
 
+def _describe(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Optional[Tensor],
-           lengths: Optional[Tensor], active_shape: tuple) -> None:
-    """One clear line for arguments that disagree; shapes, dtypes and devices only, so the host never waits."""
-    if xz.dim() != 3 or not xz.is_floating_point():
-        raise ValueError(f"xz must be a floating-point tensor [B, L, 2E], not {xz.dtype} {list(xz.shape)}")
+           lengths: Optional[Tensor], directions: tuple[int, ...]) -> None:
+    """One clear line for arguments that disagree; shapes, dtypes and devices only, so the host never waits.
+
+    `active` has shape [B, *directions].
+    """
+    if not isinstance(xz, Tensor) or xz.dim() != 3 or not xz.is_floating_point():
+        raise ValueError(f"xz must be a floating-point tensor [B, L, 2E], not {_describe(xz)}")
+    for name, tensor in zip(BranchParams._fields, params, strict=True):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, not {_describe(tensor)}")
+    for name in ("conv_weight", "dt_proj_weight", "A"):
+        if getattr(params, name).dim() != 2:
+            raise ValueError(f"{name} must be a matrix, not {_describe(getattr(params, name))}")
     channels, states = params.A.shape
     rank = params.dt_proj_weight.shape[1]
     wanted = BranchParams((channels, params.conv_weight.shape[-1]), (channels,), (rank + 2 * states, channels),
@@ -106,10 +119,12 @@ def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Opt
             raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
         if tensor.device != xz.device:
             raise ValueError(f"{name} is on {tensor.device}, xz on {xz.device}")
-    for name, tensor, shape in (("mask", mask, tuple(xz.shape[:2])), ("active", active, active_shape),
+    for name, tensor, shape in (("mask", mask, tuple(xz.shape[:2])), ("active", active, (xz.shape[0], *directions)),
                                 ("lengths", lengths, (xz.shape[0],))):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
+            raise ValueError(f"{name} must be a tensor of real numbers, not {_describe(tensor)}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
         if tensor.device != xz.device:
@@ -138,7 +153,7 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
         ValueError: shapes, dtypes or devices disagree.
         BackendError: see `backend_for`.
     """
-    _check(xz, params, mask, active, lengths, (xz.shape[0],))
+    _check(xz, params, mask, active, lengths, ())
     backend, _ = _load(backend_for(xz, params))
     return backend.ssm_branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
 
@@ -156,11 +171,13 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
     Returns:
         y [B, L, E] in the dtype of xz. Raises as `ssm_branch`.
     """
-    _check(xz, forward, mask, active, lengths, (xz.shape[0], 2))
+    _check(xz, forward, mask, active, lengths, (2,))
     _check(xz, backward, None, None, None, ())
     for name, one, other in zip(BranchParams._fields, forward, backward, strict=True):
         if one.shape != other.shape:
             raise ValueError(f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward")
+    if gates is not None and (not isinstance(gates, Tensor) or gates.is_complex()):
+        raise ValueError(f"gates must be a tensor of real numbers, not {_describe(gates)}")
     if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     if gates is not None and gates.device != xz.device:

@@ -95,6 +95,7 @@ def _run(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Tensor
     xz = xz if xz.stride(2) == 1 else xz.contiguous()
     mask = None if mask is None else mask.contiguous()
     gates = None if gates is None else gates.contiguous()
+    call = call._replace(lengths=None if call.lengths is None else call.lengths.contiguous())
     tensors = (xz, mask, gates, *(tensor for branch in params for tensor in branch))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _SelectiveScan.apply(call, *tensors)

@@ -66,7 +66,7 @@ def available() -> Optional[str]:
     try:
         _library = load_library()
     except BuildError as error:
-        _logger.warning("the CPU kernels are not available, slower ones are used: %s", error)
+        _logger.warning("the CPU kernels are not available: %s", error)
         return str(error)
     if _library.problem_bytes() != ctypes.sizeof(_Problem):
         raise AssertionError("problem.h and its ctypes mirror disagree")
@@ -108,7 +108,7 @@ def _visible(mask: Optional[Tensor], limit: Tensor) -> Tensor:
     """[B] tokens up to the last one, within `limit`, whose mask is not zero."""
     if mask is None or mask.shape[1] == 0:
         return limit
-    position = torch.arange(1, mask.shape[1] + 1)
+    position = torch.arange(1, mask.shape[1] + 1, device="cpu")
     return ((mask != 0) & (position <= limit.unsqueeze(1))).mul(position).amax(1)
 
 
@@ -142,7 +142,7 @@ def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
     name, size = f"u{which}", rows * padded
     held = getattr(_scratch, name, None)
     if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.float32)
+        held = torch.empty(size, dtype=torch.float32, device="cpu")
         setattr(_scratch, name, held)
     return held[:size].view(rows, padded)
 
@@ -251,8 +251,9 @@ class _Gradients(NamedTuple):
     @classmethod
     def empty(cls, images: int, rows: int, padded: int, states: int, groups: int) -> "_Gradients":
         sizes = (rows, padded), (rows, padded), (groups, rows, 2 * states)
-        return cls(*(torch.empty(size, dtype=torch.float32) for size in sizes),
-                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded, dtype=torch.float32))
+        kind = {"dtype": torch.float32, "device": "cpu"}
+        return cls(*(torch.empty(size, **kind) for size in sizes),
+                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded, **kind))
 
 
 def _projection_gradients(grads: _Gradients, u: Tensor, projected: Tensor,
@@ -282,7 +283,7 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
         problem.grad_out = _pointer(grad_out)
     blocks = problem.padded // _library.lanes()
     # enough tasks for all threads when there are few images
-    problem.groups = min(blocks, -(-4 * problem.threads // max(images, 1)))
+    problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(images, 1))))
     grad_xz = torch.empty_like(xz)
     grad_mask, grad_factor = xz.new_empty(blocks, images, tokens), xz.new_zeros(blocks, images, 2)
     problem.grad_xz, problem.grad_mask, problem.grad_factor = map(_pointer, (grad_xz, grad_mask, grad_factor))
@@ -339,11 +340,11 @@ def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optio
          on: Tensor, lengths: Optional[Tensor], scale: float) -> Tensor:
     """The general form of both public functions; on [2, B] bool."""
     dtype, (images, tokens, _) = xz.dtype, xz.shape
-    limit = torch.full((images,), tokens) if lengths is None else lengths.long().clamp(0, tokens)
+    limit = on.new_full((images,), tokens, dtype=torch.int64) if lengths is None else lengths.long().clamp(0, tokens)
     extent = _extent(on, limit, _visible(mask, limit))
     # casts in sight of autograd, which casts the gradients back
-    tensors = [xz, torch.ones(images, tokens) if mask is None else mask,
-               torch.full((images, 2), scale) if gates is None else gates.float() * scale]
+    tensors = [xz, on.new_ones((images, tokens), dtype=torch.float32) if mask is None else mask,
+               on.new_full((images, 2), scale, dtype=torch.float32) if gates is None else gates.float() * scale]
     for params in directions:
         tensors += [None] * len(BranchParams._fields) if params is None else params
     tensors = [None if t is None else t.float().contiguous() for t in tensors]
@@ -358,7 +359,7 @@ def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optio
 def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
                active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
-    on = torch.zeros(2, xz.shape[0], dtype=torch.bool)
+    on = xz.new_zeros(2, xz.shape[0], dtype=torch.bool)
     on[int(reverse)] = True if active is None else active.bool()
     return _run(xz, (None, params) if reverse else (params, None), mask, None, on, lengths, 1.0)
 
@@ -367,5 +368,5 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
                       gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
                       lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
     """Both directions, gated and summed; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
-    on = torch.ones(2, xz.shape[0], dtype=torch.bool) if active is None else active.t().bool()
+    on = xz.new_ones(2, xz.shape[0], dtype=torch.bool) if active is None else active.t().bool()
     return _run(xz, (forward, backward), mask, gates, on, lengths, scale)

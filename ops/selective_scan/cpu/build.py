@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,12 +21,13 @@ class BuildError(RuntimeError):
     """The kernels cannot be built or loaded here; the message is one line."""
 
 
-def _compiler() -> str:
-    name = os.environ.get("CXX", "g++")
-    path = shutil.which(name)
+def _compiler() -> list[str]:
+    """The command, which may have several words (`CXX="ccache g++"`)."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    path = shutil.which(command[0])
     if path is None:
-        raise BuildError(f"no C++ compiler: '{name}' is not on PATH")
-    return path
+        raise BuildError(f"no C++ compiler: '{command[0]}' is not on PATH")
+    return [path, *command[1:]]
 
 
 def _run(command: list[str]) -> str:
@@ -37,10 +39,10 @@ def _run(command: list[str]) -> str:
     return result.stderr
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """Names the result: sources, flags, and what the compiler says of itself and of this CPU (-march=native, -v)."""
     digest = hashlib.sha256(" ".join(flags).encode())
-    digest.update(_run([compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode())
+    digest.update(_run([*compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode())
     for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
@@ -68,9 +70,14 @@ def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
     Raises:
         BuildError: no compiler, a failing one, or no folder to write to.
     """
-    compiler, flags = _compiler(), _FLAGS + extra_flags
-    folder = _cache_folder()
-    path = folder / f"selective_scan-{_key(compiler, flags)}.so"
+    try:
+        return _built(_compiler(), _FLAGS + extra_flags)
+    except OSError as error:  # a compiler that is no program, a full disk, a file system without locks
+        raise BuildError(f"cannot build: {error}") from error
+
+
+def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
+    path = _cache_folder() / f"selective_scan-{_key(compiler, flags)}.so"
     if path.exists():
         return path
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -79,7 +86,7 @@ def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
             _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
-                _run([compiler, *flags, str(_SOURCE), "-o", str(unfinished)])
+                _run([*compiler, *flags, str(_SOURCE), "-o", str(unfinished)])
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
@@ -91,5 +98,10 @@ def load_library() -> ctypes.CDLL:
     path = library_path()
     try:
         return ctypes.CDLL(str(path))
+    except OSError as error:
+        _logger.warning("%s cannot be loaded and is built anew: %s", path, error)
+    try:
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(library_path()))
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error

@@ -74,12 +74,13 @@ inline void project_steps(const Tile& tile, Vec* delta) {
 template <bool kDerivative>
 inline void compute_steps(const Tile& tile, Steps& steps) {
   project_steps(tile, steps.delta);
-  IntVec largest = {};  // steps are not negative: their bits are in order, and a NaN is above them all
+  IntVec largest = {};  // of the bits: those of steps, which are not negative, are in order, a NaN is above them all
   for (int t = 0; t < tile.steps; ++t) {
     const Vec delta = softplus(steps.delta[t], kDerivative ? &steps.derivative[t] : nullptr);
     steps.delta[t] = delta;
     steps.input[t] = delta * tile.u(t);
-    largest = (IntVec)delta > largest ? (IntVec)delta : largest;
+    const IntVec bits = (IntVec)absolute(delta);  // a NaN may have a sign
+    largest = bits > largest ? bits : largest;
   }
   steps.largest = max((Vec)largest);
 }
@@ -126,7 +127,7 @@ struct Decays {
     Vec largest = {};
     for (int64_t s = 0; s < p.states; ++s) {
       A[s] = load(p.weight(which, p.A(s), block));
-      largest = absolute(A[s]) <= largest ? largest : absolute(A[s]);
+      largest = larger(largest, absolute(A[s]));
     }
     step_limit = kExp2Range / max(largest);
   }

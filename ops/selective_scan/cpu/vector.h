@@ -45,14 +45,17 @@ inline float sum(Vec v) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
+// The larger of two numbers, or a NaN where either is one.
+inline float larger(float a, float b) { return a != a || b <= a ? a : b; }
+inline Vec larger(Vec a, Vec b) { return (a != a) | (b <= a) ? a : b; }
 inline float max(Vec v) {
   float lane[kLanes];
   store(lane, v);
   for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i + half] <= lane[i] ? lane[i] : lane[i + half];  // keeps a NaN
+    for (int i = 0; i < half; ++i) lane[i] = larger(lane[i], lane[i + half]);
   return lane[0];
 }
-// A NaN in x comes out as a NaN.
+// A NaN in x comes out as a NaN, here and in what follows unless said otherwise.
 #if defined(__AVX512F__)
 inline Vec at_least(Vec x, float low) { return (Vec)_mm512_max_ps((__m512)splat(low), (__m512)x); }
 inline Vec at_most(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)splat(high), (__m512)x); }
@@ -66,8 +69,8 @@ constexpr float kLog2E = 1.44269504088896f;
 constexpr float kLn2 = 0.693147180559945f;
 constexpr float kExp2Range = 126.f;
 
-// 2^x for |x| <= 126, relative error below 5e-7 (AVX-512) or 2e-7. Adding 1.5 * 2^23 (or 2^18) rounds x to an integer
-// (or a multiple of 1/32), which then stands in the lowest bits of the sum.
+// 2^x for |x| <= 126, undefined for a NaN, relative error below 5e-7 (AVX-512) or 2e-7. Adding 1.5 * 2^23 (or 2^18)
+// rounds x to an integer (or a multiple of 1/32), which then stands in the lowest bits of the sum.
 #if defined(__AVX512F__)
 // With f = x - k/32, at most 1/64, 2^f is a parabola to within 2e-7, and any parabola is G ((f + a)^2 + b): one fused
 // operation once f + a is known. The vertex, 1.4427 for the best parabola, is moved to a = 46/32, so that f + a comes
@@ -103,7 +106,14 @@ inline Vec exp2_in_range(Vec x) {
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 #endif
-inline Vec exp2_clamped(Vec x) { return exp2_in_range(at_most(at_least(x, -kExp2Range), kExp2Range)); }
+inline Vec exp2_clamped(Vec x) {
+  Vec y = exp2_in_range(at_most(at_least(x, -kExp2Range), kExp2Range));
+#if defined(__AVX512F__)
+  return y;
+#else
+  return x == x ? y : x;  // the sum of integers can make a number of a NaN
+#endif
+}
 
 inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp2_clamped(x * -kLog2E)); }
 inline Vec silu(Vec x) { return x / (1.f + exp2_clamped(x * -kLog2E)); }
