@@ -78,7 +78,7 @@ def test_recorded_cases(name, backend, monkeypatch):
         close(parameters[key].grad, expected, GRADIENTS, key)
 
 
-STEPS, BATCH, WINDOW = 200, 32, 100
+STEPS, BATCH, WINDOW = 200, 32, 20
 SMALL = dict(img_size=16, patch_size=4, embed_dim=32, depth=4, num_classes=10)
 
 
