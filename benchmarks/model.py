@@ -4,14 +4,14 @@
     python benchmarks/model.py --device cuda --precision bf16 --models S --batch 1 16 64 256
 
 DyVM keeps 70 % of its tokens a stage and runs 80 % of its scans; the routers are set so that the choice differs between
-images. Every model's logits are compared with the float32 definition in the same run; one that is wrong gets no speed,
-and the command fails. On a GPU every model also runs in a CUDA graph, and Vim on the mamba_ssm backend where it is
-installed. Samples are taken in turn and redone while other processes are busy. The gain of DyVM over the dense model is
-shown beside the gain in operations (`exact` convention, at the gates of this very batch), and the share of it reached.
+images. On a GPU every model also runs in a CUDA graph, and Vim on the mamba_ssm backend where it is installed. The
+logits of everything that is timed are compared on the very batch: our models with the float32 definition, compiled
+forms and graphs with the eager one; what is wrong gets no speed, and the command fails. Samples are taken in turn and
+redone while other processes are busy. The gain of DyVM over the dense model is shown beside the gain in operations
+(`exact` convention, at the gates of this very batch), and the share of it reached.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,48 +27,49 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  (registers them)
-from benchmarks import checking, timing
-from benchmarks.ops import PRECISIONS
+import options
+from benchmarks import arguments, checking, hotspots, timing
+from benchmarks.arguments import PRECISIONS
+from benchmarks.checking import CHECKED
+from benchmarks.memory import mebibytes, peak_memory
 from evaluation import device_name
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
 from utils.environment import describe_environment
+from utils.errors import UserError, run_main
+from utils.files import write_json
 
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
 TOKEN_KEEP, BLOCK_KEEP = 0.7, 0.8
 CALIBRATION = 20  # images on which the routers are set
-CHECKED = 2  # images compared with the definition
 # Largest error of the logits, of their largest: 24 blocks of float32 sums; otherwise roundings of 2^-8 and 2^-11.
 TOLERANCES = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 2e-2}
-Call = Callable[[], object]
+Forward = Callable[[Tensor], Any]  # images [B, 3, H, W] -> logits [B, classes], or a Result that has them
 
 
-def parse_common(parser: argparse.ArgumentParser, seconds: float) -> argparse.Namespace:
-    """Parse with the flags that all benchmarks of models have; `seconds` is the default time of sampling."""
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
-    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
-    parser.add_argument("--seconds", type=float, default=seconds, help="of sampling for each table")
-    parser.add_argument("--retries", type=int, default=10, help="disturbed samples to redo, for each contender")
-    parser.add_argument("--output", type=Path, help="write the record as JSON, after every table")
-    args = parser.parse_args()
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return args
+def image_size(text: str) -> int:
+    """A positive multiple of the patches' 16 pixels."""
+    size = options.positive(text)
+    if size % 16:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 16, the size of a patch")
+    return size
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments.build_parser("model.py", __doc__)
     parser.add_argument("--models", nargs="+", default=["S", "T"], choices=SIZES, help="sizes")
-    parser.add_argument("--batch", nargs="+", type=int, help="default: 1 16 64 256 on a GPU, else 16")
-    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch", nargs="+", type=options.positive, help="default: 1 16 64 256 on a GPU, else 16")
+    parser.add_argument("--img-size", type=image_size, default=224)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="DeiT compiled too (default: on a GPU)")
-    args = parse_common(parser, seconds=20.0)
+    arguments.add_profile(parser)
+    arguments.add_precision(parser)
+    arguments.add_seconds(parser, 20.0)
+    arguments.add_retries(parser, 10)
+    args = arguments.parse(parser)
     on_gpu = args.device == "cuda"
+    arguments.check_profile(args)
     args.batch = args.batch or ([1, 16, 64, 256] if on_gpu else [16])
     args.compile = on_gpu if args.compile is None else args.compile
     return args
@@ -118,96 +119,141 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     return found
 
 
-def precision(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, dtype=PRECISIONS[args.precision], enabled=args.precision != "fp32")
-
-
 def forward(model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: Optional[str], images: Tensor) -> Any:
-    with checking.backend(chosen), precision(args):
+    with checking.backend(chosen), arguments.autocast(args):
         return model(images)
 
 
-def contenders(found: dict[str, nn.Module], size: str, images: Tensor, chosen: str,
-               args: argparse.Namespace) -> dict[str, Call]:
-    """Name -> forward pass of `images`, of those that run here."""
-    functions = {name: partial(forward, model, args, chosen) for name, model in found.items()}
-    if args.compile:
-        compiled = torch.compile(found[f"DeiT-{size}"], dynamic=False)
-        functions[f"DeiT-{size}, compiled"] = partial(forward, compiled, args, None)
+def logits_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class Selection:
+    """Contenders for one batch of images: those whose logits are right go on to be timed, the others are told."""
+
+    def __init__(self, images: Tensor, tolerance: float):
+        self.images, self.tolerance = images, tolerance
+        self.functions: dict[str, Forward] = {}
+        self.errors: dict[str, float] = {}
+
+    def offer(self, name: str, function: Forward, error: Callable[[], float]) -> None:
+        self.errors[name] = error()
+        if self.errors[name] <= self.tolerance:
+            self.functions[name] = function
+        else:
+            print(f"no speed: the logits of {name} at batch {len(self.images)} are wrong by {self.errors[name]:.1e}, "
+                  f"allowed is {self.tolerance}", file=sys.stderr)
+
+    def offer_variant(self, name: str, variant: str, make: Callable[[Forward], Forward]) -> None:
+        """Offer another form of a contender that is right; it must give the same logits. Left out where it fails."""
+        function = self.functions[name]
+        try:
+            made = make(function)
+            self.offer(f"{name}, {variant}", made, lambda: checking.relative_error(
+                logits_of(made(self.images)), logits_of(function(self.images))))
+        except RuntimeError as error:
+            print(f"left out: {name}, {variant} ({str(error).splitlines()[0]})", file=sys.stderr)
+
+    @property
+    def wrong(self) -> list[str]:
+        return [name for name in self.errors if name not in self.functions]
+
+
+def select(found: dict[str, nn.Module], size: str, images: Tensor, chosen: str, args: argparse.Namespace) -> Selection:
+    """Everything that runs here and computes what it should, on the very batch that is timed.
+
+    Our models are compared with the float32 definition, DeiT with itself in float32, other forms with the eager one.
+    """
+    selection = Selection(images, TOLERANCES[args.precision])
+
+    def offer_ours(name: str, model: nn.Module, backend: str) -> None:
+        selection.offer(name, partial(forward, model, args, backend),
+                        lambda: checking.logits_error(model, images, backend, arguments.autocast(args)))
+
+    deit = found[f"DeiT-{size}"]
+    function = partial(forward, deit, args, None)
+    selection.offer(f"DeiT-{size}", function,
+                    lambda: checking.relative_error(function(images)[:CHECKED], deit(images[:CHECKED])))
+    for name in (f"Vim-{size}", f"DyVM-{size}"):
+        offer_ours(name, found[name], chosen)
+    if chosen != "mamba_ssm" and selective_scan.runs_on("mamba_ssm", args.device):
+        offer_ours(f"Vim-{size}, mamba_ssm", found[f"Vim-{size}"], "mamba_ssm")
+    if args.compile and f"DeiT-{size}" in selection.functions:
+        selection.offer_variant(f"DeiT-{size}", "compiled",
+                                lambda _: partial(forward, torch.compile(deit, dynamic=False), args, None))
     if args.device == "cuda":
-        if chosen != "mamba_ssm" and selective_scan.runs_on("mamba_ssm", args.device):
-            functions[f"Vim-{size}, mamba_ssm"] = partial(forward, found[f"Vim-{size}"], args, "mamba_ssm")
-        for name in list(functions):
-            functions[name](images)  # what tunes or compiles itself does so outside the graph
-            try:
-                functions[f"{name}, graph"] = _captured(functions[name], images)
-            except RuntimeError as error:
-                print(f"left out: {name} in a CUDA graph ({str(error).splitlines()[0]})", file=sys.stderr)
-    return {name: partial(function, images) for name, function in functions.items()}
+        for name in list(selection.functions):
+            selection.offer_variant(name, "graph", partial(captured, images))
+    return selection
 
 
-def _captured(function: Callable[[Tensor], Any], images: Tensor) -> Callable[[Tensor], object]:
+def captured(images: Tensor, function: Forward) -> Forward:
+    """`function` of these very images in a CUDA graph."""
+    function(images)  # what tunes or compiles itself does so outside the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function(images)
-    return lambda images: graph.replay()
+        output = function(images)
 
+    def replay(images: Tensor) -> Any:
+        graph.replay()
+        return output
 
-def peak_memory(call: Call) -> int:
-    """Bytes that a call needs beyond what is there before it, on the GPU."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() - before
+    return replay
 
 
 def measure(found: dict[str, nn.Module], size: str, batch: int, chosen: str, args: argparse.Namespace) -> dict:
-    """One table: {"models": {name: speeds}, "gates", "flops_ratio", "speed_ratio", "share"}."""
+    """One table: {"models": {name: speeds}, "errors", and what `dynamic_gain` tells}; only models that are right."""
     images = random_images(batch, args.img_size, args.device)
     with torch.inference_mode():
-        calls = contenders(found, size, images, chosen, args)
+        selection = select(found, size, images, chosen, args)
+        calls = {name: partial(function, images) for name, function in selection.functions.items()}
         for call in calls.values():
             call()
-        memory = {name: peak_memory(call) for name, call in calls.items()
-                  if args.device == "cuda" and not name.endswith("graph")}
+        memory = {name: peak_memory(call, args.device) for name, call in calls.items() if not name.endswith("graph")}
         rounds = max(5, int(args.seconds / sum(timing.sample(call, args.device)[0] for call in calls.values())))
         times = timing.interleaved(calls, args.device, rounds, args.retries, long=float("inf"))
-        gates = forward(found[f"DyVM-{size}"], args, chosen, images).gates.float().mean(dim=1).cpu()
-    rows = {name: {"images_per_s": 1e3 * batch / t["ms"], "peak_mib": memory[name] / 2**20 if name in memory else None,
-                   **t} for name, t in times.items()}
+        part = {"size": size, "batch": batch, "errors": selection.errors, "wrong": selection.wrong, "models": {
+            name: {"images_per_s": 1e3 * batch / t["ms"], "peak_bytes": memory.get(name), **t}
+            for name, t in times.items()}}
+        if args.profile:
+            part["hotspots"] = {name: hotspots.hotspots(calls[name], args.device) for name in found if name in calls}
+        if {f"Vim-{size}", f"DyVM-{size}"} <= calls.keys():
+            gates = forward(found[f"DyVM-{size}"], args, chosen, images).gates.float().mean(dim=1).cpu()
+            part |= dynamic_gain(found, size, part["models"], gates)
+    return part
+
+
+def dynamic_gain(found: dict[str, nn.Module], size: str, rows: dict[str, dict], gates: Tensor) -> dict[str, float]:
+    """DyVM against Vim, in a graph where there is one: the speed, the operations at `gates`, the share reached."""
     dense, dynamic = f"Vim-{size}", f"DyVM-{size}"
+    operations = count_flops(found[dense]).exact / count_flops(found[dynamic], gates).exact
     if f"{dense}, graph" in rows and f"{dynamic}, graph" in rows:
         dense, dynamic = f"{dense}, graph", f"{dynamic}, graph"
-    operations = count_flops(found[f"Vim-{size}"]).exact / count_flops(found[f"DyVM-{size}"], gates).exact
     ratios = {kind: rows[dense][kind] / rows[dynamic][kind] for kind in ("ms", "cpu_ms")}
-    return {"size": size, "batch": batch, "models": rows, "gates": gates.mean().item(), "flops_ratio": operations,
+    return {"gates": gates.mean().item(), "flops_ratio": operations,
             "speed_ratio": ratios["ms"], "share": ratios["ms"] / operations,
             "cpu_time_ratio": ratios["cpu_ms"], "cpu_time_share": ratios["cpu_ms"] / operations}
 
 
-def check(found: dict[str, nn.Module], chosen: str, args: argparse.Namespace) -> dict[str, float]:
-    """Errors of our models on the chosen backend in the chosen precision, against the float32 definition."""
-    images = random_images(CHECKED, args.img_size, args.device)
-    return {name: checking.logits_error(model, images, chosen, precision(args)) for name, model in found.items()
-            if not name.startswith("DeiT")}
-
-
 def table(part: dict) -> str:
-    rivals = {name: row for name, row in part["models"].items() if name.startswith("DeiT")}
-    fastest = min(rivals.values(), key=lambda row: row["ms"])
-    base = rivals[f"DeiT-{part['size']}"]
-    rows = [[name, f"{row['images_per_s']:.1f}", f"{base['ms'] / row['ms']:.2f}", f"{fastest['ms'] / row['ms']:.2f}",
-             f"{base['cpu_ms'] / row['cpu_ms']:.2f}", "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
-             row["samples"], row["disturbed"]] for name, row in part["models"].items()]
-    headers = ["", "images/s", "x DeiT eager", "x best DeiT", "x in processor time", "peak MiB", "samples", "disturbed"]
-    return "\n".join([
-        f"batch {part['batch']}",
-        tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 7)),
-        f"dynamic against dense: {part['speed_ratio']:.3f} times as fast (processor time "
-        f"{part['cpu_time_ratio']:.3f}), {part['flops_ratio']:.3f} by `exact` operations at "
-        f"{100 * part['gates']:.1f} % of the scans; "
-        f"{100 * part['share']:.0f} % of it reached ({100 * part['cpu_time_share']:.0f} % in processor time)"])
+    rivals = [row for name, row in part["models"].items() if name.startswith("DeiT")]
+    fastest = min((row["ms"] for row in rivals), default=float("nan"))
+    base = part["models"].get(f"DeiT-{part['size']}", {"ms": float("nan"), "cpu_ms": float("nan")})
+    rows = [[name, f"{row['images_per_s']:.1f}", f"{base['ms'] / row['ms']:.2f}", f"{fastest / row['ms']:.2f}",
+             f"{base['cpu_ms'] / row['cpu_ms']:.2f}", mebibytes(row["peak_bytes"]), row["samples"], row["disturbed"],
+             f"{part['errors'][name]:.1e}"] for name, row in part["models"].items()]
+    headers = ["", "images/s", "x DeiT eager", "x best DeiT", "x in processor time", "peak MiB", "samples", "disturbed",
+               "error"]
+    lines = [f"batch {part['batch']}",
+             tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))]
+    if "share" in part:
+        lines.append(f"dynamic against dense: {part['speed_ratio']:.3f} times as fast (processor time "
+                     f"{part['cpu_time_ratio']:.3f}), {part['flops_ratio']:.3f} by `exact` operations at "
+                     f"{100 * part['gates']:.1f} % of the scans; {100 * part['share']:.0f} % of it reached "
+                     f"({100 * part['cpu_time_share']:.0f} % in processor time)")
+    for name, found in part.get("hotspots", {}).items():
+        lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -216,28 +262,22 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/model.py", *sys.argv[1:]]), "device":
         device_name(torch.device(args.device)), "precision": args.precision, "img_size": args.img_size,
         "token_keep_ratio": TOKEN_KEEP, "block_keep_ratio": BLOCK_KEEP, "environment": describe_environment(),
-        "errors": {}, "parts": []}
-    wrong = []
+        "parts": []}
     for size in args.models:
         found = build(size, args)
         mixer = found[f"Vim-{size}"].layers[0].mixer
         xz = torch.zeros(1, 1, mixer.in_proj.out_features, device=args.device, dtype=PRECISIONS[args.precision])
         chosen = record["backend"] = selective_scan.backend_for(xz, mixer.branch(False))
-        errors = check(found, chosen, args)
-        record["errors"] |= errors
-        print(f"\n{record['device']}, {args.precision}, {args.img_size} pixels, backend {chosen}; largest error "
-              "against the float32 definition: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-        bad = [name for name, error in errors.items() if not error <= TOLERANCES[args.precision]]
-        wrong += bad
-        for batch in args.batch if not bad else ():
+        print(f"\n{record['device']}, {args.precision}, {args.img_size} pixels, backend {chosen}")
+        for batch in args.batch:
             record["parts"].append(measure(found, size, batch, chosen, args))
             print(table(record["parts"][-1]), flush=True)
             if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(record, indent=1) + "\n")
+                write_json(args.output, record)
+    wrong = [f"{name} at batch {part['batch']}" for part in record["parts"] for name in part["wrong"]]
     if wrong:
-        raise SystemExit(f"error: no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

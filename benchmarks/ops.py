@@ -10,7 +10,6 @@ busy. Rivals that are not installed are left out (requirements-bench.txt).
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -25,11 +24,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import rivals, timing  # noqa: E402
-from ops import selective_scan  # noqa: E402
-from ops.selective_scan import BranchParams  # noqa: E402
+import options
+from benchmarks import arguments, rivals, timing
+from benchmarks.arguments import PRECISIONS
+from ops import selective_scan
+from ops.selective_scan import BranchParams
+from utils.errors import UserError, run_main
+from utils.files import write_json
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few roundings.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 CHECKED = 2  # images compared with the definition
@@ -38,20 +40,17 @@ SLOW_TO_TRAIN = ("sequential loop", "sequential loop, einsum", "transformers")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--width", type=int, default=384, help="d of the model; Vim-S has 384")
-    parser.add_argument("--states", type=int, default=16)
-    parser.add_argument("--threads", type=int, help="of PyTorch; on a busy machine 1, and read the processor time")
+    parser = arguments.build_parser("ops.py", __doc__)
+    arguments.add_precision(parser, "fp32")
+    parser.add_argument("--batch", type=options.positive, default=16)
+    parser.add_argument("--tokens", type=options.positive, default=197)
+    parser.add_argument("--width", type=options.positive, default=384, help="d of the model; Vim-S has 384")
+    parser.add_argument("--states", type=options.positive, default=16)
     parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each rival")
-    parser.add_argument("--retries", type=int, default=60, help="disturbed samples to redo, for each rival")
+    arguments.add_rounds(parser, 15)
+    arguments.add_retries(parser, 60)
     parser.add_argument("--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}")
-    parser.add_argument("--output", type=Path, help="write the record as JSON")
-    return parser.parse_args()
+    return arguments.parse(parser)
 
 
 def random_params(channels: int, states: int, rank: int, device: str) -> BranchParams:
@@ -81,6 +80,7 @@ def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dic
             continue
         found[f"backend {name}"] = partial(backend, name)
     found["sequential loop"] = found.pop("backend reference")
+    ours = set(found)
     mambapy = rivals.mambapy_scan()
     found |= {"sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
               "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
@@ -90,7 +90,17 @@ def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dic
     for name in [name for name, rival in found.items() if rival is None]:
         print(f"left out: {name} is not installed", file=sys.stderr)
         del found[name]
-    return found
+    precise = xz.dtype == torch.float32
+    return {name: rival if precise or name in ours else autocasting(rival, xz) for name, rival in found.items()}
+
+
+def autocasting(rival: rivals.Rival, xz: Tensor) -> rivals.Rival:
+    """A rival that knows one dtype alone, in the precision of xz, its weights in float32 as in training."""
+    def call(*arguments) -> Tensor:
+        with torch.autocast(xz.device.type, dtype=xz.dtype):
+            return rival(*arguments)
+
+    return call
 
 
 def gradients(rival: rivals.Rival, xz: Tensor, forward: BranchParams, backward: BranchParams,
@@ -129,13 +139,15 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
     expected = gradients(rivals.sequential_loop, xz[:CHECKED].double(), *exact, grad_out[:CHECKED].double())
     results, calls = {}, {}
     for name, rival in contenders.items():
-        if train:
-            error = worst_error(gradients(rival, xz, forward, backward, checked_grad), expected)
-            calls[name] = partial(gradients, rival, xz, forward, backward, grad_out)
-        else:
-            call = calls[name] = torch.no_grad()(partial(rival, xz, forward, backward))
-            error = worst_error([call()], expected[:1])
-        results[name] = {"error": error}
+        call = (partial(gradients, rival, xz, forward, backward, grad_out) if train else
+                torch.no_grad()(partial(rival, xz, forward, backward)))
+        try:
+            error = worst_error(gradients(rival, xz, forward, backward, checked_grad) if train else [call()],
+                                expected if train else expected[:1])
+        except torch.OutOfMemoryError:
+            print(f"left out: {name} does not fit the GPU's memory", file=sys.stderr)
+            continue
+        results[name], calls[name] = {"error": error}, call
         if error > TOLERANCES[args.precision]:
             del calls[name]
     calls["in_proj + out_proj"] = block_products(args, train)
@@ -180,8 +192,6 @@ def table(results: dict[str, dict], fastest: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     record = {"command": " ".join(["python", "benchmarks/ops.py", *sys.argv[1:]]), "device": device_name(args.device),
               "precision": args.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
               "batch": args.batch, "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
@@ -195,10 +205,9 @@ def main() -> None:
               f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}")
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.output, record)
     if wrong:
-        raise SystemExit(f"error: no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
 
 
 def device_name(device: str) -> str:
@@ -211,4 +220,4 @@ def device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

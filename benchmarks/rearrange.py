@@ -7,8 +7,6 @@ the original indexes. Both are timed in turn, forward alone and forward + backwa
 speed is printed only if both give the same tokens and the same gradients.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,8 +17,12 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import options
+from benchmarks import arguments
 from models.layouts import MiddleClassToken, reordered, take
 from models.pruning import kept_first
+from utils.errors import UserError, run_main
+from utils.files import write_json
 
 
 def by_image(policy, sequence, origin, middle):
@@ -45,14 +47,12 @@ def by_batch(policy, sequence, origin, middle):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--patches", type=int, default=196)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser = arguments.build_parser("rearrange.py", __doc__)
+    parser.add_argument("--batch", type=options.positive, default=64)
+    parser.add_argument("--patches", type=options.positive, default=196)
+    parser.add_argument("--width", type=options.positive, default=384)
+    arguments.add_rounds(parser, 20)
+    args = arguments.parse(parser)
     torch.manual_seed(0)
     policy = (torch.rand(args.batch, args.patches, device=args.device) < 0.7).float()
     sequence = torch.randn(args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True)
@@ -72,7 +72,7 @@ def main():
     for what, run in (("forward", forward), ("forward + backward", train)):
         for loop, ours in zip(*(run(function) for function in ways.values()), strict=True):
             if not torch.equal(loop, ours):
-                sys.exit(f"error: the two disagree in {what}; no speed is reported")
+                raise UserError(f"the two disagree in {what}; no speed is reported")
         times = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, function in ways.items():
@@ -85,8 +85,7 @@ def main():
     print("tokens and gradients equal to the last bit")
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(json.dumps({**settings, **record, "threads": torch.get_num_threads(),
-                                           "torch": torch.__version__}, indent=2))
+        write_json(args.output, {**settings, **record, "threads": torch.get_num_threads(), "torch": torch.__version__})
 
 
 def seconds(run, function, device):
@@ -98,4 +97,4 @@ def seconds(run, function, device):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

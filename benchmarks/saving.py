@@ -26,6 +26,7 @@ import torch
 
 import options
 import resume
+from benchmarks import arguments
 from builders import build_training, model_image_size
 from datasets import Data, build_data
 from engine import Training, accumulate_gradients, gradient_norm
@@ -34,7 +35,7 @@ from loading.loaders import Batch
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
 from utils.environment import describe_environment
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 from utils.files import write_json
 from utils.logging import Averages, Progress
 
@@ -82,7 +83,7 @@ def check_saved(path: Path, expected: dict[str, Any]) -> None:
     found = load_checkpoint(path) if is_intact(path) else {}
     wrong = [name for name in expected if name not in found or not equal(found[name], expected[name])]
     if wrong:
-        sys.exit(f"error: no ratio is reported: {', '.join(wrong)} of {path.name} is not what was saved")
+        raise UserError(f"no ratio is reported: {', '.join(wrong)} of {path.name} is not what was saved")
 
 
 def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[float, list[float]]:
@@ -135,14 +136,12 @@ def summary(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--model", default="vim_tiny")
-    parser.add_argument("--input-size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--saves", type=int, default=20)
-    parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
+    parser = arguments.build_parser("saving.py", __doc__)
+    parser.add_argument("--model", type=arguments.dense_model_name, default="vim_tiny")
+    parser.add_argument("--input-size", type=options.positive, default=32)
+    parser.add_argument("--batch", type=options.positive, default=16)
+    parser.add_argument("--saves", type=options.positive, default=20)
+    given = arguments.parse(parser)
     if given.saves < 2:
         parser.error(f"--saves {given.saves}: quartiles need 2 or more")
     load_before = os.getloadavg()

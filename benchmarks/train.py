@@ -6,18 +6,19 @@
 A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like step is the same on
 mamba_ssm's operators, or on the reference ones where that is not installed, and re-arranges tokens image by image as
 the release does. Both get the same weights and the same noise and must come to the same loss and gradient in this very
-run, or there is no speed and the command fails. Samples are taken in turn and redone while other processes are busy.
+run, and so must dense Vim and its step in plain PyTorch, or there is no speed and the command fails.
+Samples are taken in turn and redone while other processes are busy.
 """
 
 import argparse
-import json
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 from unittest import mock
 
 import timm
@@ -28,27 +29,43 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import checking, timing
-from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, parse_common, peak_memory, precision, random_images
+import options
+from benchmarks import arguments, checking, hotspots, timing
+from benchmarks.checking import CHECKED
+from benchmarks.memory import mebibytes, peak_memory
+from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
 from evaluation import device_name
 from losses import DynamicLoss
 from models import DynamicVisionMamba, VisionMamba, backbone, sampling
 from ops import selective_scan
 from utils.environment import describe_environment
+from utils.errors import UserError, run_main
+from utils.files import write_json
 
 # Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step.
 TOLERANCES = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 2e-2}
 Step = Callable[[], list[Tensor]]
 
 
+class Part(NamedTuple):
+    steps: dict[str, Step]
+    errors: Callable[[], dict[str, float]]  # `difference` of each step that has something to be compared with
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", default=["dyvm", "dense"], choices=("dyvm", "dense"))
-    parser.add_argument("--dyvm-model", help="default: vim_small on a GPU, else vim_micro: the reference operators "
-                        "keep every state of the scans")
+    parser = arguments.build_parser("train.py", __doc__)
+    parser.add_argument("--parts", nargs="+", default=["dyvm", "dense"], choices=PARTS)
+    parser.add_argument("--dyvm-model", type=arguments.dense_model_name, help="default: vim_small on a GPU, else "
+                        "vim_micro: the reference operators keep every state of the scans")
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
-    parser.add_argument("--batch", type=int, help="default: 16; 64 on a GPU with mamba_ssm")
-    args = parse_common(parser, seconds=30.0)
+    parser.add_argument("--batch", type=options.positive, help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
+                        "part as long as the GPU's memory does not hold it")
+    arguments.add_profile(parser)
+    arguments.add_precision(parser)
+    arguments.add_seconds(parser, 30.0)
+    arguments.add_retries(parser, 10)
+    args = arguments.parse(parser)
+    arguments.check_profile(args)
     on_gpu = args.device == "cuda"
     args.release_backend = "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
     args.dyvm_model = args.dyvm_model or ("vim_small" if on_gpu else "vim_micro")
@@ -104,14 +121,14 @@ def train_step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: torch
                args: argparse.Namespace) -> list[Tensor]:
     """One step; -> the loss and every gradient. The learning rate is 0, so that every step is the same."""
     model.zero_grad(set_to_none=True)
-    with precision(args):
+    with arguments.autocast(args):
         loss = loss_of()
     loss.backward()
     optimizer.step()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def dyvm_steps(args: argparse.Namespace) -> dict[str, Step]:
+def dyvm_part(args: argparse.Namespace) -> Part:
     """Ours first, then the release-like step."""
     torch.manual_seed(0)
     model, teacher = build_pair(args)
@@ -143,36 +160,57 @@ def dyvm_steps(args: argparse.Namespace) -> dict[str, Step]:
         finally:
             model.grad_checkpointing = False
 
-    return {"DyVM": ours, f"release-like, {args.release_backend}": release}
+    steps = {"DyVM": ours, f"release-like, {args.release_backend}": release}
+
+    def errors() -> dict[str, float]:
+        """A rounding difference would turn decisions that are nearly ties: both steps decide alike."""
+        with checking.decisions_recorded(model) as decided:
+            expected = release()
+        with checking.decisions_replayed(model, decided):
+            actual = ours()
+        return dict.fromkeys(steps, difference(actual, expected))  # nobody knows which of the two is wrong
+
+    return Part(steps, errors)
 
 
-def dense_steps(args: argparse.Namespace) -> dict[str, Step]:
-    """Vim, DeiT, and Vim on the mamba_ssm backend where that is installed."""
+def dense_part(args: argparse.Namespace) -> Part:
+    """Vim, DeiT, and Vim on the mamba_ssm backend where that is installed.
+
+    Vim is compared with its step on the lean PyTorch backend, for the first images: the definition would take longer
+    than everything that is timed, and the tests hold one against the other.
+    """
     torch.manual_seed(0)
     name = SIZES[args.dense_size]
     images = random_images(args.batch, 224, args.device)
     targets = torch.softmax(torch.randn(args.batch, 1000, device=args.device), dim=1)
     criterion = SoftTargetCrossEntropy()
 
-    def step_of(model: nn.Module, chosen: Optional[str] = None) -> Step:
+    def step_of(model: nn.Module, backend: Optional[str] = None, count: int = args.batch) -> Step:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
-        def loss_of() -> Tensor:
-            output = model(images)
-            return criterion(output if isinstance(output, Tensor) else output.logits, targets)
-
         def step() -> list[Tensor]:
-            with checking.backend(chosen):
-                return train_step(model, loss_of, optimizer, args)
+            with checking.backend(backend):
+                return train_step(model, lambda: criterion(logits_of(model(images[:count])), targets[:count]),
+                                  optimizer, args)
 
         return step
 
     vim = timm.create_model(f"vim_{name}").to(args.device).train()
     deit = timm.create_model(f"deit_{name}_patch16_224").to(args.device).train()
-    steps = {f"Vim-{args.dense_size}": step_of(vim), f"DeiT-{args.dense_size}": step_of(deit)}
+    backends: dict[str, Optional[str]] = {f"Vim-{args.dense_size}": None}
     if args.device == "cuda" and args.release_backend == "mamba_ssm":
-        steps[f"Vim-{args.dense_size}, mamba_ssm"] = step_of(vim, "mamba_ssm")
-    return steps
+        backends[f"Vim-{args.dense_size}, mamba_ssm"] = "mamba_ssm"
+
+    def errors() -> dict[str, float]:
+        fastest = next(b for b in selective_scan.PREFERENCE if selective_scan.runs_on(b, args.device))
+        expected = step_of(vim, "torch" if fastest != "torch" else "reference", CHECKED)()
+        return {name: difference(step_of(vim, backend, CHECKED)(), expected) for name, backend in backends.items()}
+
+    steps = {name: step_of(vim, backend) for name, backend in backends.items()}
+    return Part(steps | {f"DeiT-{args.dense_size}": step_of(deit)}, errors)
+
+
+PARTS = {"dyvm": dyvm_part, "dense": dense_part}
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -182,65 +220,81 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return errors.nan_to_num(nan=float("inf")).max().item()
 
 
-def dense_error(args: argparse.Namespace) -> float:
-    """`difference` of a small dense Vim's step, on the chosen backend against the definition."""
-    torch.manual_seed(0)
-    model = timm.create_model("vim_micro", num_classes=10).to(args.device).train()
-    images = random_images(4, 32, args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    results = []
-    for name in (None, "reference"):
-        with checking.backend(name):
-            results.append(train_step(model, lambda: model(images).logits.float().square().mean(), optimizer, args))
-    return difference(*results)
-
-
-def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    """{"error", "steps": {name: times}, "memory": {name: bytes}}; without times when the error is too large."""
-    steps = dyvm_steps(args) if part == "dyvm" else dense_steps(args)
-    results = [step() for step in steps.values()]
-    error = difference(*results) if part == "dyvm" else dense_error(args)
-    del results
-    record: dict[str, Any] = {"error": error, "model": args.dyvm_model if part == "dyvm" else args.dense_size}
-    if not error <= TOLERANCES[args.precision]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}, without the steps that are wrong."""
+    steps, errors = PARTS[name](args)
+    found = errors()
+    wrong = [step for step, error in found.items() if not error <= TOLERANCES[args.precision]]
+    for step in wrong:
+        del steps[step]
+        print(f"no speed: loss or gradient of {step} are wrong by {found[step]:.1e}, allowed is "
+              f"{TOLERANCES[args.precision]}", file=sys.stderr)
+    record: dict[str, Any] = {"model": args.dyvm_model if name == "dyvm" else args.dense_size, "batch": args.batch,
+                              "errors": found, "wrong": wrong, "memory": {}, "steps": {}}
+    if not steps:
         return record
-    if args.device == "cuda":
-        record["memory"] = {name: peak_memory(step) for name, step in steps.items()}
+    for step in steps.values():
+        step()
+    record["memory"] = {name: peak_memory(step, args.device) for name, step in steps.items()}
+    if args.profile:
+        record["hotspots"] = {name: hotspots.hotspots(step, args.device) for name, step in steps.items()
+                              if not name.startswith("release-like")}  # a profile of its many kernels takes minutes
     rounds = max(3, int(args.seconds / sum(timing.sample(step, args.device)[0] for step in steps.values())))
     record["steps"] = timing.interleaved(steps, args.device, rounds, args.retries, long=float("inf"))
     return record
 
 
-def table(record: dict[str, Any], batch: int) -> str:
-    base = next(iter(record["steps"].values()))
-    rows = [[name, f"{row['ms']:.1f}", f"{1e3 * batch / row['ms']:.1f}", f"{row['ms'] / base['ms']:.2f}",
-             f"{row['cpu_ms'] / base['cpu_ms']:.2f}",
-             f"{record['memory'][name] / 2**20:.0f}" if "memory" in record else "-", row["samples"], row["disturbed"]]
-            for name, row in record["steps"].items()]
-    headers = ["", "ms", "images/s", "time, x first", "processor time, x", "peak MiB", "samples", "disturbed"]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 7))
+def measure_fitting(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`measure` at the largest of batch, batch / 2, ... that the GPU's memory holds."""
+    batch = args.batch
+    while True:
+        try:
+            return measure(name, argparse.Namespace(**vars(args) | {"batch": batch}))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise UserError(f"{name}: the GPU's memory does not hold a batch of 1") from None
+        print(f"{name}: out of memory at batch {batch}, going on at {batch // 2}", file=sys.stderr)
+        batch //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def table(record: dict[str, Any]) -> str:
+    base, base_memory = next(iter(record["steps"].values())), next(iter(record["memory"].values()))
+    rows = []
+    for name, row in record["steps"].items():
+        memory = record["memory"][name]
+        error = record["errors"].get(name)
+        rows.append([name, f"{row['ms']:.1f}", f"{1e3 * record['batch'] / row['ms']:.1f}",
+                     f"{row['ms'] / base['ms']:.2f}", f"{row['cpu_ms'] / base['cpu_ms']:.2f}", mebibytes(memory),
+                     f"{memory / base_memory:.2f}" if memory and base_memory else "-", row["samples"],
+                     row["disturbed"], "-" if error is None else f"{error:.1e}"])
+    headers = ["", "ms", "images/s", "time, x first", "processor time, x", "peak MiB", "memory, x", "samples",
+               "disturbed", "error"]
+    lines = [tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))]
+    for name, found in record.get("hotspots", {}).items():
+        lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = parse_args()
     record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), "batch": args.batch,
+        "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
         "device": device_name(torch.device(args.device)), "precision": args.precision,
         "environment": describe_environment()}
     for part in args.parts:
-        record[part] = measure(part, args)
-        print(f"\n{part} step, {record[part]['model']}, batch {args.batch}, {args.precision}, {record['device']}; "
-              f"loss and gradient differ by {record[part]['error']:.1e}")
-        if "steps" in record[part]:
-            print(table(record[part], args.batch), flush=True)
+        record[part] = measure_fitting(part, args)
+        print(f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, {args.precision}, "
+              f"{record['device']}")
+        if record[part]["steps"]:
+            print(table(record[part]), flush=True)
         if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(record, indent=1) + "\n")
-    wrong = [part for part in args.parts if "steps" not in record[part]]
+            write_json(args.output, record)
+    wrong = [step for part in args.parts for step in record[part]["wrong"]]
     if wrong:
-        raise SystemExit(f"error: no speed without correctness: {', '.join(wrong)} beyond "
-                         f"{TOLERANCES[args.precision]}")
+        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

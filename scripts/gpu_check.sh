@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call of at most 10 minutes: the GPU tests, then every GPU benchmark. A part that fails
-# or outruns its time is reported, the others still run; a table closes it, and the exit code is 1 if any part failed.
+# All that needs a GPU, in one call of less than 10 minutes: the GPU tests, every GPU benchmark, and what they say of the
+# goals. A part that fails or outruns its time is reported, the others still run; a table closes it, and the exit code
+# is 1 if any part failed. A goal that is missed is told, and is no failure.
 #
 #   bash scripts/gpu_check.sh OUT_DIR
-#   PYTHON=python3 TEST_SECONDS=120 bash scripts/gpu_check.sh OUT_DIR
+#   PYTHON=python3 TOTAL_SECONDS=1200 bash scripts/gpu_check.sh OUT_DIR
 #
-# OUT_DIR gets log.txt, summary.txt and one JSON file for each benchmark.
-# TEST_SECONDS and BENCHMARK_SECONDS: the time of the tests and of each benchmark.
+# OUT_DIR gets log.txt, summary.txt, goals.json and the records of the benchmarks: ops.json, model-s.json,
+# model-s-512.json, model-tb.json, train.json. Records of an earlier call are removed first.
+# TOTAL_SECONDS (550): each part has its share of it, and what the parts before it left over.
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-TEST_SECONDS="${TEST_SECONDS:-240}"
-BENCHMARK_SECONDS="${BENCHMARK_SECONDS:-100}"
+TOTAL_SECONDS="${TOTAL_SECONDS:-550}"
 
 if [[ $# -ne 1 ]]; then
   echo "gpu_check: name one folder for the results: bash scripts/gpu_check.sh OUT_DIR" >&2
+  exit 2
+fi
+if [[ ! $TOTAL_SECONDS =~ ^[1-9][0-9]*$ ]]; then
+  echo "gpu_check: TOTAL_SECONDS=$TOTAL_SECONDS is not a positive whole number" >&2
   exit 2
 fi
 mkdir -p "$1" 2>/dev/null && out="$(cd "$1" && pwd)" && [[ -w $out ]] || {
@@ -31,12 +36,18 @@ log="$out/log.txt"
 summary="$out/summary.txt"
 row='%-18s %-18s %7s  %s\n'
 any_failed=0
+shares=0
+begin=$SECONDS
 export PYTHONUNBUFFERED=1
 cd "$ROOT" || exit 1
+rm -f "$out"/{goals,ops,model-s,model-s-512,model-tb,train}.json
 
-# part NAME SECONDS COMMAND...
+# part NAME SHARE COMMAND...; SHARE in hundredths of TOTAL_SECONDS
 part() {
-  local name="$1" limit="$2" start=$SECONDS offset status outcome last
+  local name="$1" start=$SECONDS limit offset status outcome last
+  shares=$((shares + $2))
+  limit=$((begin + TOTAL_SECONDS * shares / 100 - start))
+  [[ $limit -ge 5 ]] || limit=5 # what comes last has a chance whatever happened before
   shift 2
   printf '\n== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$log"
   offset="$(wc -c <"$log")"
@@ -57,11 +68,18 @@ part() {
 # shellcheck disable=SC2059
 printf "$row" part outcome seconds "last line" >"$summary"
 
-part tests "$TEST_SECONDS" "$PYTHON" -m pytest -m gpu -q --tb=short
-for benchmark in ops model train; do
-  part "benchmark $benchmark" "$BENCHMARK_SECONDS" \
-    "$PYTHON" "benchmarks/$benchmark.py" --device cuda --output "$out/$benchmark.json"
-done
+part tests 35 "$PYTHON" -m pytest -m gpu -q --tb=short
+part "benchmark ops" 9 "$PYTHON" benchmarks/ops.py --device cuda --precision bf16 --batch 256 --rounds 10 \
+  --output "$out/ops.json"
+part "model S" 20 "$PYTHON" benchmarks/model.py --device cuda --models S --batch 256 1 16 64 --seconds 2 --profile \
+  --output "$out/model-s.json"
+part "model S, 512" 11 "$PYTHON" benchmarks/model.py --device cuda --models S --img-size 512 --batch 256 --seconds 2 \
+  --output "$out/model-s-512.json"
+part train 17 "$PYTHON" benchmarks/train.py --device cuda --batch 256 --seconds 4 --profile --output "$out/train.json"
+# without torch.compile, which takes half a minute for each shape
+part "model T and B" 6 "$PYTHON" benchmarks/model.py --device cuda --models T B --batch 256 1 16 64 --seconds 0.5 \
+  --no-compile --output "$out/model-tb.json"
+part goals 2 "$PYTHON" benchmarks/goals.py "$out" --output "$out/goals.json"
 
 echo
 cat "$summary"

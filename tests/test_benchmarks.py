@@ -1,6 +1,9 @@
 """What the benchmarks rest on: routers set to a share, decisions replayed, the release-like step, what a save loses."""
 
+import argparse
+import importlib
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -8,10 +11,12 @@ import pytest
 import timm
 import torch
 
-from benchmarks import checking, saving, train
+from benchmarks import checking, goals, hotspots, memory, model, saving, train
 from benchmarks.model import random_images, set_routers
 from models import sampling
+from ops.selective_scan import torch_lean
 from utils.checkpoint import save_checkpoint
+from utils.errors import UserError, run_main
 
 ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference")
 
@@ -49,14 +54,15 @@ def test_a_wrong_backend_is_seen(monkeypatch):
     torch.nn.init.normal_(model.layers[3].mixer.out_proj.weight, std=0.1)
     exact = torch.autocast("cpu", enabled=False)
     assert checking.logits_error(model, images, "torch", exact) < 1e-4
-    from ops.selective_scan import torch_lean
     right = torch_lean.ssm_branch
     monkeypatch.setattr(torch_lean, "ssm_branch", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert checking.logits_error(model, images, "torch", exact) > 1e-3
 
 
 def test_the_release_like_step_is_the_same_step():
-    ours, release = train.dyvm_steps(ARGS).values()
+    steps, errors = train.dyvm_part(ARGS)
+    assert errors().keys() == steps.keys() and max(errors().values()) < 1e-3
+    ours, release = steps.values()
     assert train.difference(ours(), release()) < 1e-3
 
 
@@ -80,10 +86,10 @@ def test_a_save_that_is_damaged_or_differs_gets_no_ratio(tmp_path):
     path, state = tmp_path / "checkpoint.pth", {"model": {"w": torch.arange(5.0)}, "step": 3, "ema": None}
     save_checkpoint(state, path)
     saving.check_saved(path, state)
-    with pytest.raises(SystemExit, match="no ratio is reported: model of checkpoint.pth"):
+    with pytest.raises(UserError, match="no ratio is reported: model of checkpoint.pth"):
         saving.check_saved(path, state | {"model": {"w": torch.tensor([0.0, 1, 2, 3, 5])}})
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SystemExit, match="no ratio is reported"):
+    with pytest.raises(UserError, match="no ratio is reported"):
         saving.check_saved(path, state)
 
 
@@ -98,3 +104,183 @@ def test_the_record_of_the_cost_of_saving(monkeypatch, tmp_path, capsys):
     assert all((window["blocked_s"] > 0) == (window["kind"] == "save") for window in record["windows"])
     assert 0 < record["ratio"]["upper_quartile_of_loss"] <= record["ratio"]["median"]
     assert f"{record['ratio']['median']:.4f} of the throughput without" in capsys.readouterr().out
+
+
+BAD = [
+    ("ops", "--batch 0", "--batch: '0' is no positive integer"),
+    ("ops", "--rounds 0", "--rounds: '0' is no positive integer"),
+    ("ops", "--threads 0", "--threads: '0' is no positive integer"),
+    ("ops", "--precision int8", "invalid choice: 'int8'"),
+    ("ops", "--output {tmp}/none/ops.json", "there is no folder"),
+    ("ops", "--output {tmp}", "is a folder; name a file"),
+    ("model", "--batch 16 0", "--batch: '0' is no positive integer"),
+    ("model", "--seconds -1", "--seconds: -1 is no finite number of at least 0"),
+    ("model", "--models X", "invalid choice: 'X'"),
+    ("model", "--img-size 100", "100 is no multiple of 16"),
+    ("model", "--device cpu --profile", "--profile needs --device cuda"),
+    ("train", "--batch 0", "--batch: '0' is no positive integer"),
+    ("train", "--seconds nan", "--seconds: nan is no finite number"),
+    ("train", "--dyvm-model nope", "--dyvm-model: 'nope' is unknown; known are "),
+    ("train", "--dyvm-model dyvm_vim_tiny", "dyvm_vim_tiny is dynamic; give vim_tiny"),
+    ("rearrange", "--rounds 0", "--rounds: '0' is no positive integer"),
+    ("saving", "--saves 1", "quartiles need 2 or more"),
+    *((name, f"--device {device}", complaint) for name in ("ops", "model", "train", "rearrange", "saving")
+      for device, complaint in (("cuda", "PyTorch sees no CUDA device"), ("tpu", "'tpu' is neither cpu nor cuda"))),
+]
+
+
+@pytest.mark.parametrize("name, flags, complaint", BAD, ids=lambda value: value.replace("--", ""))
+def test_a_wrong_flag_is_told_in_one_line(name, flags, complaint, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = [] if "--output" in flags else ["--output", str(tmp_path / "record.json")]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.format(tmp=tmp_path).split(), *output])
+    with pytest.raises(SystemExit) as end:
+        run_main(importlib.import_module(f"benchmarks.{name}").main)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert complaint in printed.err and len(printed.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def tiny_table(monkeypatch, tmp_path, *flags):
+    """benchmarks/model.py at 64 pixels; -> its record and the complaint it ends with."""
+    output = tmp_path / "model.json"
+    monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", "--models", "T", "--img-size", "64", "--batch",
+                                      "3", "--seconds", "0", "--retries", "0", "--output", str(output), *flags])
+    complaint = None
+    try:
+        model.main()
+    except UserError as error:
+        complaint = (error.exit_code, str(error))
+    part, = json.loads(output.read_text())["parts"]
+    return part, complaint
+
+
+def test_only_forms_with_the_right_logits_get_a_speed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda deit, dynamic: lambda images: deit(images) * 1.01)
+    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile")
+    assert part["wrong"] == ["DeiT-T, compiled"] and part["errors"]["DeiT-T, compiled"] == pytest.approx(0.01, rel=1e-3)
+    assert part["models"].keys() == {"DeiT-T", "Vim-T", "DyVM-T"}
+    assert all(row["images_per_s"] > 0 for row in part["models"].values())
+    assert complaint == (1, "no speed without correctness: DeiT-T, compiled at batch 3 beyond 0.001")
+    printed = capsys.readouterr()
+    assert "no speed: the logits of DeiT-T, compiled at batch 3 are wrong by 1.0e-02" in printed.err
+    assert "DeiT-T, compiled" not in printed.out and "dynamic against dense" in printed.out
+
+
+def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model, "SIZES", {"T": "tiny", "S": "tiny"})
+    monkeypatch.setattr(goals, "BATCH", 3)
+    part, _ = tiny_table(monkeypatch, tmp_path, "--models", "S", "--no-compile")
+    record = {"parts": [part, part | {"batch": 1}]}  # at batch 1 no graph was captured
+    (tmp_path / "model-s.json").write_text(json.dumps(record))
+    steps = {"Vim-S": 10.0, "DeiT-S": 5.0, "Vim-S, mamba_ssm": 25.0}
+    (tmp_path / "train.json").write_text(json.dumps({
+        "device": "NVIDIA H200", "dense": {"batch": 3, "steps": {name: {"ms": ms} for name, ms in steps.items()}},
+        "dyvm": {"batch": 3, "steps": {"DyVM": {"ms": 10.0}, "release-like, reference": {"ms": 20.0}},
+                 "memory": {"DyVM": 30, "release-like, reference": 100}}}))
+    monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path), "--output", str(tmp_path / "goals.json")])
+    goals.main()
+    rows = {row["what"]: (row["measured"], row["met"]) for row in json.loads((tmp_path / "goals.json").read_text())}
+    speed = {name: row["images_per_s"] for name, row in part["models"].items()}
+    assert rows["Vim-S forward, against DeiT-S"][0] == pytest.approx(speed["Vim-S"] / speed["DeiT-S"])
+    assert rows["Vim-S forward, against the mamba_ssm path"] == (None, None)
+    assert rows["DyVM-S forward at 512 pixels, against DeiT-S"] == (None, None)
+    assert rows["DyVM-S forward at batch 1, both in a graph, against DeiT-S"] == (None, None)
+    assert rows["Vim-S training step, against the mamba_ssm path"] == (pytest.approx(2.5), True)
+    assert rows["DyVM-S training step, against the release-like step"] == (pytest.approx(2.0), False)
+    assert rows["peak memory of that step, against the release-like step"] == (pytest.approx(0.3), True)
+    assert rows["Vim-S training step, share of its limit of 5,000 images/s"] == (pytest.approx(300 / 5000), None)
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_a_form_that_cannot_be_made_is_left_out(monkeypatch, tmp_path, capsys):
+    def refuse(deit, dynamic):
+        raise RuntimeError("no compiler\nbehind a trace")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile")
+    assert complaint is None and part["wrong"] == [] and "DeiT-T, compiled" not in part["models"]
+    assert capsys.readouterr().err.splitlines()[-1] == "left out: DeiT-T, compiled (no compiler)"
+
+
+def test_a_wrong_model_gets_no_speed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DYVM_BACKEND", "torch")
+    right = torch_lean.ssm_branch
+    monkeypatch.setattr(torch_lean, "ssm_branch", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    part, complaint = tiny_table(monkeypatch, tmp_path, "--no-compile")
+    assert part["wrong"] == ["Vim-T", "DyVM-T"] and part["models"].keys() == {"DeiT-T"} and "share" not in part
+    assert complaint[0] == 1 and "Vim-T at batch 3, DyVM-T at batch 3" in complaint[1]
+
+
+def test_a_training_step_that_is_wrong_gets_no_speed(monkeypatch, tmp_path):
+    """The backward pass alone is wrong, of the very model that is timed."""
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(context, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(context, grad):
+            return grad * 1.1
+
+    from ops.selective_scan import reference
+    right = reference.ssm_branch
+    monkeypatch.setattr(reference, "ssm_branch", lambda *args, **kwargs: Wrong.apply(right(*args, **kwargs)))
+    monkeypatch.setenv("DYVM_BACKEND", "torch")
+    args = SimpleNamespace(**vars(ARGS) | {"retries": 0, "seconds": 0, "profile": False})
+    record = train.measure("dyvm", args)
+    assert record["steps"] == {} and record["wrong"] == ["DyVM", "release-like, reference"]
+
+
+def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch):
+    built = []
+    create = timm.create_model
+
+    def smaller(name, **kwargs):
+        built.append(name)
+        return create(name, **kwargs, **({"depth": 2} if name.startswith("vim") else {}))
+
+    monkeypatch.setattr(timm, "create_model", smaller)
+    args = SimpleNamespace(**vars(ARGS) | {"dense_size": "T", "retries": 0, "seconds": 0, "profile": False})
+    record = train.measure("dense", args)
+    assert built == ["vim_tiny", "deit_tiny_patch16_224"]
+    assert record["errors"].keys() == {"Vim-T"} and record["errors"]["Vim-T"] < 1e-3 and record["wrong"] == []
+    assert record["steps"].keys() == record["memory"].keys() == {"Vim-T", "DeiT-T"}
+    assert "Vim-T" in train.table(record)
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
+    asked = []
+
+    def measure(name, args):
+        asked.append(args.batch)
+        if args.batch > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"batch": args.batch}
+
+    monkeypatch.setattr(train, "measure", measure)
+    assert train.measure_fitting("dyvm", argparse.Namespace(batch=256)) == {"batch": 64} and asked == [256, 128, 64]
+    assert "dyvm: out of memory at batch 256, going on at 128" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell peaks")
+def test_peak_memory_on_a_cpu_is_what_a_call_touches():
+    peak = memory.peak_memory(lambda: torch.ones(2**24), "cpu")
+    assert 63 * 2**20 <= peak < 128 * 2**20  # 64 MiB; Linux counts pages in batches
+    assert memory.peak_memory(lambda: torch.empty(2**24), "cpu") < 32 * 2**20  # reserved, not touched
+
+
+def test_peak_memory_that_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_PROCESS", tmp_path / "none")
+    assert memory.peak_memory(lambda: None, "cpu") is None
+    assert (memory.mebibytes(None), memory.mebibytes(3 * 2**20)) == ("-", "3")
+
+
+def test_hotspots_are_shares_of_the_whole():
+    a = torch.randn(256, 256)
+    found = hotspots.hotspots(lambda: (a @ a).exp(), "cpu", count=50)
+    assert {"aten::mm", "aten::exp"} <= {row["name"] for row in found}
+    assert sum(row["share"] for row in found) == pytest.approx(1)
+    assert [row["ms"] for row in found] == sorted((row["ms"] for row in found), reverse=True)
+    assert "aten::mm" in hotspots.describe(found)
