@@ -7,8 +7,8 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 OUTPUT="${OUTPUT:-$ROOT/output/demo}"
-EPOCHS_DENSE="${EPOCHS_DENSE:-24}"
-EPOCHS_DYVM="${EPOCHS_DYVM:-16}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-20}"
+EPOCHS_DYVM="${EPOCHS_DYVM:-14}"
 LR_DENSE="${LR_DENSE:-2e-3}"
 LR_DYVM="${LR_DYVM:-1.5e-3}"
 TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.7}"
