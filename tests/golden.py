@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
+from ops import selective_scan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
 
@@ -32,10 +34,29 @@ def names(*prefixes: str) -> list[str]:
     return sorted(path.stem for path in GOLDEN_DIR.glob("*.json") if path.stem.startswith(prefixes))
 
 
-def load(name: str) -> Case:
+def backends() -> list:
+    """Parameters for every backend; those that do not run on a CPU carry the `gpu` mark."""
+    return [name if selective_scan.runs_on(name, "cpu") else pytest.param(name, marks=pytest.mark.gpu)
+            for name in selective_scan.PREFERENCE]
+
+
+def use_backend(name: str, monkeypatch) -> str:
+    """Force a backend for this test; -> the device to run on. Skips where there is none."""
+    monkeypatch.setenv("DYVM_BACKEND", name)
+    if selective_scan.runs_on(name, "cpu"):
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip(f"{name}: needs a CUDA GPU")
+    if not selective_scan.runs_on(name, "cuda"):
+        pytest.skip(f"{name}: not available here")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 means float32 in the patch embedding too
+    return "cuda"
+
+
+def load(name: str, device: str = "cpu") -> Case:
     tensors = GOLDEN_DIR / f"{name}.safetensors"
     info = json.loads((GOLDEN_DIR / f"{name}.json").read_text())
-    return Case(info, load_file(tensors) if tensors.exists() else {})
+    return Case(info, load_file(tensors, device=device) if tensors.exists() else {})
 
 
 def subcases(case: Case):
@@ -57,7 +78,7 @@ def build(info: dict[str, Any], dynamic: bool) -> VisionMamba:
     return DynamicVisionMamba(family, pruning_layers=config["pruning_loc"], token_keep=config["token_ratio"], **sizes)
 
 
-def build_loaded(case: Case, weights_key: str, dynamic: bool) -> VisionMamba:
+def build_loaded(case: Case, weights_key: str, dynamic: bool, device: str = "cpu") -> VisionMamba:
     """`build` with the case's weights, `override.*` tensors put in their place."""
     model = build(case.info, dynamic)
     file = case.info[weights_key]
@@ -65,7 +86,7 @@ def build_loaded(case: Case, weights_key: str, dynamic: bool) -> VisionMamba:
     if weights_key == "weights_file":
         state |= case.group("override.")
     load_weights(model, {"model": state}, file)
-    return model
+    return model.to(device)
 
 
 def close(actual: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:

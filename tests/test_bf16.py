@@ -18,7 +18,6 @@ from benchmarks.checking import deciders, decisions_replayed
 from engine import autocast, seed_everything
 from losses import DenseLoss, DynamicLoss
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
-from ops import selective_scan
 
 RATIO = 2.0**16
 # (largest error of bfloat16 allowed, float32 error of the recordings), relative to the largest entry of a tensor
@@ -48,14 +47,16 @@ def test_tolerances_are_explained_by_the_float32_errors():
 
 @pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
 @pytest.mark.parametrize("name", golden.names("dense_", "eval_", "train_"))
-@pytest.mark.parametrize("backend", [b for b in selective_scan.PREFERENCE if selective_scan.runs_on(b, "cpu")])
+@pytest.mark.parametrize("backend", golden.backends())
 def test_recorded_cases(name, backend, monkeypatch):
-    monkeypatch.setenv("DYVM_BACKEND", backend)
-    case, training = golden.load(name), name.startswith("train_")
+    device = golden.use_backend(backend, monkeypatch)
+    precision = autocast(torch.device(device), "bf16")
+    case, training = golden.load(name, device), name.startswith("train_")
     t = case.tensors
-    model = golden.build_loaded(case, "weights_file", dynamic=not name.startswith("dense_")).train(training)
+    dynamic = not name.startswith("dense_")
+    model = golden.build_loaded(case, "weights_file", dynamic, device).train(training)
     recorded = recorded_decisions(case, model)
-    with decisions_replayed(model, recorded) as said, sampling.replay(case.group("noise.")), autocast(CPU, "bf16"):
+    with decisions_replayed(model, recorded) as said, sampling.replay(case.group("noise.")), precision:
         result = model(t["input.images"])
     for decider, value in recorded.items():
         close(said[decider], value, DECIDERS, decider)
@@ -64,8 +65,8 @@ def test_recorded_cases(name, backend, monkeypatch):
         close(result.tokens, t["out.other_tokens"], OUTPUTS, "tokens")
     if not training:
         return
-    teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False).eval()
-    with autocast(CPU, "bf16"):
+    teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False, device=device).eval()
+    with precision:
         with torch.no_grad():
             taught = teacher(t["input.images"])
         total, terms = dynamic_loss(case.info["loss_config"])(result, t["input.soft_targets"], taught)

@@ -15,21 +15,15 @@ from models.flops import count_flops, sequence_lengths
 from models.layouts import SpreadRegisters, TokenLayout, extract, insert, reordered, take
 from models.pruning import kept_first
 from models.weights import resize_pos_embed
-from ops import selective_scan
 from ops.selective_scan import reference
 
 pytestmark = pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
 
 
-def backends() -> list[str]:
-    """Backends that run on this machine's CPU."""
-    return [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")]
-
-
-@pytest.fixture(params=backends())
-def backend(request, monkeypatch) -> str:
-    monkeypatch.setenv("DYVM_BACKEND", request.param)
-    return request.param
+@pytest.fixture(params=golden.backends())
+def device(request, monkeypatch) -> str:
+    """Forces each backend in turn; where it runs."""
+    return golden.use_backend(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +49,9 @@ def test_operators(name):
 
 
 @pytest.mark.parametrize("name", golden.names("dense_"))
-def test_dense(name, backend):
-    case = golden.load(name)
-    model = golden.build_loaded(case, "weights_file", dynamic=False).eval()
+def test_dense(name, device):
+    case = golden.load(name, device)
+    model = golden.build_loaded(case, "weights_file", dynamic=False, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with torch.no_grad():
         result = model(case.tensors["input.images"])
@@ -68,10 +62,10 @@ def test_dense(name, backend):
 
 
 @pytest.mark.parametrize("name", golden.names("eval_"))
-def test_dynamic_evaluation(name, backend):
-    case = golden.load(name)
+def test_dynamic_evaluation(name, device):
+    case = golden.load(name, device)
     t = case.tensors
-    model = golden.build_loaded(case, "weights_file", dynamic=True).eval()
+    model = golden.build_loaded(case, "weights_file", dynamic=True, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with torch.no_grad():
         result = model(t["input.images"])
@@ -95,12 +89,12 @@ def dynamic_loss(config: dict) -> losses.DynamicLoss:
 
 
 @pytest.mark.parametrize("name", golden.names("train_"))
-def test_dynamic_training(name, backend):
+def test_dynamic_training(name, device):
     """Replayed noise: decisions, re-arrangement, outputs, every loss term, every parameter's gradient."""
-    case = golden.load(name)
+    case = golden.load(name, device)
     t = case.tensors
-    model = golden.build_loaded(case, "weights_file", dynamic=True).train()
-    teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False).eval()
+    model = golden.build_loaded(case, "weights_file", dynamic=True, device=device).train()
+    teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with sampling.replay(case.group("noise.")):
         result = model(t["input.images"])
