@@ -5,10 +5,11 @@ import timm
 import torch
 
 import models
-from models import FAMILIES, DynamicVisionMamba, VisionMamba, backbone, cumulative_keep, sampling
+from models import FAMILIES, DynamicVisionMamba, Result, VisionMamba, backbone, cumulative_keep, sampling
 from models.flops import count_flops
 from models.layouts import HeadClassToken, MiddleClassToken, SpreadRegisters, extract, insert, read
 from ops import selective_scan
+from ops.selective_scan import torch_lean
 
 PARAMETERS = {  # dense, dynamic; 1000 classes
     "vim_tiny": (7_148_008, 7_367_086), "vim_small": (25_796_584, 26_594_110), "vim_base": (97_598_440, 100_631_134),
@@ -134,6 +135,35 @@ def test_initialisation(family):
     assert not [name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))]
 
 
+def make_sensitive(model: VisionMamba) -> None:
+    """Weights with which every token and every state reaches the logits; those of a fresh model hardly let them."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for layer in model.layers:
+        for direction in ("", "_b"):
+            torch.nn.init.zeros_(getattr(layer.mixer, f"dt_proj{direction}").bias)
+            torch.nn.init.normal_(getattr(layer.mixer, f"A{direction}_log"), std=0.5)
+
+
+def masked_and_pruned(model: DynamicVisionMamba, counts: tuple[int, int], monkeypatch) -> tuple[Result, Result]:
+    """Training's and evaluation's result for the same random decisions, which keep `counts` patches."""
+    images = torch.randn(3, 3, 32, 32)
+    slots = [torch.stack([torch.randperm(before)[:after].sort().values for _ in images])
+             for before, after in zip((model.num_patches, counts[0]), counts, strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "keep_decision", lambda log_probs, name: torch.zeros_like(
+            log_probs[..., 0]).scatter(1, slots[int(name[-1])], 1.0))
+        trained = model.train()(images)
+        left = list(slots)
+        patch.setattr(model, "kept_counts", lambda: list(counts))
+        patch.setattr(backbone, "best_in_order", lambda scores, count: left.pop(0))
+        with torch.no_grad():
+            pruned = model.eval()(images)
+    assert pruned.tokens.shape[1] == counts[1] and (trained.keep.sum(1) == counts[1]).all()
+    return trained, pruned
+
+
 @pytest.mark.parametrize("backend", [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("routed", [False, True])
@@ -141,25 +171,15 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
     """For equal decisions, training's masked path and evaluation's pruned path give the same logits, in float32."""
     monkeypatch.setenv("DYVM_BACKEND", backend)
     model = small(family, dynamic=True, route_blocks=routed)
-    patches = model.num_patches
+    make_sensitive(model)
     if routed:  # routers that differ between images, layers and directions
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.block_head.weight, std=20.0)
             torch.nn.init.zeros_(layer.mixer.block_head.bias)
         monkeypatch.setattr(sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype))
-    gates = []
+    patches, gates = model.num_patches, []
     for counts in [(patches, patches), (patches, 1), (1, 1), (0, 0), (9, 0), (9, 4), (13, 7), (5, 5)]:
-        image = torch.randn(3, 3, 32, 32)
-        slots = [torch.stack([torch.randperm(before)[:after].sort().values for _ in image])
-                 for before, after in zip((patches, counts[0]), counts, strict=True)]
-        with monkeypatch.context() as patch:
-            patch.setattr(sampling, "keep_decision", lambda log_probs, name, slots=slots: torch.zeros_like(
-                log_probs[..., 0]).scatter(1, slots[int(name[-1])], 1.0))
-            trained = model.train()(image)
-            patch.setattr(model, "kept_counts", lambda counts=counts: list(counts))
-            patch.setattr(backbone, "best_in_order", lambda scores, count, left=list(slots): left.pop(0))
-            pruned = model.eval()(image)
-        assert pruned.tokens.shape[1] == counts[1] and (trained.keep.sum(1) == counts[1]).all()
+        trained, pruned = masked_and_pruned(model, counts, monkeypatch)
         assert torch.equal(trained.gates, pruned.gates)
         torch.testing.assert_close(trained.logits, pruned.logits, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained.tokens[:, :counts[1]], pruned.tokens, atol=1e-5, rtol=0)
@@ -167,6 +187,27 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
         gates.append(pruned.gates)
     if routed:
         assert 0 < torch.stack(gates).mean() < 1
+
+
+@pytest.mark.parametrize("wrong", ["forgets its state", "leaves out the mask"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_that_comparison_sees_a_wrong_scan(family, wrong, monkeypatch):
+    """Wrong in training's path alone, and there in the backward scans."""
+    right = torch_lean.ssm_branch
+
+    def wrong_in_training(xz, params, *, reverse=False, mask=None, **options):
+        if mask is not None and reverse and wrong == "forgets its state":
+            params = params._replace(A=params.A * 1e4)
+        elif mask is not None and reverse:
+            mask = None
+        return right(xz, params, reverse=reverse, mask=mask, **options)
+
+    monkeypatch.setenv("DYVM_BACKEND", "torch")
+    monkeypatch.setattr(torch_lean, "ssm_branch", wrong_in_training)
+    model = small(family, dynamic=True)
+    make_sensitive(model)
+    trained, pruned = masked_and_pruned(model, (13, 7), monkeypatch)
+    assert (trained.logits - pruned.logits).abs().max() > 1e-3
 
 
 def test_evaluation_keeps_the_published_counts():
@@ -221,7 +262,8 @@ def test_forward_is_the_same_alone_and_in_a_batch():
 
 
 def test_no_images():
-    result = small("vim", dynamic=True).eval()(torch.randn(0, 3, 32, 32))
+    with torch.no_grad():
+        result = small("vim", dynamic=True).eval()(torch.randn(0, 3, 32, 32))
     assert result.logits.shape == (0, 7) and [kept.shape for kept in result.kept] == [(0, 11), (0, 6)]
 
 
