@@ -220,6 +220,19 @@ def test_nan_in_nan_out(backend, half):
         assert not switched_off[0].any() and torch.equal(switched_off[1], y[1])
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_nan_behind_the_last_visible_token(backend, reverse):
+    """May show or not, and changes nothing but to NaN; in between, or before, it does show."""
+    xz, mask = torch.randn(1, 6, 16, device=backend), torch.tensor([[1.0, 0, 1, 0, 0, 0]], device=backend)
+    params = BranchParams(*(p.float().to(backend) for p in params_of(8, 4, 1)))
+    clean = ssm_branch(xz, params, mask=mask, reverse=reverse)
+    behind, between = xz.clone(), xz.clone()
+    behind[0, 5, 0] = between[0, 1, 0] = float("nan")
+    y = ssm_branch(behind, params, mask=mask, reverse=reverse)
+    assert torch.allclose(y[~y.isnan()], clean[~y.isnan()], atol=1e-6)
+    assert ssm_branch(between, params, mask=mask, reverse=reverse)[0, 1].isnan().all()
+
+
 def test_the_same_gradients_every_time():
     """The CPU backend adds up in a fixed order, whichever thread comes first."""
     params = BranchParams(*(p.float().requires_grad_() for p in params_of(64, 16, 2)))

@@ -36,6 +36,15 @@ def test_arguments_that_disagree(change, message):
         ssm_branch(**arguments)
 
 
+def test_weights_that_are_no_branch_params():
+    xz, params = torch.zeros(2, 5, 16), BranchParams(*(p.float() for p in params_of(8, 4, 1)))
+    for wrong in (None, tuple(params[:5])):
+        with pytest.raises(ValueError, match=f"must be BranchParams, not {type(wrong).__name__}"):
+            ssm_branch(xz, wrong)
+        with pytest.raises(ValueError, match=f"must be BranchParams, not {type(wrong).__name__}"):
+            bidirectional_ssm(xz, params, wrong)
+
+
 def test_directions_that_disagree():
     xz, params = torch.zeros(2, 5, 16), BranchParams(*(p.float() for p in params_of(8, 4, 1)))
     other = BranchParams(*(p.float() for p in params_of(8, 5, 1)))

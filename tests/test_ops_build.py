@@ -68,6 +68,12 @@ def test_compiler_that_is_no_program(monkeypatch, tmp_path):
         build.library_path()
 
 
+def test_compiler_that_cannot_be_read(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    with pytest.raises(build.BuildError, match="cannot read CXX=g.* '-O2: No closing quotation"):
+        build.library_path()
+
+
 def test_compiler_of_several_words(monkeypatch, tmp_path):
     needs_compiler()
     monkeypatch.setenv("CXX", f"env {os.environ.get('CXX', 'g++')}")

@@ -102,7 +102,9 @@ def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Opt
     """
     if not isinstance(xz, Tensor) or xz.dim() != 3 or not xz.is_floating_point():
         raise ValueError(f"xz must be a floating-point tensor [B, L, 2E], not {_describe(xz)}")
-    for name, tensor in zip(BranchParams._fields, params, strict=True):
+    if not isinstance(params, BranchParams):
+        raise ValueError(f"the weights of a direction must be BranchParams, not {_describe(params)}")
+    for name, tensor in params._asdict().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, not {_describe(tensor)}")
     for name in ("conv_weight", "dt_proj_weight", "A"):
@@ -141,7 +143,8 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
         xz: [B, L, 2E], the halves x and z of the input projection.
         params: weights of this direction.
         reverse: walk from the last token to the first.
-        mask: [B, L], multiplies x and the convolution's output; receives a gradient.
+        mask: [B, L], multiplies x and the convolution's output; receives a gradient. Tokens behind the last one that
+            is not masked need not be read: whether a NaN there shows depends on the backend.
         active: [B]; an image whose entry is False costs nothing and its rows are zero.
         lengths: [B]; only an image's first `lengths` tokens exist: the reversed walk starts at the last of them
             and the rows behind are zero. The same result as a mask of that prefix, at less cost.

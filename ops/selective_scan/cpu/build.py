@@ -23,7 +23,11 @@ class BuildError(RuntimeError):
 
 def _compiler() -> list[str]:
     """The command, which may have several words (`CXX="ccache g++"`)."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    given = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(given) or ["g++"]
+    except ValueError as error:
+        raise BuildError(f"cannot read CXX={given}: {error}") from error
     path = shutil.which(command[0])
     if path is None:
         raise BuildError(f"no C++ compiler: '{command[0]}' is not on PATH")
