@@ -16,7 +16,7 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 OUTPUT="${OUTPUT:-$ROOT/output/ablation/fmnist}"
-EPOCHS_DENSE="${EPOCHS_DENSE:-8}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-12}"
 EPOCHS="${EPOCHS:-4}"
 SUBSET="${SUBSET:-10000}"
 JOBS="${JOBS:-2}"
