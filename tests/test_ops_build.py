@@ -38,6 +38,7 @@ def needs_compiler():
 def test_no_compiler(monkeypatch, caplog, fresh_choice):
     """One line says so, the next backend runs; forced, it is an error."""
     monkeypatch.delenv("DYVM_BACKEND", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     xz, params = torch.randn(1, 3, 16), BranchParams(*(p.float() for p in params_of(8, 4, 1)))
     with caplog.at_level(logging.INFO):
