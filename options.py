@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from timm.optim import list_optimizers
 
-from datasets import add_data_arguments
+from datasets import TIMM_PREFIXES, add_data_arguments
 from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
@@ -25,6 +25,23 @@ READ_BY = {
     "--token-pruning-weight": ("dyvm", "token"), "--block-keep-ratio": ("dyvm", "block"),
     "--block-pruning-weight": ("dyvm", "block"), "--gate-threshold": ("dyvm", "block"),
     "--distill-weight": ("dyvm", "token", "block"),
+}
+
+
+def _chooses_splits(args: argparse.Namespace) -> bool:
+    return args.data_set.lower().startswith(TIMM_PREFIXES)
+
+
+_SPLITS = "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to choose"
+# Flags that only some runs read: whether one with these arguments does, and what to say when it does not.
+READ_IF = {
+    "--dense-path": (lambda args: args.eval and args.method != "dense", "here: it is what --eval compares a dynamic "
+                     "model with; the teacher of a training, or the weights it starts from, are --model-path"),
+    "--train-split": (_chooses_splits, _SPLITS), "--val-split": (_chooses_splits, _SPLITS),
+    # scripts/slurm.sh gives `auto` to all that it runs: there may be nothing to go on from
+    "--resume": (lambda args: not args.eval or args.resume == "auto", "with --eval; the checkpoint to evaluate is "
+                 "--model-path"),
+    "--resume-override": (lambda args: args.resume, "without --resume; give --resume auto, or --resume FILE"),
 }
 MOST_BUDGETS = 100  # of one --sweep
 
@@ -262,9 +279,8 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
     if recorded and args.data_set != recorded["data_set"] and args.data_path == recorded.get("data_path"):
         args.data_path = None  # that of another data set
     settle_model(args)
+    _check_read(argv, args)
     _check(args)
-    if not args.eval:
-        _check_read(argv, args.method)
     if args.lr is None:
         args.lr = 1e-3 if args.method == "dense" else 5e-5
     return args
@@ -310,19 +326,24 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} - 1")
 
 
-def _check_read(argv: Sequence[str], method: str) -> None:
-    """A flag given for a training whose method does not read it is a mistake.
+def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """A flag given for a run that does not read it is a mistake.
 
-    Not so when an earlier `--method` on the command line reads it: the recipes' flags stay when the user changes their
-    method with another `--method` behind them.
+    Not so for a flag of READ_BY at evaluation, or when an earlier `--method` on the command line reads it: the recipes'
+    flags stay when the user changes their method with another `--method` behind them.
     """
+    given = {argument.split("=")[0] for argument in argv}
+    for flag, (is_read, told) in READ_IF.items():
+        if flag in given and not is_read(args):
+            raise UsageError(f"{flag} has no meaning {told.format_map(vars(args))}")
+    if args.eval:
+        return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", action="append", default=[])
-    named = {method, *parser.parse_known_args(argv)[0].method}
-    given = {argument.split("=")[0] for argument in argv}
+    named = {args.method, *parser.parse_known_args(argv)[0].method}
     for flag, readers in READ_BY.items():
         if flag in given and named.isdisjoint(readers):
-            raise UsageError(f"{flag} has no meaning with --method {method}; leave it out, or train with --method "
+            raise UsageError(f"{flag} has no meaning with --method {args.method}; leave it out, or train with --method "
                              f"{' or '.join(readers)}")
 
 

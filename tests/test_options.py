@@ -128,6 +128,38 @@ def test_evaluation_takes_all_of_them():
         parse(f"--eval --model-path x {flag} {GIVEN.get(flag, 1)}", recorded)
 
 
+DYNAMIC = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "dyvm", "model_kwargs": []}
+
+
+@pytest.mark.parametrize("line, recorded, words", [
+    ("--dense-path x.pth", None, ["--dense-path", "--eval", "--model-path"]),
+    ("--method dyvm --dense-path x.pth", None, ["--dense-path", "teacher", "--model-path"]),
+    ("--eval --model-path x --dense-path y", DYNAMIC | {"model": "vim_tiny", "method": "dense"}, ["--dense-path"]),
+    ("--train-split nope", None, ["--train-split", "--data-set DIGITS", "wds/"]),
+    ("--data-set FOLDER --data-path x --val-split=test", None, ["--val-split", "--data-set FOLDER"]),
+    ("--eval --model-path x --val-split test", DYNAMIC, ["--val-split", "--data-set DIGITS"]),
+    ("--eval --model-path x --resume nowhere.pth", DYNAMIC, ["--resume", "--eval", "--model-path"]),
+    ("--resume-override", None, ["--resume-override", "--resume auto"]),
+])
+def test_flags_that_the_run_does_not_read_are_refused(line, recorded, words):
+    with pytest.raises(UsageError) as error:
+        parse(line, recorded)
+    text = str(error.value)
+    assert text.startswith(f"{words[0]} has no meaning ") and all(word in text for word in words), text
+    assert "\n" not in text and "{" not in text and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("line, recorded", [
+    ("--eval --model-path x --dense-path y", DYNAMIC),
+    ("--data-set wds/birds --data-path x --train-split a --val-split b", None),
+    ("--eval --model-path x --resume auto", DYNAMIC),  # as scripts/slurm.sh launches scripts/eval.sh
+    ("--resume auto --resume-override", None),
+    ("--resume x.pth --resume-override", None),
+])
+def test_flags_that_the_run_reads_are_taken(line, recorded):
+    parse(line, recorded)
+
+
 def test_every_flag_stands_in_a_named_group():
     groups = {group.title: group for group in options.build_parser()._action_groups}
     assert {"model", "method", "data", "augmentation", "mixup", "optimisation", "run"} <= groups.keys()
