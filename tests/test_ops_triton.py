@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 
@@ -201,13 +202,29 @@ def test_kernel_add_rms_norm_first_block():
     assert torch.equal(hidden.grad, grad)
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernel tests run in this process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
+def run_interpreted(file: Path, chosen: str) -> str:
+    """Output of a test file's chosen tests in Triton's interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(file)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=file.parent.parent,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout
+    return run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernel tests run in this process")
+def test_in_the_interpreter():
+    run_interpreted(Path(__file__), "test_kernel")
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the recorded cases run on the GPU itself")
+@pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
+def test_recorded_cases_in_the_interpreter():
+    """Whole models, evaluated and trained; the smallest cases, as the interpreter is slow."""
+    cases = [min(golden.names(kind), key=lambda name: (golden.GOLDEN_DIR / f"{name}.safetensors").stat().st_size)
+             for kind in ("eval_", "train_")]
+    chosen = " or ".join(f"triton-{name}]" for name in cases)
+    assert "2 passed" in run_interpreted(Path(golden.__file__).with_name("test_golden.py"), chosen)
 
 
 def test_takes_names_what_it_refuses(monkeypatch):
