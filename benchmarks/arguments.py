@@ -84,10 +84,11 @@ def add_retries(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, settle the precision and set PyTorch's threads."""
+    """Parse the command line, settle the precision and set up PyTorch."""
     args = parser.parse_args()
     if "precision" in args and args.precision is None:
         args.precision = "bf16" if args.device == "cuda" else "fp32"
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as in matrix products
     if args.threads:
         torch.set_num_threads(args.threads)
     return args

@@ -42,8 +42,10 @@ from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import write_json
 
-# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step.
-TOLERANCES = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 2e-2}
+# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step, with
+# fresh weights. Measured: 1.4e-5 in fp32 and 6.1e-2 in bf16, and 1.3 or more for a scan without recurrence, one that
+# walks the wrong way, or one that ignores its mask. fp16 rounds 8 times finer than bf16.
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-1, "fp16": 4e-2}
 Step = Callable[[], list[Tensor]]
 
 
