@@ -30,6 +30,21 @@ OURS = ("", ", graph")
 DEIT = ("", ", graph", ", compiled", ", compiled, graph")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A benchmark's record; empty where there is none, or where what is there is cut off or something else."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        print(f"{path} cannot be read, and counts as not measured ({error})", file=sys.stderr)
+        return {}
+    if not isinstance(record, dict):
+        print(f"{path} is no record of a benchmark, and counts as not measured", file=sys.stderr)
+        return {}
+    return record
+
+
 class Records(NamedTuple):
     """The JSON records. Its methods raise KeyError for what was not measured."""
 
@@ -40,7 +55,7 @@ class Records(NamedTuple):
     @staticmethod
     def read(folder: Path) -> "Records":
         paths = (folder / name for name in ("model-s.json", "model-s-512.json", "train.json"))
-        return Records(*(json.loads(path.read_text()) if path.exists() else {} for path in paths))
+        return Records(*map(read_record, paths))
 
     def forward(self, name: str, forms: tuple[str, ...], batch: Optional[int] = None, pixels: int = 224) -> float:
         """Images per second of the fastest of a model's `forms`."""
@@ -126,6 +141,18 @@ def judge(records: Records) -> list[dict[str, Any]]:
                    for what, share in shares(records).items()]
 
 
+def closing(records: Records) -> str:
+    """What has to be known to read the table."""
+    batches = [f"{part} {record['batch']}" for part, record in records.train.items()
+               if isinstance(record, dict) and "batch" in record]
+    text = (f"batch {BATCH} unless said otherwise; training at the batch that fits: "
+            f"{', '.join(batches) or 'not measured'}")
+    if records.train.get("release_checkpointing"):
+        text += ("; without mamba_ssm the release-like step recomputes its layers (gradient checkpointing): the ratio "
+                 "of times flatters DyVM, that of memory is stricter")
+    return text
+
+
 def main() -> None:
     parser = OneLineParser(prog="benchmarks/goals.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path)
@@ -133,13 +160,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder} is no folder; name the one that scripts/gpu_check.sh wrote to")
-    rows = judge(Records.read(args.folder))
+    records = Records.read(args.folder)
+    rows = judge(records)
     print(tabulate([[row["what"], row["goal"] or "", "not measured" if row["measured"] is None else
                      f"{row['measured']:.2f}", {True: "yes", False: "no", None: ""}[row["met"]]] for row in rows],
                    ["", "goal", "measured", "met"], disable_numparse=True, colalign=("left", "right", "right", "left")))
-    print(f"batch {BATCH} unless said otherwise; training at the batch that fits: " + ", ".join(
-        f"{part} {record['batch']}" for part, record in Records.read(args.folder).train.items()
-        if isinstance(record, dict) and "batch" in record))
+    print(closing(records))
     if args.output:
         write_json(args.output, rows)
 

@@ -5,7 +5,8 @@
 
 A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like step is the same on
 mamba_ssm's operators, or on the reference ones where that is not installed, and re-arranges tokens image by image as
-the release does. Both get the same weights and the same noise and must come to the same loss and gradient in this very
+the release does; on a GPU the reference operators recompute each layer in the backward pass, or nothing would fit.
+Both get the same weights and the same noise and must come to the same loss and gradient in this very
 run, and so must dense Vim and its step in plain PyTorch, or there is no speed and the command fails.
 Samples are taken in turn and redone while other processes are busy.
 """
@@ -42,8 +43,8 @@ from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import write_json
 
-# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step, with
-# fresh weights. Measured: 1.4e-5 in fp32 and 6.1e-2 in bf16, and 1.3 or more for a scan without recurrence, one that
+# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step.
+# Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a scan without recurrence, one that
 # walks the wrong way, or one that ignores its mask. fp16 rounds 8 times finer than bf16.
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-1, "fp16": 4e-2}
 Step = Callable[[], list[Tensor]]
@@ -70,6 +71,8 @@ def parse_args() -> argparse.Namespace:
     arguments.check_profile(args)
     on_gpu = args.device == "cuda"
     args.release_backend = "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
+    # A GPU cannot hold the states that the reference operators keep for all layers at once.
+    args.release_checkpointing = on_gpu and args.release_backend == "reference"
     args.dyvm_model = args.dyvm_model or ("vim_small" if on_gpu else "vim_micro")
     args.dense_size = args.dense_size or ("S" if on_gpu else "T")
     args.batch = args.batch or (64 if on_gpu and args.release_backend == "mamba_ssm" else 16)
@@ -154,8 +157,7 @@ def dyvm_part(args: argparse.Namespace) -> Part:
             return step()
 
     def release() -> list[Tensor]:
-        # A GPU cannot hold the states that the reference operators keep for all layers at once.
-        model.grad_checkpointing = args.release_backend == "reference" and args.device == "cuda"
+        model.grad_checkpointing = args.release_checkpointing
         try:
             with release_like(args.release_backend):
                 return step()
@@ -284,7 +286,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
         "device": device_name(torch.device(args.device)), "precision": args.precision,
-        "environment": describe_environment()}
+        "environment": describe_environment(), "release_checkpointing": args.release_checkpointing}
     for part in args.parts:
         record[part] = measure_fitting(part, args)
         print(f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, {args.precision}, "

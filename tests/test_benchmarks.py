@@ -19,7 +19,8 @@ from ops.selective_scan import torch_lean
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError, run_main
 
-ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference")
+ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference",
+                       release_checkpointing=False)
 
 
 def micro():
@@ -219,7 +220,8 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     (tmp_path / "model-s.json").write_text(json.dumps(record))
     steps = {"Vim-S": 10.0, "DeiT-S": 5.0, "Vim-S, mamba_ssm": 25.0}
     (tmp_path / "train.json").write_text(json.dumps({
-        "device": "NVIDIA H200", "dense": {"batch": 3, "steps": {name: {"ms": ms} for name, ms in steps.items()}},
+        "device": "NVIDIA H200", "release_checkpointing": True,
+        "dense": {"batch": 3, "steps": {name: {"ms": ms} for name, ms in steps.items()}},
         "dyvm": {"batch": 3, "steps": {"DyVM": {"ms": 10.0}, "release-like, reference": {"ms": 20.0}},
                  "memory": {"DyVM": 30, "release-like, reference": 100}}}))
     monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path), "--output", str(tmp_path / "goals.json")])
@@ -234,7 +236,22 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     assert rows["DyVM-S training step, against the release-like step"] == (pytest.approx(2.0), False)
     assert rows["peak memory of that step, against the release-like step"] == (pytest.approx(0.3), True)
     assert rows["Vim-S training step, share of its limit of 5,000 images/s"] == (pytest.approx(300 / 5000), None)
-    assert "not measured" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not measured" in printed
+    assert "batch that fits: dense 3, dyvm 3; without mamba_ssm" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b'{"dense": {"batch": 3, "st', "train.json cannot be read, and counts as not measured"),
+    (b"\xff\xfe{", "train.json cannot be read, and counts as not measured"),
+    (b"[1]", "train.json is no record of a benchmark, and counts as not measured")])
+def test_a_record_that_is_cut_off_counts_as_not_measured(content, complaint, monkeypatch, tmp_path, capsys):
+    (tmp_path / "train.json").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path)])
+    goals.main()
+    printed = capsys.readouterr()
+    assert complaint in printed.err and len(printed.err.splitlines()) == 1
+    assert printed.out.count("not measured") == len(goals.GOALS) + 1 and "mamba_ssm the release-like" not in printed.out
 
 
 def test_a_form_that_cannot_be_made_is_left_out(monkeypatch, tmp_path, capsys):
