@@ -28,15 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  (registers them)
 import options
-from benchmarks import arguments, checking, hotspots, timing
+from benchmarks import arguments, checking, hotspots, records, timing
 from benchmarks.arguments import PRECISIONS
 from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
-from evaluation import device_name
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
-from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import write_json
 
@@ -59,7 +57,7 @@ def image_size(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.build_parser("model.py", __doc__)
-    parser.add_argument("--models", nargs="+", default=["S", "T"], choices=SIZES, help="sizes")
+    parser.add_argument("--models", nargs="+", choices=SIZES, help="default: S T, and B on a GPU")
     parser.add_argument("--batch", nargs="+", type=options.positive, help="default: 1 16 64 256 on a GPU, else 16")
     parser.add_argument("--img-size", type=image_size, default=224)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
@@ -71,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     args = arguments.parse(parser)
     on_gpu = args.device == "cuda"
     arguments.check_profile(args)
+    args.models = args.models or (["S", "T", "B"] if on_gpu else ["S", "T"])
     args.batch = args.batch or ([1, 16, 64, 256] if on_gpu else [16])
     args.compile = on_gpu if args.compile is None else args.compile
     return args
@@ -154,7 +153,7 @@ class Selection:
             self.offer(f"{name}, {variant}", made, lambda: checking.relative_error(
                 logits_of(made(self.images)), logits_of(function(self.images))))
         except RuntimeError as error:
-            print(f"left out: {name}, {variant} ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(f"left out: {name}, {variant} ({records.first_line(error)})", file=sys.stderr)
 
     @property
     def wrong(self) -> list[str]:
@@ -261,16 +260,15 @@ def table(part: dict) -> str:
 def main() -> None:
     args = parse_args()
     record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/model.py", *sys.argv[1:]]), "device":
-        device_name(torch.device(args.device)), "precision": args.precision, "img_size": args.img_size,
-        "token_keep_ratio": TOKEN_KEEP, "block_keep_ratio": BLOCK_KEEP, "environment": describe_environment(),
-        "parts": []}
+        **records.head("model.py", args.device), "precision": args.precision, "img_size": args.img_size,
+        "token_keep_ratio": TOKEN_KEEP, "block_keep_ratio": BLOCK_KEEP, "parts": []}
     for size in args.models:
         found = build(size, args)
         mixer = found[f"Vim-{size}"].layers[0].mixer
         xz = torch.zeros(1, 1, mixer.in_proj.out_features, device=args.device, dtype=PRECISIONS[args.precision])
         chosen = record["backend"] = selective_scan.backend_for(xz, mixer.branch(False))
-        print(f"\n{record['device']}, {args.precision}, {args.img_size} pixels, backend {chosen}")
+        print(f"\n{record['device']}, {record['threads']} threads, {args.precision}, {args.img_size} pixels, "
+              f"backend {chosen}")
         for batch in args.batch:
             record["parts"].append(measure(found, size, batch, chosen, args))
             print(table(record["parts"][-1]), flush=True)

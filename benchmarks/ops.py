@@ -6,12 +6,11 @@
 Every rival's output and gradients are compared with the float64 definition in the same run, on the first images of
 the same batch; one that is wrong gets no time, and the command fails. The two matrix products around the scan
 (in_proj and out_proj) are timed beside it for scale. Samples are taken in turn and redone while other processes are
-busy. Rivals that are not installed are left out (requirements-bench.txt).
+busy. Rivals that are not installed (requirements-bench.txt), fail or do not fit the memory are left out.
 """
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import options
-from benchmarks import arguments, rivals, timing
+from benchmarks import arguments, records, rivals, timing
 from benchmarks.arguments import PRECISIONS
 from ops import selective_scan
 from ops.selective_scan import BranchParams
@@ -121,6 +120,11 @@ def worst_error(actual: list[Optional[Tensor]], expected: list[Tensor]) -> float
     return worst
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory was too small; the host's allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
     """{rival: {"error", "ms", ...}}, and the block's matrix products beside them."""
     torch.manual_seed(0)
@@ -144,8 +148,11 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
         try:
             error = worst_error(gradients(rival, xz, forward, backward, checked_grad) if train else [call()],
                                 expected if train else expected[:1])
-        except torch.OutOfMemoryError:
-            print(f"left out: {name} does not fit the GPU's memory", file=sys.stderr)
+        except (RuntimeError, MemoryError) as error:
+            if name.startswith("backend ") and not out_of_memory(error):
+                raise  # of our own
+            reason = "does not fit the memory" if out_of_memory(error) else f"fails ({records.first_line(error)})"
+            print(f"left out: {name} {reason}", file=sys.stderr)
             continue
         results[name], calls[name] = {"error": error}, call
         if error > TOLERANCES[args.precision]:
@@ -192,15 +199,16 @@ def table(results: dict[str, dict], fastest: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    record = {"command": " ".join(["python", "benchmarks/ops.py", *sys.argv[1:]]), "device": device_name(args.device),
-              "precision": args.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "batch": args.batch, "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
+    record = {**records.head("ops.py", args.device, *rivals.PACKAGES), "precision": args.precision, "batch": args.batch,
+              "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
     wrong = []
     for name, train in (("forward", False), ("forward + backward", True)):
         if args.passes not in ("both", "train" if train else "forward"):
             continue
         record[name] = measure(args, train)
-        ours = next(rival for rival in record[name] if rival.startswith("backend "))
+        ours = next((rival for rival in record[name] if rival.startswith("backend ")), None)
+        if ours is None:
+            raise UserError(f"{name}: no backend fits the memory at --batch {args.batch}; give a smaller one")
         print(f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, {args.precision}, "
               f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}")
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
@@ -208,15 +216,6 @@ def main() -> None:
         write_json(args.output, record)
     if wrong:
         raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-              ] if cpuinfo.exists() else []
-    return f"{models[0] if models else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

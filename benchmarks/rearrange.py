@@ -18,7 +18,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import options
-from benchmarks import arguments
+from benchmarks import arguments, records
 from models.layouts import MiddleClassToken, reordered, take
 from models.pruning import kept_first
 from utils.errors import UserError, run_main
@@ -85,7 +85,7 @@ def main():
     print("tokens and gradients equal to the last bit")
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        write_json(args.output, {**settings, **record, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        write_json(args.output, {**settings, **records.head("rearrange.py", args.device), **record})
 
 
 def seconds(run, function, device):

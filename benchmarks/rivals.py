@@ -17,6 +17,7 @@ from ops.selective_scan.reference import ssm_branch as reference_branch
 Core = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Rival = Callable[[Tensor, BranchParams, BranchParams], Tensor]
 CHUNK = 8
+PACKAGES = ("transformers", "mambapy")
 
 
 def sequential_loop(xz: Tensor, forward: BranchParams, backward: BranchParams) -> Tensor:

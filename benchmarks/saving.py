@@ -26,15 +26,13 @@ import torch
 
 import options
 import resume
-from benchmarks import arguments
+from benchmarks import arguments, records
 from builders import build_training, model_image_size
 from datasets import Data, build_data
 from engine import Training, accumulate_gradients, gradient_norm
-from evaluation import device_name
 from loading.loaders import Batch
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
-from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import write_json
 from utils.logging import Averages, Progress
@@ -163,9 +161,8 @@ def main() -> None:
           "each read back and equal to what was saved")
     if given.output:
         write_json(given.output, {
-            "command": " ".join(["python", "benchmarks/saving.py", *sys.argv[1:]]),
-            "device": device_name(alone.device), "threads": torch.get_num_threads(),
-            "load_average": {"before": load_before, "after": os.getloadavg()}, "environment": describe_environment(),
+            **records.head("saving.py", given.device),
+            "load_average": {"before": load_before, "after": os.getloadavg()},
             "checkpoint_bytes": size, **result, "windows": windows})
 
 

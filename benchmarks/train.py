@@ -31,15 +31,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import options
-from benchmarks import arguments, checking, hotspots, timing
+from benchmarks import arguments, checking, hotspots, records, timing
 from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
-from evaluation import device_name
 from losses import DynamicLoss
 from models import DynamicVisionMamba, VisionMamba, backbone, sampling
 from ops import selective_scan
-from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 from utils.files import write_json
 
@@ -284,13 +282,12 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_args()
     record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-        "device": device_name(torch.device(args.device)), "precision": args.precision,
-        "environment": describe_environment(), "release_checkpointing": args.release_checkpointing}
+        **records.head("train.py", args.device), "precision": args.precision,
+        "release_checkpointing": args.release_checkpointing}
     for part in args.parts:
         record[part] = measure_fitting(part, args)
         print(f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, {args.precision}, "
-              f"{record['device']}")
+              f"{record['device']}, {record['threads']} threads")
         if record[part]["steps"]:
             print(table(record[part]), flush=True)
         if args.output:

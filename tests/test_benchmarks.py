@@ -4,19 +4,35 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
+from datetime import datetime, timezone
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
-from benchmarks import arguments, checking, goals, hotspots, memory, model, saving, train
+from benchmarks import (
+    arguments,
+    checking,
+    goals,
+    hotspots,
+    memory,
+    model,
+    ops,
+    rearrange,
+    records,
+    rivals,
+    saving,
+    train,
+)
 from benchmarks.model import random_images, set_routers
 from models import sampling
 from ops import selective_scan
 from ops.selective_scan import torch_lean
 from utils.checkpoint import save_checkpoint
+from utils.environment import describe_environment
 from utils.errors import UserError, run_main
 
 ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference",
@@ -114,6 +130,63 @@ def test_the_noise_covers_a_forward_pass():
     model = micro().train()
     with sampling.replay(train.draw_noise(model, 2, "cpu")):
         assert model(random_images(2, 32, "cpu")).gates.shape == (8, 2, 2)
+
+
+def test_a_record_says_what_it_was_measured_with(monkeypatch, tmp_path):
+    flags = ["--batch", "2", "--patches", "4", "--width", "8", "--rounds", "1"]
+    flags += ["--output", str(tmp_path / "record file")]
+    monkeypatch.setattr(sys, "argv", ["rearrange.py", *flags])
+    rearrange.main()
+    record = json.loads((tmp_path / "record file").read_text())
+    environment = describe_environment()
+    assert record["command"] == shlex.join(["python", "benchmarks/rearrange.py", *flags])
+    assert record["device"].startswith(environment["cpu"]) and record["threads"] == torch.get_num_threads()
+    assert datetime.fromisoformat(record["date"]) <= datetime.now(timezone.utc)
+    assert record["environment"] == environment and record["patches"] == 4
+    assert records.head("ops.py", "cpu", "pytest")["environment"] == environment | {"pytest": pytest.__version__}
+
+
+def tiny_scan(monkeypatch, tmp_path, compiled):
+    """benchmarks/ops.py with another core for torch.compile; -> the names of its record, forward."""
+    monkeypatch.setenv("DYVM_BACKEND", "")  # put back behind the test
+    monkeypatch.setattr(rivals, "compiled_chunks", lambda: compiled)
+    monkeypatch.setattr(sys, "argv", ["ops.py", "--device", "cpu", "--batch", "2", "--tokens", "5", "--width", "16",
+                                      "--rounds", "1", "--retries", "0", "--passes", "forward", "--output",
+                                      str(tmp_path / "ops.json")])
+    ops.main()
+    return json.loads((tmp_path / "ops.json").read_text())["forward"].keys()
+
+
+@pytest.mark.parametrize("error, complaint", [
+    (RuntimeError("no compiler\nbehind a trace"), "torch.compile fails (no compiler)"),
+    (RuntimeError(), "torch.compile fails (RuntimeError)"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "torch.compile does not fit the memory"),
+    (None, "torch.compile does not fit the memory")], ids=["compiler", "silent", "GPU memory", "host memory"])
+def test_a_rival_that_fails_is_left_out(error, complaint, monkeypatch, tmp_path, capsys):
+    def core(*inputs):
+        if error is None:
+            torch.empty(2**60)
+        raise error
+
+    names = tiny_scan(monkeypatch, tmp_path, core)
+    assert {"backend torch", "sequential loop", "chunked PyTorch"} <= names and "torch.compile" not in names
+    assert [line for line in capsys.readouterr().err.splitlines() if "compile" in line] == [f"left out: {complaint}"]
+
+
+def test_an_error_of_our_own_backend_is_not_hidden(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(torch_lean, "ssm_branch", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        tiny_scan(monkeypatch, tmp_path, rivals.einsum_loop)
+
+
+@pytest.mark.parametrize("gpu, sizes", [(False, ["S", "T"]), (True, ["S", "T", "B"])])
+def test_size_b_is_measured_on_a_gpu(gpu, sizes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["model.py"])
+    assert model.parse_args().models == sizes
 
 
 def test_what_a_save_loses_is_what_its_steps_took_beyond_their_neighbours():

@@ -10,10 +10,10 @@ import torch
 PACKAGES = ("torch", "torchvision", "timm", "triton", "mamba-ssm", "numpy")
 
 
-def describe_environment() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, the processor and the GPUs."""
+def describe_environment(*packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that matter and of further `packages`; the processor and the GPUs."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *packages):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
