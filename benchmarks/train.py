@@ -6,9 +6,9 @@
 A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like step is the same on
 mamba_ssm's operators, or on the reference ones where that is not installed, and re-arranges tokens image by image as
 the release does; on a GPU the reference operators recompute each layer in the backward pass, or nothing would fit.
-Both get the same weights and the same noise and must come to the same loss and gradient in this very
-run, and so must dense Vim and its step in plain PyTorch, or there is no speed and the command fails.
-Samples are taken in turn and redone while other processes are busy.
+Both get the same weights and the same noise and must come to the same loss and gradient in this very run, and so must
+dense Vim and its step in plain PyTorch, or there is no speed and the command fails. Samples are taken in turn and
+redone while other processes are busy.
 """
 
 import argparse
