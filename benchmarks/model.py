@@ -43,7 +43,7 @@ TOKEN_KEEP, BLOCK_KEEP = 0.7, 0.8
 CALIBRATION = 20  # images on which the routers are set
 # Largest error of the logits, of their largest. Measured on a CPU: 2.6e-6 in fp32, 2.7e-2 in bf16, 2.8e-3 in fp16,
 # and 0.4 or more for a scan without recurrence or one that walks the wrong way.
-TOLERANCES = {"fp32": 2e-5, "bf16": 1.5e-1, "fp16": 2e-2}
+TOLERANCES = {"fp32": 2e-5, "bf16": 1e-1, "fp16": 2e-2}
 Forward = Callable[[Tensor], Any]  # images [B, 3, H, W] -> logits [B, classes], or a Result that has them
 
 

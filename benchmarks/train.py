@@ -44,7 +44,7 @@ from utils.files import write_json
 # Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step.
 # Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a scan without recurrence, one that
 # walks the wrong way, or one that ignores its mask. fp16 rounds 8 times finer than bf16.
-TOLERANCES = {"fp32": 1e-4, "bf16": 3e-1, "fp16": 4e-2}
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 Step = Callable[[], list[Tensor]]
 
 
