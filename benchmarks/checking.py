@@ -23,7 +23,7 @@ STEP_BIAS = -2.0  # steps near 0.13: the slowest state remembers about 8 tokens
 
 @torch.no_grad()
 def set_telling_weights(model: VisionMamba) -> None:
-    """Give a dense model random weights with which the state of its scans decides about the logits.
+    """Give a model random weights with which the state of its scans decides about the logits.
 
     In a fresh model the state is so small beside the skip D u that a scan without recurrence gives almost the same
     logits. Here every matrix is N(0, 1 / fan-in), so that nothing grows or fades on the way, and what the layers add to

@@ -5,6 +5,7 @@ import timm
 import torch
 
 import models
+from benchmarks.checking import set_telling_weights
 from models import FAMILIES, DynamicVisionMamba, Result, VisionMamba, backbone, cumulative_keep, sampling
 from models.flops import count_flops
 from models.layouts import HeadClassToken, MiddleClassToken, SpreadRegisters, extract, insert, read
@@ -135,17 +136,6 @@ def test_initialisation(family):
     assert not [name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))]
 
 
-def make_sensitive(model: VisionMamba) -> None:
-    """Weights with which every token and every state reaches the logits; those of a fresh model hardly let them."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    for layer in model.layers:
-        for direction in ("", "_b"):
-            torch.nn.init.zeros_(getattr(layer.mixer, f"dt_proj{direction}").bias)
-            torch.nn.init.normal_(getattr(layer.mixer, f"A{direction}_log"), std=0.5)
-
-
 def masked_and_pruned(model: DynamicVisionMamba, counts: tuple[int, int], monkeypatch) -> tuple[Result, Result]:
     """Training's and evaluation's result for the same random decisions, which keep `counts` patches."""
     images = torch.randn(3, 3, 32, 32)
@@ -171,7 +161,7 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
     """For equal decisions, training's masked path and evaluation's pruned path give the same logits, in float32."""
     monkeypatch.setenv("DYVM_BACKEND", backend)
     model = small(family, dynamic=True, route_blocks=routed)
-    make_sensitive(model)
+    set_telling_weights(model)
     if routed:  # routers that differ between images, layers and directions
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.block_head.weight, std=20.0)
@@ -205,7 +195,7 @@ def test_that_comparison_sees_a_wrong_scan(family, wrong, monkeypatch):
     monkeypatch.setenv("DYVM_BACKEND", "torch")
     monkeypatch.setattr(torch_lean, "ssm_branch", wrong_in_training)
     model = small(family, dynamic=True)
-    make_sensitive(model)
+    set_telling_weights(model)
     trained, pruned = masked_and_pruned(model, (13, 7), monkeypatch)
     assert (trained.logits - pruned.logits).abs().max() > 1e-3
 
