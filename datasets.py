@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from loading.images import ArrayImages, FileImages, ImageSet, printable, stratified_choice
 from loading.loaders import Data, assemble
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FMNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -166,7 +166,7 @@ def _cifar(data_set: type, path: Path, split: str) -> ImageSet:
         data = data_set(path, train=split == "train")
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(
-            f"{data_set.__name__}: not found or damaged in {printable(str(path))} ({str(error).splitlines()[0]}); "
+            f"{data_set.__name__}: not found or damaged in {printable(str(path))} ({first_line(error)}); "
             f"unpack the python version there, so that it holds {data_set.base_folder}/"
         ) from None
     return ArrayImages(data.data, data.targets, data.classes, f"{data_set.__name__} {split}")

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 
 import options
+from models import model_names
 from utils.errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,18 +32,11 @@ def record_file(text: str) -> Path:
     return path
 
 
-def model_name(text: str) -> str:
-    """The name of a registered model."""
-    from models import model_names
-
-    if text not in model_names():
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown; known are {', '.join(model_names())}")
-    return text
-
-
 def dense_model_name(text: str) -> str:
     """The name of a registered dense model."""
-    if model_name(text).startswith("dyvm_"):
+    if text not in model_names():
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; known are {', '.join(model_names())}")
+    if text.startswith("dyvm_"):
         raise argparse.ArgumentTypeError(f"{text} is dynamic; give {text.removeprefix('dyvm_')}")
     return text
 
@@ -86,18 +80,14 @@ def add_retries(parser: argparse.ArgumentParser, default: int) -> None:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, settle the precision and set up PyTorch."""
     args = parser.parse_args()
+    if "profile" in args and args.profile and args.device != "cuda":
+        raise UsageError("--profile needs --device cuda: PyTorch's profiler does not see the C++ kernels of a CPU")
     if "precision" in args and args.precision is None:
         args.precision = "bf16" if args.device == "cuda" else "fp32"
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as in matrix products
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
-
-
-def check_profile(args: argparse.Namespace) -> None:
-    """Raise UsageError where a profile would mislead."""
-    if args.profile and args.device != "cuda":
-        raise UsageError("--profile needs --device cuda: PyTorch's profiler does not see the C++ kernels of a CPU")
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
@@ -37,10 +38,8 @@ def peak_memory(call: Callable[[], object], device: str) -> Optional[int]:
 
 
 def _give_back_freed_memory() -> None:
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it; Windows has no CDLL(None)
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # only glibc has it; Windows has no CDLL(None)
-        pass
 
 
 def _resident(field: str) -> int:

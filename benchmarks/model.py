@@ -35,7 +35,7 @@ from benchmarks.memory import mebibytes, peak_memory
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
-from utils.errors import UserError, run_main
+from utils.errors import UserError, first_line, run_main
 from utils.files import write_json
 
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
@@ -68,7 +68,6 @@ def parse_args() -> argparse.Namespace:
     arguments.add_retries(parser, 10)
     args = arguments.parse(parser)
     on_gpu = args.device == "cuda"
-    arguments.check_profile(args)
     args.models = args.models or (["S", "T", "B"] if on_gpu else ["S", "T"])
     args.batch = args.batch or ([1, 16, 64, 256] if on_gpu else [16])
     args.compile = on_gpu if args.compile is None else args.compile
@@ -153,7 +152,7 @@ class Selection:
             self.offer(f"{name}, {variant}", made, lambda: checking.relative_error(
                 logits_of(made(self.images)), logits_of(function(self.images))))
         except RuntimeError as error:
-            print(f"left out: {name}, {variant} ({records.first_line(error)})", file=sys.stderr)
+            print(f"left out: {name}, {variant} ({first_line(error)})", file=sys.stderr)
 
     @property
     def wrong(self) -> list[str]:

@@ -28,7 +28,7 @@ from benchmarks import arguments, records, rivals, timing
 from benchmarks.arguments import PRECISIONS
 from ops import selective_scan
 from ops.selective_scan import BranchParams
-from utils.errors import UserError, run_main
+from utils.errors import UserError, first_line, run_main
 from utils.files import write_json
 
 # Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few roundings.
@@ -148,10 +148,10 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
         try:
             error = worst_error(gradients(rival, xz, forward, backward, checked_grad) if train else [call()],
                                 expected if train else expected[:1])
-        except (RuntimeError, MemoryError) as error:
-            if name.startswith("backend ") and not out_of_memory(error):
+        except (RuntimeError, MemoryError) as failure:
+            if name.startswith("backend ") and not out_of_memory(failure):
                 raise  # of our own
-            reason = "does not fit the memory" if out_of_memory(error) else f"fails ({records.first_line(error)})"
+            reason = "does not fit the memory" if out_of_memory(failure) else f"fails ({first_line(failure)})"
             print(f"left out: {name} {reason}", file=sys.stderr)
             continue
         results[name], calls[name] = {"error": error}, call

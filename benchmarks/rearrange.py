@@ -84,8 +84,8 @@ def main():
     print(tabulate(rows, headers=["ms, median", *ways, "ratio"]))
     print("tokens and gradients equal to the last bit")
     if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        write_json(args.output, {**settings, **records.head("rearrange.py", args.device), **record})
+        settings = {name: getattr(args, name) for name in ("batch", "patches", "width", "rounds")}
+        write_json(args.output, {**records.head("rearrange.py", args.device), **settings, **record})
 
 
 def seconds(run, function, device):

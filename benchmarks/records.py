@@ -1,4 +1,4 @@
-"""What every benchmark tells alike: the head of its record, and in one line why something is left out."""
+"""The head of a record, which every benchmark writes alike."""
 
 import datetime
 import shlex
@@ -8,11 +8,6 @@ from typing import Any
 import torch
 
 from utils.environment import describe_environment
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the trace that compilers put behind it; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def head(script: str, device: str, *packages: str) -> dict[str, Any]:

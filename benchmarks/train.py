@@ -66,7 +66,6 @@ def parse_args() -> argparse.Namespace:
     arguments.add_seconds(parser, 30.0)
     arguments.add_retries(parser, 10)
     args = arguments.parse(parser)
-    arguments.check_profile(args)
     on_gpu = args.device == "cuda"
     args.release_backend = "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
     # A GPU cannot hold the states that the reference operators keep for all layers at once.

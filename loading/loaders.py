@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 from utils.files import atomic_file
 
 from .images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
@@ -181,8 +181,8 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
     except RuntimeError as error:
         if not str(error).startswith(WORKER_DIED):
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"reading the data failed: {reason} Out of memory? Try fewer --num-workers") from None
+        raise UserError(
+            f"reading the data failed: {first_line(error)} Out of memory? Try fewer --num-workers") from None
 
 
 class TrainLoader:

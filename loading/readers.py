@@ -26,7 +26,7 @@ import numpy as np
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 
 from .images import ReaderImages, printable
 from .loaders import BadImages, Batch, Data, Sample, assemble, loader_options, read_batches
@@ -220,7 +220,7 @@ def _largest_label(args, reader) -> int:
                     if member.name.endswith(".cls"):
                         largest = max(largest, int(archive.extractfile(member).read()))
         except (OSError, ValueError, tarfile.TarError) as error:
-            reason = printable(str(error).splitlines()[0]).rstrip(":")
+            reason = printable(first_line(error)).rstrip(":")
             raise UserError(
                 f"{printable(str(path))}: cannot read the labels ({reason}); write num_classes into _info.json instead"
             ) from None

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,6 +68,13 @@ def test_fashion_mnist_of_debian():
     data = build_data(options("--data-set", "FMNIST"), 28)
     assert (len(data.train), len(data.val), data.num_classes) == (60_000, 10_000, 10)
     assert np.bincount(data.val.targets).tolist() == [1000] * 10
+
+
+def test_an_error_without_words_is_told_by_its_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "__init__", mock.Mock(side_effect=EOFError()))
+    with pytest.raises(UserError, match=r"CIFAR10: not found or damaged in .* \(EOFError\); unpack") as error:
+        build_data(options("--data-set", "CIFAR10", "--data-path", str(tmp_path)), 32)
+    one_line(error)
 
 
 def test_cifar_is_read_but_never_fetched(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 # A collective may wait long for a rank that is alive but slow (measuring throughput alone, a cold file system); ranks
 # that died are the watchdog's business.
@@ -160,7 +160,7 @@ def init_distributed(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     except (RuntimeError, TimeoutError) as error:
-        raise UserError(f"{where} cannot join the other processes: {_first_line(error)}") from error
+        raise UserError(f"{where} cannot join the other processes: {first_line(error)}") from error
     return Distributed(device, rank, world_size, local_rank, watchdog)
 
 
@@ -261,7 +261,3 @@ def peer_failure(error: BaseException) -> Optional[str]:
 
 def _lost(what: str) -> str:
     return f"{what}; this process ends too, and --resume auto continues from the last save"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -23,6 +23,11 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the trace that libraries put behind it; its type where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def storage_problem(error: BaseException) -> Optional[str]:
     """The operating system's words if a file operation failed, otherwise None.
 
