@@ -1,15 +1,18 @@
-"""Variants of the method from one dense teacher, for several seeds: what each part is worth, as a table and plots.
+"""Variants of the method from one dense teacher, for several seeds: what each part is worth, as a
+table and plots.
 
     python ablation.py --dense-path output/dense/best_checkpoint.pth --output_dir output/ablation --seeds 0 1 2 \
         -- --data-set FMNIST --model vim_micro --epochs 3 --token-keep-ratio 0.7
     python ablation.py ... --variants main token-only --variant half "--token-keep-ratio 0.5" -- ...
 
-What follows `--` are flags of main.py that all runs share. The same command again goes on where it was interrupted.
+What follows `--` are flags of main.py that all runs share. The same command again goes on where it
+was interrupted.
 """
 
 import os
 
-# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a shared machine.
+# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
+# shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -25,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -42,7 +45,8 @@ from utils.errors import UsageError, UserError, run_main
 from utils.files import prepare_output_dir, sha256_of
 from utils.logging import Progress, setup_logging
 
-# Flags of main.py that tell a variant from the others. `random` and `static` have the routers of `main`.
+# Flags of main.py that tell a variant from the others. `random` and `static` have the routers of
+# `main`.
 VARIANTS = {
     "main": "--method dyvm",
     "token-only": "--method token",
@@ -55,11 +59,16 @@ VARIANTS = {
 
 # Flags of main.py that are not the user's to give here, and what stands for them.
 SET_HERE = {
-    "--seed": "--seeds before the --", "--output_dir": "--output_dir before the --",
-    "--output-dir": "--output_dir before the --", "--model-path": "--dense-path before the --",
-    "--dense-path": "--dense-path before the --", "--throughput-seconds": "--throughput-seconds before the --",
-    "--eval": "nothing: every run is evaluated", "--sweep": "main.py --eval --sweep on a run's checkpoint",
-    "--resume": "nothing: an interrupted run goes on", "--resume-override": "another --output_dir",
+    "--seed": "--seeds before the --",
+    "--output_dir": "--output_dir before the --",
+    "--output-dir": "--output_dir before the --",
+    "--model-path": "--dense-path before the --",
+    "--dense-path": "--dense-path before the --",
+    "--throughput-seconds": "--throughput-seconds before the --",
+    "--eval": "nothing: every run is evaluated",
+    "--sweep": "main.py --eval --sweep on a run's checkpoint",
+    "--resume": "nothing: an interrupted run goes on",
+    "--resume-override": "another --output_dir",
 }
 # Accuracies and speeds are compared on the same images.
 SHARED = ("data_set", "data_path", "val_split", "input_size", "eval_crop_ratio", "device", "amp")
@@ -86,47 +95,93 @@ class PlannedRun:
 def build_parser() -> argparse.ArgumentParser:
     """The flags before the `--`, in their groups."""
     parser = options.OneLineParser(
-        prog="ablation.py", description="Train variants of the method from one dense teacher and compare them.",
-        usage="ablation.py --dense-path FILE [flags] -- FLAGS_OF_MAIN", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog="ablation.py",
+        description="Train variants of the method from one dense teacher and compare them.",
+        usage="ablation.py --dense-path FILE [flags] -- FLAGS_OF_MAIN",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--dense-path", required=True, metavar="FILE", help="checkpoint of the dense teacher")
-    group.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME",
-                       help="among those built in: " + "; ".join(f"{name} ({VARIANTS[name]})" for name in VARIANTS))
-    group.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
-                       help="one of your own, with its flags of main.py in quotes; may be repeated")
-    group.add_argument("--seeds", nargs="+", type=options.whole, default=[0, 1, 2], metavar="SEED",
-                       help="each variant is trained once with each of them")
+    group.add_argument(
+        "--dense-path", required=True, metavar="FILE", help="checkpoint of the dense teacher"
+    )
+    group.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="among those built in: "
+        + "; ".join(f"{name} ({VARIANTS[name]})" for name in VARIANTS),
+    )
+    group.add_argument(
+        "--variant",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FLAGS"),
+        help="one of your own, with its flags of main.py in quotes; may be repeated",
+    )
+    group.add_argument(
+        "--seeds",
+        nargs="+",
+        type=options.whole,
+        default=[0, 1, 2],
+        metavar="SEED",
+        help="each variant is trained once with each of them",
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", "--output-dir", default="output/ablation", metavar="DIR")
-    group.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="trainings at a time, each on a "
-                       "GPU of its own where there are several, or on an equal share of the CPU cores")
-    group.add_argument("--throughput-seconds", type=options.not_negative, default=10.0, metavar="S",
-                       help="time spent on images/s for every two models, all in turn; 0 leaves it out")
+    group.add_argument(
+        "--jobs",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="trainings at a time, each on a "
+        "GPU of its own where there are several, or on an equal share of the CPU cores",
+    )
+    group.add_argument(
+        "--throughput-seconds",
+        type=options.not_negative,
+        default=10.0,
+        metavar="S",
+        help="time spent on images/s for every two models, all in turn; 0 leaves it out",
+    )
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `variants` becomes {name: flags}, `common` holds what follows `--`."""
     end = argv.index("--") if "--" in argv else len(argv)
-    # A variant's flags are one word that begins with a dash; argparse would take it for a flag of ours.
-    own = [f" {word}" if index > 1 and argv[index - 2] == "--variant" else word
-           for index, word in enumerate(argv[:end])]
+    # A variant's flags are one word that begins with a dash; argparse would take it for a flag of
+    # ours.
+    own = [
+        f" {word}" if index > 1 and argv[index - 2] == "--variant" else word
+        for index, word in enumerate(argv[:end])
+    ]
     args = build_parser().parse_args(own)
     unknown = [name for name in args.variants if name not in VARIANTS]
     if unknown:
-        raise UsageError(f"--variants: {', '.join(unknown)} is not built in; known are {', '.join(VARIANTS)}; add your "
-                         'own with --variant NAME "FLAGS"')
+        raise UsageError(
+            f"--variants: {', '.join(unknown)} is not built in; known are {', '.join(VARIANTS)}; "
+            "add your "
+            'own with --variant NAME "FLAGS"'
+        )
     for name, _ in args.variant:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == DENSE:
-            raise UsageError(f"--variant {name!r}: the name becomes a folder: letters, digits, - _ . and not {DENSE!r}")
+            raise UsageError(
+                f"--variant {name!r}: the name becomes a folder: letters, digits, - _ . and not "
+                f"{DENSE!r}"
+            )
         if name in VARIANTS:
-            raise UsageError(f"--variant {name!r} is built in ({VARIANTS[name]}); choose another name")
+            raise UsageError(
+                f"--variant {name!r} is built in ({VARIANTS[name]}); choose another name"
+            )
     _check_unique("--variants", [*args.variants, *(name for name, _ in args.variant)])
     _check_unique("--seeds", args.seeds)
     args.variants = {name: VARIANTS[name].split() for name in args.variants} | {
-        name: _split(name, flags) for name, flags in args.variant}
-    args.common = list(argv[end + 1:])
+        name: _split(name, flags) for name, flags in args.variant
+    }
+    args.common = list(argv[end + 1 :])
     return args
 
 
@@ -140,12 +195,18 @@ def _split(name: str, flags: str) -> list[str]:
     try:
         return shlex.split(flags)
     except ValueError as error:
-        raise UsageError(f"--variant {name}: {flags.strip()!r} cannot be split into words: {error}") from None
+        raise UsageError(
+            f"--variant {name}: {flags.strip()!r} cannot be split into words: {error}"
+        ) from None
 
 
 def plan(args: argparse.Namespace) -> list[PlannedRun]:
-    """All runs, seed by seed, so that an early look finds every variant. Raises UsageError for what cannot run."""
-    _refuse_set_here("after --", [*args.common], {**SET_HERE, "--method": '--variant NAME "--method ..."'})
+    """All runs, seed by seed, so that an early look finds every variant. Raises UsageError for what
+    cannot run.
+    """
+    _refuse_set_here(
+        "after --", [*args.common], {**SET_HERE, "--method": '--variant NAME "--method ..."'}
+    )
     dense = str(Path(args.dense_path).resolve())
     given = ["--model-path", dense, "--resume", "auto", "--throughput-seconds", "0"]
     shared = _parse_flags("after --", ["--method", "dyvm", *args.common, *given])
@@ -155,14 +216,28 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
             where = f"variant {name}"
             _refuse_set_here(where, flags, SET_HERE)
             folder = Path(args.output_dir).resolve() / name / f"seed{seed}"
-            words = ["--method", "dyvm", *args.common, *flags, *given, "--seed", str(seed), "--output_dir", str(folder)]
+            words = [
+                "--method",
+                "dyvm",
+                *args.common,
+                *flags,
+                *given,
+                "--seed",
+                str(seed),
+                "--output_dir",
+                str(folder),
+            ]
             parsed = _parse_flags(where, words)
             if parsed.method == "dense":
-                raise UsageError(f"{where}: --method dense is the teacher's; it stands in the table already")
+                raise UsageError(
+                    f"{where}: --method dense is the teacher's; it stands in the table already"
+                )
             other = [field for field in SHARED if getattr(parsed, field) != getattr(shared, field)]
             if other:
-                raise UsageError(f"{where}: --{other[0].replace('_', '-')} must be the same for all variants; "
-                                 "give it after --")
+                raise UsageError(
+                    f"{where}: --{other[0].replace('_', '-')} must be the same for all variants; "
+                    "give it after --"
+                )
             runs.append(PlannedRun(name, seed, folder, words, parsed))
     return runs
 
@@ -182,56 +257,81 @@ def _parse_flags(where: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def check_inputs(runs: Sequence[PlannedRun], dense_path: str) -> Data:
-    """Prove that data, teacher and variants fit each other, before any time is spent on training; -> the data."""
+    """Prove that data, teacher and variants fit each other, before any time is spent on training;
+    -> the data.
+    """
     first = runs[0].args
     dense = load_checkpoint(dense_path)
     data = build_data(first, model_image_size(first))
     check_classes(dense, data.class_names, dense_path)
     for run in {run.variant: run for run in runs}.values():
         try:
-            load_weights(build_model(run.args, data.num_classes), dense, dense_path, from_dense=True)
+            load_weights(
+                build_model(run.args, data.num_classes), dense, dense_path, from_dense=True
+            )
         except UserError as error:
             raise type(error)(f"variant {run.variant}: {error}") from None
     return data
 
 
 def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
-    """Whether a run was trained and evaluated. Raises UserError when its folder holds another run's checkpoint."""
+    """Whether a run was trained and evaluated. Raises UserError when its folder holds another run's
+    checkpoint.
+    """
     evaluated = (run.folder / "eval.json").exists() and (run.folder / BEST).exists()
-    found = (load_checkpoint(run.folder / BEST), run.folder / BEST) if evaluated else load_newest(run.folder)
+    found = (
+        (load_checkpoint(run.folder / BEST), run.folder / BEST)
+        if evaluated
+        else load_newest(run.folder)
+    )
     if found is None:
         return False
     checkpoint, path = found
     different = flag_differences(checkpoint.get("args", {}), vars(run.args))
-    threshold = checkpoint.get("args", {}).get("gate_threshold")  # does not alter a training, but its evaluation
+    threshold = checkpoint.get("args", {}).get(
+        "gate_threshold"
+    )  # does not alter a training, but its evaluation
     if threshold != run.args.gate_threshold:
         different.append(f"--gate-threshold: {threshold!r} -> {run.args.gate_threshold!r}")
     if checkpoint.get("teacher_sha256") != teacher_sha256:
         different.append("another dense teacher")
     if different:
-        raise UserError(f"{path} is of a run with other settings ({'; '.join(different)}); repeat them, or choose "
-                        "another --output_dir")
+        raise UserError(
+            f"{path} is of a run with other settings ({'; '.join(different)}); repeat them, or "
+            "choose "
+            "another --output_dir"
+        )
     return evaluated
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keep a second ablation.py out of the folder. The trainings inherit the lock, should they outlive this process."""
+    """Keep a second ablation.py out of the folder. The trainings inherit the lock, should they
+    outlive this process.
+    """
     with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another ablation.py, or by trainings that one left running; wait "
-                            "for them, or choose another --output_dir") from None
+            raise UserError(
+                f"{folder} is in use by another ablation.py, or by trainings that one left "
+                "running; wait "
+                "for them, or choose another --output_dir"
+            ) from None
         except OSError as error:
-            _logger.warning("%s cannot be locked (%s): start no second ablation.py in it", folder, error.strerror)
+            _logger.warning(
+                "%s cannot be locked (%s): start no second ablation.py in it",
+                folder,
+                error.strerror,
+            )
         yield file.fileno()
 
 
 def train_all(runs: Sequence[PlannedRun], jobs: int, lock: int) -> Iterator[tuple[PlannedRun, int]]:
     """Run all, `jobs` at a time; yields each with its exit code when it ends.
 
-    Told to leave (SIGTERM, SIGUSR1) or interrupted, it passes that on, waits until all have saved, and ends early.
+    Told to leave (SIGTERM, SIGUSR1) or interrupted, it passes that on, waits until all have saved,
+    and ends early.
     """
     waiting, running = list(runs), {}
     try:
@@ -253,17 +353,26 @@ def train_all(runs: Sequence[PlannedRun], jobs: int, lock: int) -> Iterator[tupl
 
 
 def _start(run: PlannedRun, place: int, jobs: int, lock: int) -> subprocess.Popen:
-    """Start a training. In a session of its own: Ctrl-C in the terminal must not end it before it has saved."""
+    """Start a training. In a session of its own: Ctrl-C in the terminal must not end it before it
+    has saved.
+    """
     prepare_output_dir(run.folder)
     with open(run.folder / "output.txt", "a") as output:
-        return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *run.flags],
-                                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                env=os.environ | _resources(run.args.device, place, jobs), pass_fds=[lock],
-                                start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *run.flags],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | _resources(run.args.device, place, jobs),
+            pass_fds=[lock],
+            start_new_session=True,
+        )
 
 
 def _resources(device: str, place: int, jobs: int) -> dict[str, str]:
-    """Variables of the environment that give the training at `place` its GPU, or its share of the CPU cores."""
+    """Variables of the environment that give the training at `place` its GPU, or its share of the
+    CPU cores.
+    """
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -280,7 +389,9 @@ def why_it_failed(run: PlannedRun, code: int) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
 
 
-def train_missing(runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int) -> dict[str, str]:
+def train_missing(
+    runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int
+) -> dict[str, str]:
     """Train what is not complete; -> {run: why it failed}."""
     missing = [run for run in runs if not is_complete(run, teacher_sha256)]
     _logger.info("%d runs, %d of them complete", len(runs), len(runs) - len(missing))
@@ -291,18 +402,32 @@ def train_missing(runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lo
                 _logger.info("%s: top-1 %.2f %%", run, Outcome.read(run).top1)
             elif not preemption.requested():
                 failed[str(run)] = why_it_failed(run, code)
-                _logger.error("%s failed: %s (%s)", run, failed[str(run)], run.folder / "output.txt")
+                _logger.error(
+                    "%s failed: %s (%s)", run, failed[str(run)], run.folder / "output.txt"
+                )
     return failed
 
 
-def describe(args: argparse.Namespace, argv: Sequence[str], common: argparse.Namespace, teacher: str) -> dict[str, Any]:
-    """What the record says of the ablation; `common`: the flags of a run, of which only shared ones are read."""
+def describe(
+    args: argparse.Namespace, argv: Sequence[str], common: argparse.Namespace, teacher: str
+) -> dict[str, Any]:
+    """What the record says of the ablation; `common`: the flags of a run, of which only shared ones
+    are read.
+    """
     command = shlex.join(["python", "ablation.py", *argv]).replace(f"{ROOT}/", "")
-    return {"command": command, "data_set": common.data_set, "subset": common.subset, "model": common.model,
-            "epochs": common.epochs, "seeds": args.seeds, "teacher_sha256": teacher, "variants": args.variants}
+    return {
+        "command": command,
+        "data_set": common.data_set,
+        "subset": common.subset,
+        "model": common.model,
+        "epochs": common.epochs,
+        "seeds": args.seeds,
+        "teacher_sha256": teacher,
+        "variants": args.variants,
+    }
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     runs = plan(args)
@@ -314,15 +439,26 @@ def main(argv: Optional[list[str]] = None) -> int:
     with locked(output) as lock:
         failed = train_missing(runs, teacher, args.jobs, lock)
         if preemption.requested():
-            _logger.warning("told to leave by %s; the runs have saved, the same command goes on", preemption.received())
+            _logger.warning(
+                "told to leave by %s; the runs have saved, the same command goes on",
+                preemption.received(),
+            )
             return preemption.EXIT_CODE
         outcomes = [Outcome.read(run) for run in runs if str(run) not in failed]
         if not outcomes:
             raise UserError(f"all {len(runs)} runs failed; {runs[0]}: {failed[str(runs[0])]}")
-        speeds = measure_speeds(outcomes, args.dense_path, data, init_distributed(runs[0].args.device),
-                                args.throughput_seconds, output)
+        speeds = measure_speeds(
+            outcomes,
+            args.dense_path,
+            data,
+            init_distributed(runs[0].args.device),
+            args.throughput_seconds,
+            output,
+        )
         summary = summarise(args.variants, outcomes, speeds)
-        write(summary, outcomes, failed, describe(args, argv, runs[0].args, teacher), speeds, output)
+        write(
+            summary, outcomes, failed, describe(args, argv, runs[0].args, teacher), speeds, output
+        )
     print(table(summary, "simple"))
     for run, reason in failed.items():
         print(f"missing: {run}: {reason}")

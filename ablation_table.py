@@ -1,4 +1,6 @@
-"""What the runs of an ablation come to: means and spread over the seeds, speeds, `ablation.md`, CSV files and plots."""
+"""What the runs of an ablation come to: means and spread over the seeds, speeds, `ablation.md`, CSV
+files and plots.
+"""
 
 import argparse
 import json
@@ -6,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -27,7 +29,17 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 RECORD = "ablation.json"
-COLUMNS = ("variant", "top-1, %", "change", "MFLOPs, exact", "change", "images/s", "patches kept", "scans kept", "n")
+COLUMNS = (
+    "variant",
+    "top-1, %",
+    "change",
+    "MFLOPs, exact",
+    "change",
+    "images/s",
+    "patches kept",
+    "scans kept",
+    "n",
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,13 @@ class Outcome:
         path = run.folder / "eval.json"
         try:
             report = json.loads(path.read_bytes())
-            return cls(run.variant, run.seed, run.folder / BEST, run.args, report["dynamic"], report[DENSE])
+            return cls(
+                run.variant, run.seed, run.folder / BEST, run.args, report["dynamic"], report[DENSE]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}); remove it, and the same command writes it "
-                            "anew") from None
+            raise UserError(
+                f"{path} cannot be read ({error!r}); remove it, and the same command writes it anew"
+            ) from None
 
     @property
     def top1(self) -> float:
@@ -70,18 +85,28 @@ class Outcome:
         return statistics.fmean(gate for layer in self.dynamic["gates"] for gate in layer)
 
 
-def measure_speeds(outcomes: Sequence[Outcome], dense_path: str, data: Data, distributed: Distributed, seconds: float,
-                   output: Path) -> dict[str, Any]:
-    """Images/s of the dense model and of one run of each variant, all timed in turn on the same batch.
+def measure_speeds(
+    outcomes: Sequence[Outcome],
+    dense_path: str,
+    data: Data,
+    distributed: Distributed,
+    seconds: float,
+    output: Path,
+) -> dict[str, Any]:
+    """Images/s of the dense model and of one run of each variant, all timed in turn on the same
+    batch.
 
-    A measurement of the same checkpoints under the same conditions that `ablation.json` holds is taken from there.
+    A measurement of the same checkpoints under the same conditions that `ablation.json` holds is
+    taken from there.
     """
     first = {outcome.variant: outcome for outcome in reversed(outcomes)}
     files = {DENSE: dense_path} | {name: str(outcome.checkpoint) for name, outcome in first.items()}
     args = outcomes[0].args
     conditions = {
-        "checkpoints_sha256": {name: sha256_of(path) for name, path in files.items()}, "batch_size": args.batch_size,
-        "device": device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
+        "checkpoints_sha256": {name: sha256_of(path) for name, path in files.items()},
+        "batch_size": args.batch_size,
+        "device": device_name(distributed.device),
+        "precision": "float32" if args.amp == "off" else args.amp,
         "seconds": seconds,
     }
     known = _recorded_speeds(output / RECORD)
@@ -105,33 +130,62 @@ def _recorded_speeds(path: Path) -> dict[str, Any]:
         return {}
 
 
-def summarise(variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome],
-              speeds: Mapping[str, Any]) -> list[dict[str, Any]]:
+def summarise(
+    variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome], speeds: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """A row for the dense model and for each variant; None where nothing is known."""
     teacher, speed = outcomes[0].dense, speeds["images_per_s"]
-    rows = [{"name": DENSE, "n": 1, "top1": teacher["top1"], "sd": None, "top1_of_runs": [teacher["top1"]],
-             "flops": teacher["flops"]["exact"], "images_per_s": speed[DENSE], "patches_kept": 1.0, "scans_kept": 1.0}]
+    rows = [
+        {
+            "name": DENSE,
+            "n": 1,
+            "top1": teacher["top1"],
+            "sd": None,
+            "top1_of_runs": [teacher["top1"]],
+            "flops": teacher["flops"]["exact"],
+            "images_per_s": speed[DENSE],
+            "patches_kept": 1.0,
+            "scans_kept": 1.0,
+        }
+    ]
     for name in variants:
         runs = [outcome for outcome in outcomes if outcome.variant == name]
         top1 = [run.top1 for run in runs]
-        rows.append({"name": name, "n": len(runs), "top1": _mean(top1),
-                     "sd": statistics.stdev(top1) if len(runs) > 1 else None, "top1_of_runs": top1,
-                     "flops": _mean([run.flops for run in runs]), "images_per_s": speed.get(name),
-                     "patches_kept": _mean([run.patches_kept for run in runs]),
-                     "scans_kept": _mean([run.scans_kept for run in runs])})
+        rows.append(
+            {
+                "name": name,
+                "n": len(runs),
+                "top1": _mean(top1),
+                "sd": statistics.stdev(top1) if len(runs) > 1 else None,
+                "top1_of_runs": top1,
+                "flops": _mean([run.flops for run in runs]),
+                "images_per_s": speed.get(name),
+                "patches_kept": _mean([run.patches_kept for run in runs]),
+                "scans_kept": _mean([run.scans_kept for run in runs]),
+            }
+        )
     return rows
 
 
-def _mean(values: Sequence[float]) -> Optional[float]:
+def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
 def table(rows: Sequence[Mapping[str, Any]], form: str) -> str:
-    """The rows for a reader, in one of tabulate's formats; changes and speeds are against the dense model."""
+    """The rows for a reader, in one of tabulate's formats; changes and speeds are against the dense
+    model.
+    """
     dense = rows[0]
-    shown = [[row["name"], *_cells(row, dense), "" if row is dense else str(row["n"])] for row in rows]
-    return tabulate(shown, headers=COLUMNS, tablefmt=form, disable_numparse=True,
-                    colalign=("left", *["right"] * (len(COLUMNS) - 1)))
+    shown = [
+        [row["name"], *_cells(row, dense), "" if row is dense else str(row["n"])] for row in rows
+    ]
+    return tabulate(
+        shown,
+        headers=COLUMNS,
+        tablefmt=form,
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(COLUMNS) - 1)),
+    )
 
 
 def _cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
@@ -142,23 +196,78 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
     if row is dense:
         speed = "-" if row["images_per_s"] is None else f"{row['images_per_s']:,.1f}"
         return [top1, "", flops, "", speed, "100.0 %", "100.0 %"]
-    speed = "-" if row["images_per_s"] is None else f"x {row['images_per_s'] / dense['images_per_s']:.2f}"
-    return [top1, f"{row['top1'] - dense['top1']:+.2f}", flops, f"{100 * (row['flops'] / dense['flops'] - 1):+.1f} %",
-            speed, f"{100 * row['patches_kept']:.1f} %", f"{100 * row['scans_kept']:.1f} %"]
+    speed = (
+        "-"
+        if row["images_per_s"] is None
+        else f"x {row['images_per_s'] / dense['images_per_s']:.2f}"
+    )
+    return [
+        top1,
+        f"{row['top1'] - dense['top1']:+.2f}",
+        flops,
+        f"{100 * (row['flops'] / dense['flops'] - 1):+.1f} %",
+        speed,
+        f"{100 * row['patches_kept']:.1f} %",
+        f"{100 * row['scans_kept']:.1f} %",
+    ]
 
 
-def write(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], failed: Mapping[str, str],
-          about: Mapping[str, Any], speeds: Mapping[str, Any], output: Path) -> None:
-    """`ablation.json`, `ablation.md`, a CSV file of the variants and one of the runs, and the plots."""
+def write(
+    rows: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
+    failed: Mapping[str, str],
+    about: Mapping[str, Any],
+    speeds: Mapping[str, Any],
+    output: Path,
+) -> None:
+    """`ablation.json`, `ablation.md`, a CSV file of the variants and one of the runs, and the
+    plots.
+    """
     environment = describe_environment()
-    write_json(output / RECORD, {**about, "environment": environment, "rows": rows, "missing": failed,
-                                 "speeds": speeds})
-    write_csv(output / "ablation.csv", ("variant", "runs", "top1_mean", "top1_sd", "exact_flops", "images_per_s",
-                                        "patches_kept", "scans_kept"),
-              ([row["name"], row["n"], *("" if row[key] is None else row[key] for key in (
-                  "top1", "sd", "flops", "images_per_s", "patches_kept", "scans_kept"))] for row in rows))
-    write_csv(output / "ablation_runs.csv", ("variant", "seed", "top1", "top5", "loss", "ema_top1", "paper_flops",
-                                             "exact_flops", "patches_kept", "scans_kept"), map(_csv_row, outcomes))
+    write_json(
+        output / RECORD,
+        {**about, "environment": environment, "rows": rows, "missing": failed, "speeds": speeds},
+    )
+    write_csv(
+        output / "ablation.csv",
+        (
+            "variant",
+            "runs",
+            "top1_mean",
+            "top1_sd",
+            "exact_flops",
+            "images_per_s",
+            "patches_kept",
+            "scans_kept",
+        ),
+        (
+            [
+                row["name"],
+                row["n"],
+                *(
+                    "" if row[key] is None else row[key]
+                    for key in ("top1", "sd", "flops", "images_per_s", "patches_kept", "scans_kept")
+                ),
+            ]
+            for row in rows
+        ),
+    )
+    write_csv(
+        output / "ablation_runs.csv",
+        (
+            "variant",
+            "seed",
+            "top1",
+            "top5",
+            "loss",
+            "ema_top1",
+            "paper_flops",
+            "exact_flops",
+            "patches_kept",
+            "scans_kept",
+        ),
+        map(_csv_row, outcomes),
+    )
     with atomic_file(output / "ablation.md") as file:
         file.write(_document(rows, failed, about, environment, speeds).encode())
     for axis, name in (("flops", "ablation_flops.png"), ("images_per_s", "ablation_speed.png")):
@@ -169,29 +278,67 @@ def write(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], failed
 
 def _csv_row(run: Outcome) -> list[Any]:
     ema = run.dynamic["ema_top1"]
-    return [run.variant, run.seed, run.top1, run.dynamic["top5"], run.dynamic["loss"], "" if ema is None else ema,
-            run.dynamic["flops"]["paper"], run.flops, run.patches_kept, run.scans_kept]
+    return [
+        run.variant,
+        run.seed,
+        run.top1,
+        run.dynamic["top5"],
+        run.dynamic["loss"],
+        "" if ema is None else ema,
+        run.dynamic["flops"]["paper"],
+        run.flops,
+        run.patches_kept,
+        run.scans_kept,
+    ]
 
 
-def _document(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str], about: Mapping[str, Any],
-              environment: Mapping[str, str], speeds: Mapping[str, Any]) -> str:
+def _document(
+    rows: Sequence[Mapping[str, Any]],
+    failed: Mapping[str, str],
+    about: Mapping[str, Any],
+    environment: Mapping[str, str],
+    speeds: Mapping[str, Any],
+) -> str:
     conditions = speeds["conditions"]
     subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
-    timed = ("images/s: not measured" if not conditions["seconds"] else
-             f"images/s: all models in turn on one batch of {conditions['batch_size']}, {conditions['device']}, "
-             f"{conditions['precision']}; of each variant its first seed")
+    timed = (
+        "images/s: not measured"
+        if not conditions["seconds"]
+        else f"images/s: all models in turn on one batch of {conditions['batch_size']}, "
+        f"{conditions['device']}, "
+        f"{conditions['precision']}; of each variant its first seed"
+    )
     lines = [
-        "# Ablation", "", table(rows, "github"), "",
-        "Top-1 of the best epoch's checkpoint: mean ± sample standard deviation over the n seeds. Changes and images/s "
-        "are against the dense teacher. Patches kept: after the last stage. Scans kept: mean gate over layers and "
-        "directions. `exact` counts both scan directions, each with its own gate, and the routers.", "",
-        f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: {about['epochs']}; seeds: "
+        "# Ablation",
+        "",
+        table(rows, "github"),
+        "",
+        "Top-1 of the best epoch's checkpoint: mean ± sample standard deviation over the n seeds. "
+        "Changes and images/s "
+        "are against the dense teacher. Patches kept: after the last stage. Scans kept: mean gate "
+        "over layers and "
+        "directions. `exact` counts both scan directions, each with its own gate, and the routers.",
+        "",
+        f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
+        f"{about['epochs']}; seeds: "
         f"{', '.join(map(str, about['seeds']))}",
         f"* {timed}",
-        "* " + ", ".join(f"{key} {value}" for key, value in environment.items()), "",
-        "| variant | flags of main.py |", "|---|---|",
-        *(f"| {name} | `{' '.join(flags)}` |" for name, flags in about["variants"].items()), "",
-        "```bash", about["command"], "```", ""]
+        "* " + ", ".join(f"{key} {value}" for key, value in environment.items()),
+        "",
+        "| variant | flags of main.py |",
+        "|---|---|",
+        *(f"| {name} | `{' '.join(flags)}` |" for name, flags in about["variants"].items()),
+        "",
+        "```bash",
+        about["command"],
+        "```",
+        "",
+    ]
     if failed:
-        lines += ["Missing runs:", "", *(f"* {run}: {reason}" for run, reason in failed.items()), ""]
+        lines += [
+            "Missing runs:",
+            "",
+            *(f"* {run}: {reason}" for run, reason in failed.items()),
+            "",
+        ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -27,15 +27,35 @@ from utils.files import sha256_of
 from utils.nonfinite import NonFiniteSteps
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
-IDENTITY = ("model", "method", "model_kwargs", "pruning_layers", "token_keep_ratio", "block_keep_ratio",
-            "token_strategy", "scorer_input", "data_set", "data_path", "train_split", "val_split", "input_size",
-            "eval_crop_ratio")
+IDENTITY = (
+    "model",
+    "method",
+    "model_kwargs",
+    "pruning_layers",
+    "token_keep_ratio",
+    "block_keep_ratio",
+    "token_strategy",
+    "scorer_input",
+    "data_set",
+    "data_path",
+    "train_split",
+    "val_split",
+    "input_size",
+    "eval_crop_ratio",
+)
 
 # Arguments of the models that have a flag of their own.
-FLAGGED = {"num_classes": "--data-set", "drop_path_rate": "--drop-path", "img_size": "--input-size",
-           "pruning_layers": "--pruning-layers", "token_keep": "--token-keep-ratio",
-           "token_strategy": "--token-strategy", "scorer_input": "--scorer-input", "prune_tokens": "--method",
-           "route_blocks": "--method"}
+FLAGGED = {
+    "num_classes": "--data-set",
+    "drop_path_rate": "--drop-path",
+    "img_size": "--input-size",
+    "pruning_layers": "--pruning-layers",
+    "token_keep": "--token-keep-ratio",
+    "token_strategy": "--token-strategy",
+    "scorer_input": "--scorer-input",
+    "prune_tokens": "--method",
+    "route_blocks": "--method",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -44,13 +64,20 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
     """The model that `--model` and its companions name, with fresh weights."""
     for name in FLAGGED.keys() & args.model_kwargs.keys():
         raise UsageError(f"--model-kwargs {name}=...: use {FLAGGED[name]}")
-    sizes: dict[str, Any] = dict(args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path)
+    sizes: dict[str, Any] = dict(
+        args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path
+    )
     if args.input_size:
         sizes["img_size"] = args.input_size
     if args.method != "dense":
-        sizes |= dict(pruning_layers=args.pruning_layers, token_keep=args.token_keep_ratio,
-                      token_strategy=args.token_strategy, scorer_input=args.scorer_input,
-                      prune_tokens=args.method != "block", route_blocks=args.method != "token")
+        sizes |= dict(
+            pruning_layers=args.pruning_layers,
+            token_keep=args.token_keep_ratio,
+            token_strategy=args.token_strategy,
+            scorer_input=args.scorer_input,
+            prune_tokens=args.method != "block",
+            route_blocks=args.method != "token",
+        )
     try:
         return timm.create_model(args.model, **sizes)
     except (TypeError, ValueError) as error:
@@ -59,14 +86,17 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
 
 def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
     """The dense counterpart of a dynamic model, with fresh weights."""
-    dense = argparse.Namespace(**vars(args) | dict(model=args.model.removeprefix("dyvm_"), method="dense",
-                                                   drop_path=0.0))
+    dense = argparse.Namespace(
+        **vars(args) | dict(model=args.model.removeprefix("dyvm_"), method="dense", drop_path=0.0)
+    )
     return build_model(dense, num_classes)
 
 
-def restore_model(args: argparse.Namespace, checkpoint: dict[str, Any], num_classes: int,
-                  ema: bool = False) -> VisionMamba:
-    """The model of `args` with weights and gate threshold of a checkpoint, or with the average of them (`ema`).
+def restore_model(
+    args: argparse.Namespace, checkpoint: dict[str, Any], num_classes: int, ema: bool = False
+) -> VisionMamba:
+    """The model of `args` with weights and gate threshold of a checkpoint, or with the average of
+    them (`ema`).
 
     Raises UserError when the weights do not fit, or when there is no average.
     """
@@ -88,33 +118,48 @@ def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return {}
     known = {name: recorded[name] for name in IDENTITY if name in recorded}
     known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
-    known["dense_path"] = _recorded_teacher(recorded.get("model_path"), checkpoint.get("teacher_sha256"))
+    known["dense_path"] = _recorded_teacher(
+        recorded.get("model_path"), checkpoint.get("teacher_sha256")
+    )
     return known
 
 
-def _recorded_teacher(path: Optional[str], sha256: Optional[str]) -> Optional[str]:
+def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
     """The teacher's file if it is still there and still the same."""
     if not path or not Path(path).is_file():
         return None
     if sha256 is not None and sha256_of(path) != sha256:
-        _logger.warning("%s is not the teacher any more that the checkpoint was trained with; the dense column has no "
-                        "accuracy (give --dense-path to compare with it all the same)", path)
+        _logger.warning(
+            "%s is not the teacher any more that the checkpoint was trained with; the dense "
+            "column has no "
+            "accuracy (give --dense-path to compare with it all the same)",
+            path,
+        )
         return None
     return path
 
 
 def check_classes(checkpoint: dict[str, Any], class_names: list[str], source: str) -> None:
-    """Raise UserError when a checkpoint of ours was trained on other classes than those of the data set."""
+    """Raise UserError when a checkpoint of ours was trained on other classes than those of the data
+    set.
+    """
     recorded = checkpoint.get("class_names")
     if recorded is None or list(recorded) == list(class_names):
         return
     if len(recorded) != len(class_names):
         difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
     else:
-        i = next(i for i, pair in enumerate(zip(recorded, class_names, strict=True)) if pair[0] != pair[1])
+        i = next(
+            i
+            for i, pair in enumerate(zip(recorded, class_names, strict=True))
+            if pair[0] != pair[1]
+        )
         difference = f"other classes than the data set's: class {i} was {recorded[i]!r}, here it is {class_names[i]!r}"
-    raise UserError(f"{source} was trained on {difference}; evaluate on the --data-set of its training, or fine-tune "
-                    "it first with --method dense --model-path")
+    raise UserError(
+        f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
+        "fine-tune "
+        "it first with --method dense --model-path"
+    )
 
 
 def model_image_size(args: argparse.Namespace) -> int:
@@ -133,17 +178,22 @@ def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
     if not isinstance(model, DynamicVisionMamba):
         return DenseLoss(classification)
     return DynamicLoss(
-        classification, token_keep=model.token_keep or None,
+        classification,
+        token_keep=model.token_keep or None,
         block_keep=args.block_keep_ratio if model.route_blocks else None,
-        token_weight=args.token_pruning_weight, block_weight=args.block_pruning_weight,
-        distill_weight=args.distill_weight, token_budget=model.token_strategy == "learned")
+        token_weight=args.token_pruning_weight,
+        block_weight=args.block_pruning_weight,
+        distill_weight=args.distill_weight,
+        token_budget=model.token_strategy == "learned",
+    )
 
 
 def ema_decay(args: argparse.Namespace, updates: int) -> float:
     """`--model-ema-decay`, for `updates` of the average in the whole run.
 
-    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of mostly random weights;
-    there the default is less, so that the initial weights count for e^-5 = 0.7 % of the average at the end.
+    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of
+    mostly random weights; there the default is less, so that the initial weights count for e^-5 =
+    0.7 % of the average at the end.
     """
     if args.model_ema_decay is not None:
         return args.model_ema_decay
@@ -162,7 +212,9 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         dynamic = isinstance(model, DynamicVisionMamba)
         if dynamic:
             check_classes(dense_weights, data.class_names, args.model_path)
-        load_weights(model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic)
+        load_weights(
+            model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic
+        )
         if dynamic:
             teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
             load_weights(teacher, dense_weights, args.model_path)
@@ -173,25 +225,58 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     updates = data.steps_per_epoch // args.accum_steps
     if not updates:
-        raise UsageError(f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches")
+        raise UsageError(
+            f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches"
+        )
     whole_batch = args.batch_size * args.accum_steps * distributed.world_size
     lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
     try:
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, eps=args.opt_eps,
-                                        betas=tuple(args.opt_betas), **fused)
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            eps=args.opt_eps,
+            betas=tuple(args.opt_betas),
+            **fused,
+        )
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs, step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates)
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates,
+    )
     mixup = None
     if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
-                      label_smoothing=args.smoothing, num_classes=data.num_classes)
+        mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            label_smoothing=args.smoothing,
+            num_classes=data.num_classes,
+        )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     return Training(
-        model, parallel, teacher, build_criterion(args, model), optimizer, scheduler, scaler,
-        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates)) if args.model_ema else None, mixup=mixup,
-        guard=NonFiniteSteps(optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"))
+        model,
+        parallel,
+        teacher,
+        build_criterion(args, model),
+        optimizer,
+        scheduler,
+        scaler,
+        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates))
+        if args.model_ema
+        else None,
+        mixup=mixup,
+        guard=NonFiniteSteps(
+            optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"
+        ),
+    )

@@ -1,18 +1,20 @@
 """The gate threshold at which a model keeps the share of its scans that it was trained to keep.
 
-In training a gate is drawn: it is open with probability p = sigmoid(logit), and the budget holds for the mean of the
-draws. The paper then evaluates with p > 0.5, which keeps more (0.888 where 0.80 was trained). Here one threshold for
-all gates is chosen on training images, shown as in evaluation. It opens the gates of which the routers are surest, and
-is stored in the checkpoint. Gates change what later routers read, so that the quantile is taken again until it holds.
+In training a gate is drawn: it is open with probability p = sigmoid(logit), and the budget holds
+for the mean of the draws. The paper then evaluates with p > 0.5, which keeps more (0.888 where 0.80
+was trained). Here one threshold for all gates is chosen on training images, shown as in evaluation.
+It opens the gates of which the routers are surest, and is stored in the checkpoint. Gates change
+what later routers read, so that the quantile is taken again until it holds.
 
-Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this project's own.
+Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this
+project's own.
 """
 
 import argparse
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +33,14 @@ GIVE_UP = 0.1  # farther from the target than that, the paper's threshold stays
 _logger = logging.getLogger(__name__)
 
 
-def calibrate(models: Mapping[str, Optional[VisionMamba]], data: Data, args: argparse.Namespace,
-              distributed: Distributed) -> dict[str, float]:
-    """Choose and set the threshold of each model that routes; -> logits by name, to be stored. Every rank must call it.
+def calibrate(
+    models: Mapping[str, VisionMamba | None],
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+) -> dict[str, float]:
+    """Choose and set the threshold of each model that routes; -> logits by name, to be stored.
+    Every rank must call it.
 
     models: "model", and "ema" or None.
     """
@@ -42,20 +49,34 @@ def calibrate(models: Mapping[str, Optional[VisionMamba]], data: Data, args: arg
         if model is None or not getattr(model, "route_blocks", False):
             continue
         if data.calibration_loader is None:
-            _logger.warning("the gate threshold is not calibrated: %s is read as a stream", args.data_set)
+            _logger.warning(
+                "the gate threshold is not calibrated: %s is read as a stream", args.data_set
+            )
             return {}
         found[name], kept = calibrate_model(model, data, args, distributed)
         probability, target = sigmoid(found[name]), args.block_keep_ratio
-        _logger.info("gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target %.2f %%)",
-                     name, probability, 100 * kept, 100 * target)
+        _logger.info(
+            "gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target "
+            "%.2f %%)",
+            name,
+            probability,
+            100 * kept,
+            100 * target,
+        )
         if not abs(kept - target) <= 0.01:
-            _logger.warning("no threshold was found that comes closer: the routers hardly tell images and layers apart")
+            _logger.warning(
+                "no threshold was found that comes closer: the routers hardly tell images and "
+                "layers apart"
+            )
     return found
 
 
-def calibrate_model(model: DynamicVisionMamba, data: Data, args: argparse.Namespace,
-                    distributed: Distributed) -> tuple[float, float]:
-    """Set the threshold that comes closest to `args.block_keep_ratio`; -> its logit, the share kept."""
+def calibrate_model(
+    model: DynamicVisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed
+) -> tuple[float, float]:
+    """Set the threshold that comes closest to `args.block_keep_ratio`; -> its logit, the share
+    kept.
+    """
     target, threshold = args.block_keep_ratio, 0.0
     low, high, tried = -math.inf, math.inf, {}
     for _ in range(PASSES):
@@ -80,17 +101,26 @@ def calibrate_model(model: DynamicVisionMamba, data: Data, args: argparse.Namesp
 
 
 @torch.no_grad()
-def router_logits(model: DynamicVisionMamba, data: Data, args: argparse.Namespace,
-                  distributed: Distributed) -> Tensor:
-    """Logits of all gates on the calibration images of all ranks, in one long row on rank 0; elsewhere empty."""
+def router_logits(
+    model: DynamicVisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed
+) -> Tensor:
+    """Logits of all gates on the calibration images of all ranks, in one long row on rank 0;
+    elsewhere empty.
+    """
     seen: list[Tensor] = []
     routers = [layer.mixer.block_head for layer in model.layers]
-    handles = [router.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.float().cpu()))
-               for router in routers]
+    handles = [
+        router.register_forward_hook(
+            lambda _module, _inputs, logits: seen.append(logits.float().cpu())
+        )
+        for router in routers
+    ]
     model.eval()
     try:
         batches = data.calibration_loader
-        for batch in Progress(batches.batches(), "calibration", total=len(batches), shown=distributed.is_main):
+        for batch in Progress(
+            batches.batches(), "calibration", total=len(batches), shown=distributed.is_main
+        ):
             with autocast(distributed.device, args.amp):
                 model(batch.images.to(distributed.device))
     finally:
@@ -104,12 +134,15 @@ def quantile_above(values: Tensor, share: float) -> float:
     """A number that a `share` of the values exceeds, half-way between its neighbours."""
     ordered = values.double().sort(descending=True).values
     count = min(max(round(share * len(ordered)), 1), len(ordered) - 1)
-    return ordered[count - 1:count + 1].mean().item()
+    return ordered[count - 1 : count + 1].mean().item()
 
 
-def restore_threshold(model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str,
-                      source: str) -> None:
-    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own for `name`."""
+def restore_threshold(
+    model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str, source: str
+) -> None:
+    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own
+    for `name`.
+    """
     if not getattr(model, "route_blocks", False):
         return
     if wanted != "calibrated":
@@ -119,10 +152,13 @@ def restore_threshold(model: VisionMamba, checkpoint: Mapping[str, Any], wanted:
     if isinstance(stored, dict) and isinstance(stored.get(name), float):
         model.set_gate_threshold(stored[name])
     else:
-        _logger.info("%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one", source)
+        _logger.info(
+            "%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one",
+            source,
+        )
 
 
-def set_threshold(model: Optional[VisionMamba], probability: float) -> None:
+def set_threshold(model: VisionMamba | None, probability: float) -> None:
     """Set the threshold of a model that routes, as a probability."""
     if getattr(model, "route_blocks", False):
         model.set_gate_threshold(math.log(probability / (1 - probability)))

@@ -1,8 +1,10 @@
-"""What `--eval` reports: accuracy, operations in both conventions, real throughput; `eval.json` and a table."""
+"""What `--eval` reports: accuracy, operations in both conventions, real throughput; `eval.json` and
+a table.
+"""
 
 import argparse
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -20,28 +22,47 @@ from ops.selective_scan import backend_for
 from utils.distributed import Distributed
 
 
-def evaluate_all(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], dense_trained: bool,
-                 data: Data, args: argparse.Namespace, distributed: Distributed,
-                 observe: Optional[Callable[[Batch, Result], None]] = None) -> Optional[dict[str, Any]]:
-    """Evaluate a model, the average of its weights and its dense counterpart; -> the content of eval.json on rank 0.
+def evaluate_all(
+    model: VisionMamba,
+    ema: VisionMamba | None,
+    dense: VisionMamba | None,
+    dense_trained: bool,
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+    observe: Callable[[Batch, Result], None] | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a model, the average of its weights and its dense counterpart; -> the content of
+    eval.json on rank 0.
 
     Args:
         model: dense or dynamic.
-        dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not known, and only
-            its operations, parameters and throughput are reported.
+        dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not
+            known, and only its operations, parameters and throughput are reported.
         observe: sees each batch and what the model made of it.
     """
     metrics = evaluate(model, data, args, distributed, "evaluation", observe=observe)
-    ema_top1 = evaluate(ema, data, args, distributed, "evaluation (EMA)").top1 if ema is not None else None
-    dense_metrics = evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_trained else None
+    ema_top1 = (
+        evaluate(ema, data, args, distributed, "evaluation (EMA)").top1 if ema is not None else None
+    )
+    dense_metrics = (
+        evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_trained else None
+    )
     if not distributed.is_main:
         return None
     dynamic = isinstance(model, DynamicVisionMamba)
-    speeds = forward_speeds({"dynamic": model, "dense": dense} if dynamic else {"dense": model}, data, args,
-                            distributed, args.throughput_seconds)
+    speeds = forward_speeds(
+        {"dynamic": model, "dense": dense} if dynamic else {"dense": model},
+        data,
+        args,
+        distributed,
+        args.throughput_seconds,
+    )
     if dynamic:
-        report = {"dense": column(dense, dense_metrics, speeds["dense"]),
-                  "dynamic": column(model, metrics, speeds["dynamic"])}
+        report = {
+            "dense": column(dense, dense_metrics, speeds["dense"]),
+            "dynamic": column(model, metrics, speeds["dynamic"]),
+        }
         report["dynamic"] |= {"ema_top1": ema_top1, "keep": metrics.keep, "gates": metrics.gates}
         if model.route_blocks:
             report["dynamic"]["gate_threshold"] = sigmoid(model.gate_threshold)
@@ -49,25 +70,45 @@ def evaluate_all(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional
         report["reduction"] = {kind: 1 - flops[kind] / dense_flops[kind] for kind in flops}
         report["speedup"] = speeds["dynamic"] / speeds["dense"] if speeds["dense"] else None
     else:
-        report = {"dense": column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
-                  "dynamic": None, "reduction": None, "speedup": None}
+        report = {
+            "dense": column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
+            "dynamic": None,
+            "reduction": None,
+            "speedup": None,
+        }
     return report | {
-        "model": args.model, "data_set": args.data_set, "images": metrics.images, "backend": _backend(model),
-        "device": device_name(distributed.device), "precision": "float32" if args.amp == "off" else args.amp,
+        "model": args.model,
+        "data_set": args.data_set,
+        "images": metrics.images,
+        "backend": _backend(model),
+        "device": device_name(distributed.device),
+        "precision": "float32" if args.amp == "off" else args.amp,
     }
 
 
-def column(model: VisionMamba, metrics: Optional[Metrics], images_per_s: Optional[float]) -> dict[str, Any]:
+def column(
+    model: VisionMamba, metrics: Metrics | None, images_per_s: float | None
+) -> dict[str, Any]:
     """What is reported of one model; without `metrics` what is known without its weights."""
     flops = count_flops(model, metrics.gates if metrics else None)
     known = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss} if metrics else {}
-    return known | {"flops": flops._asdict(), "images_per_s": images_per_s,
-                    "parameters": sum(p.numel() for p in model.parameters())}
+    return known | {
+        "flops": flops._asdict(),
+        "images_per_s": images_per_s,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
-def forward_speeds(models: Mapping[Hashable, Callable[[Tensor], Result]], data: Data, args: argparse.Namespace,
-                   distributed: Distributed, seconds: float) -> dict[Hashable, Optional[float]]:
-    """Images/s of each model on the same validation images, by this process alone; None when `seconds` is 0."""
+def forward_speeds(
+    models: Mapping[Hashable, Callable[[Tensor], Result]],
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+    seconds: float,
+) -> dict[Hashable, float | None]:
+    """Images/s of each model on the same validation images, by this process alone; None when
+    `seconds` is 0.
+    """
     if not seconds:
         return dict.fromkeys(models)
     images = next(iter(data.val_batches())).images.to(distributed.device)
@@ -75,15 +116,23 @@ def forward_speeds(models: Mapping[Hashable, Callable[[Tensor], Result]], data: 
     def forward(model: Callable[[Tensor], Result]) -> Callable[[Tensor], Result]:
         if isinstance(model, torch.nn.Module):
             model.eval()
-        return graphed(evaluation_forward(model, distributed.device, args.amp), distributed.device, args.cuda_graph)
+        return graphed(
+            evaluation_forward(model, distributed.device, args.amp),
+            distributed.device,
+            args.cuda_graph,
+        )
 
-    return throughput.measure({name: forward(model) for name, model in models.items()}, images, seconds)
+    return throughput.measure(
+        {name: forward(model) for name, model in models.items()}, images, seconds
+    )
 
 
 def _backend(model: VisionMamba) -> str:
     mixer, device = model.layers[0].mixer, model.cls_token.device
     with torch.no_grad():
-        return backend_for(torch.zeros(1, 1, mixer.in_proj.out_features, device=device), mixer.branch(False))
+        return backend_for(
+            torch.zeros(1, 1, mixer.in_proj.out_features, device=device), mixer.branch(False)
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -118,14 +167,32 @@ def table(report: dict[str, Any]) -> str:
         row("images/s", lambda c: c["images_per_s"], "{:,.1f}", lambda a, b: f"x {b / a:.2f}"),
         row("parameters", lambda c: c["parameters"], "{:,}"),
     ]
-    lines = [f"{report['model']} on {report['data_set']}, {report['images']} images; backend {report['backend']}, "
-             f"{report['device']}, {report['precision']}",
-             tabulate(rows, headers=["", "dense", "dynamic", "change"], disable_numparse=True,
-                      colalign=("left", "right", "right", "right"))]
+    lines = [
+        f"{report['model']} on {report['data_set']}, {report['images']} images; backend "
+        f"{report['backend']}, "
+        f"{report['device']}, {report['precision']}",
+        tabulate(
+            rows,
+            headers=["", "dense", "dynamic", "change"],
+            disable_numparse=True,
+            colalign=("left", "right", "right", "right"),
+        ),
+    ]
     if dynamic:
         if dynamic["keep"]:
-            lines.append("patches kept after each stage: " + ", ".join(f"{100 * k:.1f} %" for k in dynamic["keep"]))
-        forward, backward = (sum(column) / len(column) for column in zip(*dynamic["gates"], strict=True))
-        threshold = f" (gate threshold {dynamic['gate_threshold']:.3f})" if "gate_threshold" in dynamic else ""
-        lines.append(f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}")
+            lines.append(
+                "patches kept after each stage: "
+                + ", ".join(f"{100 * k:.1f} %" for k in dynamic["keep"])
+            )
+        forward, backward = (
+            sum(column) / len(column) for column in zip(*dynamic["gates"], strict=True)
+        )
+        threshold = (
+            f" (gate threshold {dynamic['gate_threshold']:.3f})"
+            if "gate_threshold" in dynamic
+            else ""
+        )
+        lines.append(
+            f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}"
+        )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """CUDA graphs for evaluation: the whole forward pass of a batch, recorded once and replayed.
 
-At small batches a GPU waits for the host that launches its kernels; a graph launches them all at once. The models'
-forward passes never wait for the device and their shapes depend on the flags alone, so that a graph holds all of one.
+At small batches a GPU waits for the host that launches its kernels; a graph launches them all at
+once. The models' forward passes never wait for the device and their shapes depend on the flags
+alone, so that a graph holds all of one.
 """
 
 import dataclasses
@@ -21,10 +22,10 @@ Forward = Callable[[Tensor], Result]
 def capture(forward: Forward, images: Tensor) -> Forward:
     """Record `forward` on the shape of `images` [B, 3, H, W] and return its replay.
 
-    A replay overwrites the tensors of the Result that it returned before. The graph reads the weights where they stand
-    and knows them only as long as they stay there. `forward` must have run on this shape before, since kernels that
-    tune themselves cannot be recorded while they do, and must enter autocast itself: weights that an outer context
-    has cast are no part of the graph.
+    A replay overwrites the tensors of the Result that it returned before. The graph reads the
+    weights where they stand and knows them only as long as they stay there. `forward` must have run
+    on this shape before, since kernels that tune themselves cannot be recorded while they do, and
+    must enter autocast itself: weights that an outer context has cast are no part of the graph.
     """
     given = images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -43,8 +44,8 @@ def capture(forward: Forward, images: Tensor) -> Forward:
 class GraphedForward:
     """A forward pass that is captured the second time it sees a shape of batch.
 
-    The first time runs as ever, and tunes what tunes itself; a last batch that comes once is not worth more. When
-    capture fails, one line says so and every batch runs without a graph.
+    The first time runs as ever, and tunes what tunes itself; a last batch that comes once is not
+    worth more. When capture fails, one line says so and every batch runs without a graph.
     """
 
     def __init__(self, forward: Forward):
@@ -62,11 +63,15 @@ class GraphedForward:
             except Exception as error:  # whatever is wrong with the forward pass itself, the call below raises again
                 self.enabled = False
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                _logger.warning("evaluation goes on without a CUDA graph, capturing one failed: %s", reason)
+                _logger.warning(
+                    "evaluation goes on without a CUDA graph, capturing one failed: %s", reason
+                )
         self._seen.add(shape)
         return self._replays.get(shape, self.forward)(images)
 
 
 def graphed(forward: Forward, device: torch.device, wanted: bool = True) -> Forward:
-    """`forward` with a graph per shape where that is `wanted` (`--cuda-graph`) and the device is a GPU."""
+    """`forward` with a graph per shape where that is `wanted` (`--cuda-graph`) and the device is a
+    GPU.
+    """
     return GraphedForward(forward) if wanted and device.type == "cuda" else forward

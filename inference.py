@@ -35,20 +35,38 @@ _logger = logging.getLogger(__name__)
 
 def build_parser(prog: str, description: str) -> options.OneLineParser:
     """The flags that every tool for a checkpoint and images has."""
-    parser = options.OneLineParser(prog=prog, description=description, allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = options.OneLineParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     group = parser.add_argument_group("images")
-    group.add_argument("--class-names", metavar="FILE", help="names of the classes by their index: a name a line, or "
-                       "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)")
+    group.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="names of the classes by their index: a name a line, or "
+        "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)",
+    )
     group.add_argument("--batch-size", type=options.positive, default=32)
-    group.add_argument("--num-workers", type=int, default=min(4, len(os.sched_getaffinity(0))),
-                       help="processes that read images, where there is more than one batch of them")
-    group.add_argument("--input-size", type=options.positive, help="size of the model's images (default: as trained)")
+    group.add_argument(
+        "--num-workers",
+        type=int,
+        default=min(4, len(os.sched_getaffinity(0))),
+        help="processes that read images, where there is more than one batch of them",
+    )
+    group.add_argument(
+        "--input-size",
+        type=options.positive,
+        help="size of the model's images (default: as trained)",
+    )
     group.add_argument("--eval-crop-ratio", type=options.ratio, default=0.875)
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
+    )
     parser.set_defaults(pin_mem=False)
     options.add_model_arguments(parser)
     return parser
@@ -67,13 +85,21 @@ class Classifier:
     def img_size(self) -> int:
         return self.model.patch_embed.img_size
 
-    def results(self, images: FileImages, bad_images: BadImages, shown: bool = True) -> Iterator[tuple[Batch, Result]]:
-        """What the model makes of images, batch by batch; files that cannot be used are told to `bad_images`."""
+    def results(
+        self, images: FileImages, bad_images: BadImages, shown: bool = True
+    ) -> Iterator[tuple[Batch, Result]]:
+        """What the model makes of images, batch by batch; files that cannot be used are told to
+        `bad_images`.
+        """
         args = self.args
         if len(images) <= args.batch_size:
             args = argparse.Namespace(**vars(args) | {"num_workers": 0})
-        loader = EvalLoader(images, eval_transform(args, self.img_size), args, bad_images, rank=0, world_size=1)
-        batches = Progress(loader.batches(), "images", total=-(-len(images) // args.batch_size), shown=shown)
+        loader = EvalLoader(
+            images, eval_transform(args, self.img_size), args, bad_images, rank=0, world_size=1
+        )
+        batches = Progress(
+            loader.batches(), "images", total=-(-len(images) // args.batch_size), shown=shown
+        )
         for batch in batches:
             yield batch, self.forward(batch.images)
 
@@ -83,14 +109,23 @@ class Classifier:
             return self.model(images.to(self.device))
 
     def likeliest(self, logits: Tensor, count: int) -> list[list[tuple[int, str, float]]]:
-        """logits [B, C] -> for each image (class, name, probability) of the likeliest classes, likeliest first."""
+        """logits [B, C] -> for each image (class, name, probability) of the likeliest classes,
+        likeliest first.
+        """
         probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
-        return [[(label, self.class_names[label], probability) for label, probability in zip(*rows, strict=True)]
-                for rows in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+        return [
+            [
+                (label, self.class_names[label], probability)
+                for label, probability in zip(*rows, strict=True)
+            ]
+            for rows in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
 
 
 def load_classifier(parser: options.OneLineParser, argv: Sequence[str]) -> Classifier:
-    """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the flags' defaults."""
+    """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the
+    flags' defaults.
+    """
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
@@ -107,21 +142,33 @@ def load_classifier(parser: options.OneLineParser, argv: Sequence[str]) -> Class
 
 
 def class_names(args: argparse.Namespace, checkpoint: dict[str, Any], count: int) -> list[str]:
-    """Names of the classes: of the file that the user gave, of the checkpoint, of ImageNet, or their numbers."""
+    """Names of the classes: of the file that the user gave, of the checkpoint, of ImageNet, or
+    their numbers.
+    """
     if args.class_names:
         names = _read_names(Path(args.class_names))
         if len(names) != count:
-            raise UserError(f"--class-names {args.class_names}: {len(names)} names, and the model has {count} classes")
+            raise UserError(
+                f"--class-names {args.class_names}: {len(names)} names, and the model has {count} "
+                "classes"
+            )
         return names
     imagenet = ImageNetInfo("imagenet-1k")
     names = checkpoint.get("class_names")
     if isinstance(names, (list, tuple)) and len(names) == count:
         known = set(imagenet.label_names())  # n01440764, ...: the folders of ImageNet
-        return [imagenet.label_name_to_description(name) if name in known else str(name) for name in names]
+        return [
+            imagenet.label_name_to_description(name) if name in known else str(name)
+            for name in names
+        ]
     if count == imagenet.num_classes():
-        _logger.info("%s holds no class names; 1000 classes are taken to be ImageNet's", args.model_path)
+        _logger.info(
+            "%s holds no class names; 1000 classes are taken to be ImageNet's", args.model_path
+        )
         return [imagenet.index_to_description(label) for label in range(count)]
-    _logger.warning("%s holds no class names: their numbers are shown; give --class-names FILE", args.model_path)
+    _logger.warning(
+        "%s holds no class names: their numbers are shown; give --class-names FILE", args.model_path
+    )
     return [f"class {label}" for label in range(count)]
 
 
@@ -137,22 +184,33 @@ def _read_names(path: Path) -> list[str]:
         return [printable(line.strip()) for line in text.splitlines() if line.strip()]
     try:
         content = json.loads(text)
-        entries = content if isinstance(content, list) else [content[str(label)] for label in range(len(content))]
+        entries = (
+            content
+            if isinstance(content, list)
+            else [content[str(label)] for label in range(len(content))]
+        )
     except ValueError as error:
         raise UserError(f"--class-names {path}: not JSON ({error})") from None
     except KeyError as error:
         raise UserError(f"--class-names {path}: no name for class {error}") from None
-    return [printable(str(entry[-1] if isinstance(entry, list) and entry else entry)) for entry in entries]
+    return [
+        printable(str(entry[-1] if isinstance(entry, list) and entry else entry))
+        for entry in entries
+    ]
 
 
 def find_images(paths: Sequence[str]) -> FileImages:
-    """The files named, and the images in the folders named and below. Raises UserError for a folder without any."""
+    """The files named, and the images in the folders named and below. Raises UserError for a folder
+    without any.
+    """
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
             inside = list_images(Path(path))
             if not inside:
-                raise UserError(f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)")
+                raise UserError(
+                    f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)"
+                )
             found += inside
         else:
             found.append(path)

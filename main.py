@@ -11,7 +11,8 @@
 
 import os
 
-# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a shared machine.
+# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
+# shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -19,14 +20,21 @@ import functools
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from PIL import Image
 
 import options
 import resume
-from builders import build_dense, build_training, check_classes, model_image_size, recorded_arguments, restore_model
+from builders import (
+    build_dense,
+    build_training,
+    check_classes,
+    model_image_size,
+    recorded_arguments,
+    restore_model,
+)
 from calibration import STORED, calibrate, set_threshold
 from datasets import Data, build_data
 from decisions import DecisionCounter
@@ -66,9 +74,14 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
         write_json(Path(args.output_dir) / "environment.json", describe_environment())
         log.resume_at(run.epoch)
     tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
-    _logger.info("%s: %s parameters, %s of %d classes, %d steps an epoch", args.model,
-                 f"{sum(p.numel() for p in run.model.parameters()):,}", args.data_set, data.num_classes,
-                 data.steps_per_epoch)
+    _logger.info(
+        "%s: %s parameters, %s of %d classes, %d steps an epoch",
+        args.model,
+        f"{sum(p.numel() for p in run.model.parameters()):,}",
+        args.data_set,
+        data.num_classes,
+        data.steps_per_epoch,
+    )
     while run.epoch < args.epochs:
         after_step = functools.partial(saver.after_step, averages)
         try:
@@ -82,7 +95,9 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
             epoch_record, best = evaluate_epoch(run, data, args, distributed, averages)
         except Interrupted:
             return _leave(saver)
-        if distributed.is_main:  # before the checkpoint that says the epoch is done; resuming drops lines too many
+        if (
+            distributed.is_main
+        ):  # before the checkpoint that says the epoch is done; resuming drops lines too many
             log.append(epoch_record)
             show_epoch(tensorboard, run, data, epoch_record, distributed)
         run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
@@ -97,34 +112,54 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
 
 def _leave(saver: resume.Saver) -> int:
     saver.close()
-    _logger.warning("told to leave by %s; saved, continue with --resume auto", preemption.received())
+    _logger.warning(
+        "told to leave by %s; saved, continue with --resume auto", preemption.received()
+    )
     return preemption.EXIT_CODE
 
 
-def evaluate_epoch(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed,
-                   averages: Averages) -> tuple[dict[str, Any], bool]:
+def evaluate_epoch(
+    run: Training,
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+    averages: Averages,
+) -> tuple[dict[str, Any], bool]:
     """Evaluate after an epoch; -> its line of log.txt, whether it is the best so far."""
     trained = averages.means(distributed)
-    trained["skipped_steps"] = round(trained["skipped_steps"] * (data.steps_per_epoch // args.accum_steps))
+    trained["skipped_steps"] = round(
+        trained["skipped_steps"] * (data.steps_per_epoch // args.accum_steps)
+    )
     metrics = evaluate(run.model, data, args, distributed, interrupted=preemption.requested)
     record = {f"train_{name}": value for name, value in trained.items()}
     record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
     if run.ema is not None:
-        record["test_ema_acc1"] = evaluate(run.ema.module, data, args, distributed, "evaluation (EMA)",
-                                           preemption.requested).top1
+        record["test_ema_acc1"] = evaluate(
+            run.ema.module, data, args, distributed, "evaluation (EMA)", preemption.requested
+        ).top1
     if args.bad_images == "skip":
         listed = distributed.gather_objects(resume.list_bad_images(data, args, distributed))
         record["bad_images"] = len(set().union(*listed or []))
     best = metrics.top1 >= run.best
     run.best = max(run.best, metrics.top1)
-    _logger.info("epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)", run.epoch + 1, args.epochs, trained["loss"],
-                 metrics.top1, run.best)
+    _logger.info(
+        "epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)",
+        run.epoch + 1,
+        args.epochs,
+        trained["loss"],
+        metrics.top1,
+        run.best,
+    )
     parameters = sum(p.numel() for p in run.model.parameters())
     return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
 
 
-def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distributed: Distributed) -> None:
-    """The full report on the best checkpoint of a run; on its last weights if the best were left in another folder."""
+def evaluate_best(
+    run: Training, data: Data, args: argparse.Namespace, distributed: Distributed
+) -> None:
+    """The full report on the best checkpoint of a run; on its last weights if the best were left in
+    another folder.
+    """
     best = Path(args.output_dir) / BEST
     ema, weights = None if run.ema is None else run.ema.module, None
     if best.exists():
@@ -141,8 +176,12 @@ def evaluate_best(run: Training, data: Data, args: argparse.Namespace, distribut
     report_evaluation(run.model, ema, run.teacher, data, args, distributed)
 
 
-def show_epoch(tensorboard, run: Training, data: Data, record: dict[str, Any], distributed: Distributed) -> None:
-    """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation images."""
+def show_epoch(
+    tensorboard, run: Training, data: Data, record: dict[str, Any], distributed: Distributed
+) -> None:
+    """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation
+    images.
+    """
     epoch = record["epoch"]
     for name, value in record.items():
         if name not in ("epoch", "n_parameters"):
@@ -154,7 +193,9 @@ def show_epoch(tensorboard, run: Training, data: Data, record: dict[str, Any], d
 
 @torch.no_grad()
 def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: int = 8):
-    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops none."""
+    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops
+    none.
+    """
     if not getattr(model, "pruning_layers", ()):
         return None
     images = next(iter(data.val_batches())).images[:count]
@@ -162,8 +203,14 @@ def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: 
     return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 
-def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Optional[VisionMamba], data: Data,
-                      args: argparse.Namespace, distributed: Distributed) -> None:
+def report_evaluation(
+    model: VisionMamba,
+    ema: VisionMamba | None,
+    dense: VisionMamba | None,
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+) -> None:
     """Evaluate, print the table, write eval.json and the picture of the kept patches."""
     dense_trained = dense is not None
     if isinstance(model, DynamicVisionMamba) and dense is None:
@@ -177,7 +224,11 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     output = Path(args.output_dir)
     if decisions.anything:
         totals.write(output / "decisions")
-        draw_samples(Classifier(model, data.class_names, args, distributed.device), data, output / "decisions")
+        draw_samples(
+            Classifier(model, data.class_names, args, distributed.device),
+            data,
+            output / "decisions",
+        )
     write_json(output / "eval.json", report)
     print(table(report))
     picture = draw_decisions(model, data, distributed.device)
@@ -186,9 +237,12 @@ def report_evaluation(model: VisionMamba, ema: Optional[VisionMamba], dense: Opt
     _logger.info("written to %s", output / "eval.json")
 
 
-def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], data: Data,
-                        distributed: Distributed) -> None:
-    """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is known."""
+def evaluate_checkpoint(
+    args: argparse.Namespace, checkpoint: dict[str, Any], data: Data, distributed: Distributed
+) -> None:
+    """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is
+    known.
+    """
     device = distributed.device
     check_classes(checkpoint, data.class_names, args.model_path)
     model = restore_model(args, checkpoint, data.num_classes).to(device)
@@ -197,30 +251,52 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], da
         dense = build_dense(args, data.num_classes).to(device)
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
     environment = Path(args.output_dir) / "environment.json"
-    if distributed.is_main and not environment.exists():  # that of the training, if it wrote to this folder, stays
+    if (
+        distributed.is_main and not environment.exists()
+    ):  # that of the training, if it wrote to this folder, stays
         write_json(environment, describe_environment())
-    ema = restore_model(args, checkpoint, data.num_classes, ema=True).to(device) if checkpoint.get("ema") else None
+    ema = (
+        restore_model(args, checkpoint, data.num_classes, ema=True).to(device)
+        if checkpoint.get("ema")
+        else None
+    )
     if args.calibrate:
         thresholds = calibrate({"model": model, "ema": ema}, data, args, distributed)
         if distributed.is_main:
             save_calibrated(checkpoint, thresholds, model, args)
     if args.sweep:
-        run_sweep(model, dense, recorded_arguments(checkpoint).get("token_keep_ratio"), data, args, distributed)
+        run_sweep(
+            model,
+            dense,
+            recorded_arguments(checkpoint).get("token_keep_ratio"),
+            data,
+            args,
+            distributed,
+        )
         return
     report_evaluation(model, ema, dense, data, args, distributed)
 
 
-def save_calibrated(checkpoint: dict[str, Any], thresholds: dict[str, float], model: VisionMamba,
-                    args: argparse.Namespace) -> None:
-    """`--calibrate`: the checkpoint with thresholds and the budgets they are for; of a foreign one its weights."""
+def save_calibrated(
+    checkpoint: dict[str, Any],
+    thresholds: dict[str, float],
+    model: VisionMamba,
+    args: argparse.Namespace,
+) -> None:
+    """`--calibrate`: the checkpoint with thresholds and the budgets they are for; of a foreign one
+    its weights.
+    """
     known = {"model": checkpoint["model"], "family": model.family.name}
     if recorded_arguments(checkpoint):
-        budgets = {"block_keep_ratio": args.block_keep_ratio, "token_keep_ratio": args.token_keep_ratio}
+        budgets = {
+            "block_keep_ratio": args.block_keep_ratio,
+            "token_keep_ratio": args.token_keep_ratio,
+        }
         known = checkpoint | {"args": checkpoint["args"] | budgets}
     save_checkpoint(known | {STORED: thresholds}, Path(args.output_dir) / CALIBRATED)
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = options.parse(argv)
     distributed = init_distributed(args.device)
@@ -229,11 +305,19 @@ def main(argv: Optional[list[str]] = None) -> int:
     if args.eval:
         checkpoint = load_checkpoint(args.model_path)
         args = options.parse(argv, recorded_arguments(checkpoint))
-    data = build_data(args, model_image_size(args), rank=distributed.rank, world_size=distributed.world_size,
-                      train=not args.eval or args.calibrate)
+    data = build_data(
+        args,
+        model_image_size(args),
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        train=not args.eval or args.calibrate,
+    )
     if args.calibrate and data.calibration_loader is None:
-        raise UsageError(f"--calibrate: {args.data_set} is read as a stream, of which no fixed part can be shown; "
-                         "choose a threshold with --gate-threshold P")
+        raise UsageError(
+            f"--calibrate: {args.data_set} is read as a stream, of which no fixed part can be "
+            "shown; "
+            "choose a threshold with --gate-threshold P"
+        )
     prepare_output_dir(args.output_dir)
     code = 0
     try:
@@ -244,7 +328,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     except RuntimeError as error:
         if not str(error).startswith(WORKER_DIED):
             raise
-        raise UserError(f"reading the data failed: {error}; out of memory? Try fewer --num-workers") from None
+        raise UserError(
+            f"reading the data failed: {error}; out of memory? Try fewer --num-workers"
+        ) from None
     distributed.shutdown()
     return code
 

@@ -1,7 +1,7 @@
 """The flags of main.py, with the names that DeiT and the paper's release gave them.
 
-A run's checkpoint records what it is; at evaluation and for the teacher those choices are taken from there, unless a
-flag says otherwise.
+A run's checkpoint records what it is; at evaluation and for the teacher those choices are taken
+from there, unless a flag says otherwise.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from timm.optim import list_optimizers
 
@@ -21,9 +21,12 @@ from utils.errors import UsageError
 METHODS = ("dense", "dyvm", "token", "block")
 # Flags that only some methods read in training.
 READ_BY = {
-    "--pruning-layers": ("dyvm", "token"), "--token-keep-ratio": ("dyvm", "token"),
-    "--token-pruning-weight": ("dyvm", "token"), "--block-keep-ratio": ("dyvm", "block"),
-    "--block-pruning-weight": ("dyvm", "block"), "--gate-threshold": ("dyvm", "block"),
+    "--pruning-layers": ("dyvm", "token"),
+    "--token-keep-ratio": ("dyvm", "token"),
+    "--token-pruning-weight": ("dyvm", "token"),
+    "--block-keep-ratio": ("dyvm", "block"),
+    "--block-pruning-weight": ("dyvm", "block"),
+    "--gate-threshold": ("dyvm", "block"),
     "--distill-weight": ("dyvm", "token", "block"),
 }
 
@@ -33,38 +36,77 @@ def _chooses_splits(args: argparse.Namespace) -> bool:
 
 
 _SPLITS = "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to choose"
-# Flags that only some runs read: whether one with these arguments does, and what to say when it does not.
+# Flags that only some runs read: whether one with these arguments does, and what to say when it
+# does not.
 READ_IF = {
-    "--dense-path": (lambda args: args.eval and args.method != "dense", "here: it is what --eval compares a dynamic "
-                     "model with; the teacher of a training, or the weights it starts from, are --model-path"),
-    "--train-split": (_chooses_splits, _SPLITS), "--val-split": (_chooses_splits, _SPLITS),
+    "--dense-path": (
+        lambda args: args.eval and args.method != "dense",
+        "here: it is what --eval compares a dynamic "
+        "model with; the teacher of a training, or the weights it starts from, are --model-path",
+    ),
+    "--train-split": (_chooses_splits, _SPLITS),
+    "--val-split": (_chooses_splits, _SPLITS),
     # scripts/slurm.sh gives `auto` to all that it runs: there may be nothing to go on from
-    "--resume": (lambda args: not args.eval or args.resume == "auto", "with --eval; the checkpoint to evaluate is "
-                 "--model-path"),
-    "--resume-override": (lambda args: args.resume, "without --resume; give --resume auto, or --resume FILE"),
+    "--resume": (
+        lambda args: not args.eval or args.resume == "auto",
+        "with --eval; the checkpoint to evaluate is --model-path",
+    ),
+    "--resume-override": (
+        lambda args: args.resume,
+        "without --resume; give --resume auto, or --resume FILE",
+    ),
 }
 MOST_BUDGETS = 100  # of one --sweep
 
 # Flags of DeiT, Vim and the release that have no counterpart of the same name here.
 REPLACED = {
-    "--if_amp": "--amp bf16", "--no_amp": "--amp off", "--if_nan2num": "nothing: --amp bf16 trains without NaN",
-    "--if_continue_inf": "--nonfinite skip", "--finetune": "--model-path with --method dense",
-    "--teacher-path": "--model-path in training, --dense-path at evaluation", "--teacher-model": "--method dyvm",
-    "--distillation-type": "--method dyvm", "--distillation-alpha": "--distill-weight",
-    "--distillation-tau": "nothing: the temperature is 1", "--start_epoch": "--resume", "--start-epoch": "--resume",
+    "--if_amp": "--amp bf16",
+    "--no_amp": "--amp off",
+    "--if_nan2num": "nothing: --amp bf16 trains without NaN",
+    "--if_continue_inf": "--nonfinite skip",
+    "--finetune": "--model-path with --method dense",
+    "--teacher-path": "--model-path in training, --dense-path at evaluation",
+    "--teacher-model": "--method dyvm",
+    "--distillation-type": "--method dyvm",
+    "--distillation-alpha": "--distill-weight",
+    "--distillation-tau": "nothing: the temperature is 1",
+    "--start_epoch": "--resume",
+    "--start-epoch": "--resume",
     "--dist-eval": "nothing: evaluation is always distributed, every image counted once",
-    "--dist_url": "torchrun", "--world_size": "torchrun --nproc_per_node", "--distributed": "torchrun",
-    "--local_rank": "torchrun", "--local-rank": "torchrun", "--gpu": "CUDA_VISIBLE_DEVICES",
-    "--model-ema-force-cpu": "nothing: the average is kept beside the model", "--ThreeAugment": "--aa none",
-    "--src": "--aa none", "--resplit": "nothing", "--train-mode": "nothing", "--no-train-mode": "nothing",
-    "--inat-category": "nothing: the finest category is used", "--cosub": "nothing", "--bce-loss": "nothing: "
-    "the paper trains with cross entropy", "--attn-only": "nothing", "--lr-noise": "nothing",
-    "--lr-noise-pct": "nothing", "--lr-noise-std": "nothing", "--decay-epochs": "--sched cosine",
-    "--decay-rate": "--sched cosine", "--cooldown-epochs": "--epochs", "--patience-epochs": "--sched cosine",
-    "--drop": "--drop-path", "--momentum": "--opt-betas", "--cutmix-minmax": "--cutmix", "--mixup-mode": "nothing",
-    "--no_continue_inf": "--nonfinite stop", "--no_nan2num": "nothing", "--no_random_cls_token_position": "nothing",
-    "--no_random_token_rank": "nothing", "--if_random_cls_token_position": "nothing",
-    "--if_random_token_rank": "nothing", "--no_log": "nothing",
+    "--dist_url": "torchrun",
+    "--world_size": "torchrun --nproc_per_node",
+    "--distributed": "torchrun",
+    "--local_rank": "torchrun",
+    "--local-rank": "torchrun",
+    "--gpu": "CUDA_VISIBLE_DEVICES",
+    "--model-ema-force-cpu": "nothing: the average is kept beside the model",
+    "--ThreeAugment": "--aa none",
+    "--src": "--aa none",
+    "--resplit": "nothing",
+    "--train-mode": "nothing",
+    "--no-train-mode": "nothing",
+    "--inat-category": "nothing: the finest category is used",
+    "--cosub": "nothing",
+    "--bce-loss": "nothing: the paper trains with cross entropy",
+    "--attn-only": "nothing",
+    "--lr-noise": "nothing",
+    "--lr-noise-pct": "nothing",
+    "--lr-noise-std": "nothing",
+    "--decay-epochs": "--sched cosine",
+    "--decay-rate": "--sched cosine",
+    "--cooldown-epochs": "--epochs",
+    "--patience-epochs": "--sched cosine",
+    "--drop": "--drop-path",
+    "--momentum": "--opt-betas",
+    "--cutmix-minmax": "--cutmix",
+    "--mixup-mode": "nothing",
+    "--no_continue_inf": "--nonfinite stop",
+    "--no_nan2num": "nothing",
+    "--no_random_cls_token_position": "nothing",
+    "--no_random_token_rank": "nothing",
+    "--if_random_cls_token_position": "nothing",
+    "--if_random_token_rank": "nothing",
+    "--no_log": "nothing",
 }
 
 
@@ -107,7 +149,9 @@ def gate_threshold(text: str) -> float | str:
         return text
     value = not_negative(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither `calibrated` nor a probability between 0 and 1")
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither `calibrated` nor a probability between 0 and 1"
+        )
     return value
 
 
@@ -142,7 +186,9 @@ def key_value(text: str) -> tuple[str, Any]:
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a Python literal") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=VALUE with a Python literal"
+        ) from None
 
 
 def sweep_range(text: str) -> list[float]:
@@ -154,50 +200,106 @@ def sweep_range(text: str) -> list[float]:
         first, last, step = map(Decimal, parts if len(parts) == 3 else (parts[0], parts[0], "1"))
         proper = 0 < first <= last <= 1 and step > 0  # comparisons with NaN raise InvalidOperation
     except InvalidOperation:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST:STEP in numbers, such as 0.5:1.0:0.1") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FIRST:LAST:STEP in numbers, such as 0.5:1.0:0.1"
+        ) from None
     if not proper:
-        raise argparse.ArgumentTypeError(f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios "
-                                         "lie in (0, 1]")
+        raise argparse.ArgumentTypeError(
+            f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios "
+            "lie in (0, 1]"
+        )
     count = int((last - first) / step) + 1
     if count > MOST_BUDGETS:
-        raise argparse.ArgumentTypeError(f"{text}: {count} budgets, at most {MOST_BUDGETS}; give a larger STEP")
+        raise argparse.ArgumentTypeError(
+            f"{text}: {count} budgets, at most {MOST_BUDGETS}; give a larger STEP"
+        )
     return [float(first + index * step) for index in range(count)]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The groups "model" and "method", which visualize.py and predict.py take too."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="vim_micro", metavar="NAME", help="vim_small, dyvm_vim_small, Vim-Small, ...")
-    group.add_argument("--model-path", metavar="FILE", help="training: the dense teacher (dyvm, token, block) or the "
-                       "weights to start from (dense); evaluation: the checkpoint to evaluate")
-    group.add_argument("--dense-path", metavar="FILE", help="evaluation: dense checkpoint to compare with; by default "
-                       "the teacher that the checkpoint names")
-    group.add_argument("--model-kwargs", nargs="+", type=key_value, default=[], metavar="NAME=VALUE",
-                       help="further arguments of the model, such as embed_dim=96 depth=10")
-    group.add_argument("--pruning-layers", nargs="+", type=positive, metavar="LAYER",
-                       help="prune tokens before these layers (default: the model's)")
+    group.add_argument(
+        "--model",
+        default="vim_micro",
+        metavar="NAME",
+        help="vim_small, dyvm_vim_small, Vim-Small, ...",
+    )
+    group.add_argument(
+        "--model-path",
+        metavar="FILE",
+        help="training: the dense teacher (dyvm, token, block) or the "
+        "weights to start from (dense); evaluation: the checkpoint to evaluate",
+    )
+    group.add_argument(
+        "--dense-path",
+        metavar="FILE",
+        help="evaluation: dense checkpoint to compare with; by default "
+        "the teacher that the checkpoint names",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        type=key_value,
+        default=[],
+        metavar="NAME=VALUE",
+        help="further arguments of the model, such as embed_dim=96 depth=10",
+    )
+    group.add_argument(
+        "--pruning-layers",
+        nargs="+",
+        type=positive,
+        metavar="LAYER",
+        help="prune tokens before these layers (default: the model's)",
+    )
     group.add_argument("--drop-path", type=below_one, default=0.0)
 
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, help="dense: classification alone; dyvm: tokens and blocks; token, "
-                       "block: one of them (default: dyvm for dyvm_* models, else dense)")
-    group.add_argument("--token-keep-ratio", type=ratio, default=0.7, metavar="R",
-                       help="stage j keeps R^j of the patches; at evaluation it overrides the trained budget")
-    group.add_argument("--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="dense: classification alone; dyvm: tokens and blocks; token, "
+        "block: one of them (default: dyvm for dyvm_* models, else dense)",
+    )
+    group.add_argument(
+        "--token-keep-ratio",
+        type=ratio,
+        default=0.7,
+        metavar="R",
+        help="stage j keeps R^j of the patches; at evaluation it overrides the trained budget",
+    )
+    group.add_argument(
+        "--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate"
+    )
     group.add_argument("--token-pruning-weight", type=not_negative, default=10.0)
     group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
     group.add_argument("--distill-weight", type=not_negative, default=0.5)
     group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
-    group.add_argument("--scorer-input", choices=SCORER_INPUTS, default="hidden", help="what the score predictors read")
-    group.add_argument("--gate-threshold", type=gate_threshold, default="calibrated", metavar="calibrated|P",
-                       help="evaluation: scans run whose router says more than P (0.5 in the paper, which keeps more "
-                       "than was trained); calibrated: the checkpoint's own P, at which --block-keep-ratio is met")
+    group.add_argument(
+        "--scorer-input",
+        choices=SCORER_INPUTS,
+        default="hidden",
+        help="what the score predictors read",
+    )
+    group.add_argument(
+        "--gate-threshold",
+        type=gate_threshold,
+        default="calibrated",
+        metavar="calibrated|P",
+        help="evaluation: scans run whose router says more than P (0.5 in the paper, which keeps "
+        "more "
+        "than was trained); calibrated: the checkpoint's own P, at which --block-keep-ratio is met",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags in their groups."""
-    parser = OneLineParser(prog="main.py", description="Train and evaluate Vision Mamba and DyVM.", allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(
+        prog="main.py",
+        description="Train and evaluate Vision Mamba and DyVM.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     flag = argparse.BooleanOptionalAction
 
     add_model_arguments(parser)
@@ -212,52 +314,116 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive, default=30)
-    group.add_argument("--lr", type=not_negative, help="at a batch of 512 (default: 1e-3 for dense, else 5e-5)")
-    group.add_argument("--unscale-lr", action="store_true", help="do not scale --lr by the whole batch / 512")
+    group.add_argument(
+        "--lr", type=not_negative, help="at a batch of 512 (default: 1e-3 for dense, else 5e-5)"
+    )
+    group.add_argument(
+        "--unscale-lr", action="store_true", help="do not scale --lr by the whole batch / 512"
+    )
     group.add_argument("--min-lr", type=not_negative, default=1e-6)
     group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
-    group.add_argument("--warmup-epochs", type=whole, help="default: 5, or fewer in a run of less than 10 epochs")
-    group.add_argument("--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate")
-    group.add_argument("--sched-on-updates", action="store_true", help="change the learning rate every step")
+    group.add_argument(
+        "--warmup-epochs", type=whole, help="default: 5, or fewer in a run of less than 10 epochs"
+    )
+    group.add_argument(
+        "--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate"
+    )
+    group.add_argument(
+        "--sched-on-updates", action="store_true", help="change the learning rate every step"
+    )
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
     group.add_argument("--opt-eps", type=not_negative, default=1e-8)
     group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
-    group.add_argument("--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm")
-    group.add_argument("--accum-steps", type=positive, default=1, metavar="K",
-                       help="batches whose gradients are joined; counts in the scaling of --lr")
-    group.add_argument("--grad-checkpointing", action="store_true", help="recompute layers in the backward pass: less "
-                       "memory, a third more time")
-    group.add_argument("--model-ema", action=flag, default=True, help="average of the weights, evaluated too")
-    group.add_argument("--model-ema-decay", type=ratio, metavar="D", help="default: 0.99996, or less in a run of less "
-                       "than 125,000 updates: 1 - 5 / updates")
+    group.add_argument(
+        "--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm"
+    )
+    group.add_argument(
+        "--accum-steps",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="batches whose gradients are joined; counts in the scaling of --lr",
+    )
+    group.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="recompute layers in the backward pass: less memory, a third more time",
+    )
+    group.add_argument(
+        "--model-ema", action=flag, default=True, help="average of the weights, evaluated too"
+    )
+    group.add_argument(
+        "--model-ema-decay",
+        type=ratio,
+        metavar="D",
+        help="default: 0.99996, or less in a run of less than 125,000 updates: 1 - 5 / updates",
+    )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--eval", action="store_true", help="evaluate --model-path and write eval.json")
-    group.add_argument("--calibrate", action="store_true", help="with --eval: choose the gate threshold on training "
-                       "images first, and write --output_dir/calibrated_checkpoint.pth")
-    group.add_argument("--sweep", type=sweep_range, metavar="FIRST:LAST:STEP", help="with --eval: evaluate at each of "
-                       "these token keep ratios and draw accuracy against cost and speed")
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate --model-path and write eval.json"
+    )
+    group.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="with --eval: choose the gate threshold on training "
+        "images first, and write --output_dir/calibrated_checkpoint.pth",
+    )
+    group.add_argument(
+        "--sweep",
+        type=sweep_range,
+        metavar="FIRST:LAST:STEP",
+        help="with --eval: evaluate at each of "
+        "these token keep ratios and draw accuracy against cost and speed",
+    )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
-    group.add_argument("--cuda-graph", action=flag, default=True, help="evaluation on a GPU: record the forward pass "
-                       "of each batch shape once and replay it")
-    group.add_argument("--resume", metavar="auto|FILE", help="go on from FILE, or from the newest checkpoint in "
-                       "--output_dir if there is one")
-    group.add_argument("--resume-override", action="store_true", help="go on although flags or the number of "
-                       "processes differ from the run's; the epoch that was begun starts again")
-    group.add_argument("--save-minutes", type=not_negative, default=15.0, metavar="M",
-                       help="save that often within an epoch; 0: only at its end")
-    group.add_argument("--nonfinite", choices=("skip", "stop"), default="skip",
-                       help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once")
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
+    )
+    group.add_argument(
+        "--cuda-graph",
+        action=flag,
+        default=True,
+        help="evaluation on a GPU: record the forward pass of each batch shape once and replay it",
+    )
+    group.add_argument(
+        "--resume",
+        metavar="auto|FILE",
+        help="go on from FILE, or from the newest checkpoint in --output_dir if there is one",
+    )
+    group.add_argument(
+        "--resume-override",
+        action="store_true",
+        help="go on although flags or the number of "
+        "processes differ from the run's; the epoch that was begun starts again",
+    )
+    group.add_argument(
+        "--save-minutes",
+        type=not_negative,
+        default=15.0,
+        metavar="M",
+        help="save that often within an epoch; 0: only at its end",
+    )
+    group.add_argument(
+        "--nonfinite",
+        choices=("skip", "stop"),
+        default="skip",
+        help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once",
+    )
     group.add_argument("--seed", type=whole, default=0)
-    group.add_argument("--throughput-seconds", type=not_negative, default=10.0, metavar="S",
-                       help="evaluation: time spent on images/s; 0 leaves it out")
+    group.add_argument(
+        "--throughput-seconds",
+        type=not_negative,
+        default=10.0,
+        metavar="S",
+        help="evaluation: time spent on images/s; 0 leaves it out",
+    )
     return parser
 
 
-def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> argparse.Namespace:
+def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> argparse.Namespace:
     """Parse flags; `recorded` arguments of an earlier run replace the defaults. Raises UsageError.
 
     For `--eval`, parse once to learn the checkpoint's name and again with what it recorded.
@@ -276,7 +442,11 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
         if not args.model_path:
             raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
         return args  # the checkpoint has its word before the flags are judged
-    if recorded and args.data_set != recorded["data_set"] and args.data_path == recorded.get("data_path"):
+    if (
+        recorded
+        and args.data_set != recorded["data_set"]
+        and args.data_path == recorded.get("data_path")
+    ):
         args.data_path = None  # that of another data set
     settle_model(args)
     _check_read(argv, args)
@@ -287,7 +457,9 @@ def parse(argv: Sequence[str], recorded: Optional[Mapping[str, Any]] = None) -> 
 
 
 def settle_model(args: argparse.Namespace) -> None:
-    """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense model's name."""
+    """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense
+    model's name.
+    """
     from models import canonical_name, model_names
 
     args.model_kwargs = dict(args.model_kwargs)
@@ -298,39 +470,64 @@ def settle_model(args: argparse.Namespace) -> None:
     if args.method is None:
         args.method = "dyvm" if dynamic else "dense"
     if args.method == "dense" and dynamic:
-        raise UsageError(f"--model {args.model} is dynamic; --method dense trains {name.removeprefix('dyvm_')}")
+        raise UsageError(
+            f"--model {args.model} is dynamic; --method dense trains {name.removeprefix('dyvm_')}"
+        )
     args.model = name if dynamic or args.method == "dense" else f"dyvm_{name}"
 
 
 def _check(args: argparse.Namespace) -> None:
     """Combinations that cannot work."""
-    if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != ("learned", "hidden"):
-        raise UsageError(f"--token-strategy and --scorer-input have no meaning with --method {args.method}")
+    if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != (
+        "learned",
+        "hidden",
+    ):
+        raise UsageError(
+            f"--token-strategy and --scorer-input have no meaning with --method {args.method}"
+        )
     if args.token_strategy != "learned" and args.scorer_input != "hidden":
-        raise UsageError(f"--scorer-input {args.scorer_input} has no meaning with --token-strategy "
-                         f"{args.token_strategy}, which scores nothing")
+        raise UsageError(
+            f"--scorer-input {args.scorer_input} has no meaning with --token-strategy "
+            f"{args.token_strategy}, which scores nothing"
+        )
     if args.sweep and not args.eval:
-        raise UsageError("--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget")
+        raise UsageError(
+            "--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget"
+        )
     if args.calibrate and not (args.eval and args.method in ("dyvm", "block")):
-        raise UsageError("--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block")
+        raise UsageError(
+            "--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block"
+        )
     if args.calibrate and args.gate_threshold != "calibrated":
-        raise UsageError(f"--calibrate chooses the threshold; leave out --gate-threshold {args.gate_threshold}")
+        raise UsageError(
+            f"--calibrate chooses the threshold; leave out --gate-threshold {args.gate_threshold}"
+        )
     _check_overwriting(args)
     if not args.eval and args.method != "dense" and not args.model_path:
-        raise UsageError(f"--method {args.method} needs --model-path, the checkpoint of its dense teacher")
+        raise UsageError(
+            f"--method {args.method} needs --model-path, the checkpoint of its dense teacher"
+        )
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
-        raise UsageError(f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0")
+        raise UsageError(
+            f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0"
+        )
     if args.opt.lower() not in list_optimizers():
-        raise UsageError(f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}")
+        raise UsageError(
+            f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}"
+        )
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
-        raise UsageError(f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} - 1")
+        raise UsageError(
+            f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} "
+            "- 1"
+        )
 
 
 def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     """A flag given for a run that does not read it is a mistake.
 
-    Not so for a flag of READ_BY at evaluation, or when an earlier `--method` on the command line reads it: the recipes'
-    flags stay when the user changes their method with another `--method` behind them.
+    Not so for a flag of READ_BY at evaluation, or when an earlier `--method` on the command line
+    reads it: the recipes' flags stay when the user changes their method with another `--method`
+    behind them.
     """
     given = {argument.split("=")[0] for argument in argv}
     for flag, (is_read, told) in READ_IF.items():
@@ -343,8 +540,11 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     named = {args.method, *parser.parse_known_args(argv)[0].method}
     for flag, readers in READ_BY.items():
         if flag in given and named.isdisjoint(readers):
-            raise UsageError(f"{flag} has no meaning with --method {args.method}; leave it out, or train with --method "
-                             f"{' or '.join(readers)}")
+            raise UsageError(
+                f"{flag} has no meaning with --method {args.method}; leave it out, or train with "
+                "--method "
+                f"{' or '.join(readers)}"
+            )
 
 
 def _check_overwriting(args: argparse.Namespace) -> None:
@@ -353,5 +553,7 @@ def _check_overwriting(args: argparse.Namespace) -> None:
         return
     own = [Path(args.output_dir).resolve() / name for name in (NEWEST, PREVIOUS, BEST)]
     if Path(args.model_path).resolve() in own:
-        raise UsageError(f"--model-path {args.model_path} lies in --output_dir {args.output_dir} and would be "
-                         "overwritten; choose another --output_dir")
+        raise UsageError(
+            f"--model-path {args.model_path} lies in --output_dir {args.output_dir} and would be "
+            "overwritten; choose another --output_dir"
+        )

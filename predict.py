@@ -1,7 +1,7 @@
 """Say what is on images: class and probability of each file.
 
-    python predict.py --model-path output/dyvm/best_checkpoint.pth photo.jpg more/
-    python predict.py --model-path output/dyvm/best_checkpoint.pth --json more/ > predictions.json
+python predict.py --model-path output/dyvm/best_checkpoint.pth photo.jpg more/
+python predict.py --model-path output/dyvm/best_checkpoint.pth --json more/ > predictions.json
 """
 
 import json
@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 from inference import Classifier, build_parser, find_images, load_classifier
 from loading.images import FileImages
@@ -23,8 +23,10 @@ def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterato
     bad_images = BadImages("skip")
     names = iter(range(len(images)))
 
-    def unreadable(before: Optional[int]) -> Iterator[dict[str, Any]]:
-        """Entries of the files that come before image number `before` and were not among the batches."""
+    def unreadable(before: int | None) -> Iterator[dict[str, Any]]:
+        """Entries of the files that come before image number `before` and were not among the
+        batches.
+        """
         for index in names:
             if index == before:
                 return
@@ -36,18 +38,29 @@ def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterato
         for index, classes in zip(batch.indices.tolist(), likeliest, strict=True):
             yield from unreadable(index)
             label, name, probability = classes[0]
-            yield {"file": images.describe(index), "class": label, "name": name, "probability": probability,
-                   "top": [{"class": c, "name": n, "probability": p} for c, n, p in classes]}
+            yield {
+                "file": images.describe(index),
+                "class": label,
+                "name": name,
+                "probability": probability,
+                "top": [{"class": c, "name": n, "probability": p} for c, n, p in classes],
+            }
     yield from unreadable(None)
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    parser = build_parser("predict.py", "Print class and probability of images; unreadable files are named and passed "
-                          "over.")
+    parser = build_parser(
+        "predict.py",
+        "Print class and probability of images; unreadable files are named and passed over.",
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="image or folder of images")
-    parser.add_argument("--json", action="store_true", help="a JSON list with an entry a file, each on its own line")
-    parser.add_argument("--top", type=positive, default=5, help="likeliest classes to list in --json")
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON list with an entry a file, each on its own line"
+    )
+    parser.add_argument(
+        "--top", type=positive, default=5, help="likeliest classes to list in --json"
+    )
     classifier = load_classifier(parser, sys.argv[1:] if argv is None else argv)
     images = find_images(classifier.args.files)
     read = failed = 0
@@ -66,8 +79,11 @@ def main(argv: Optional[list[str]] = None) -> None:
     if classifier.args.json:
         print("\n]")
     if not read:
-        raise UserError(f"none of the {failed} files could be read as an image" if failed > 1 else
-                        "the file could not be read as an image")
+        raise UserError(
+            f"none of the {failed} files could be read as an image"
+            if failed > 1
+            else "the file could not be read as an image"
+        )
 
 
 if __name__ == "__main__":

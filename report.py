@@ -1,7 +1,8 @@
-"""One report of one or several runs: a single HTML file that needs nothing else, also on a phone and on paper.
+"""One report of one or several runs: a single HTML file that needs nothing else, also on a phone
+and on paper.
 
-    python report.py output/demo/dyvm                                 writes output/demo/dyvm/report.html
-    python report.py output/demo/dyvm output/demo/dyvm50 --output both.html
+python report.py output/demo/dyvm                                 writes output/demo/dyvm/report.html
+python report.py output/demo/dyvm output/demo/dyvm50 --output both.html
 """
 
 import argparse
@@ -9,7 +10,7 @@ import base64
 import io
 import math
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -52,13 +53,21 @@ def _argument(value: Any) -> str:
 def environment_rows(runs: list[Run]) -> list[dict[str, Any]]:
     """Versions and hardware of the training, and what the evaluation ran on."""
     rows: dict[str, list[str]] = {}
-    for run in sorted(runs, key=lambda run: -len(run.environment)):  # the most complete one sets the order
+    for run in sorted(
+        runs, key=lambda run: -len(run.environment)
+    ):  # the most complete one sets the order
         evaluated = run.evaluation or {}
-        told = run.environment | {f"evaluation: {key}": evaluated[key] for key in ("device", "backend", "precision")
-                                  if key in evaluated}
+        told = run.environment | {
+            f"evaluation: {key}": evaluated[key]
+            for key in ("device", "backend", "precision")
+            if key in evaluated
+        }
         for key, value in told.items():
             rows.setdefault(key, ["–"] * len(runs))[run.position] = str(value)
-    return [{"name": name, "values": values, "differs": len(set(values) - {"–"}) > 1} for name, values in rows.items()]
+    return [
+        {"name": name, "values": values, "differs": len(set(values) - {"–"}) > 1}
+        for name, values in rows.items()
+    ]
 
 
 GROUPS = ("Accuracy", "Loss terms", "Tokens kept and gates", "Optimisation")
@@ -70,17 +79,27 @@ def group_of(name: str) -> str:
         return "Accuracy"
     if name.startswith(("train_keep", "train_gate")):
         return "Tokens kept and gates"
-    return "Optimisation" if name in ("train_lr", "train_skipped_steps", "train_grad_norm") else "Loss terms"
+    return (
+        "Optimisation"
+        if name in ("train_lr", "train_skipped_steps", "train_grad_norm")
+        else "Loss terms"
+    )
 
 
 def time_charts(runs: list[Run]) -> dict[str, list[Markup]]:
     """Plots over the epochs of every number in log.txt, by section; each is named as it is there."""
-    names = dict.fromkeys(name for run in runs for record in run.log for name in record if name not in NOT_PLOTTED)
+    names = dict.fromkeys(
+        name for run in runs for record in run.log for name in record if name not in NOT_PLOTTED
+    )
     charts: dict[str, list[Markup]] = {group: [] for group in GROUPS}
     for name in names:
         curves, told = {}, []
         for run in runs:
-            points = [(record["epoch"] + 1, record[name]) for record in run.log if _is_number(record.get(name))]
+            points = [
+                (record["epoch"] + 1, record[name])
+                for record in run.log
+                if _is_number(record.get(name))
+            ]
             if points:
                 curves[run.position] = tuple(zip(*points, strict=True))
                 told.append(f"{run.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
@@ -94,10 +113,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def evaluation_table(runs: list[Run]) -> Optional[dict[str, Any]]:
+def evaluation_table(runs: list[Run]) -> dict[str, Any] | None:
     """Rows of measures; columns of each run's dense and dynamic model."""
-    columns = [(run, kind, run.evaluation[kind]) for run in runs if run.evaluation for kind in ("dense", "dynamic")
-               if run.evaluation.get(kind)]
+    columns = [
+        (run, kind, run.evaluation[kind])
+        for run in runs
+        if run.evaluation
+        for kind in ("dense", "dynamic")
+        if run.evaluation.get(kind)
+    ]
     if not columns:
         return None
     measures = [
@@ -107,14 +131,27 @@ def evaluation_table(runs: list[Run]) -> Optional[dict[str, Any]]:
         ("loss", lambda r, c: c.get("loss"), "{:.4f}"),
         ("MFLOPs, paper", lambda r, c: c["flops"]["paper"] / 1e6, "{:,.2f}"),
         ("MFLOPs, exact", lambda r, c: c["flops"]["exact"] / 1e6, "{:,.2f}"),
-        ("reduction, paper", lambda r, c: r["reduction"]["paper"] if c is r["dynamic"] else None, "{:.1%}"),
-        ("reduction, exact", lambda r, c: r["reduction"]["exact"] if c is r["dynamic"] else None, "{:.1%}"),
+        (
+            "reduction, paper",
+            lambda r, c: r["reduction"]["paper"] if c is r["dynamic"] else None,
+            "{:.1%}",
+        ),
+        (
+            "reduction, exact",
+            lambda r, c: r["reduction"]["exact"] if c is r["dynamic"] else None,
+            "{:.1%}",
+        ),
         ("images/s", lambda r, c: c.get("images_per_s"), "{:,.1f}"),
         ("speed-up", lambda r, c: r["speedup"] if c is r["dynamic"] else None, "× {:.2f}"),
         ("parameters", lambda r, c: c.get("parameters"), "{:,}"),
     ]
-    rows = [{"name": name, "values": [_shown(read(run.evaluation, column), form) for run, _, column in columns]}
-            for name, read, form in measures]
+    rows = [
+        {
+            "name": name,
+            "values": [_shown(read(run.evaluation, column), form) for run, _, column in columns],
+        }
+        for name, read, form in measures
+    ]
     rows = [row for row in rows if set(row["values"]) != {"–"}]
     return {"columns": [{"run": run, "kind": kind} for run, kind, _ in columns], "rows": rows}
 
@@ -123,7 +160,7 @@ def _shown(value: Any, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def sweep_section(runs: list[Run]) -> Optional[dict[str, Any]]:
+def sweep_section(runs: list[Run]) -> dict[str, Any] | None:
     """Curves of all runs in common plots, and a table for each."""
     swept = [run for run in runs if run.sweep and run.sweep.get("dense")]
     if not swept:
@@ -134,16 +171,41 @@ def sweep_section(runs: list[Run]) -> Optional[dict[str, Any]]:
     for axis, against in (("exact", "operations (exact)"), ("images_per_s", "measured images/s")):
         figure = plots.budget_curve(curves, axis, dense)
         if figure is not None:
-            told = "; ".join(f"{run.name}: " + ", ".join(
-                f"ratio {point['token_keep_ratio']:g} gives {point['top1']:.2f} %" for point in run.sweep["points"])
-                for run in swept)
-            charts.append(Markup(plots.svg(figure, f"top-1 against {against} at each token keep ratio: {told}")))
+            told = "; ".join(
+                f"{run.name}: "
+                + ", ".join(
+                    f"ratio {point['token_keep_ratio']:g} gives {point['top1']:.2f} %"
+                    for point in run.sweep["points"]
+                )
+                for run in swept
+            )
+            charts.append(
+                Markup(
+                    plots.svg(figure, f"top-1 against {against} at each token keep ratio: {told}")
+                )
+            )
     tables = []
     for run in swept:
-        named = [(f"{p['token_keep_ratio']:g}", p) for p in run.sweep["points"]] + [("dense", run.sweep["dense"])]
-        tables.append({"run": run, "rows": [{"name": name, "trained": point.get("trained", False), "values": [
-            _shown(point.get("top1"), "{:.2f}"), f"{point['flops']['exact'] / 1e6:,.2f}",
-            _shown(point.get("images_per_s"), "{:,.1f}")]} for name, point in named]})
+        named = [(f"{p['token_keep_ratio']:g}", p) for p in run.sweep["points"]] + [
+            ("dense", run.sweep["dense"])
+        ]
+        tables.append(
+            {
+                "run": run,
+                "rows": [
+                    {
+                        "name": name,
+                        "trained": point.get("trained", False),
+                        "values": [
+                            _shown(point.get("top1"), "{:.2f}"),
+                            f"{point['flops']['exact'] / 1e6:,.2f}",
+                            _shown(point.get("images_per_s"), "{:,.1f}"),
+                        ],
+                    }
+                    for name, point in named
+                ],
+            }
+        )
     return {"charts": charts, "tables": tables}
 
 
@@ -159,11 +221,19 @@ def decision_charts(run: Run) -> list[Markup]:
         if (folder / "keep_maps.csv").exists():
             keep = read_csv(folder / "keep_maps.csv")[:, 1:].T
             shares = ", ".join(f"{100 * share:.0f} %" for share in keep.mean(axis=1))
-            charts.append((plots.keep_maps(keep), f"Maps of how often each patch is kept after each stage: {shares}"))
+            charts.append(
+                (
+                    plots.keep_maps(keep),
+                    f"Maps of how often each patch is kept after each stage: {shares}",
+                )
+            )
         if (folder / "costs.csv").exists():
             costs = read_csv(folder / "costs.csv")[:, 0]
-            alt = (f"Histogram of operations an image: mean {flops_text(costs.mean())}, from {flops_text(costs.min())} "
-                   f"to {flops_text(costs.max())}")
+            alt = (
+                f"Histogram of operations an image: mean {flops_text(costs.mean())}, from "
+                f"{flops_text(costs.min())} "
+                f"to {flops_text(costs.max())}"
+            )
             charts.append((plots.costs(costs), alt))
     except (OSError, ValueError, IndexError) as error:
         run.notes.append(f"decisions: a table cannot be read ({error})")
@@ -173,7 +243,9 @@ def decision_charts(run: Run) -> list[Markup]:
 def sample_pictures(run: Run) -> list[dict[str, Any]]:
     """Pictures that the run's evaluation left, as data URIs with their alternative text."""
     found = []
-    for path in sorted(run.folder.glob("decisions/sample*.png")) + [run.folder / "kept_patches.png"]:
+    for path in sorted(run.folder.glob("decisions/sample*.png")) + [
+        run.folder / "kept_patches.png"
+    ]:
         if not path.exists():
             continue
         alt = f"{run.name}, {path.stem}: image, tokens kept after each stage, likeliest classes, scans and cost"
@@ -205,19 +277,33 @@ def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
 def headlines(run: Run) -> list[dict[str, str]]:
     """The few numbers that a run is known by."""
     if not run.evaluation:
-        best = max((record["best_acc1"] for record in run.log if _is_number(record.get("best_acc1"))), default=None)
+        best = max(
+            (record["best_acc1"] for record in run.log if _is_number(record.get("best_acc1"))),
+            default=None,
+        )
         return [] if best is None else [{"value": f"{best:.2f} %", "what": "best top-1"}]
     dense, dynamic = run.evaluation["dense"], run.evaluation.get("dynamic")
     shown = dynamic or dense
     told = []
     if _is_number(shown.get("top1")):
-        change = f", {shown['top1'] - dense['top1']:+.2f} to dense" if dynamic and _is_number(dense.get("top1")) else ""
+        change = (
+            f", {shown['top1'] - dense['top1']:+.2f} to dense"
+            if dynamic and _is_number(dense.get("top1"))
+            else ""
+        )
         change = change.replace("-", "−")
         told.append({"value": f"{shown['top1']:.2f} %", "what": "top-1" + change})
     if dynamic:
-        told.append({"value": f"−{100 * run.evaluation['reduction']['exact']:.1f} %", "what": "operations (exact)"})
+        told.append(
+            {
+                "value": f"−{100 * run.evaluation['reduction']['exact']:.1f} %",
+                "what": "operations (exact)",
+            }
+        )
         if _is_number(run.evaluation.get("speedup")):
-            told.append({"value": f"× {run.evaluation['speedup']:.2f}", "what": "images/s, measured"})
+            told.append(
+                {"value": f"× {run.evaluation['speedup']:.2f}", "what": "images/s, measured"}
+            )
     else:
         told.append({"value": flops_text(dense["flops"]["exact"]), "what": "an image (exact)"})
     return told
@@ -225,14 +311,27 @@ def headlines(run: Run) -> list[dict[str, str]]:
 
 def render(runs: list[Run]) -> str:
     """The report as HTML."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    decided = [{"run": run, "charts": decision_charts(run), "pictures": sample_pictures(run)} for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    decided = [
+        {"run": run, "charts": decision_charts(run), "pictures": sample_pictures(run)}
+        for run in runs
+    ]
     return environment.get_template("report.html").render(
         runs=[{"run": run, "headlines": headlines(run), "what": _what(run)} for run in runs],
-        arguments=argument_rows(runs), environment=environment_rows(runs), charts=time_charts(runs),
-        evaluation=evaluation_table(runs), sweep=sweep_section(runs),
-        decided=[part for part in decided if part["charts"] or part["pictures"]], palette=Markup(plots.css_variables()))
+        arguments=argument_rows(runs),
+        environment=environment_rows(runs),
+        charts=time_charts(runs),
+        evaluation=evaluation_table(runs),
+        sweep=sweep_section(runs),
+        decided=[part for part in decided if part["charts"] or part["pictures"]],
+        palette=Markup(plots.css_variables()),
+    )
 
 
 def _what(run: Run) -> str:
@@ -243,15 +342,25 @@ def _what(run: Run) -> str:
     return f"{model} on {data_set}{epochs}"
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    parser = OneLineParser(prog="report.py", description="Write one HTML report of one or several runs.",
-                           allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what a run had as --output_dir")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first RUN_DIR")
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        prog="report.py",
+        description="Write one HTML report of one or several runs.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="what a run had as --output_dir"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the first RUN_DIR"
+    )
     args = parser.parse_args(argv)
     names = run_names(args.runs)
-    runs = [read_run(folder, name, position)
-            for position, (folder, name) in enumerate(zip(args.runs, names, strict=True))]
+    runs = [
+        read_run(folder, name, position)
+        for position, (folder, name) in enumerate(zip(args.runs, names, strict=True))
+    ]
     output = args.output or args.runs[0] / "report.html"
     text = render(runs)
     with atomic_file(output) as file:
@@ -259,7 +368,10 @@ def main(argv: Optional[list[str]] = None) -> None:
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")
-    print(f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'}: {output} ({len(text) / 1e6:.1f} MB)")
+    print(
+        f"report of {len(runs)} {'run' if len(runs) == 1 else 'runs'}: {output} "
+        f"({len(text) / 1e6:.1f} MB)"
+    )
 
 
 if __name__ == "__main__":

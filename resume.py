@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from datasets import Data
 from engine import Training
@@ -18,15 +18,30 @@ from utils.logging import Averages
 from utils.nonfinite import NonFiniteError
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
-HARMLESS = {"output_dir", "device", "num_workers", "pin_mem", "resume", "resume_override", "save_minutes",
-            "throughput_seconds", "cuda_graph", "data_path", "model_path", "dense_path", "eval", "bad_images",
-            "gate_threshold", "calibrate"}
+HARMLESS = {
+    "output_dir",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "resume",
+    "resume_override",
+    "save_minutes",
+    "throughput_seconds",
+    "cuda_graph",
+    "data_path",
+    "model_path",
+    "dense_path",
+    "eval",
+    "bad_images",
+    "gate_threshold",
+    "calibrate",
+}
 NONFINITE = "nonfinite.pth"  # the state that a run which cannot go on leaves for inspection
 
 _logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(resume: Optional[str], output_dir: str) -> Optional[tuple[dict[str, Any], Path]]:
+def find_checkpoint(resume: str | None, output_dir: str) -> tuple[dict[str, Any], Path] | None:
     """The checkpoint that `--resume` means and its file; None for a fresh start."""
     if resume is None:
         return None
@@ -35,53 +50,76 @@ def find_checkpoint(resume: Optional[str], output_dir: str) -> Optional[tuple[di
     return load_newest(output_dir)
 
 
-def teacher_checksum(args: argparse.Namespace) -> Optional[str]:
+def teacher_checksum(args: argparse.Namespace) -> str | None:
     """SHA-256 of the dense weights that a run starts from."""
     return sha256_of(args.model_path) if args.model_path else None
 
 
 def identity(args: argparse.Namespace, world_size: int, data: Data) -> dict[str, Any]:
     """What a checkpoint records of its run, beside its state."""
-    return {"args": vars(args), "world_size": world_size, "class_names": data.class_names,
-            "steps_per_epoch": data.steps_per_epoch, "teacher_sha256": teacher_checksum(args)}
+    return {
+        "args": vars(args),
+        "world_size": world_size,
+        "class_names": data.class_names,
+        "steps_per_epoch": data.steps_per_epoch,
+        "teacher_sha256": teacher_checksum(args),
+    }
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Differences between two `identity` records that would alter the run, as `flag: recorded -> now`."""
+    """Differences between two `identity` records that would alter the run, as `flag: recorded ->
+    now`.
+    """
     found = flag_differences(recorded["args"], current["args"])
     if recorded["world_size"] != current["world_size"]:
         found.append(f"number of processes: {recorded['world_size']} -> {current['world_size']}")
     if recorded["teacher_sha256"] != current["teacher_sha256"]:
-        found.append("--model-path: the file's content is another one than when the run began "
-                     f"({str(recorded['teacher_sha256'])[:12]} -> {str(current['teacher_sha256'])[:12]})")
+        found.append(
+            "--model-path: the file's content is another one than when the run began "
+            f"({str(recorded['teacher_sha256'])[:12]} -> {str(current['teacher_sha256'])[:12]})"
+        )
     if recorded["class_names"] != current["class_names"]:
         found.append("the classes of the data set")
     if recorded["steps_per_epoch"] != current["steps_per_epoch"]:
-        found.append(f"batches an epoch: {recorded['steps_per_epoch']} -> {current['steps_per_epoch']}")
+        found.append(
+            f"batches an epoch: {recorded['steps_per_epoch']} -> {current['steps_per_epoch']}"
+        )
     return found
 
 
 def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Flags whose values would alter a run, as `flag: before -> now`."""
-    return [f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if name not in HARMLESS and _plain(before.get(name)) != _plain(now.get(name))]
+    return [
+        f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in HARMLESS and _plain(before.get(name)) != _plain(now.get(name))
+    ]
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_agreement(checkpoint: Mapping[str, Any], source: Path, current: Mapping[str, Any], override: bool) -> bool:
-    """Whether a checkpoint is of this very run. Raises UserError if not; with `override`, warns instead."""
+def check_agreement(
+    checkpoint: Mapping[str, Any], source: Path, current: Mapping[str, Any], override: bool
+) -> bool:
+    """Whether a checkpoint is of this very run. Raises UserError if not; with `override`, warns
+    instead.
+    """
     lacking = [key for key in ("optimizer", "epoch", "step", *current) if key not in checkpoint]
     if lacking:
-        raise UserError(f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its weights with "
-                        "--model-path instead")
+        raise UserError(
+            f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its "
+            "weights with "
+            "--model-path instead"
+        )
     found = differences(checkpoint, current)
     if found and not override:
-        raise UserError(f"{source} is of a run with other settings ({'; '.join(found)}); repeat its flags, or accept "
-                        "the change with --resume-override")
+        raise UserError(
+            f"{source} is of a run with other settings ({'; '.join(found)}); repeat its flags, or "
+            "accept "
+            "the change with --resume-override"
+        )
     for difference in found:
         _logger.warning("resumed in spite of a difference: %s", difference)
     return not found
@@ -95,15 +133,29 @@ def list_bad_images(data: Data, args: argparse.Namespace, distributed: Distribut
 class Saver:
     """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
 
-    def __init__(self, run: Training, record: dict[str, Any], data: Data, args: argparse.Namespace,
-                 distributed: Distributed):
-        self.run, self.record, self.data, self.args, self.distributed = run, record, data, args, distributed
+    def __init__(
+        self,
+        run: Training,
+        record: dict[str, Any],
+        data: Data,
+        args: argparse.Namespace,
+        distributed: Distributed,
+    ):
+        self.run, self.record, self.data, self.args, self.distributed = (
+            run,
+            record,
+            data,
+            args,
+            distributed,
+        )
         self.minutes = args.save_minutes
         self.saved_at = time.monotonic()
         self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
 
     def save(self, averages: Averages, best: bool = False) -> None:
-        """Save everything that the run needs to go on, in an envelope that other programs can load too."""
+        """Save everything that the run needs to go on, in an envelope that other programs can load
+        too.
+        """
         self.run.guard.look()
         list_bad_images(self.data, self.args, self.distributed)
         parts = self.distributed.gather_objects(averages.state_dict())
@@ -112,17 +164,26 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def _state(self, averages: list[dict[str, list]]) -> dict[str, Any]:
-        return {**self.run.state_dict(), **self.record, "family": self.run.model.family.name, "averages": averages}
+        return {
+            **self.run.state_dict(),
+            **self.record,
+            "family": self.run.model.family.name,
+            "averages": averages,
+        }
 
     def save_for_inspection(self, averages: Averages, error: NonFiniteError) -> UserError:
-        """Save the state before the step that was not finite, and the names of its images; -> the error to tell."""
+        """Save the state before the step that was not finite, and the names of its images; -> the
+        error to tell.
+        """
         parts = self.distributed.gather_objects(averages.state_dict())
         if self.writer is None:
             return error
         self.close()
         path = Path(self.args.output_dir) / NONFINITE
         save_checkpoint({**self._state(parts), "images": error.batches}, path)
-        return UserError(f"{error}. {path} has the weights before that step, and the names (images, by rank)")
+        return UserError(
+            f"{error}. {path} has the weights before that step, and the names (images, by rank)"
+        )
 
     def after_step(self, averages: Averages) -> bool:
         """Save when it is time; save and say True when the run is told to leave."""
@@ -140,9 +201,12 @@ class Saver:
             self.writer.close()
 
 
-def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namespace,
-                    distributed: Distributed) -> Averages:
-    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch begun."""
+def start_or_resume(
+    run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed
+) -> Averages:
+    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch
+    begun.
+    """
     averages = Averages()
     found = find_checkpoint(args.resume, args.output_dir)
     if found is None:
@@ -153,6 +217,8 @@ def start_or_resume(run: Training, record: dict[str, Any], args: argparse.Namesp
     if same:
         averages.load_state_dict(checkpoint["averages"][distributed.rank])
     else:
-        run.step = 0  # the batches, or the shares of the ranks, may be others now: the epoch starts again
+        run.step = (
+            0  # the batches, or the shares of the ranks, may be others now: the epoch starts again
+        )
     _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
     return averages

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from drawing.palette import SERIES
 from utils.errors import UserError
@@ -19,8 +19,8 @@ class Run:
     args: dict[str, Any]
     environment: dict[str, str]
     log: list[dict[str, Any]]
-    evaluation: Optional[dict[str, Any]]
-    sweep: Optional[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    sweep: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -33,16 +33,21 @@ def read_run(folder: Path, name: str, position: int) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     run = Run(name, folder, position, {}, {}, [], None, None)
-    run.args, run.environment = _read_object(run, "args.json") or {}, _read_object(run, "environment.json") or {}
+    run.args, run.environment = (
+        _read_object(run, "args.json") or {},
+        _read_object(run, "environment.json") or {},
+    )
     run.evaluation, run.sweep = _read_object(run, "eval.json"), _read_object(run, "sweep.json")
     _read_log(run)
     if not (run.args or run.log or run.evaluation or run.sweep):
-        raise UserError(f"{folder}: not the folder of a run; it holds none of args.json, log.txt, eval.json, "
-                        "sweep.json that could be read")
+        raise UserError(
+            f"{folder}: not the folder of a run; it holds none of args.json, log.txt, eval.json, "
+            "sweep.json that could be read"
+        )
     return run
 
 
-def _read_object(run: Run, name: str) -> Optional[dict[str, Any]]:
+def _read_object(run: Run, name: str) -> dict[str, Any] | None:
     """A JSON object of the run; None where it is missing or cannot be read, which is noted."""
     path = run.folder / name
     if not path.exists():
@@ -59,7 +64,9 @@ def _read_object(run: Run, name: str) -> Optional[dict[str, Any]]:
 
 
 def _read_log(run: Run) -> None:
-    """The epochs of log.txt in order, the last line of an epoch counting; unreadable lines are noted."""
+    """The epochs of log.txt in order, the last line of an epoch counting; unreadable lines are
+    noted.
+    """
     path = run.folder / "log.txt"
     if not path.exists():
         run.notes.append("no log.txt: nothing is known of its training")
@@ -72,8 +79,11 @@ def _read_log(run: Run) -> None:
         except (ValueError, KeyError, TypeError):
             unreadable += bool(line.strip())
     if unreadable:
-        run.notes.append(f"log.txt: {unreadable} {'line was' if unreadable == 1 else 'lines were'} cut off or damaged "
-                         "and left out")
+        run.notes.append(
+            f"log.txt: {unreadable} {'line was' if unreadable == 1 else 'lines were'} cut off or "
+            "damaged "
+            "and left out"
+        )
     if not epochs:
         run.notes.append("log.txt holds no epoch")
     run.log = [epochs[epoch] for epoch in sorted(epochs)]

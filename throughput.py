@@ -1,7 +1,7 @@
 """Images per second of several models, measured in turn on the same batch.
 
-On a shared machine an absolute time says little; models timed in alternation see the same noise, so that their ratio
-can be trusted.
+On a shared machine an absolute time says little; models timed in alternation see the same noise, so
+that their ratio can be trusted.
 """
 
 import statistics
@@ -15,8 +15,12 @@ WARM_UP = 2
 MIN_ROUNDS = 5
 
 
-def measure(models: Mapping[str, Callable[[Tensor], object]], images: Tensor, seconds: float) -> dict[str, float]:
-    """Median images/s of each model on `images` [B, 3, H, W], over as many alternating rounds as fit in `seconds`."""
+def measure(
+    models: Mapping[str, Callable[[Tensor], object]], images: Tensor, seconds: float
+) -> dict[str, float]:
+    """Median images/s of each model on `images` [B, 3, H, W], over as many alternating rounds as
+    fit in `seconds`.
+    """
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for model in models.values():

@@ -1,4 +1,5 @@
-"""Draw what a model decides for images: the tokens left after each stage, the scans that run, what it costs.
+"""Draw what a model decides for images: the tokens left after each stage, the scans that run, what
+it costs.
 
     python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photo.jpg --output_dir pictures
     python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photos/ --output_dir pictures
@@ -12,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 import torch
 from PIL import Image
@@ -51,10 +51,19 @@ def explain(classifier: Classifier, result: Result, names: list[str]) -> list[De
     gates = result.gates.float().cpu().numpy()
     kept = [stage.cpu().numpy() for stage in result.kept]
     return [
-        Decisions(name, [(label, p) for _, label, p in likeliest], [stage[i] for stage in kept],
-                  gates[:, i] if dynamic and model.route_blocks else None, flops[i], dense,
-                  model.pruning_layers if dynamic else ())
-        for i, (name, likeliest) in enumerate(zip(names, classifier.likeliest(result.logits, CLASSES), strict=True))]
+        Decisions(
+            name,
+            [(label, p) for _, label, p in likeliest],
+            [stage[i] for stage in kept],
+            gates[:, i] if dynamic and model.route_blocks else None,
+            flops[i],
+            dense,
+            model.pruning_layers if dynamic else (),
+        )
+        for i, (name, likeliest) in enumerate(
+            zip(names, classifier.likeliest(result.logits, CLASSES), strict=True)
+        )
+    ]
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -64,7 +73,9 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 class PictureNames:
-    """A file name for the picture of each image: its own with .png, told apart where two images share it."""
+    """A file name for the picture of each image: its own with .png, told apart where two images
+    share it.
+    """
 
     def __init__(self):
         self._taken: set[str] = set()
@@ -75,21 +86,30 @@ class PictureNames:
         stem, ending = os.path.splitext(flat)
         name, number = f"{stem}.png", 1
         while name in self._taken:
-            name, number = f"{stem}_{ending.lstrip('.')}{number if number > 1 else ''}.png", number + 1
+            name, number = (
+                f"{stem}_{ending.lstrip('.')}{number if number > 1 else ''}.png",
+                number + 1,
+            )
         self._taken.add(name)
         return name
 
 
-def draw_all(classifier: Classifier, images: FileImages, root: str, output: Path) -> Iterator[tuple[Decisions, str]]:
-    """Write the strip of each readable image; -> what was decided for it and the name of its picture.
+def draw_all(
+    classifier: Classifier, images: FileImages, root: str, output: Path
+) -> Iterator[tuple[Decisions, str]]:
+    """Write the strip of each readable image; -> what was decided for it and the name of its
+    picture.
 
-    Images are read twice, once for the model and once to be drawn at their own resolution: none is kept.
+    Images are read twice, once for the model and once to be drawn at their own resolution: none is
+    kept.
     """
     bad_images, names = BadImages("skip"), PictureNames()
     sheets = ContactSheets(output) if len(images) > 1 else None
     for batch, result in classifier.results(images, bad_images):
         files = [os.path.relpath(images.describe(index), root) for index in batch.indices.tolist()]
-        for index, said in zip(batch.indices.tolist(), explain(classifier, result, files), strict=True):
+        for index, said in zip(
+            batch.indices.tolist(), explain(classifier, result, files), strict=True
+        ):
             image = images.load(index)
             region = seen_region(image.size, classifier.args, classifier.img_size)
             picture = names.name(said.name)
@@ -118,21 +138,28 @@ def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 
         name = f"sample {number + 1}: {data.class_names[data.val.targets[index]]}"
         [said] = explain(classifier, classifier.forward(transform(image)[None]), [name])
         region = seen_region(image.size, classifier.args, classifier.img_size)
-        save_picture(draw_strip(image, region, classifier.model, said), output / f"sample{number + 1}.png")
+        save_picture(
+            draw_strip(image, region, classifier.model, said), output / f"sample{number + 1}.png"
+        )
 
 
 def tell_what_is_missing(classifier: Classifier) -> None:
     """One line on what cannot be shown of this model."""
     model = classifier.model
     if not isinstance(model, DynamicVisionMamba):
-        _logger.info("%s is a dense model: it drops no tokens and has no gates to show", classifier.args.model_path)
+        _logger.info(
+            "%s is a dense model: it drops no tokens and has no gates to show",
+            classifier.args.model_path,
+        )
     elif not model.pruning_layers:
-        _logger.info("%s routes blocks alone: it drops no tokens to show", classifier.args.model_path)
+        _logger.info(
+            "%s routes blocks alone: it drops no tokens to show", classifier.args.model_path
+        )
     elif not model.route_blocks:
         _logger.info("%s prunes tokens alone: it has no gates to show", classifier.args.model_path)
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = build_parser("visualize.py", "Draw the tokens kept, the gates and the cost of images.")
     parser.add_argument("--images", required=True, metavar="FILE|FOLDER")
@@ -141,21 +168,38 @@ def main(argv: Optional[list[str]] = None) -> None:
     source, output = classifier.args.images, Path(classifier.args.output_dir)
     root = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
-        raise UsageError(f"--output_dir {output} lies in --images {source}, whose pictures would be drawn again next "
-                         "time; choose another folder")
+        raise UsageError(
+            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn "
+            "again next "
+            "time; choose another folder"
+        )
     images = find_images([source])
     prepare_output_dir(output)
     tell_what_is_missing(classifier)
-    rows = [(said.name, picture, said.classes[0][0], f"{said.classes[0][1]:.6f}", int(said.flops),
-             int(said.dense_flops)) for said, picture in draw_all(classifier, images, root or ".", output)]
+    rows = [
+        (
+            said.name,
+            picture,
+            said.classes[0][0],
+            f"{said.classes[0][1]:.6f}",
+            int(said.flops),
+            int(said.dense_flops),
+        )
+        for said, picture in draw_all(classifier, images, root or ".", output)
+    ]
     if not rows:
         raise UserError(f"--images {source}: nothing in it could be read as an image")
     header = ("file", "picture", "class", "probability", "exact_flops", "dense_exact_flops")
     if len(images) > 1:
         write_csv(output / "images.csv", header, rows)
     share = sum(row[4] for row in rows) / sum(row[5] for row in rows)
-    _logger.info("%d of %d images drawn in %s; on average %.1f %% of the dense model's operations (exact)", len(rows),
-                 len(images), output, 100 * share)
+    _logger.info(
+        "%d of %d images drawn in %s; on average %.1f %% of the dense model's operations (exact)",
+        len(rows),
+        len(images),
+        output,
+        100 * share,
+    )
 
 
 if __name__ == "__main__":

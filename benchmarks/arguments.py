@@ -1,8 +1,9 @@
-"""Flags that several benchmarks have. A wrong one raises UsageError before any work: one line, exit code 2."""
+"""Flags that several benchmarks have. A wrong one raises UsageError before any work: one line, exit
+code 2.
+"""
 
 import argparse
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -35,7 +36,9 @@ def record_file(text: str) -> Path:
 def dense_model_name(text: str) -> str:
     """The name of a registered dense model."""
     if text not in model_names():
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown; known are {', '.join(model_names())}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is unknown; known are {', '.join(model_names())}"
+        )
     if text.startswith("dyvm_"):
         raise argparse.ArgumentTypeError(f"{text} is dynamic; give {text.removeprefix('dyvm_')}")
     return text
@@ -43,52 +46,93 @@ def dense_model_name(text: str) -> str:
 
 def build_parser(script: str, description: str) -> options.OneLineParser:
     """A parser with the flags that all benchmarks have: --device, --threads, --output."""
-    parser = options.OneLineParser(prog=f"benchmarks/{script}", description=description, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        metavar="{cpu,cuda}", help="default: a GPU where there is one")
-    parser.add_argument("--threads", type=options.positive,
-                        help="of PyTorch; on a busy machine 1, and read the processor time")
-    parser.add_argument("--output", type=record_file, metavar="FILE", help="write the record as JSON")
+    parser = options.OneLineParser(
+        prog=f"benchmarks/{script}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="{cpu,cuda}",
+        help="default: a GPU where there is one",
+    )
+    parser.add_argument(
+        "--threads",
+        type=options.positive,
+        help="of PyTorch; on a busy machine 1, and read the processor time",
+    )
+    parser.add_argument(
+        "--output", type=record_file, metavar="FILE", help="write the record as JSON"
+    )
     return parser
 
 
-def add_precision(parser: argparse.ArgumentParser, default: Optional[str] = None) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, default=default,
-                        help=f"default: {default or 'bf16 on a GPU, else fp32'}")
+def add_precision(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default,
+        help=f"default: {default or 'bf16 on a GPU, else fp32'}",
+    )
 
 
 def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
-    parser.add_argument("--rounds", type=options.positive, default=default,
-                        help=f"samples of each contender, default: {default}")
+    parser.add_argument(
+        "--rounds",
+        type=options.positive,
+        default=default,
+        help=f"samples of each contender, default: {default}",
+    )
 
 
 def add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
-    parser.add_argument("--seconds", type=options.not_negative, default=default,
-                        help=f"of sampling for each table, default: {default:g}")
+    parser.add_argument(
+        "--seconds",
+        type=options.not_negative,
+        default=default,
+        help=f"of sampling for each table, default: {default:g}",
+    )
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", action="store_true", help="on a GPU: tell the kernels that take most of the time")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="on a GPU: tell the kernels that take most of the time",
+    )
 
 
 def add_retries(parser: argparse.ArgumentParser, default: int) -> None:
-    parser.add_argument("--retries", type=options.whole, default=default,
-                        help=f"disturbed samples to redo, for each contender, default: {default}")
+    parser.add_argument(
+        "--retries",
+        type=options.whole,
+        default=default,
+        help=f"disturbed samples to redo, for each contender, default: {default}",
+    )
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, settle the precision and set up PyTorch."""
     args = parser.parse_args()
     if "profile" in args and args.profile and args.device != "cuda":
-        raise UsageError("--profile needs --device cuda: PyTorch's profiler does not see the C++ kernels of a CPU")
+        raise UsageError(
+            "--profile needs --device cuda: PyTorch's profiler does not see the C++ kernels of a "
+            "CPU"
+        )
     if "precision" in args and args.precision is None:
         args.precision = "bf16" if args.device == "cuda" else "fp32"
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as in matrix products
+    torch.backends.cudnn.allow_tf32 = (
+        False  # fp32 means fp32 in convolutions too, as in matrix products
+    )
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, dtype=PRECISIONS[args.precision], enabled=args.precision != "fp32")
+    return torch.autocast(
+        args.device, dtype=PRECISIONS[args.precision], enabled=args.precision != "fp32"
+    )

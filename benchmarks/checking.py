@@ -1,8 +1,9 @@
-"""Correctness of whole models, before any speed: the chosen backend against the definition, decision by decision.
+"""Correctness of whole models, before any speed: the chosen backend against the definition,
+decision by decision.
 
-A rounding difference can turn a decision that is nearly a tie, and then everything behind it differs. What the routers
-and score predictors say is therefore recorded in one run and put in place of what they say in the other, so that both
-decide alike; their own outputs are compared too.
+A rounding difference can turn a decision that is nearly a tie, and then everything behind it
+differs. What the routers and score predictors say is therefore recorded in one run and put in place
+of what they say in the other, so that both decide alike; their own outputs are compared too.
 """
 
 import math
@@ -10,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ STEP_BIAS = -2.0  # steps near 0.13: the slowest state remembers about 8 tokens
 def set_telling_weights(model: VisionMamba) -> None:
     """Give a model random weights with which the state of its scans decides about the logits.
 
-    In a fresh model the state is so small beside the skip D u that a scan without recurrence gives almost the same
-    logits. Here every matrix is N(0, 1 / fan-in), so that nothing grows or fades on the way, and what the layers add to
-    the residual stays as large as their input. The speed does not depend on it.
+    In a fresh model the state is so small beside the skip D u that a scan without recurrence gives
+    almost the same logits. Here every matrix is N(0, 1 / fan-in), so that nothing grows or fades on
+    the way, and what the layers add to the residual stays as large as their input. The speed does
+    not depend on it.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -40,15 +41,25 @@ def set_telling_weights(model: VisionMamba) -> None:
 
 def deciders(model: VisionMamba) -> dict[str, nn.Module]:
     """The modules whose outputs decide: score predictors and block routers, by name."""
-    return {name: module for name, module in model.named_modules()
-            if name.endswith("block_head") or (name.startswith("score_predictors.") and name.count(".") == 1)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith("block_head")
+        or (name.startswith("score_predictors.") and name.count(".") == 1)
+    }
 
 
 @contextmanager
-def _hooked(model: VisionMamba, hook: Callable[[str, nn.Module, tuple[Tensor], Tensor], Optional[Tensor]]
-            ) -> Iterator[None]:
-    """Within this context, `hook` is called behind every decider with its name; what it returns replaces the output."""
-    handles = [module.register_forward_hook(partial(hook, name)) for name, module in deciders(model).items()]
+def _hooked(
+    model: VisionMamba, hook: Callable[[str, nn.Module, tuple[Tensor], Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Within this context, `hook` is called behind every decider with its name; what it returns
+    replaces the output.
+    """
+    handles = [
+        module.register_forward_hook(partial(hook, name))
+        for name, module in deciders(model).items()
+    ]
     try:
         yield
     finally:
@@ -69,8 +80,11 @@ def decisions_recorded(model: VisionMamba) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def decisions_replayed(model: VisionMamba, recorded: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Within this context, the deciders' outputs have the recorded values, and the gradients of their own.
+def decisions_replayed(
+    model: VisionMamba, recorded: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Within this context, the deciders' outputs have the recorded values, and the gradients of
+    their own.
 
     Gathers what the deciders said themselves.
     """
@@ -85,8 +99,10 @@ def decisions_replayed(model: VisionMamba, recorded: dict[str, Tensor]) -> Itera
 
 
 @contextmanager
-def backend(name: Optional[str]) -> Iterator[None]:
-    """Within this context, selective scans run on a backend by name; None: on the fastest that fits."""
+def backend(name: str | None) -> Iterator[None]:
+    """Within this context, selective scans run on a backend by name; None: on the fastest that
+    fits.
+    """
     before = os.environ.pop("DYVM_BACKEND", None)
     if name is not None:
         os.environ["DYVM_BACKEND"] = name
@@ -104,12 +120,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def logits_error(model: VisionMamba, images: Tensor, chosen: Optional[str], precision: torch.autocast) -> float:
-    """Worst `relative_error` of logits, routers and score predictors: a backend against the float32 definition.
+def logits_error(
+    model: VisionMamba, images: Tensor, chosen: str | None, precision: torch.autocast
+) -> float:
+    """Worst `relative_error` of logits, routers and score predictors: a backend against the float32
+    definition.
 
-    Routers count together: the two logits of one may nearly cancel, and are then as wrong as their inputs. The backend
-    runs all `images` [B, 3, H, W]; the definition, which is slow, the first `CHECKED` of them, and decides as the
-    backend did.
+    Routers count together: the two logits of one may nearly cancel, and are then as wrong as their
+    inputs. The backend runs all `images` [B, 3, H, W]; the definition, which is slow, the first
+    `CHECKED` of them, and decides as the backend did.
     """
     model.eval()
     with torch.no_grad():
@@ -122,6 +141,12 @@ def logits_error(model: VisionMamba, images: Tensor, chosen: Optional[str], prec
     for kind in ("block_head", "score_predictors"):
         names = [name for name in decided if kind in name]
         if names:
-            errors.append(relative_error(*(torch.cat([outputs[name].flatten() for name in names])
-                                           for outputs in (decided, said))))
+            errors.append(
+                relative_error(
+                    *(
+                        torch.cat([outputs[name].flatten() for name in names])
+                        for outputs in (decided, said)
+                    )
+                )
+            )
     return max(errors)

@@ -1,19 +1,22 @@
-"""What `scripts/gpu_check.sh` measured of Vim-S and DyVM-S, beside the goals and the limits of the hardware.
+"""What `scripts/gpu_check.sh` measured of Vim-S and DyVM-S, beside the goals and the limits of the
+hardware.
 
     python benchmarks/goals.py FOLDER --output FOLDER/goals.json
 
-FOLDER holds model-s.json, model-s-512.json and train.json; what is not there, or not right, counts as not measured. Of
-the ways to run one model (eager, compiled, in a CUDA graph) the fastest counts, for DeiT too.
+FOLDER holds model-s.json, model-s-512.json and train.json; what is not there, or not right, counts
+as not measured. Of the ways to run one model (eager, compiled, in a CUDA graph) the fastest counts,
+for DeiT too.
 
-The limits are those of an H200 at 224 pixels in bf16, counted on paper for fused kernels: matrix products at 790
-TFLOP/s (measured), 16 special functions a clock and SM for the exponentials of the scan, memory at 4.3 TB/s.
+The limits are those of an H200 at 224 pixels in bf16, counted on paper for fused kernels: matrix
+products at 790 TFLOP/s (measured), 16 special functions a clock and SM for the exponentials of the
+scan, memory at 4.3 TB/s.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -25,13 +28,18 @@ from utils.files import write_json
 
 BATCH = 256
 # Images per second at most: a forward pass, and a training step of the dense models.
-LIMITS = {"forward": {"Vim-S": 18_000, "DyVM-S": 32_000, "DeiT-S": 37_700}, "train": {"Vim-S": 5_000, "DeiT-S": 12_500}}
+LIMITS = {
+    "forward": {"Vim-S": 18_000, "DyVM-S": 32_000, "DeiT-S": 37_700},
+    "train": {"Vim-S": 5_000, "DeiT-S": 12_500},
+}
 OURS = ("", ", graph")
 DEIT = ("", ", graph", ", compiled", ", compiled, graph")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A benchmark's record; empty where there is none, or where what is there is cut off or something else."""
+    """A benchmark's record; empty where there is none, or where what is there is cut off or
+    something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -57,11 +65,17 @@ class Records(NamedTuple):
         paths = (folder / name for name in ("model-s.json", "model-s-512.json", "train.json"))
         return Records(*map(read_record, paths))
 
-    def forward(self, name: str, forms: tuple[str, ...], batch: Optional[int] = None, pixels: int = 224) -> float:
+    def forward(
+        self, name: str, forms: tuple[str, ...], batch: int | None = None, pixels: int = 224
+    ) -> float:
         """Images per second of the fastest of a model's `forms`."""
         parts = (self.model if pixels == 224 else self.model_512)["parts"]
-        rows = {form: row for part in parts if part["batch"] == (batch or BATCH)
-                for form, row in part["models"].items()}
+        rows = {
+            form: row
+            for part in parts
+            if part["batch"] == (batch or BATCH)
+            for form, row in part["models"].items()
+        }
         found = [rows[name + form]["images_per_s"] for form in forms if name + form in rows]
         if not found:
             raise KeyError(name)
@@ -78,33 +92,70 @@ class Records(NamedTuple):
     @property
     def release(self) -> str:
         """Name of the release-like step."""
-        return "release-like, mamba_ssm" if "release-like, mamba_ssm" in self.train["dyvm"]["steps"] else \
-            "release-like, reference"
+        return (
+            "release-like, mamba_ssm"
+            if "release-like, mamba_ssm" in self.train["dyvm"]["steps"]
+            else "release-like, reference"
+        )
 
 
 class Goal(NamedTuple):
     what: str
-    least: Optional[float]  # None: there is no goal
+    least: float | None  # None: there is no goal
     measure: Callable[[Records], float]
-    most: Optional[float] = None
+    most: float | None = None
 
 
 GOALS = [
-    Goal("Vim-S forward, against the mamba_ssm path", 3.0,
-         lambda r: r.forward("Vim-S", OURS) / r.forward("Vim-S, mamba_ssm", OURS)),
-    Goal("Vim-S training step, against the mamba_ssm path", 2.0,
-         lambda r: r.step("dense", "Vim-S") / r.step("dense", "Vim-S, mamba_ssm")),
-    Goal("Vim-S forward, against DeiT-S", 0.45, lambda r: r.forward("Vim-S", OURS) / r.forward("DeiT-S", DEIT)),
-    Goal("DyVM-S forward, against DeiT-S", 0.8, lambda r: r.forward("DyVM-S", OURS) / r.forward("DeiT-S", DEIT)),
-    Goal("DyVM-S forward at 512 pixels, against DeiT-S", 1.3,
-         lambda r: r.forward("DyVM-S", OURS, pixels=512) / r.forward("DeiT-S", DEIT, pixels=512)),
-    Goal("DyVM-S forward at batch 1, both in a graph, against DeiT-S", 1.0,
-         lambda r: r.forward("DyVM-S", (", graph",), 1) / r.forward("DeiT-S", (", graph", ", compiled, graph"), 1)),
-    Goal("Vim-S training step, against DeiT-S", None, lambda r: r.step("dense", "Vim-S") / r.step("dense", "DeiT-S")),
-    Goal("DyVM-S training step, against the release-like step", 3.0,
-         lambda r: r.step("dyvm", "DyVM") / r.step("dyvm", r.release)),
-    Goal("peak memory of that step, against the release-like step", None,
-         lambda r: r.memory("DyVM") / r.memory(r.release), most=0.5),
+    Goal(
+        "Vim-S forward, against the mamba_ssm path",
+        3.0,
+        lambda r: r.forward("Vim-S", OURS) / r.forward("Vim-S, mamba_ssm", OURS),
+    ),
+    Goal(
+        "Vim-S training step, against the mamba_ssm path",
+        2.0,
+        lambda r: r.step("dense", "Vim-S") / r.step("dense", "Vim-S, mamba_ssm"),
+    ),
+    Goal(
+        "Vim-S forward, against DeiT-S",
+        0.45,
+        lambda r: r.forward("Vim-S", OURS) / r.forward("DeiT-S", DEIT),
+    ),
+    Goal(
+        "DyVM-S forward, against DeiT-S",
+        0.8,
+        lambda r: r.forward("DyVM-S", OURS) / r.forward("DeiT-S", DEIT),
+    ),
+    Goal(
+        "DyVM-S forward at 512 pixels, against DeiT-S",
+        1.3,
+        lambda r: r.forward("DyVM-S", OURS, pixels=512) / r.forward("DeiT-S", DEIT, pixels=512),
+    ),
+    Goal(
+        "DyVM-S forward at batch 1, both in a graph, against DeiT-S",
+        1.0,
+        lambda r: (
+            r.forward("DyVM-S", (", graph",), 1)
+            / r.forward("DeiT-S", (", graph", ", compiled, graph"), 1)
+        ),
+    ),
+    Goal(
+        "Vim-S training step, against DeiT-S",
+        None,
+        lambda r: r.step("dense", "Vim-S") / r.step("dense", "DeiT-S"),
+    ),
+    Goal(
+        "DyVM-S training step, against the release-like step",
+        3.0,
+        lambda r: r.step("dyvm", "DyVM") / r.step("dyvm", r.release),
+    ),
+    Goal(
+        "peak memory of that step, against the release-like step",
+        None,
+        lambda r: r.memory("DyVM") / r.memory(r.release),
+        most=0.5,
+    ),
 ]
 
 
@@ -113,13 +164,18 @@ def shares(records: Records) -> dict[str, Callable[[], float]]:
     if not any("H200" in record.get("device", "") for record in records):
         return {}
     forward, train = LIMITS["forward"], LIMITS["train"]
-    return ({f"{name} forward, share of its limit of {limit:,} images/s":
-             lambda name=name, limit=limit: records.forward(name, DEIT) / limit for name, limit in forward.items()}
-            | {f"{name} training step, share of its limit of {limit:,} images/s":
-               lambda name=name, limit=limit: records.step("dense", name) / limit for name, limit in train.items()})
+    return {
+        f"{name} forward, share of its limit of {limit:,} "
+        "images/s": lambda name=name, limit=limit: records.forward(name, DEIT) / limit
+        for name, limit in forward.items()
+    } | {
+        f"{name} training step, share of its limit of {limit:,} "
+        "images/s": lambda name=name, limit=limit: records.step("dense", name) / limit
+        for name, limit in train.items()
+    }
 
 
-def measured(measure: Callable[[], float]) -> Optional[float]:
+def measured(measure: Callable[[], float]) -> float | None:
     try:
         return measure()
     except KeyError:
@@ -137,34 +193,61 @@ def judge(records: Records) -> list[dict[str, Any]]:
             met = value <= goal.most
         text = f">= {goal.least:g}" if goal.least else f"<= {goal.most:g}" if goal.most else None
         rows.append({"what": goal.what, "goal": text, "measured": value, "met": met})
-    return rows + [{"what": what, "goal": None, "measured": measured(share), "met": None}
-                   for what, share in shares(records).items()]
+    return rows + [
+        {"what": what, "goal": None, "measured": measured(share), "met": None}
+        for what, share in shares(records).items()
+    ]
 
 
 def closing(records: Records) -> str:
     """What has to be known to read the table."""
-    batches = [f"{part} {record['batch']}" for part, record in records.train.items()
-               if isinstance(record, dict) and "batch" in record]
-    text = (f"batch {BATCH} unless said otherwise; training at the batch that fits: "
-            f"{', '.join(batches) or 'not measured'}")
+    batches = [
+        f"{part} {record['batch']}"
+        for part, record in records.train.items()
+        if isinstance(record, dict) and "batch" in record
+    ]
+    text = (
+        f"batch {BATCH} unless said otherwise; training at the batch that fits: "
+        f"{', '.join(batches) or 'not measured'}"
+    )
     if records.train.get("release_checkpointing"):
-        text += ("; without mamba_ssm the release-like step recomputes its layers (gradient checkpointing): the ratio "
-                 "of times flatters DyVM, that of memory is stricter")
+        text += (
+            "; without mamba_ssm the release-like step recomputes its layers (gradient "
+            "checkpointing): the ratio "
+            "of times flatters DyVM, that of memory is stricter"
+        )
     return text
 
 
 def main() -> None:
-    parser = OneLineParser(prog="benchmarks/goals.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(
+        prog="benchmarks/goals.py", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_args()
     if not args.folder.is_dir():
-        raise UsageError(f"{args.folder} is no folder; name the one that scripts/gpu_check.sh wrote to")
+        raise UsageError(
+            f"{args.folder} is no folder; name the one that scripts/gpu_check.sh wrote to"
+        )
     records = Records.read(args.folder)
     rows = judge(records)
-    print(tabulate([[row["what"], row["goal"] or "", "not measured" if row["measured"] is None else
-                     f"{row['measured']:.2f}", {True: "yes", False: "no", None: ""}[row["met"]]] for row in rows],
-                   ["", "goal", "measured", "met"], disable_numparse=True, colalign=("left", "right", "right", "left")))
+    print(
+        tabulate(
+            [
+                [
+                    row["what"],
+                    row["goal"] or "",
+                    "not measured" if row["measured"] is None else f"{row['measured']:.2f}",
+                    {True: "yes", False: "no", None: ""}[row["met"]],
+                ]
+                for row in rows
+            ],
+            ["", "goal", "measured", "met"],
+            disable_numparse=True,
+            colalign=("left", "right", "right", "left"),
+        )
+    )
     print(closing(records))
     if args.output:
         write_json(args.output, rows)

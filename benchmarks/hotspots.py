@@ -10,7 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def hotspots(call: Callable[[], object], device: str, count: int = 8) -> list[dict[str, Any]]:
-    """The `count` names with most time of their own in one call: [{"name", "ms", "share"}], the largest first."""
+    """The `count` names with most time of their own in one call: [{"name", "ms", "share"}], the
+    largest first.
+    """
     kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
@@ -20,11 +22,19 @@ def hotspots(call: Callable[[], object], device: str, count: int = 8) -> list[di
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
         if event.device_type == kind:
-            times[event.key] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            times[event.key] += (
+                event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            )
     whole = sum(times.values())
-    return [{"name": name, "ms": us / 1e3, "share": us / whole} for name, us in times.most_common(count) if us]
+    return [
+        {"name": name, "ms": us / 1e3, "share": us / whole}
+        for name, us in times.most_common(count)
+        if us
+    ]
 
 
 def describe(found: list[dict[str, Any]]) -> str:
     """One line for each name."""
-    return "\n".join(f"  {100 * row['share']:5.1f} % {row['ms']:9.3f} ms  {row['name'][:90]}" for row in found)
+    return "\n".join(
+        f"  {100 * row['share']:5.1f} % {row['ms']:9.3f} ms  {row['name'][:90]}" for row in found
+    )

@@ -5,20 +5,20 @@ import gc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Optional
 
 import torch
 
 _PROCESS = Path("/proc/self")
 
 
-def peak_memory(call: Callable[[], object], device: str) -> Optional[int]:
+def peak_memory(call: Callable[[], object], device: str) -> int | None:
     """Bytes that a call needs, at its peak, beyond what is held before it.
 
-    On a GPU: what PyTorch allocates. On a CPU: resident pages of the whole process, so also what libraries reserve for
-    themselves, precise to a MiB or so since Linux counts pages in batches. Memory that the allocator has kept from
-    earlier calls is given back first, or it would hide the peak.
-    None where the system does not tell (it takes Linux and the right to write to /proc/self/clear_refs).
+    On a GPU: what PyTorch allocates. On a CPU: resident pages of the whole process, so also what
+    libraries reserve for themselves, precise to a MiB or so since Linux counts pages in batches.
+    Memory that the allocator has kept from earlier calls is given back first, or it would hide the
+    peak. None where the system does not tell (it takes Linux and the right to write to
+    /proc/self/clear_refs).
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -38,7 +38,9 @@ def peak_memory(call: Callable[[], object], device: str) -> Optional[int]:
 
 
 def _give_back_freed_memory() -> None:
-    with suppress(AttributeError, OSError, TypeError):  # only glibc has it; Windows has no CDLL(None)
+    with suppress(
+        AttributeError, OSError, TypeError
+    ):  # only glibc has it; Windows has no CDLL(None)
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -48,6 +50,6 @@ def _resident(field: str) -> int:
     return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
-def mebibytes(size: Optional[int]) -> str:
+def mebibytes(size: int | None) -> str:
     """For a table; `-` where the size is not known."""
     return "-" if size is None else f"{size / 2**20:.0f}"

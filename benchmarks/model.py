@@ -3,11 +3,12 @@
     python benchmarks/model.py --output benchmarks/results/model-cpu.json
     python benchmarks/model.py --device cuda --precision bf16 --models S --batch 1 16 64 256
 
-DyVM keeps 70 % of its tokens a stage and runs 80 % of its scans; the routers are set so that the choice differs between
-images. On a GPU every model also runs in a CUDA graph, and Vim on the mamba_ssm backend where it is installed. The
-logits of everything that is timed are compared on the very batch: our models with the float32 definition, compiled
-forms and graphs with the eager one; what is wrong gets no speed, and the command fails. Samples are taken in turn and
-redone while other processes are busy. The gain of DyVM over the dense model is shown beside the gain in operations
+DyVM keeps 70 % of its tokens a stage and runs 80 % of its scans; the routers are set so that the
+choice differs between images. On a GPU every model also runs in a CUDA graph, and Vim on the
+mamba_ssm backend where it is installed. The logits of everything that is timed are compared on the
+very batch: our models with the float32 definition, compiled forms and graphs with the eager one;
+what is wrong gets no speed, and the command fails. Samples are taken in turn and redone while other
+processes are busy. The gain of DyVM over the dense model is shown beside the gain in operations
 (`exact` convention, at the gates of this very batch), and the share of it reached.
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -41,10 +42,12 @@ from utils.files import write_json
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
 TOKEN_KEEP, BLOCK_KEEP = 0.7, 0.8
 CALIBRATION = 20  # images on which the routers are set
-# Largest error of the logits, of their largest. Measured on a CPU: 2.6e-6 in fp32, 2.7e-2 in bf16, 2.8e-3 in fp16,
-# and 0.4 or more for a scan without recurrence or one that walks the wrong way.
+# Largest error of the logits, of their largest. Measured on a CPU: 2.6e-6 in fp32, 2.7e-2 in bf16,
+# 2.8e-3 in fp16, and 0.4 or more for a scan without recurrence or one that walks the wrong way.
 TOLERANCES = {"fp32": 2e-5, "bf16": 1e-1, "fp16": 2e-2}
-Forward = Callable[[Tensor], Any]  # images [B, 3, H, W] -> logits [B, classes], or a Result that has them
+Forward = Callable[
+    [Tensor], Any
+]  # images [B, 3, H, W] -> logits [B, classes], or a Result that has them
 
 
 def image_size(text: str) -> int:
@@ -58,10 +61,15 @@ def image_size(text: str) -> int:
 def parse_args() -> argparse.Namespace:
     parser = arguments.build_parser("model.py", __doc__)
     parser.add_argument("--models", nargs="+", choices=SIZES, help="default: S T, and B on a GPU")
-    parser.add_argument("--batch", nargs="+", type=options.positive, help="default: 1 16 64 256 on a GPU, else 16")
+    parser.add_argument(
+        "--batch", nargs="+", type=options.positive, help="default: 1 16 64 256 on a GPU, else 16"
+    )
     parser.add_argument("--img-size", type=image_size, default=224)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="DeiT compiled too (default: on a GPU)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="DeiT compiled too (default: on a GPU)",
+    )
     arguments.add_profile(parser)
     arguments.add_precision(parser)
     arguments.add_seconds(parser, 20.0)
@@ -82,10 +90,12 @@ def random_images(count: int, size: int, device: str) -> Tensor:
 
 @torch.no_grad()
 def set_routers(model: DynamicVisionMamba, images: Tensor, keep: float) -> None:
-    """Set every router so that each direction runs for a share `keep` of `images`, chosen by the images.
+    """Set every router so that each direction runs for a share `keep` of `images`, chosen by the
+    images.
 
     The first layer's class token has seen no patch yet: there all scans run.
     """
+
     def calibrate(router: nn.Linear, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
         ordered, dropped = logits.sort(dim=0).values, round((1 - keep) * len(logits))
         threshold = (ordered[dropped - 1] + ordered[dropped]) / 2
@@ -119,7 +129,9 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     return found
 
 
-def forward(model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: Optional[str], images: Tensor) -> Any:
+def forward(
+    model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: str | None, images: Tensor
+) -> Any:
     with checking.backend(chosen), arguments.autocast(args):
         return model(images)
 
@@ -129,7 +141,9 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Selection:
-    """Contenders for one batch of images: those whose logits are right go on to be timed, the others are told."""
+    """Contenders for one batch of images: those whose logits are right go on to be timed, the
+    others are told.
+    """
 
     def __init__(self, images: Tensor, tolerance: float):
         self.images, self.tolerance = images, tolerance
@@ -141,16 +155,27 @@ class Selection:
         if self.errors[name] <= self.tolerance:
             self.functions[name] = function
         else:
-            print(f"no speed: the logits of {name} at batch {len(self.images)} are wrong by {self.errors[name]:.1e}, "
-                  f"allowed is {self.tolerance}", file=sys.stderr)
+            print(
+                f"no speed: the logits of {name} at batch {len(self.images)} are wrong by "
+                f"{self.errors[name]:.1e}, "
+                f"allowed is {self.tolerance}",
+                file=sys.stderr,
+            )
 
     def offer_variant(self, name: str, variant: str, make: Callable[[Forward], Forward]) -> None:
-        """Offer another form of a contender that is right; it must give the same logits. Left out where it fails."""
+        """Offer another form of a contender that is right; it must give the same logits. Left out
+        where it fails.
+        """
         function = self.functions[name]
         try:
             made = make(function)
-            self.offer(f"{name}, {variant}", made, lambda: checking.relative_error(
-                logits_of(made(self.images)), logits_of(function(self.images))))
+            self.offer(
+                f"{name}, {variant}",
+                made,
+                lambda: checking.relative_error(
+                    logits_of(made(self.images)), logits_of(function(self.images))
+                ),
+            )
         except RuntimeError as error:
             print(f"left out: {name}, {variant} ({first_line(error)})", file=sys.stderr)
 
@@ -159,28 +184,40 @@ class Selection:
         return [name for name in self.errors if name not in self.functions]
 
 
-def select(found: dict[str, nn.Module], size: str, images: Tensor, chosen: str, args: argparse.Namespace) -> Selection:
+def select(
+    found: dict[str, nn.Module], size: str, images: Tensor, chosen: str, args: argparse.Namespace
+) -> Selection:
     """Everything that runs here and computes what it should, on the very batch that is timed.
 
-    Our models are compared with the float32 definition, DeiT with itself in float32, other forms with the eager one.
+    Our models are compared with the float32 definition, DeiT with itself in float32, other forms
+    with the eager one.
     """
     selection = Selection(images, TOLERANCES[args.precision])
 
     def offer_ours(name: str, model: nn.Module, backend: str) -> None:
-        selection.offer(name, partial(forward, model, args, backend),
-                        lambda: checking.logits_error(model, images, backend, arguments.autocast(args)))
+        selection.offer(
+            name,
+            partial(forward, model, args, backend),
+            lambda: checking.logits_error(model, images, backend, arguments.autocast(args)),
+        )
 
     deit = found[f"DeiT-{size}"]
     function = partial(forward, deit, args, None)
-    selection.offer(f"DeiT-{size}", function,
-                    lambda: checking.relative_error(function(images)[:CHECKED], deit(images[:CHECKED])))
+    selection.offer(
+        f"DeiT-{size}",
+        function,
+        lambda: checking.relative_error(function(images)[:CHECKED], deit(images[:CHECKED])),
+    )
     for name in (f"Vim-{size}", f"DyVM-{size}"):
         offer_ours(name, found[name], chosen)
     if chosen != "mamba_ssm" and selective_scan.runs_on("mamba_ssm", args.device):
         offer_ours(f"Vim-{size}, mamba_ssm", found[f"Vim-{size}"], "mamba_ssm")
     if args.compile and f"DeiT-{size}" in selection.functions:
-        selection.offer_variant(f"DeiT-{size}", "compiled",
-                                lambda _: partial(forward, torch.compile(deit, dynamic=False), args, None))
+        selection.offer_variant(
+            f"DeiT-{size}",
+            "compiled",
+            lambda _: partial(forward, torch.compile(deit, dynamic=False), args, None),
+        )
     if args.device == "cuda":
         for name in list(selection.functions):
             selection.offer_variant(name, "graph", partial(captured, images))
@@ -201,56 +238,113 @@ def captured(images: Tensor, function: Forward) -> Forward:
     return replay
 
 
-def measure(found: dict[str, nn.Module], size: str, batch: int, chosen: str, args: argparse.Namespace) -> dict:
-    """One table: {"models": {name: speeds}, "errors", and what `dynamic_gain` tells}; only models that are right."""
+def measure(
+    found: dict[str, nn.Module], size: str, batch: int, chosen: str, args: argparse.Namespace
+) -> dict:
+    """One table: {"models": {name: speeds}, "errors", and what `dynamic_gain` tells}; only models
+    that are right.
+    """
     images = random_images(batch, args.img_size, args.device)
     with torch.inference_mode():
         selection = select(found, size, images, chosen, args)
         calls = {name: partial(function, images) for name, function in selection.functions.items()}
         for call in calls.values():
             call()
-        memory = {name: peak_memory(call, args.device) for name, call in calls.items() if not name.endswith("graph")}
-        rounds = max(5, int(args.seconds / sum(timing.sample(call, args.device)[0] for call in calls.values())))
+        memory = {
+            name: peak_memory(call, args.device)
+            for name, call in calls.items()
+            if not name.endswith("graph")
+        }
+        rounds = max(
+            5,
+            int(args.seconds / sum(timing.sample(call, args.device)[0] for call in calls.values())),
+        )
         times = timing.interleaved(calls, args.device, rounds, args.retries, long=float("inf"))
-        part = {"size": size, "batch": batch, "errors": selection.errors, "wrong": selection.wrong, "models": {
-            name: {"images_per_s": 1e3 * batch / t["ms"], "peak_bytes": memory.get(name), **t}
-            for name, t in times.items()}}
+        part = {
+            "size": size,
+            "batch": batch,
+            "errors": selection.errors,
+            "wrong": selection.wrong,
+            "models": {
+                name: {"images_per_s": 1e3 * batch / t["ms"], "peak_bytes": memory.get(name), **t}
+                for name, t in times.items()
+            },
+        }
         if args.profile:
-            part["hotspots"] = {name: hotspots.hotspots(calls[name], args.device) for name in found if name in calls}
+            part["hotspots"] = {
+                name: hotspots.hotspots(calls[name], args.device) for name in found if name in calls
+            }
         if {f"Vim-{size}", f"DyVM-{size}"} <= calls.keys():
-            gates = forward(found[f"DyVM-{size}"], args, chosen, images).gates.float().mean(dim=1).cpu()
+            gates = (
+                forward(found[f"DyVM-{size}"], args, chosen, images).gates.float().mean(dim=1).cpu()
+            )
             part |= dynamic_gain(found, size, part["models"], gates)
     return part
 
 
-def dynamic_gain(found: dict[str, nn.Module], size: str, rows: dict[str, dict], gates: Tensor) -> dict[str, float]:
-    """DyVM against Vim, in a graph where there is one: the speed, the operations at `gates`, the share reached."""
+def dynamic_gain(
+    found: dict[str, nn.Module], size: str, rows: dict[str, dict], gates: Tensor
+) -> dict[str, float]:
+    """DyVM against Vim, in a graph where there is one: the speed, the operations at `gates`, the
+    share reached.
+    """
     dense, dynamic = f"Vim-{size}", f"DyVM-{size}"
     operations = count_flops(found[dense]).exact / count_flops(found[dynamic], gates).exact
     if f"{dense}, graph" in rows and f"{dynamic}, graph" in rows:
         dense, dynamic = f"{dense}, graph", f"{dynamic}, graph"
     ratios = {kind: rows[dense][kind] / rows[dynamic][kind] for kind in ("ms", "cpu_ms")}
-    return {"gates": gates.mean().item(), "flops_ratio": operations,
-            "speed_ratio": ratios["ms"], "share": ratios["ms"] / operations,
-            "cpu_time_ratio": ratios["cpu_ms"], "cpu_time_share": ratios["cpu_ms"] / operations}
+    return {
+        "gates": gates.mean().item(),
+        "flops_ratio": operations,
+        "speed_ratio": ratios["ms"],
+        "share": ratios["ms"] / operations,
+        "cpu_time_ratio": ratios["cpu_ms"],
+        "cpu_time_share": ratios["cpu_ms"] / operations,
+    }
 
 
 def table(part: dict) -> str:
     rivals = [row for name, row in part["models"].items() if name.startswith("DeiT")]
     fastest = min((row["ms"] for row in rivals), default=float("nan"))
     base = part["models"].get(f"DeiT-{part['size']}", {"ms": float("nan"), "cpu_ms": float("nan")})
-    rows = [[name, f"{row['images_per_s']:.1f}", f"{base['ms'] / row['ms']:.2f}", f"{fastest / row['ms']:.2f}",
-             f"{base['cpu_ms'] / row['cpu_ms']:.2f}", mebibytes(row["peak_bytes"]), row["samples"], row["disturbed"],
-             f"{part['errors'][name]:.1e}"] for name, row in part["models"].items()]
-    headers = ["", "images/s", "x DeiT eager", "x best DeiT", "x in processor time", "peak MiB", "samples", "disturbed",
-               "error"]
-    lines = [f"batch {part['batch']}",
-             tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))]
+    rows = [
+        [
+            name,
+            f"{row['images_per_s']:.1f}",
+            f"{base['ms'] / row['ms']:.2f}",
+            f"{fastest / row['ms']:.2f}",
+            f"{base['cpu_ms'] / row['cpu_ms']:.2f}",
+            mebibytes(row["peak_bytes"]),
+            row["samples"],
+            row["disturbed"],
+            f"{part['errors'][name]:.1e}",
+        ]
+        for name, row in part["models"].items()
+    ]
+    headers = [
+        "",
+        "images/s",
+        "x DeiT eager",
+        "x best DeiT",
+        "x in processor time",
+        "peak MiB",
+        "samples",
+        "disturbed",
+        "error",
+    ]
+    lines = [
+        f"batch {part['batch']}",
+        tabulate(
+            rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
+        ),
+    ]
     if "share" in part:
-        lines.append(f"dynamic against dense: {part['speed_ratio']:.3f} times as fast (processor time "
-                     f"{part['cpu_time_ratio']:.3f}), {part['flops_ratio']:.3f} by `exact` operations at "
-                     f"{100 * part['gates']:.1f} % of the scans; {100 * part['share']:.0f} % of it reached "
-                     f"({100 * part['cpu_time_share']:.0f} % in processor time)")
+        lines.append(
+            f"dynamic against dense: {part['speed_ratio']:.3f} times as fast (processor time "
+            f"{part['cpu_time_ratio']:.3f}), {part['flops_ratio']:.3f} by `exact` operations at "
+            f"{100 * part['gates']:.1f} % of the scans; {100 * part['share']:.0f} % of it reached "
+            f"({100 * part['cpu_time_share']:.0f} % in processor time)"
+        )
     for name, found in part.get("hotspots", {}).items():
         lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
     return "\n".join(lines)
@@ -259,23 +353,37 @@ def table(part: dict) -> str:
 def main() -> None:
     args = parse_args()
     record: dict[str, Any] = {
-        **records.head("model.py", args.device), "precision": args.precision, "img_size": args.img_size,
-        "token_keep_ratio": TOKEN_KEEP, "block_keep_ratio": BLOCK_KEEP, "parts": []}
+        **records.head("model.py", args.device),
+        "precision": args.precision,
+        "img_size": args.img_size,
+        "token_keep_ratio": TOKEN_KEEP,
+        "block_keep_ratio": BLOCK_KEEP,
+        "parts": [],
+    }
     for size in args.models:
         found = build(size, args)
         mixer = found[f"Vim-{size}"].layers[0].mixer
-        xz = torch.zeros(1, 1, mixer.in_proj.out_features, device=args.device, dtype=PRECISIONS[args.precision])
+        xz = torch.zeros(
+            1, 1, mixer.in_proj.out_features, device=args.device, dtype=PRECISIONS[args.precision]
+        )
         chosen = record["backend"] = selective_scan.backend_for(xz, mixer.branch(False))
-        print(f"\n{record['device']}, {record['threads']} threads, {args.precision}, {args.img_size} pixels, "
-              f"backend {chosen}")
+        print(
+            f"\n{record['device']}, {record['threads']} threads, {args.precision}, "
+            f"{args.img_size} pixels, "
+            f"backend {chosen}"
+        )
         for batch in args.batch:
             record["parts"].append(measure(found, size, batch, chosen, args))
             print(table(record["parts"][-1]), flush=True)
             if args.output:
                 write_json(args.output, record)
-    wrong = [f"{name} at batch {part['batch']}" for part in record["parts"] for name in part["wrong"]]
+    wrong = [
+        f"{name} at batch {part['batch']}" for part in record["parts"] for name in part["wrong"]
+    ]
     if wrong:
-        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+        raise UserError(
+            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The selective scan of one mixer, both directions, against other ways to compute it: correctness, then speed.
+"""The selective scan of one mixer, both directions, against other ways to compute it: correctness,
+then speed.
 
     python benchmarks/ops.py --output benchmarks/results/ops.json
     python benchmarks/ops.py --device cuda --precision bf16 --batch 256
 
-Every rival's output and gradients are compared with the float64 definition in the same run, on the first images of
-the same batch; one that is wrong gets no time, and the command fails. The two matrix products around the scan
-(in_proj and out_proj) are timed beside it for scale. Samples are taken in turn and redone while other processes are
-busy. Rivals that are not installed (requirements-bench.txt), fail or do not fit the memory are left out.
+Every rival's output and gradients are compared with the float64 definition in the same run, on the
+first images of the same batch; one that is wrong gets no time, and the command fails. The two
+matrix products around the scan (in_proj and out_proj) are timed beside it for scale. Samples are
+taken in turn and redone while other processes are busy. Rivals that are not installed
+(requirements-bench.txt), fail or do not fit the memory are left out.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import torch
 from tabulate import tabulate
@@ -31,7 +32,8 @@ from ops.selective_scan import BranchParams
 from utils.errors import UserError, first_line, run_main
 from utils.files import write_json
 
-# Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few roundings.
+# Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few
+# roundings.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 CHECKED = 2  # images compared with the definition
 # Under autograd these take up to a minute a step.
@@ -43,22 +45,31 @@ def parse_args() -> argparse.Namespace:
     arguments.add_precision(parser, "fp32")
     parser.add_argument("--batch", type=options.positive, default=16)
     parser.add_argument("--tokens", type=options.positive, default=197)
-    parser.add_argument("--width", type=options.positive, default=384, help="d of the model; Vim-S has 384")
+    parser.add_argument(
+        "--width", type=options.positive, default=384, help="d of the model; Vim-S has 384"
+    )
     parser.add_argument("--states", type=options.positive, default=16)
     parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
     arguments.add_rounds(parser, 15)
     arguments.add_retries(parser, 60)
-    parser.add_argument("--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}")
+    parser.add_argument(
+        "--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}"
+    )
     return arguments.parse(parser)
 
 
 def random_params(channels: int, states: int, rank: int, device: str) -> BranchParams:
     """As in a fresh model: steps between 1e-3 and 0.1, A = -(1 ... N)."""
     delta = torch.exp(torch.empty(channels).uniform_(-6.9, -2.3))
-    params = BranchParams(torch.randn(channels, 4) * 0.4, torch.randn(channels) * 0.1,
-                          torch.randn(rank + 2 * states, channels) * channels ** -0.5,
-                          torch.randn(channels, rank) * rank ** -0.5, torch.log(torch.expm1(delta)),
-                          -torch.arange(1.0, states + 1).repeat(channels, 1), torch.randn(channels))
+    params = BranchParams(
+        torch.randn(channels, 4) * 0.4,
+        torch.randn(channels) * 0.1,
+        torch.randn(rank + 2 * states, channels) * channels**-0.5,
+        torch.randn(channels, rank) * rank**-0.5,
+        torch.log(torch.expm1(delta)),
+        -torch.arange(1.0, states + 1).repeat(channels, 1),
+        torch.randn(channels),
+    )
     return BranchParams(*(p.to(device).requires_grad_() for p in params))
 
 
@@ -67,9 +78,11 @@ def backend(name: str, xz: Tensor, forward: BranchParams, backward: BranchParams
     return selective_scan.bidirectional_ssm(xz, forward, backward, scale=0.5)
 
 
-def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dict[str, rivals.Rival]:
+def all_rivals(
+    xz: Tensor, forward: BranchParams, backward: BranchParams
+) -> dict[str, rivals.Rival]:
     """Name -> function, of those that run here."""
-    found: dict[str, Optional[Callable]] = {}
+    found: dict[str, Callable | None] = {}
     for name in selective_scan.PREFERENCE:
         os.environ["DYVM_BACKEND"] = name
         try:
@@ -81,20 +94,28 @@ def all_rivals(xz: Tensor, forward: BranchParams, backward: BranchParams) -> dic
     found["sequential loop"] = found.pop("backend reference")
     ours = set(found)
     mambapy = rivals.mambapy_scan()
-    found |= {"sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
-              "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
-              "torch.compile": rivals.with_core(rivals.compiled_chunks()),
-              "mambapy": None if mambapy is None else rivals.with_core(mambapy),
-              "transformers": rivals.transformers_mixer(forward, backward)}
+    found |= {
+        "sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
+        "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
+        "torch.compile": rivals.with_core(rivals.compiled_chunks()),
+        "mambapy": None if mambapy is None else rivals.with_core(mambapy),
+        "transformers": rivals.transformers_mixer(forward, backward),
+    }
     for name in [name for name, rival in found.items() if rival is None]:
         print(f"left out: {name} is not installed", file=sys.stderr)
         del found[name]
     precise = xz.dtype == torch.float32
-    return {name: rival if precise or name in ours else autocasting(rival, xz) for name, rival in found.items()}
+    return {
+        name: rival if precise or name in ours else autocasting(rival, xz)
+        for name, rival in found.items()
+    }
 
 
 def autocasting(rival: rivals.Rival, xz: Tensor) -> rivals.Rival:
-    """A rival that knows one dtype alone, in the precision of xz, its weights in float32 as in training."""
+    """A rival that knows one dtype alone, in the precision of xz, its weights in float32 as in
+    training.
+    """
+
     def call(*arguments) -> Tensor:
         with torch.autocast(xz.device.type, dtype=xz.dtype):
             return rival(*arguments)
@@ -102,27 +123,39 @@ def autocasting(rival: rivals.Rival, xz: Tensor) -> rivals.Rival:
     return call
 
 
-def gradients(rival: rivals.Rival, xz: Tensor, forward: BranchParams, backward: BranchParams,
-              grad_out: Tensor) -> list[Optional[Tensor]]:
+def gradients(
+    rival: rivals.Rival, xz: Tensor, forward: BranchParams, backward: BranchParams, grad_out: Tensor
+) -> list[Tensor | None]:
     """Output and gradients of xz and all weights (None where the rival keeps copies of them)."""
     leaf = xz.detach().clone().requires_grad_()
     y = rival(leaf, forward, backward)
-    return [y.detach(), *torch.autograd.grad(y, (leaf, *forward, *backward), grad_out.to(y.dtype), allow_unused=True)]
+    return [
+        y.detach(),
+        *torch.autograd.grad(
+            y, (leaf, *forward, *backward), grad_out.to(y.dtype), allow_unused=True
+        ),
+    ]
 
 
-def worst_error(actual: list[Optional[Tensor]], expected: list[Tensor]) -> float:
-    """Largest error of any tensor, of its largest element, over the checked images; nan counts as infinite."""
+def worst_error(actual: list[Tensor | None], expected: list[Tensor]) -> float:
+    """Largest error of any tensor, of its largest element, over the checked images; nan counts as
+    infinite.
+    """
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
         if a is not None:
-            error = ((a[:len(e)].double() - e).abs().max() / e.abs().max()).item()
+            error = ((a[: len(e)].double() - e).abs().max() / e.abs().max()).item()
             worst = max(worst, error if error == error else float("inf"))
     return worst
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or the host's memory was too small; the host's allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether a GPU's or the host's memory was too small; the host's allocator raises a plain
+    RuntimeError.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
@@ -134,24 +167,40 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
     grad_out = torch.randn(args.batch, args.tokens, channels, device=args.device)
     contenders = all_rivals(xz, forward, backward)
     if train and not args.slow:
-        contenders = {name: rival for name, rival in contenders.items() if name not in SLOW_TO_TRAIN}
+        contenders = {
+            name: rival for name, rival in contenders.items() if name not in SLOW_TO_TRAIN
+        }
 
     # a gradient from the checked images alone, so that the weights' gradients are theirs too
     checked_grad = grad_out.clone()
     checked_grad[CHECKED:] = 0
-    exact = [BranchParams(*(p.detach().double().requires_grad_() for p in params)) for params in (forward, backward)]
-    expected = gradients(rivals.sequential_loop, xz[:CHECKED].double(), *exact, grad_out[:CHECKED].double())
+    exact = [
+        BranchParams(*(p.detach().double().requires_grad_() for p in params))
+        for params in (forward, backward)
+    ]
+    expected = gradients(
+        rivals.sequential_loop, xz[:CHECKED].double(), *exact, grad_out[:CHECKED].double()
+    )
     results, calls = {}, {}
     for name, rival in contenders.items():
-        call = (partial(gradients, rival, xz, forward, backward, grad_out) if train else
-                torch.no_grad()(partial(rival, xz, forward, backward)))
+        call = (
+            partial(gradients, rival, xz, forward, backward, grad_out)
+            if train
+            else torch.no_grad()(partial(rival, xz, forward, backward))
+        )
         try:
-            error = worst_error(gradients(rival, xz, forward, backward, checked_grad) if train else [call()],
-                                expected if train else expected[:1])
+            error = worst_error(
+                gradients(rival, xz, forward, backward, checked_grad) if train else [call()],
+                expected if train else expected[:1],
+            )
         except (RuntimeError, MemoryError) as failure:
             if name.startswith("backend ") and not out_of_memory(failure):
                 raise  # of our own
-            reason = "does not fit the memory" if out_of_memory(failure) else f"fails ({first_line(failure)})"
+            reason = (
+                "does not fit the memory"
+                if out_of_memory(failure)
+                else f"fails ({first_line(failure)})"
+            )
             print(f"left out: {name} {reason}", file=sys.stderr)
             continue
         results[name], calls[name] = {"error": error}, call
@@ -168,8 +217,12 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
 def block_products(args: argparse.Namespace, train: bool) -> Callable[[], object]:
     """The mixer's in_proj and out_proj alone, with their backward products when training."""
     dtype, width = PRECISIONS[args.precision], args.width
-    x = torch.randn(args.batch, args.tokens, width, device=args.device, dtype=dtype, requires_grad=train)
-    y = torch.randn(args.batch, args.tokens, 2 * width, device=args.device, dtype=dtype, requires_grad=train)
+    x = torch.randn(
+        args.batch, args.tokens, width, device=args.device, dtype=dtype, requires_grad=train
+    )
+    y = torch.randn(
+        args.batch, args.tokens, 2 * width, device=args.device, dtype=dtype, requires_grad=train
+    )
     in_proj = torch.nn.Linear(width, 4 * width, bias=False, device=args.device, dtype=dtype)
     out_proj = torch.nn.Linear(2 * width, width, bias=False, device=args.device, dtype=dtype)
     grads = torch.ones(*x.shape[:2], 4 * width, device=args.device, dtype=dtype), torch.ones_like(x)
@@ -178,7 +231,9 @@ def block_products(args: argparse.Namespace, train: bool) -> Callable[[], object
         with torch.set_grad_enabled(train):
             outputs = in_proj(x), out_proj(y)
             if train:
-                torch.autograd.grad(outputs, (x, y, *in_proj.parameters(), *out_proj.parameters()), grads)
+                torch.autograd.grad(
+                    outputs, (x, y, *in_proj.parameters(), *out_proj.parameters()), grads
+                )
 
     return call
 
@@ -191,16 +246,32 @@ def table(results: dict[str, dict], fastest: str) -> str:
         if "ms" not in r or "ms" not in base:
             rows.append((name, "WRONG" if "ms" not in r else f"{r['ms']:.1f}", "", "", "", error))
             continue
-        rows.append((name, f"{r['ms']:.1f}", f"{r['ms'] / base['ms']:.2f}", f"{r['cpu_ms']:.1f}",
-                     f"{r['cpu_ms'] / base['cpu_ms']:.2f}", error, r["samples"], r["disturbed"]))
+        rows.append(
+            (
+                name,
+                f"{r['ms']:.1f}",
+                f"{r['ms'] / base['ms']:.2f}",
+                f"{r['cpu_ms']:.1f}",
+                f"{r['cpu_ms'] / base['cpu_ms']:.2f}",
+                error,
+                r["samples"],
+                r["disturbed"],
+            )
+        )
     headers = ("", "ms", f"x {fastest}", "processor ms", "x", "worst error", "samples", "disturbed")
     return tabulate(rows, headers, disable_numparse=True, stralign="right")
 
 
 def main() -> None:
     args = parse_args()
-    record = {**records.head("ops.py", args.device, *rivals.PACKAGES), "precision": args.precision, "batch": args.batch,
-              "tokens": args.tokens, "channels": 2 * args.width, "states": args.states}
+    record = {
+        **records.head("ops.py", args.device, *rivals.PACKAGES),
+        "precision": args.precision,
+        "batch": args.batch,
+        "tokens": args.tokens,
+        "channels": 2 * args.width,
+        "states": args.states,
+    }
     wrong = []
     for name, train in (("forward", False), ("forward + backward", True)):
         if args.passes not in ("both", "train" if train else "forward"):
@@ -208,14 +279,21 @@ def main() -> None:
         record[name] = measure(args, train)
         ours = next((rival for rival in record[name] if rival.startswith("backend ")), None)
         if ours is None:
-            raise UserError(f"{name}: no backend fits the memory at --batch {args.batch}; give a smaller one")
-        print(f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, {args.precision}, "
-              f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}")
+            raise UserError(
+                f"{name}: no backend fits the memory at --batch {args.batch}; give a smaller one"
+            )
+        print(
+            f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, "
+            f"{args.precision}, "
+            f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}"
+        )
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
     if args.output:
         write_json(args.output, record)
     if wrong:
-        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+        raise UserError(
+            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The re-arrangement of kept before dropped tokens: one gather over the batch against a Python loop over images.
+"""The re-arrangement of kept before dropped tokens: one gather over the batch against a Python loop
+over images.
 
     python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384] [--output FILE]
 
-Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has read), the policy and
-the original indexes. Both are timed in turn, forward alone and forward + backward, which is how training uses it; the
-speed is printed only if both give the same tokens and the same gradients.
+Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has
+read), the policy and the original indexes. Both are timed in turn, forward alone and forward +
+backward, which is how training uses it; the speed is printed only if both give the same tokens and
+the same gradients.
 """
 
 import statistics
@@ -32,8 +34,8 @@ def by_image(policy, sequence, origin, middle):
         kept, dropped = policy[image].nonzero()[:, 0], (policy[image] == 0).nonzero()[:, 0]
         order, place = torch.cat([kept, dropped]), len(kept) // 2
         tokens = sequence[image]
-        patches = torch.cat([tokens[:middle], tokens[middle + 1:]])[order]
-        sequences.append(torch.cat([patches[:place], tokens[middle:middle + 1], patches[place:]]))
+        patches = torch.cat([tokens[:middle], tokens[middle + 1 :]])[order]
+        sequences.append(torch.cat([patches[:place], tokens[middle : middle + 1], patches[place:]]))
         policies.append(policy[image][order])
         origins.append(origin[image][order])
     return torch.stack(sequences), torch.stack(policies), torch.stack(origins)
@@ -55,7 +57,9 @@ def main():
     args = arguments.parse(parser)
     torch.manual_seed(0)
     policy = (torch.rand(args.batch, args.patches, device=args.device) < 0.7).float()
-    sequence = torch.randn(args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True)
+    sequence = torch.randn(
+        args.batch, args.patches + 1, args.width, device=args.device, requires_grad=True
+    )
     origin = torch.arange(args.patches, device=args.device).expand(args.batch, -1)
     inputs = (policy, sequence, origin, args.patches // 2)
     weight = torch.randn_like(sequence)
@@ -78,9 +82,14 @@ def main():
             for name, function in ways.items():
                 times[name].append(seconds(run, function, args.device))
         medians = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
-        record[what] = {"ms": medians, "ratio": medians["loop over images"] / medians["whole batch"]}
-    rows = [[what, *(f"{value:.2f}" for value in measured["ms"].values()), f"{measured['ratio']:.1f}"]
-            for what, measured in record.items()]
+        record[what] = {
+            "ms": medians,
+            "ratio": medians["loop over images"] / medians["whole batch"],
+        }
+    rows = [
+        [what, *(f"{value:.2f}" for value in measured["ms"].values()), f"{measured['ratio']:.1f}"]
+        for what, measured in record.items()
+    ]
     print(tabulate(rows, headers=["ms, median", *ways, "ratio"]))
     print("tokens and gradients equal to the last bit")
     if args.output:

@@ -16,8 +16,15 @@ def head(script: str, device: str, *packages: str) -> dict[str, Any]:
     device: "cpu" or "cuda"; packages: rivals whose versions count too.
     """
     environment = describe_environment(*packages)
-    name = (torch.cuda.get_device_name() if device == "cuda" else
-            f"{environment['cpu']}, {torch.backends.cpu.get_cpu_capability()}")
-    return {"command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "device": name, "threads": torch.get_num_threads(), "environment": environment}
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{environment['cpu']}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "environment": environment,
+    }

@@ -1,11 +1,11 @@
 """The selective scan of one Mamba mixer by other means, for `benchmarks/ops.py`.
 
-Each entry is a function (xz [B, L, 2E], forward, backward) -> y [B, L, E] that computes what `bidirectional_ssm` does
-with scale 0.5. B images, L tokens, E inner channels, N states, R step rank.
+Each entry is a function (xz [B, L, 2E], forward, backward) -> y [B, L, E] that computes what
+`bidirectional_ssm` does with scale 0.5. B images, L tokens, E inner channels, N states, R step
+rank.
 """
 
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ def sequential_loop(xz: Tensor, forward: BranchParams, backward: BranchParams) -
 
 
 def with_core(core: Core) -> Rival:
-    """Both directions around `core`: (u, delta [B, L, E], A [E, N], B, C [B, L, N]) -> y [B, L, E] without skip."""
+    """Both directions around `core`: (u, delta [B, L, E], A [E, N], B, C [B, L, N]) -> y [B, L, E]
+    without skip.
+    """
 
     def rival(xz: Tensor, forward: BranchParams, backward: BranchParams) -> Tensor:
         total = 0
@@ -42,7 +44,9 @@ def with_core(core: Core) -> Rival:
 
 
 def einsum_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The usual way to write it: all decays and inputs first, as [B, E, L, N], then a loop over their slices."""
+    """The usual way to write it: all decays and inputs first, as [B, E, L, N], then a loop over
+    their slices.
+    """
     u, delta = u.transpose(1, 2), delta.transpose(1, 2)
     decay = torch.exp(torch.einsum("bel,en->beln", delta, A))
     inputs = torch.einsum("bel,bln,bel->beln", delta, B, u)
@@ -53,7 +57,9 @@ def einsum_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Te
     return torch.stack(outputs, 1)
 
 
-def chunk_steps(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_steps(
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
     """A few steps from `state` [B, E, N]: (y of these steps, the state behind them)."""
     decay = torch.exp(delta.unsqueeze(-1) * A)
     inputs = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
@@ -83,7 +89,7 @@ def compiled_chunks() -> Core:
     return chunked(torch.compile(chunk_steps, dynamic=False))
 
 
-def mambapy_scan() -> Optional[Core]:
+def mambapy_scan() -> Core | None:
     """mambapy's parallel scan, or None where it is not installed."""
     try:
         from mambapy.pscan import pscan
@@ -98,8 +104,10 @@ def mambapy_scan() -> Optional[Core]:
     return core
 
 
-def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Optional[Rival]:
-    """transformers' Mamba mixer without its input and output projections, or None where it is not installed."""
+def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Rival | None:
+    """transformers' Mamba mixer without its input and output projections, or None where it is not
+    installed.
+    """
     try:
         from transformers import MambaConfig
         from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -110,12 +118,25 @@ def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Optiona
 
     def mixer_of(params: BranchParams) -> nn.Module:
         channels, states = params.A.shape
-        mixer = MambaMixer(MambaConfig(hidden_size=channels // 2, state_size=states, use_conv_bias=True,
-                                       time_step_rank=params.dt_proj_weight.shape[1]), layer_idx=0)
+        mixer = MambaMixer(
+            MambaConfig(
+                hidden_size=channels // 2,
+                state_size=states,
+                use_conv_bias=True,
+                time_step_rank=params.dt_proj_weight.shape[1],
+            ),
+            layer_idx=0,
+        )
         mixer.in_proj = mixer.out_proj = projection
-        weights = {"conv1d.weight": params.conv_weight.unsqueeze(1), "conv1d.bias": params.conv_bias,
-                   "x_proj.weight": params.x_proj_weight, "dt_proj.weight": params.dt_proj_weight,
-                   "dt_proj.bias": params.dt_proj_bias, "A_log": torch.log(-params.A), "D": params.D}
+        weights = {
+            "conv1d.weight": params.conv_weight.unsqueeze(1),
+            "conv1d.bias": params.conv_bias,
+            "x_proj.weight": params.x_proj_weight,
+            "dt_proj.weight": params.dt_proj_weight,
+            "dt_proj.bias": params.dt_proj_bias,
+            "A_log": torch.log(-params.A),
+            "D": params.D,
+        }
         with torch.no_grad():
             for name, value in weights.items():
                 mixer.get_parameter(name).copy_(value)

@@ -1,12 +1,14 @@
-"""What saving costs: training throughput with a save every minute against training without, from a run that does both.
+"""What saving costs: training throughput with a save every minute against training without, from a
+run that does both.
 
     python benchmarks/saving.py [--device cpu|cuda] [--model vim_tiny] [--batch 16] [--saves 20] [--output FILE]
 
-Every training step is timed. A window begins with a save and ends a few steps after the background thread is done; what
-it lost is the time of the call that saves, and what its steps took beyond the median of the undisturbed steps on either
-side. Beside each save, in random order, stands a control: a window of as many steps in which nothing is saved, so that
-what the machine loses by itself shows, and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and at
-the upper quartile of the losses; it is printed only if every save, read back, is whole and equals what was saved.
+Every training step is timed. A window begins with a save and ends a few steps after the background
+thread is done; what it lost is the time of the call that saves, and what its steps took beyond the
+median of the undisturbed steps on either side. Beside each save, in random order, stands a control:
+a window of as many steps in which nothing is saved, so that what the machine loses by itself shows,
+and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and at the upper quartile of
+the losses; it is printed only if every save, read back, is whole and equals what was saved.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def endless(data: Data) -> Iterator[Batch]:
         epoch += 1
 
 
-def stepper(run: Training, data: Data, args: argparse.Namespace, alone: Distributed) -> Callable[[], float]:
+def stepper(
+    run: Training, data: Data, args: argparse.Namespace, alone: Distributed
+) -> Callable[[], float]:
     """A function that does one training step; -> its seconds."""
     batches = endless(data)
 
@@ -70,7 +74,9 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        )
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(equal, a, b))
     return a == b
@@ -79,13 +85,19 @@ def equal(a: Any, b: Any) -> bool:
 def check_saved(path: Path, expected: dict[str, Any]) -> None:
     """End without a ratio unless `path` is whole and holds `expected`."""
     found = load_checkpoint(path) if is_intact(path) else {}
-    wrong = [name for name in expected if name not in found or not equal(found[name], expected[name])]
+    wrong = [
+        name for name in expected if name not in found or not equal(found[name], expected[name])
+    ]
     if wrong:
-        raise UserError(f"no ratio is reported: {', '.join(wrong)} of {path.name} is not what was saved")
+        raise UserError(
+            f"no ratio is reported: {', '.join(wrong)} of {path.name} is not what was saved"
+        )
 
 
 def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[float, list[float]]:
-    """Save and go on until nothing of it is left; -> seconds of the call that saves, and of each step."""
+    """Save and go on until nothing of it is left; -> seconds of the call that saves, and of each
+    step.
+    """
     begin = time.perf_counter()
     saver.save(Averages())
     blocked, steps = time.perf_counter() - begin, []
@@ -96,10 +108,14 @@ def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[floa
 
 
 def measure(step: Callable[[], float], saver: resume.Saver, saves: int) -> list[dict[str, Any]]:
-    """`saves` windows of saves and as many controls, by twos; -> of each its kind, length and seconds lost."""
+    """`saves` windows of saves and as many controls, by twos; -> of each its kind, length and
+    seconds lost.
+    """
     for _ in range(MARGIN):
         step()  # the first ones are slow
-    expected_steps = len(window_of_save(step, saver)[1])  # no previous file had to be verified: it does not count
+    expected_steps = len(
+        window_of_save(step, saver)[1]
+    )  # no previous file had to be verified: it does not count
     order = random.Random(0)
     kinds = [kind for _ in range(saves) for kind in order.sample(("save", "control"), 2)]
     before, windows = [step() for _ in range(MARGIN)], []
@@ -112,8 +128,14 @@ def measure(step: Callable[[], float], saver: resume.Saver, saves: int) -> list[
         else:
             steps = [step() for _ in range(expected_steps)]
         after = [step() for _ in range(MARGIN)]
-        windows.append({"kind": kind, "steps": len(steps), "blocked_s": blocked,
-                        "lost_s": blocked + lost_seconds(before, steps, after)})
+        windows.append(
+            {
+                "kind": kind,
+                "steps": len(steps),
+                "blocked_s": blocked,
+                "lost_s": blocked + lost_seconds(before, steps, after),
+            }
+        )
         before = after
     return windows
 
@@ -124,13 +146,22 @@ def lost_seconds(before: Sequence[float], steps: Sequence[float], after: Sequenc
 
 
 def summary(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Quartiles of the seconds lost, of saves, controls and their differences pair by pair, and the ratios."""
-    lost = {kind: [window["lost_s"] for window in windows if window["kind"] == kind] for kind in ("save", "control")}
+    """Quartiles of the seconds lost, of saves, controls and their differences pair by pair, and the
+    ratios.
+    """
+    lost = {
+        kind: [window["lost_s"] for window in windows if window["kind"] == kind]
+        for kind in ("save", "control")
+    }
     lost["difference"] = [a - b for a, b in zip(lost["save"], lost["control"], strict=True)]
-    quartiles = {kind: statistics.quantiles(values, n=4, method="inclusive") for kind, values in lost.items()}
+    quartiles = {
+        kind: statistics.quantiles(values, n=4, method="inclusive") for kind, values in lost.items()
+    }
     _, median, upper = quartiles["difference"]
-    return {"quartiles_of_lost_s": quartiles, "ratio": {"median": 60 / (60 + median),
-                                                        "upper_quartile_of_loss": 60 / (60 + upper)}}
+    return {
+        "quartiles_of_lost_s": quartiles,
+        "ratio": {"median": 60 / (60 + median), "upper_quartile_of_loss": 60 / (60 + upper)},
+    }
 
 
 def main() -> None:
@@ -144,8 +175,22 @@ def main() -> None:
         parser.error(f"--saves {given.saves}: quartiles need 2 or more")
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
-        args = options.parse(["--model", given.model, "--input-size", str(given.input_size), "--batch-size",
-                              str(given.batch), "--num-workers", "0", "--device", given.device, "--output_dir", folder])
+        args = options.parse(
+            [
+                "--model",
+                given.model,
+                "--input-size",
+                str(given.input_size),
+                "--batch-size",
+                str(given.batch),
+                "--num-workers",
+                "0",
+                "--device",
+                given.device,
+                "--output_dir",
+                folder,
+            ]
+        )
         alone = Distributed(torch.device(given.device))
         data = build_data(args, model_image_size(args))
         run = build_training(args, data, alone)
@@ -156,14 +201,24 @@ def main() -> None:
     result = summary(windows)
     for kind, (lower, median, upper) in result["quartiles_of_lost_s"].items():
         print(f"{kind:>10}: {median:.3f} s lost (quartiles {lower:.3f} to {upper:.3f})")
-    print(f"a save of {size / 1e6:.0f} MB every minute: {result['ratio']['median']:.4f} of the throughput without, "
-          f"{result['ratio']['upper_quartile_of_loss']:.4f} at the upper quartile of the loss; {given.saves} saves, "
-          "each read back and equal to what was saved")
+    print(
+        f"a save of {size / 1e6:.0f} MB every minute: {result['ratio']['median']:.4f} of the "
+        "throughput without, "
+        f"{result['ratio']['upper_quartile_of_loss']:.4f} at the upper quartile of the loss; "
+        f"{given.saves} saves, "
+        "each read back and equal to what was saved"
+    )
     if given.output:
-        write_json(given.output, {
-            **records.head("saving.py", given.device),
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-            "checkpoint_bytes": size, **result, "windows": windows})
+        write_json(
+            given.output,
+            {
+                **records.head("saving.py", given.device),
+                "load_average": {"before": load_before, "after": os.getloadavg()},
+                "checkpoint_bytes": size,
+                **result,
+                "windows": windows,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ _STAT = Path("/proc/stat")
 
 def _busy_seconds() -> float:
     """Processor time that all processes together have used since the start of the machine."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:])
+    user, nice, system, _, _, irq, softirq, *_ = map(
+        int, _STAT.read_text().split("\n", 1)[0].split()[1:]
+    )
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def sample(call: Callable[[], object], device: str) -> tuple[float, float, float]:
-    """One call: (seconds, processor seconds, share of the machine that other processes used; 0 where unknown).
+    """One call: (seconds, processor seconds, share of the machine that other processes used; 0
+    where unknown).
 
-    Processor seconds hardly depend on what else runs, but with several threads they include waiting at barriers.
+    Processor seconds hardly depend on what else runs, but with several threads they include waiting
+    at barriers.
     """
     watch = device == "cpu" and _STAT.exists()
     before, own_before = _busy_seconds() if watch else 0.0, time.process_time()
@@ -40,13 +44,19 @@ def sample(call: Callable[[], object], device: str) -> tuple[float, float, float
     return seconds, own, disturbance
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int, retries: int,
-                long: float = 1.0) -> dict[str, dict]:
-    """Times of all calls, in turn: {name: {"ms", "cpu_ms", "samples", "disturbed"}}, medians over `rounds`.
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    retries: int,
+    long: float = 1.0,
+) -> dict[str, dict]:
+    """Times of all calls, in turn: {name: {"ms", "cpu_ms", "samples", "disturbed"}}, medians over
+    `rounds`.
 
-    A call that takes more than `long` processor seconds is sampled three times. A sample that other processes disturb
-    is redone; after `retries` of these over the run of one call the disturbed ones count too, and are counted in
-    "disturbed".
+    A call that takes more than `long` processor seconds is sampled three times. A sample that other
+    processes disturb is redone; after `retries` of these over the run of one call the disturbed
+    ones count too, and are counted in "disturbed".
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     disturbed, left = dict.fromkeys(calls, 0), dict.fromkeys(calls, retries)
@@ -61,7 +71,12 @@ def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int
                 seconds, own, share = sample(call, device)
             taken[name].append((seconds, own))
             disturbed[name] += share > QUIET
-    return {name: {"ms": statistics.median(seconds for seconds, _ in times) * 1e3,
-                   "cpu_ms": statistics.median(own for _, own in times) * 1e3,
-                   "samples": len(times), "disturbed": disturbed[name]}
-            for name, times in taken.items()}
+    return {
+        name: {
+            "ms": statistics.median(seconds for seconds, _ in times) * 1e3,
+            "cpu_ms": statistics.median(own for _, own in times) * 1e3,
+            "samples": len(times),
+            "disturbed": disturbed[name],
+        }
+        for name, times in taken.items()
+    }

@@ -1,14 +1,16 @@
-"""Training steps: DyVM against the step of the paper's release, and dense Vim against timm's DeiT of equal size.
+"""Training steps: DyVM against the step of the paper's release, and dense Vim against timm's DeiT
+of equal size.
 
     python benchmarks/train.py --output benchmarks/results/train-cpu.json
     python benchmarks/train.py --device cuda --precision bf16 --batch 64
 
-A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like step is the same on
-mamba_ssm's operators, or on the reference ones where that is not installed, and re-arranges tokens image by image as
-the release does; on a GPU the reference operators recompute each layer in the backward pass, or nothing would fit.
-Both get the same weights and the same noise and must come to the same loss and gradient in this very run, and so must
-dense Vim and its step in plain PyTorch, or there is no speed and the command fails. Samples are taken in turn and
-redone while other processes are busy.
+A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like
+step is the same on mamba_ssm's operators, or on the reference ones where that is not installed, and
+re-arranges tokens image by image as the release does; on a GPU the reference operators recompute
+each layer in the backward pass, or nothing would fit. Both get the same weights and the same noise
+and must come to the same loss and gradient in this very run, and so must dense Vim and its step in
+plain PyTorch, or there is no speed and the command fails. Samples are taken in turn and redone
+while other processes are busy.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 from unittest import mock
 
 import timm
@@ -41,33 +43,46 @@ from ops import selective_scan
 from utils.errors import UserError, run_main
 from utils.files import write_json
 
-# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways to do one step.
-# Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a scan without recurrence, one that
-# walks the wrong way, or one that ignores its mask. fp16 rounds 8 times finer than bf16.
+# Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways
+# to do one step. Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a
+# scan without recurrence, one that walks the wrong way, or one that ignores its mask. fp16 rounds 8
+# times finer than bf16.
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 Step = Callable[[], list[Tensor]]
 
 
 class Part(NamedTuple):
     steps: dict[str, Step]
-    errors: Callable[[], dict[str, float]]  # `difference` of each step that has something to be compared with
+    errors: Callable[
+        [], dict[str, float]
+    ]  # `difference` of each step that has something to be compared with
 
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.build_parser("train.py", __doc__)
     parser.add_argument("--parts", nargs="+", default=["dyvm", "dense"], choices=PARTS)
-    parser.add_argument("--dyvm-model", type=arguments.dense_model_name, help="default: vim_small on a GPU, else "
-                        "vim_micro: the reference operators keep every state of the scans")
+    parser.add_argument(
+        "--dyvm-model",
+        type=arguments.dense_model_name,
+        help="default: vim_small on a GPU, else "
+        "vim_micro: the reference operators keep every state of the scans",
+    )
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
-    parser.add_argument("--batch", type=options.positive, help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
-                        "part as long as the GPU's memory does not hold it")
+    parser.add_argument(
+        "--batch",
+        type=options.positive,
+        help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
+        "part as long as the GPU's memory does not hold it",
+    )
     arguments.add_profile(parser)
     arguments.add_precision(parser)
     arguments.add_seconds(parser, 30.0)
     arguments.add_retries(parser, 10)
     args = arguments.parse(parser)
     on_gpu = args.device == "cuda"
-    args.release_backend = "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
+    args.release_backend = (
+        "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
+    )
     # A GPU cannot hold the states that the reference operators keep for all layers at once.
     args.release_checkpointing = on_gpu and args.release_backend == "reference"
     args.dyvm_model = args.dyvm_model or ("vim_small" if on_gpu else "vim_micro")
@@ -89,16 +104,25 @@ def take_by_image(tokens: Tensor, index: Tensor) -> Tensor:
 
 @contextmanager
 def release_like(name: str) -> Iterator[None]:
-    """Within this context, DyVM runs on the backend `name` and re-arranges its tokens image by image."""
-    with checking.backend(name), mock.patch.object(backbone, "kept_first", kept_first_by_image), \
-            mock.patch.object(backbone, "take", take_by_image):
+    """Within this context, DyVM runs on the backend `name` and re-arranges its tokens image by
+    image.
+    """
+    with (
+        checking.backend(name),
+        mock.patch.object(backbone, "kept_first", kept_first_by_image),
+        mock.patch.object(backbone, "take", take_by_image),
+    ):
         yield
 
 
 def build_pair(args: argparse.Namespace) -> tuple[DynamicVisionMamba, VisionMamba]:
-    """Student and teacher of the same weights; noise alone decides, and keeps what the budget asks for."""
+    """Student and teacher of the same weights; noise alone decides, and keeps what the budget asks
+    for.
+    """
     teacher = timm.create_model(args.dyvm_model).to(args.device).eval().requires_grad_(False)
-    student = timm.create_model(f"dyvm_{args.dyvm_model}", token_keep=TOKEN_KEEP).to(args.device).train()
+    student = (
+        timm.create_model(f"dyvm_{args.dyvm_model}", token_keep=TOKEN_KEEP).to(args.device).train()
+    )
     student.load_state_dict(teacher.state_dict(), strict=False)
     with torch.no_grad():
         for layer in student.layers:
@@ -110,18 +134,28 @@ def build_pair(args: argparse.Namespace) -> tuple[DynamicVisionMamba, VisionMamb
 
 def draw_noise(model: DynamicVisionMamba, images: int, device: str) -> dict[str, Tensor]:
     """Noise for one forward pass, for `sampling.replay`."""
+
     def gumbel(*shape: int) -> Tensor:
         return sampling.gumbel_like(torch.empty(shape, device=device), "")
 
-    noise = {f"token.stage{s}": gumbel(images, model.num_patches, 2) for s in range(len(model.pruning_layers))}
+    noise = {
+        f"token.stage{s}": gumbel(images, model.num_patches, 2)
+        for s in range(len(model.pruning_layers))
+    }
     for i in range(model.depth):
         noise |= {f"router.layer{i}.gumbels{part}": gumbel(images, 2) for part in (1, 2)}
     return noise
 
 
-def train_step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer,
-               args: argparse.Namespace) -> list[Tensor]:
-    """One step; -> the loss and every gradient. The learning rate is 0, so that every step is the same."""
+def train_step(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+) -> list[Tensor]:
+    """One step; -> the loss and every gradient. The learning rate is 0, so that every step is the
+    same.
+    """
     model.zero_grad(set_to_none=True)
     with arguments.autocast(args):
         loss = loss_of()
@@ -137,7 +171,9 @@ def dyvm_part(args: argparse.Namespace) -> Part:
     images = random_images(args.batch, model.patch_embed.img_size, args.device)
     targets = torch.softmax(torch.randn(args.batch, model.num_classes, device=args.device), dim=1)
     noise = draw_noise(model, args.batch, args.device)
-    criterion = DynamicLoss(SoftTargetCrossEntropy(), token_keep=model.token_keep, block_keep=BLOCK_KEEP)
+    criterion = DynamicLoss(
+        SoftTargetCrossEntropy(), token_keep=model.token_keep, block_keep=BLOCK_KEEP
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def loss_of() -> Tensor:
@@ -169,7 +205,9 @@ def dyvm_part(args: argparse.Namespace) -> Part:
             expected = release()
         with checking.decisions_replayed(model, decided):
             actual = ours()
-        return dict.fromkeys(steps, difference(actual, expected))  # nobody knows which of the two is wrong
+        return dict.fromkeys(
+            steps, difference(actual, expected)
+        )  # nobody knows which of the two is wrong
 
     return Part(steps, errors)
 
@@ -177,8 +215,8 @@ def dyvm_part(args: argparse.Namespace) -> Part:
 def dense_part(args: argparse.Namespace) -> Part:
     """Vim, DeiT, and Vim on the mamba_ssm backend where that is installed.
 
-    Vim is compared with its step on the lean PyTorch backend, for the first images: the definition would take longer
-    than everything that is timed, and the tests hold one against the other.
+    Vim is compared with its step on the lean PyTorch backend, for the first images: the definition
+    would take longer than everything that is timed, and the tests hold one against the other.
     """
     torch.manual_seed(0)
     name = SIZES[args.dense_size]
@@ -186,26 +224,35 @@ def dense_part(args: argparse.Namespace) -> Part:
     targets = torch.softmax(torch.randn(args.batch, 1000, device=args.device), dim=1)
     criterion = SoftTargetCrossEntropy()
 
-    def step_of(model: nn.Module, backend: Optional[str] = None, count: int = args.batch) -> Step:
+    def step_of(model: nn.Module, backend: str | None = None, count: int = args.batch) -> Step:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
         def step() -> list[Tensor]:
             with checking.backend(backend):
-                return train_step(model, lambda: criterion(logits_of(model(images[:count])), targets[:count]),
-                                  optimizer, args)
+                return train_step(
+                    model,
+                    lambda: criterion(logits_of(model(images[:count])), targets[:count]),
+                    optimizer,
+                    args,
+                )
 
         return step
 
     vim = timm.create_model(f"vim_{name}").to(args.device).train()
     deit = timm.create_model(f"deit_{name}_patch16_224").to(args.device).train()
-    backends: dict[str, Optional[str]] = {f"Vim-{args.dense_size}": None}
+    backends: dict[str, str | None] = {f"Vim-{args.dense_size}": None}
     if args.device == "cuda" and args.release_backend == "mamba_ssm":
         backends[f"Vim-{args.dense_size}, mamba_ssm"] = "mamba_ssm"
 
     def errors() -> dict[str, float]:
-        fastest = next(b for b in selective_scan.PREFERENCE if selective_scan.runs_on(b, args.device))
+        fastest = next(
+            b for b in selective_scan.PREFERENCE if selective_scan.runs_on(b, args.device)
+        )
         expected = step_of(vim, "torch" if fastest != "torch" else "reference", CHECKED)()
-        return {name: difference(step_of(vim, backend, CHECKED)(), expected) for name, backend in backends.items()}
+        return {
+            name: difference(step_of(vim, backend, CHECKED)(), expected)
+            for name, backend in backends.items()
+        }
 
     steps = {name: step_of(vim, backend) for name, backend in backends.items()}
     return Part(steps | {f"DeiT-{args.dense_size}": step_of(deit)}, errors)
@@ -216,32 +263,54 @@ PARTS = {"dyvm": dyvm_part, "dense": dense_part}
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Largest relative difference of any of the tensors, in the Frobenius norm; infinite for NaN."""
-    errors = torch.stack([(a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-12)
-                          for a, e in zip(actual, expected, strict=True)])
+    errors = torch.stack(
+        [
+            (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-12)
+            for a, e in zip(actual, expected, strict=True)
+        ]
+    )
     return errors.nan_to_num(nan=float("inf")).max().item()
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}, without the steps that are wrong."""
+    """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}, without the steps that
+    are wrong.
+    """
     steps, errors = PARTS[name](args)
     found = errors()
     wrong = [step for step, error in found.items() if not error <= TOLERANCES[args.precision]]
     for step in wrong:
         del steps[step]
-        print(f"no speed: loss or gradient of {step} are wrong by {found[step]:.1e}, allowed is "
-              f"{TOLERANCES[args.precision]}", file=sys.stderr)
-    record: dict[str, Any] = {"model": args.dyvm_model if name == "dyvm" else args.dense_size, "batch": args.batch,
-                              "errors": found, "wrong": wrong, "memory": {}, "steps": {}}
+        print(
+            f"no speed: loss or gradient of {step} are wrong by {found[step]:.1e}, allowed is "
+            f"{TOLERANCES[args.precision]}",
+            file=sys.stderr,
+        )
+    record: dict[str, Any] = {
+        "model": args.dyvm_model if name == "dyvm" else args.dense_size,
+        "batch": args.batch,
+        "errors": found,
+        "wrong": wrong,
+        "memory": {},
+        "steps": {},
+    }
     if not steps:
         return record
     for step in steps.values():
         step()
     record["memory"] = {name: peak_memory(step, args.device) for name, step in steps.items()}
     if args.profile:
-        record["hotspots"] = {name: hotspots.hotspots(step, args.device) for name, step in steps.items()
-                              if not name.startswith("release-like")}  # a profile of its many kernels takes minutes
-    rounds = max(3, int(args.seconds / sum(timing.sample(step, args.device)[0] for step in steps.values())))
-    record["steps"] = timing.interleaved(steps, args.device, rounds, args.retries, long=float("inf"))
+        record["hotspots"] = {
+            name: hotspots.hotspots(step, args.device)
+            for name, step in steps.items()
+            if not name.startswith("release-like")
+        }  # a profile of its many kernels takes minutes
+    rounds = max(
+        3, int(args.seconds / sum(timing.sample(step, args.device)[0] for step in steps.values()))
+    )
+    record["steps"] = timing.interleaved(
+        steps, args.device, rounds, args.retries, long=float("inf")
+    )
     return record
 
 
@@ -266,13 +335,37 @@ def table(record: dict[str, Any]) -> str:
     for name, row in record["steps"].items():
         memory = record["memory"][name]
         error = record["errors"].get(name)
-        rows.append([name, f"{row['ms']:.1f}", f"{1e3 * record['batch'] / row['ms']:.1f}",
-                     f"{row['ms'] / base['ms']:.2f}", f"{row['cpu_ms'] / base['cpu_ms']:.2f}", mebibytes(memory),
-                     f"{memory / base_memory:.2f}" if memory and base_memory else "-", row["samples"],
-                     row["disturbed"], "-" if error is None else f"{error:.1e}"])
-    headers = ["", "ms", "images/s", "time, x first", "processor time, x", "peak MiB", "memory, x", "samples",
-               "disturbed", "error"]
-    lines = [tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))]
+        rows.append(
+            [
+                name,
+                f"{row['ms']:.1f}",
+                f"{1e3 * record['batch'] / row['ms']:.1f}",
+                f"{row['ms'] / base['ms']:.2f}",
+                f"{row['cpu_ms'] / base['cpu_ms']:.2f}",
+                mebibytes(memory),
+                f"{memory / base_memory:.2f}" if memory and base_memory else "-",
+                row["samples"],
+                row["disturbed"],
+                "-" if error is None else f"{error:.1e}",
+            ]
+        )
+    headers = [
+        "",
+        "ms",
+        "images/s",
+        "time, x first",
+        "processor time, x",
+        "peak MiB",
+        "memory, x",
+        "samples",
+        "disturbed",
+        "error",
+    ]
+    lines = [
+        tabulate(
+            rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
+        )
+    ]
     for name, found in record.get("hotspots", {}).items():
         lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
     return "\n".join(lines)
@@ -281,19 +374,26 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_args()
     record: dict[str, Any] = {
-        **records.head("train.py", args.device), "precision": args.precision,
-        "release_checkpointing": args.release_checkpointing}
+        **records.head("train.py", args.device),
+        "precision": args.precision,
+        "release_checkpointing": args.release_checkpointing,
+    }
     for part in args.parts:
         record[part] = measure_fitting(part, args)
-        print(f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, {args.precision}, "
-              f"{record['device']}, {record['threads']} threads")
+        print(
+            f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, "
+            f"{args.precision}, "
+            f"{record['device']}, {record['threads']} threads"
+        )
         if record[part]["steps"]:
             print(table(record[part]), flush=True)
         if args.output:
             write_json(args.output, record)
     wrong = [step for part in args.parts for step in record[part]["wrong"]]
     if wrong:
-        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}")
+        raise UserError(
+            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
+        )
 
 
 if __name__ == "__main__":

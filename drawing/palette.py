@@ -12,5 +12,5 @@ SERIES = (BLUE, ORANGE, "#2b9a66", "#8e5bb5", ACCENT, "#17899b", "#8a6d3b", "#5b
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
-    """"#rrggbb" as three numbers."""
+    """ "#rrggbb" as three numbers."""
     return tuple(bytes.fromhex(colour[1:]))

@@ -1,11 +1,13 @@
-"""Pictures of what the model decided for an image, exact to the pixel: which patches are left after each stage.
+"""Pictures of what the model decided for an image, exact to the pixel: which patches are left after
+each stage.
 
-M patches on a square grid, k kept patches, S stages, n class or register tokens, B images; H, W pixels.
+M patches on a square grid, k kept patches, S stages, n class or register tokens, B images; H, W
+pixels.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from models.backbone import PatchEmbed
 
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
-# A dropped patch keeps a fifth of its contrast, on slate: it shows on dark, on bright and on grey images.
+# A dropped patch keeps a fifth of its contrast, on slate: it shows on dark, on bright and on grey
+# images.
 DIMMED = 0.2
 VEIL = np.array([100, 116, 146])
 # What lies outside the model's crop fades into the paper.
@@ -29,7 +32,10 @@ GAP = 2  # pixels between the panels of `decision_picture`
 def to_pixels(images: Tensor) -> np.ndarray:
     """Undo the normalisation: [B, 3, H, W] -> [B, H, W, 3] uint8."""
     images = images.float().cpu()
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (
+        images.new_tensor(values)[:, None, None]
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     return (pixels * 255).round().to(torch.uint8).numpy()
 
@@ -44,8 +50,11 @@ def patch_edges(patches: PatchEmbed) -> np.ndarray:
     return np.concatenate([[0.0], inner, [(patches.grid - 1) * stride + size]])
 
 
-def patch_of_pixels(patches: PatchEmbed, size: tuple[int, int],
-                    region: Optional[tuple[float, float, float, float]] = None) -> np.ndarray:
+def patch_of_pixels(
+    patches: PatchEmbed,
+    size: tuple[int, int],
+    region: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
     """Patch index of each pixel of an image [H, W], -1 where the model sees nothing.
 
     Args:
@@ -66,26 +75,42 @@ def patch_of_pixels(patches: PatchEmbed, size: tuple[int, int],
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Dim the patches that are not in `kept` [k]: pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W, 3] uint8."""
+    """Dim the patches that are not in `kept` [k]: pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W,
+    3] uint8.
+    """
     kept = np.asarray(kept, dtype=int)
     entries = max(patch_of.max(), kept.max(initial=-1)) + 2  # the last one is that of index -1
-    veil, contrast = np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32), np.full(entries, DIMMED, np.float32)
+    veil, contrast = (
+        np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32),
+        np.full(entries, DIMMED, np.float32),
+    )
     veil[kept], contrast[kept] = 0, 1
     veil[-1], contrast[-1] = 255 * (1 - OUTSIDE), OUTSIDE
     return (pixels * contrast[patch_of][..., None] + veil[patch_of]).round().astype(np.uint8)
 
 
-def decision_picture(images: Tensor, kept: Sequence[Tensor], patches: PatchEmbed, scale: int = 1) -> np.ndarray:
-    """One column an image: the image, then the same with the patches dimmed that each stage has dropped.
+def decision_picture(
+    images: Tensor, kept: Sequence[Tensor], patches: PatchEmbed, scale: int = 1
+) -> np.ndarray:
+    """One column an image: the image, then the same with the patches dimmed that each stage has
+    dropped.
 
-    images [B, 3, H, W] normalised, kept S x [B, k] -> [height, width, 3] uint8; `scale` enlarges small images.
+    images [B, 3, H, W] normalised, kept S x [B, k] -> [height, width, 3] uint8; `scale` enlarges
+    small images.
     """
     pixels = to_pixels(images)
     height, width = pixels.shape[1:3]
     patch_of = patch_of_pixels(patches, (width, height))
-    stages = [[dim_dropped(image, patch_of, chosen) for image, chosen in zip(pixels, stage.cpu().numpy(), strict=True)]
-              for stage in kept]
-    grid = np.stack([pixels, *stages]).repeat(scale, axis=2).repeat(scale, axis=3)  # [S + 1, B, H', W', 3]
+    stages = [
+        [
+            dim_dropped(image, patch_of, chosen)
+            for image, chosen in zip(pixels, stage.cpu().numpy(), strict=True)
+        ]
+        for stage in kept
+    ]
+    grid = (
+        np.stack([pixels, *stages]).repeat(scale, axis=2).repeat(scale, axis=3)
+    )  # [S + 1, B, H', W', 3]
     grid = np.pad(grid, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows, columns, height, width, channels = grid.shape
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
@@ -98,7 +123,7 @@ class Decisions(NamedTuple):
     name: str
     classes: list[tuple[str, float]]  # likeliest first, with their probabilities
     kept: list[np.ndarray]  # per stage: [k] original patch indexes, ascending
-    gates: Optional[np.ndarray]  # [depth, 2], forward and backward; None where nothing is routed
+    gates: np.ndarray | None  # [depth, 2], forward and backward; None where nothing is routed
     flops: float  # `exact`, of this image
     dense_flops: float
     pruning_layers: tuple[int, ...] = ()
@@ -109,7 +134,9 @@ def font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf" / name), max(8, round(size)))
 
 
-def fitted(draw: ImageDraw.ImageDraw, text: str, typeface: ImageFont.FreeTypeFont, width: float) -> str:
+def fitted(
+    draw: ImageDraw.ImageDraw, text: str, typeface: ImageFont.FreeTypeFont, width: float
+) -> str:
     """`text`, its end cut where it is wider than `width`."""
     if draw.textlength(text, typeface) <= width:
         return text
@@ -148,7 +175,9 @@ def strip_layout(size: tuple[int, int]) -> _Layout:
     return _Layout(scale, width, height, max(width, height) / PANEL_SIDE, width <= 1.6 * height)
 
 
-def within(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[Image.Image, tuple[float, ...]]:
+def within(
+    image: Image.Image, region: tuple[float, ...], side: int
+) -> tuple[Image.Image, tuple[float, ...]]:
     """An image and a region of it, reduced so that its longest side is at most `side`."""
     factor = side / max(image.size)
     if factor >= 1:
@@ -159,10 +188,14 @@ def within(image: Image.Image, region: tuple[float, ...], side: int) -> tuple[Im
     return image.resize(size, Image.Resampling.LANCZOS), (left * x, top * y, right * x, bottom * y)
 
 
-def draw_strip(image: Image.Image, region: tuple[float, float, float, float], model, said: Decisions) -> Image.Image:
-    """The input, the tokens left after each stage, the gates, the likeliest classes and the cost of one image.
+def draw_strip(
+    image: Image.Image, region: tuple[float, float, float, float], model, said: Decisions
+) -> Image.Image:
+    """The input, the tokens left after each stage, the gates, the likeliest classes and the cost of
+    one image.
 
-    image: the original, at its own resolution up to MAX_SIDE; region: the part of it that the model sees.
+    image: the original, at its own resolution up to MAX_SIDE; region: the part of it that the model
+        sees.
     """
     image, region = within(image, region, MAX_SIDE)
     layout = strip_layout(image.size)
@@ -171,7 +204,12 @@ def draw_strip(image: Image.Image, region: tuple[float, float, float, float], mo
     patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
     panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in said.kept)]
     u = layout.unit
-    margin, below, info_width, info_height = round(12 * u), round(52 * u), round(300 * u), round(244 * u)
+    margin, below, info_width, info_height = (
+        round(12 * u),
+        round(52 * u),
+        round(300 * u),
+        round(244 * u),
+    )
     panel_width = max(layout.width, round(130 * u))
     step = (panel_width + margin, 0) if layout.in_row else (0, layout.height + below)
     if layout.in_row:
@@ -189,26 +227,44 @@ def draw_strip(image: Image.Image, region: tuple[float, float, float, float], mo
         captions = [f"input: {len(kept)} patches"]
         if index:
             layer, left = said.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
-            captions = [f"stage {index}, before layer {layer}: {left} patches", f"stage {index}: {left} patches",
-                        f"stage {index}: {left}"]
+            captions = [
+                f"stage {index}, before layer {layer}: {left} patches",
+                f"stage {index}: {left} patches",
+                f"stage {index}: {left}",
+            ]
         _draw_caption(draw, (x, y + layout.height), panel_width, u, captions, kept, model)
     _draw_info(draw, origin, info_width, u, said)
     return picture
 
 
 def class_marks(kept: np.ndarray, model) -> list[float]:
-    """Where the class tokens stand among the kept patches [k]: each as a place 0 ... M in raster order."""
+    """Where the class tokens stand among the kept patches [k]: each as a place 0 ... M in raster
+    order.
+    """
     ends = np.append(kept, model.num_patches)
-    return [float(ends[position - i]) for i, position in enumerate(model.layout.positions(len(kept)))]
+    return [
+        float(ends[position - i]) for i, position in enumerate(model.layout.positions(len(kept)))
+    ]
 
 
-def _draw_caption(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, captions: list[str],
-                  kept: np.ndarray, model) -> None:
-    """Below a panel: the first caption that fits, and the token sequence with dropped patches and class tokens."""
+def _draw_caption(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    width: int,
+    u: float,
+    captions: list[str],
+    kept: np.ndarray,
+    model,
+) -> None:
+    """Below a panel: the first caption that fits, and the token sequence with dropped patches and
+    class tokens.
+    """
     x, y = corner
     plain = font(10.5 * u)
     total = model.num_patches
-    caption = next((text for text in captions if draw.textlength(text, plain) <= width), captions[-1])
+    caption = next(
+        (text for text in captions if draw.textlength(text, plain) <= width), captions[-1]
+    )
     draw.text((x, y + 6 * u), fitted(draw, caption, plain, width), rgb(INK), plain)
     top, bottom = y + 30 * u, y + 40 * u
     alive = np.zeros(total, dtype=bool)
@@ -219,10 +275,14 @@ def _draw_caption(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int
     for mark in class_marks(kept, model):
         at = x + mark / total * width
         draw.line((at, top, at, bottom), rgb(ACCENT), max(1, round(1.6 * u)))
-        draw.polygon([(at - 3.4 * u, top - 6 * u), (at + 3.4 * u, top - 6 * u), (at, top)], rgb(ACCENT))
+        draw.polygon(
+            [(at - 3.4 * u, top - 6 * u), (at + 3.4 * u, top - 6 * u), (at, top)], rgb(ACCENT)
+        )
 
 
-def _draw_info(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, said: Decisions) -> None:
+def _draw_info(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, said: Decisions
+) -> None:
     """Name, likeliest classes, gates and cost of an image."""
     x, y = corner
     bold, plain, small = font(12 * u, bold=True), font(10.5 * u), font(9 * u)
@@ -232,8 +292,12 @@ def _draw_info(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u
         full = width - 52 * u
         draw.rectangle((x, top, x + full, top + 15 * u), rgb(FAINT))
         draw.rectangle((x, top, x + full * probability, top + 15 * u), rgb("#b9d3ee"))
-        draw.text((x + 5 * u, top + 1 * u), fitted(draw, name, plain, full - 8 * u), rgb(INK), plain)
-        draw.text((x + width, top + 1 * u), f"{100 * probability:.1f} %", rgb(INK), plain, anchor="ra")
+        draw.text(
+            (x + 5 * u, top + 1 * u), fitted(draw, name, plain, full - 8 * u), rgb(INK), plain
+        )
+        draw.text(
+            (x + width, top + 1 * u), f"{100 * probability:.1f} %", rgb(INK), plain, anchor="ra"
+        )
     top = y + 128 * u
     if said.gates is None:
         draw.text((x, top), "no gates: this model scans every layer both ways", rgb(MUTED), small)
@@ -255,8 +319,12 @@ def _draw_info(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u
         x += 26 * u + draw.textlength(part, small)
 
 
-def _draw_gates(draw: ImageDraw.ImageDraw, corner: tuple[float, float], width: int, u: float, said: Decisions) -> None:
-    """Two rows of cells, forward above backward, one column a layer; a filled cell is a scan that ran."""
+def _draw_gates(
+    draw: ImageDraw.ImageDraw, corner: tuple[float, float], width: int, u: float, said: Decisions
+) -> None:
+    """Two rows of cells, forward above backward, one column a layer; a filled cell is a scan that
+    ran.
+    """
     x, y = corner
     small = font(8.5 * u)
     left = 12 * u
@@ -267,7 +335,11 @@ def _draw_gates(draw: ImageDraw.ImageDraw, corner: tuple[float, float], width: i
         draw.text((x, top), arrow, rgb(colour), small)
         for layer, gate in enumerate(said.gates[:, direction]):
             box = (x + left + layer * cell, top, x + left + (layer + 1) * cell - gap, top + 12 * u)
-            draw.rectangle(box, rgb(colour) if gate > 0.5 else rgb(PAPER), rgb(colour) if gate > 0.5 else rgb(GRID))
+            draw.rectangle(
+                box,
+                rgb(colour) if gate > 0.5 else rgb(PAPER),
+                rgb(colour) if gate > 0.5 else rgb(GRID),
+            )
     for layer in said.pruning_layers:  # a stage drops tokens before this layer
         at = x + left + layer * cell - gap / 2
         draw.line((at, y - 2 * u, at, y + 30 * u), rgb(INK), max(1, round(u)))

@@ -1,4 +1,5 @@
-"""Plots of decisions, of training and of budgets; as PNG files, and as SVG that takes the colours of the page.
+"""Plots of decisions, of training and of budgets; as PNG files, and as SVG that takes the colours
+of the page.
 
 M patches, S stages, C classes.
 """
@@ -9,7 +10,6 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
 
 import matplotlib
 import numpy as np
@@ -24,22 +24,47 @@ from . import palette
 from .palette import ACCENT, BLUE, GRID, INK, MUTED, PAPER, SERIES
 
 STYLE = {
-    "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "text.color": INK,
-    "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": INK, "xtick.color": MUTED,
-    "ytick.color": MUTED, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "font.family": "DejaVu Sans",
-    "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "dyvm", "image.cmap": "viridis",
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "font.family": "DejaVu Sans",
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dyvm",
+    "image.cmap": "viridis",
 }
-# From never to always; the same for gates and for patches. None of the colours is one of the palette: a page in the
-# dark replaces those.
+# From never to always; the same for gates and for patches. None of the colours is one of the
+# palette: a page in the dark replaces those.
 SHARE = LinearSegmentedColormap.from_list("share", ["#edf2f7", "#9cc3e6", "#2d6db1", "#123a63"])
 MANY_CLASSES = 40  # from here on the names of classes no longer fit beside their rows
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
 
-_VARIABLES = {name.lower(): value for name, value in vars(palette).items()
-              if isinstance(value, str) and re.fullmatch("#[0-9a-f]{6}", value)}
+_VARIABLES = {
+    name.lower(): value
+    for name, value in vars(palette).items()
+    if isinstance(value, str) and re.fullmatch("#[0-9a-f]{6}", value)
+}
 _VARIABLES |= {f"series{index}": value for index, value in enumerate(SERIES)}
 _NAMES = {value: name for name, value in _VARIABLES.items()}
 
@@ -52,7 +77,9 @@ def css_variables() -> str:
     return " ".join(f"--{name}: {value};" for name, value in _VARIABLES.items())
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
+def _figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, **kwargs
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
@@ -66,19 +93,26 @@ def save(figure: Figure, path: Path) -> None:
 
 @styled
 def svg(figure: Figure, alt: str) -> str:
-    """A figure as an <svg> element whose text is text, in the page's font, and whose colours are CSS variables."""
+    """A figure as an <svg> element whose text is text, in the page's font, and whose colours are
+    CSS variables.
+    """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()
-    element = element[element.index("<svg"):]
+    element = element[element.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', element, count=1)
+    element = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', element, count=1
+    )
     # Ids are unique within a figure only, and a page holds many.
     prefix = f"f{zlib.crc32(element.encode()):08x}"
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", element)
     element = element.replace("font-family: 'DejaVu Sans'", "font-family: inherit")
-    element = re.sub("#[0-9a-f]{6}", lambda match: f"var(--{_NAMES[match[0]]}, {match[0]})"
-                     if match[0] in _NAMES else match[0], element)
+    element = re.sub(
+        "#[0-9a-f]{6}",
+        lambda match: f"var(--{_NAMES[match[0]]}, {match[0]})" if match[0] in _NAMES else match[0],
+        element,
+    )
     return element.replace('role="img">', f'role="img" aria-label="{html.escape(alt)}">', 1)
 
 
@@ -92,14 +126,24 @@ def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
     """Heat map of gate means [depth, 2]: layers across, directions down."""
     figure, [[axes]] = _figure(WIDTH, 2.0)
     axes.grid(False)
-    mesh = axes.pcolormesh(np.arange(len(means) + 1) - 0.5, [0, 1, 2], means.T, cmap=SHARE, vmin=0, vmax=1,
-                           edgecolors=PAPER, linewidth=1)
+    mesh = axes.pcolormesh(
+        np.arange(len(means) + 1) - 0.5,
+        [0, 1, 2],
+        means.T,
+        cmap=SHARE,
+        vmin=0,
+        vmax=1,
+        edgecolors=PAPER,
+        linewidth=1,
+    )
     axes.set_yticks([0.5, 1.5], ["forward", "backward"])
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    axes.set_xlabel("layer" + (" (dashed: before it, patches are dropped)" if pruning_layers else ""))
+    axes.set_xlabel(
+        "layer" + (" (dashed: before it, patches are dropped)" if pruning_layers else "")
+    )
     axes.set_title("Share of images whose scan runs")
     _mark_stages(axes, pruning_layers)
     bar = figure.colorbar(mesh, ax=axes, ticks=[0, 0.5, 1], aspect=8, pad=0.02)
@@ -111,10 +155,19 @@ def gates(means: np.ndarray, pruning_layers: Sequence[int] = ()) -> Figure:
 def gates_per_class(means: np.ndarray, names: Sequence[str]) -> Figure:
     """Heat maps of gate means [C, depth, 2], one a direction: layers across, classes down."""
     named = len(names) <= MANY_CLASSES
-    figure, [panels] = _figure(6.4, max(2.4, min(9.0, 1.1 + 0.22 * len(names))), columns=2, sharey=True)
+    figure, [panels] = _figure(
+        6.4, max(2.4, min(9.0, 1.1 + 0.22 * len(names))), columns=2, sharey=True
+    )
     for direction, (axes, title) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
         axes.grid(False)
-        image = axes.imshow(means[:, :, direction], cmap=SHARE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            means[:, :, direction],
+            cmap=SHARE,
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            interpolation="nearest",
+        )
         axes.set_title(title)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -123,7 +176,9 @@ def gates_per_class(means: np.ndarray, names: Sequence[str]) -> Figure:
     if named:
         panels[0].set_yticks(range(len(names)), [name[:24] for name in names])
     panels[0].set_ylabel("class")
-    figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], aspect=30, pad=0.02).outline.set_visible(False)
+    figure.colorbar(
+        image, ax=list(panels), ticks=[0, 0.5, 1], aspect=30, pad=0.02
+    ).outline.set_visible(False)
     return figure
 
 
@@ -132,7 +187,13 @@ def costs(flops: np.ndarray) -> Figure:
     """Histogram of the operations of each image [N]."""
     factor, unit = (1e9, "GFLOPs") if flops.mean() >= 1e9 else (1e6, "MFLOPs")
     figure, [[axes]] = _figure(WIDTH, 2.6)
-    axes.hist(flops / factor, bins=min(40, max(1, len(np.unique(flops)))), color=BLUE, edgecolor=PAPER, linewidth=0.5)
+    axes.hist(
+        flops / factor,
+        bins=min(40, max(1, len(np.unique(flops)))),
+        color=BLUE,
+        edgecolor=PAPER,
+        linewidth=0.5,
+    )
     axes.axvline(flops.mean() / factor, color=ACCENT, linewidth=1.4)
     axes.set_title("Cost of an image")
     axes.set_xlabel(f"{unit}, exact  (line: mean {flops.mean() / factor:.2f})")
@@ -147,16 +208,20 @@ def keep_maps(keep: np.ndarray) -> Figure:
     side = round(keep.shape[1] ** 0.5)
     columns = max(3, len(keep))  # fewer would be drawn larger than the other plots of a page
     figure, [panels] = _figure(0.8 + 1.2 * columns, 1.8, columns=columns)
-    for axes in panels[len(keep):]:
+    for axes in panels[len(keep) :]:
         axes.set_visible(False)
     for stage, (axes, values) in enumerate(zip(panels, keep, strict=False)):
         axes.grid(False)
-        image = axes.imshow(values.reshape(side, side), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(
+            values.reshape(side, side), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest"
+        )
         axes.set_title(f"stage {stage + 1}: {100 * values.mean():.0f} %")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], aspect=12, shrink=0.8, pad=0.03)
+    bar = figure.colorbar(
+        image, ax=list(panels), ticks=[0, 0.5, 1], aspect=12, shrink=0.8, pad=0.03
+    )
     bar.outline.set_visible(False)
     return figure
 
@@ -176,7 +241,9 @@ def over_epochs(name: str, runs: Mapping[int, tuple[Sequence[float], Sequence[fl
 
 
 def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
-    """Points that no other one beats in cost (less is better) without losing in gain: indexes by ascending cost."""
+    """Points that no other one beats in cost (less is better) without losing in gain: indexes by
+    ascending cost.
+    """
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
         if not front or gains[index] > gains[front[-1]]:
@@ -184,8 +251,12 @@ def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return front
 
 
-def _draw_budget(axes: Axes, where: tuple[float, float], point: dict, colour: str, named: bool) -> None:
-    """A point of a sweep with its token keep ratio and a ring if it was trained so; the dense model as a diamond."""
+def _draw_budget(
+    axes: Axes, where: tuple[float, float], point: dict, colour: str, named: bool
+) -> None:
+    """A point of a sweep with its token keep ratio and a ring if it was trained so; the dense model
+    as a diamond.
+    """
     if "token_keep_ratio" not in point:
         axes.plot(*where, "D", markersize=7, color=colour)
         text, below = "dense", True
@@ -193,22 +264,38 @@ def _draw_budget(axes: Axes, where: tuple[float, float], point: dict, colour: st
         axes.plot(*where, "o", markersize=5.5, color=colour)
         text, below = f"{point['token_keep_ratio']:g}", False
         if point["trained"]:
-            axes.plot(*where, "o", markersize=11, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.4)
+            axes.plot(
+                *where,
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=ACCENT,
+                markeredgewidth=1.4,
+            )
     if named:
-        axes.annotate(text, where, xytext=(0, -15 if below else 8), textcoords="offset points", fontsize=8,
-                      color=MUTED if below else INK, ha="center")
+        axes.annotate(
+            text,
+            where,
+            xytext=(0, -15 if below else 8),
+            textcoords="offset points",
+            fontsize=8,
+            color=MUTED if below else INK,
+            ha="center",
+        )
 
 
 @styled
-def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
-                 dense: Mapping[int, Optional[dict]]) -> Optional[Figure]:
-    """Top-1 against operations (`axis` "exact" or "paper") or measured images/s; None where nothing was measured.
+def budget_curve(
+    curves: Mapping[int, Sequence[dict]], axis: str, dense: Mapping[int, dict | None]
+) -> Figure | None:
+    """Top-1 against operations (`axis` "exact" or "paper") or measured images/s; None where nothing
+    was measured.
 
     curves: {position of the run: points of its sweep}; dense: the dense model's point of each run.
     """
     speed = axis == "images_per_s"
 
-    def place(point: dict) -> Optional[float]:
+    def place(point: dict) -> float | None:
         return point["images_per_s"] if speed else point["flops"][axis] / 1e6
 
     figure, [[axes]] = _figure(WIDTH, 3.1)
@@ -220,13 +307,24 @@ def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
         if reference and reference.get("top1") is not None and place(reference) is not None:
             everything.append(reference)
         drawn = drawn or bool(everything)
-        where, top1 = [place(point) for point in everything], [point["top1"] for point in everything]
+        where, top1 = (
+            [place(point) for point in everything],
+            [point["top1"] for point in everything],
+        )
         front = pareto_front([-x for x in where] if speed else where, top1)
-        axes.plot([where[i] for i in front], [top1[i] for i in front], color=SERIES[run % len(SERIES)], zorder=1)
+        axes.plot(
+            [where[i] for i in front],
+            [top1[i] for i in front],
+            color=SERIES[run % len(SERIES)],
+            zorder=1,
+        )
         for point in everything:
-            # Among several curves there is room for the names of the ends and of the trained budget only.
+            # Among several curves there is room for the names of the ends and of the trained budget
+            # only.
             named = len(curves) == 1 or point.get("trained") or point in (known[0], known[-1])
-            _draw_budget(axes, (place(point), point["top1"]), point, SERIES[run % len(SERIES)], named)
+            _draw_budget(
+                axes, (place(point), point["top1"]), point, SERIES[run % len(SERIES)], named
+            )
     axes.margins(0.12, 0.18)
     axes.set_ylabel("top-1, %")
     axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {axis}")
@@ -235,11 +333,12 @@ def budget_curve(curves: Mapping[int, Sequence[dict]], axis: str,
 
 
 @styled
-def variants(rows: Sequence[Mapping], axis: str) -> Optional[Figure]:
-    """Top-1 of an ablation against operations (`axis` "flops") or measured images/s; None where nothing is known.
+def variants(rows: Sequence[Mapping], axis: str) -> Figure | None:
+    """Top-1 of an ablation against operations (`axis` "flops") or measured images/s; None where
+    nothing is known.
 
-    A mark and a bar at mean and standard deviation over the seeds, a dot for each run; the first row is the dense
-    model, whose accuracy is drawn across.
+    A mark and a bar at mean and standard deviation over the seeds, a dot for each run; the first
+    row is the dense model, whose accuracy is drawn across.
     """
     drawn = [row for row in rows if row["n"] and row[axis] is not None]
     if not drawn:
@@ -251,8 +350,17 @@ def variants(rows: Sequence[Mapping], axis: str) -> Optional[Figure]:
         colour = INK if dense else SERIES[(index - 1) % len(SERIES)]
         marker = "D" if dense else "os^vPX*"[(index - 1) % 7]
         axes.plot([x] * row["n"], row["top1_of_runs"], ".", markersize=4, color=colour, alpha=0.5)
-        axes.errorbar(x, row["top1"], yerr=row["sd"], fmt=marker, markersize=6, capsize=3, linewidth=1.2, color=colour,
-                      label=row["name"])
+        axes.errorbar(
+            x,
+            row["top1"],
+            yerr=row["sd"],
+            fmt=marker,
+            markersize=6,
+            capsize=3,
+            linewidth=1.2,
+            color=colour,
+            label=row["name"],
+        )
         if dense:
             axes.axhline(row["top1"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.margins(0.08, 0.12)

@@ -16,7 +16,9 @@ MARGIN, CAPTION = 14, 34
 
 
 class ContactSheets:
-    """Pages `contact_sheet.png`, `contact_sheet_2.png`, ...: a page is written as soon as it is full."""
+    """Pages `contact_sheet.png`, `contact_sheet_2.png`, ...: a page is written as soon as it is
+    full.
+    """
 
     def __init__(self, output: Path):
         self.output, self.pages, self.cells = output, 0, 0
@@ -43,16 +45,22 @@ class ContactSheets:
         if self.cells:
             rows = -(-self.cells // COLUMNS)
             columns = min(self.cells, COLUMNS)
-            self._page = self._page.crop((0, 0, columns * self.width + MARGIN, rows * self.height + MARGIN))
+            self._page = self._page.crop(
+                (0, 0, columns * self.width + MARGIN, rows * self.height + MARGIN)
+            )
             self._write()
 
-    def _thumbs(self, image: Image.Image, region: tuple[float, ...], model, said: Decisions) -> list[Image.Image]:
+    def _thumbs(
+        self, image: Image.Image, region: tuple[float, ...], model, said: Decisions
+    ) -> list[Image.Image]:
         image, region = within(image, region, SIDE)
         scale = max(1, SIDE // max(image.size))
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         if not said.kept:
             return [image]
-        patch_of = patch_of_pixels(model.patch_embed, image.size, tuple(scale * side for side in region))
+        patch_of = patch_of_pixels(
+            model.patch_embed, image.size, tuple(scale * side for side in region)
+        )
         return [image, Image.fromarray(dim_dropped(np.asarray(image), patch_of, said.kept[-1]))]
 
     def _caption(self, x: float, y: float, said: Decisions) -> None:
@@ -61,7 +69,12 @@ class ContactSheets:
         name, probability = said.classes[0]
         bold, plain = font(11, bold=True), font(10)
         share = f"{100 * said.flops / said.dense_flops:.0f} % of dense"
-        draw.text((x, y), fitted(draw, f"{name}  {100 * probability:.0f} %", bold, width - 90), rgb(INK), bold)
+        draw.text(
+            (x, y),
+            fitted(draw, f"{name}  {100 * probability:.0f} %", bold, width - 90),
+            rgb(INK),
+            bold,
+        )
         draw.text((x + width, y), share, rgb(INK), plain, anchor="ra")
         draw.text((x, y + 15), fitted(draw, said.name, plain, width), rgb(MUTED), plain)
         draw.line((x, y + 32, x + width, y + 32), rgb(GRID))

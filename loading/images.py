@@ -1,7 +1,8 @@
 """Images by number, and the careful opening of image files.
 
-An image set holds what the training needs to know of one split: how many images, their classes, how to load one
-as RGB, and what to call it in a message. A file that cannot be used raises `BadImageError` and nothing else.
+An image set holds what the training needs to know of one split: how many images, their classes, how
+to load one as RGB, and what to call it in a message. A file that cannot be used raises
+`BadImageError` and nothing else.
 """
 
 import io
@@ -13,12 +14,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-# Decoding takes 3 bytes a pixel and copies it a few times: a larger image is refused from its header alone.
-# ImageNet's largest image has 18 million pixels.
+# Decoding takes 3 bytes a pixel and copies it a few times: a larger image is refused from its
+# header alone. ImageNet's largest image has 18 million pixels.
 MAX_PIXELS = 80_000_000
 # Resizing the shorter side to 256 makes a strip of 1 x 30,000 pixels 2 billion pixels large.
 MAX_ASPECT_RATIO = 100
-# What Pillow may try, whatever the file is called. Other decoders (EPS starts ghostscript) have no business here.
+# What Pillow may try, whatever the file is called. Other decoders (EPS starts ghostscript) have no
+# business here.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 
@@ -27,20 +29,23 @@ class BadImageError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` on one line and encodable: control characters and undecodable bytes of file names are escaped."""
+    """`text` on one line and encodable: control characters and undecodable bytes of file names are
+    escaped.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def decode_image(file: BinaryIO) -> Image.Image:
     """Decodes an image file to 8-bit RGB, or raises `BadImageError`.
 
-    The EXIF orientation is applied, so that an image lies as a viewer shows it. Transparency is dropped, as
-    torchvision's loader does: a transparent pixel shows the colour stored below. 16-bit grey keeps its upper 8 bits.
-    Of several frames the first counts.
+    The EXIF orientation is applied, so that an image lies as a viewer shows it. Transparency is
+    dropped, as torchvision's loader does: a transparent pixel shows the colour stored below. 16-bit
+    grey keeps its upper 8 bits. Of several frames the first counts.
     """
     try:
         with warnings.catch_warnings():
-            # Odd metadata would be told once an image and worker. Our own limit is below Pillow's for a warning.
+            # Odd metadata would be told once an image and worker. Our own limit is below Pillow's
+            # for a warning.
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=FORMATS)
             _check_size(*image.size)
@@ -78,7 +83,9 @@ def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError(f"too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise BadImageError(f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1")
+        raise BadImageError(
+            f"too narrow: {width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -102,7 +109,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageSet:
-    """One split of a data set: `targets` [N] int64, `classes` (names by class index), and `load(i)`."""
+    """One split of a data set: `targets` [N] int64, `classes` (names by class index), and
+    `load(i)`.
+    """
 
     def __init__(self, targets, classes: list[str]):
         self.targets = np.asarray(targets, dtype=np.int64)
@@ -137,8 +146,8 @@ class ArrayImages(ImageSet):
 class FileImages(ImageSet):
     """Images in files below `root`; `paths` are relative to it.
 
-    The paths are kept in one array of bytes: a list of a million strings would be copied to every worker, as each
-    look at a string writes its reference count.
+    The paths are kept in one array of bytes: a list of a million strings would be copied to every
+    worker, as each look at a string writes its reference count.
     """
 
     def __init__(self, root: str, paths: list[str], targets, classes: list[str]):
@@ -187,7 +196,8 @@ class SubsetImages(ImageSet):
 
 
 def stratified_choice(targets: np.ndarray, count: int) -> np.ndarray:
-    """`count` sorted indices in which every class has its share of `targets` [N]; the same ones on every machine.
+    """`count` sorted indices in which every class has its share of `targets` [N]; the same ones on
+    every machine.
 
     Shares are rounded by largest remainder, ties going to the smaller class index.
     """
@@ -196,7 +206,9 @@ def stratified_choice(targets: np.ndarray, count: int) -> np.ndarray:
     taken = np.floor(shares).astype(np.int64)
     by_remainder = np.argsort(taken - shares, kind="stable")
     taken[by_remainder[: count - taken.sum()]] += 1
-    generator = np.random.RandomState(0)  # the one generator of numpy whose sequence is promised to stay
+    generator = np.random.RandomState(
+        0
+    )  # the one generator of numpy whose sequence is promised to stay
     chosen = [
         generator.permutation(np.flatnonzero(targets == label))[:number]
         for label, number in zip(classes, taken, strict=True)

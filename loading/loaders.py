@@ -1,4 +1,6 @@
-"""Batches of a split, in training and in evaluation, and what becomes of images that cannot be used."""
+"""Batches of a split, in training and in evaluation, and what becomes of images that cannot be
+used.
+"""
 
 import os
 import signal
@@ -19,16 +21,19 @@ from .images import BadImageError, ImageSet, SubsetImages, printable, stratified
 from .samplers import EvalBatchSampler, TrainBatchSampler
 from .transforms import eval_transform, random_state, train_transform
 
-# How many images in a row may be unusable before `--bad-images skip` believes that the whole data set is.
+# How many images in a row may be unusable before `--bad-images skip` believes that the whole data
+# set is.
 MAX_REPLACEMENTS = 100
 CALIBRATION_IMAGES = 2048
-# How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can also appear in the
-# middle of a training step.
+# How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can
+# also appear in the middle of a training step.
 WORKER_DIED = "DataLoader worker (pid"
 
 
 class Batch(NamedTuple):
-    """images [B, 3, H, W] float32, normalised; targets [B] int64; indices [B] int64, for `Data.describe`."""
+    """images [B, 3, H, W] float32, normalised; targets [B] int64; indices [B] int64, for
+    `Data.describe`.
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -38,8 +43,9 @@ class Batch(NamedTuple):
 class Sample(NamedTuple):
     """What a worker makes of one image; `image` is None if there was none.
 
-    Errors are told, not raised: an exception would come out of a worker process as a trace. `problems` has a
-    (name, reason) for each unusable image, which `BadImages` judges; `failure` ends the run in any case.
+    Errors are told, not raised: an exception would come out of a worker process as a trace.
+    `problems` has a (name, reason) for each unusable image, which `BadImages` judges; `failure`
+    ends the run in any case.
     """
 
     image: torch.Tensor | None
@@ -50,7 +56,9 @@ class Sample(NamedTuple):
 
 
 class Samples(Dataset):
-    """Transformed images of a set, by (index, seed). With `replace`, an unusable image gives way to the next one."""
+    """Transformed images of a set, by (index, seed). With `replace`, an unusable image gives way to
+    the next one.
+    """
 
     def __init__(self, images: ImageSet, transform: Callable, replace: bool):
         self.images, self.transform, self.replace = images, transform, replace
@@ -66,7 +74,9 @@ class Samples(Dataset):
                 problems.append((self.images.describe(index), str(error)))
                 continue
             with random_state(seed):
-                return Sample(self.transform(image), int(self.images.targets[index]), index, problems)
+                return Sample(
+                    self.transform(image), int(self.images.targets[index]), index, problems
+                )
         failure = f"{len(problems)} images in a row cannot be decoded, the last one is {': '.join(problems[-1])}"
         return Sample(None, problems=problems, failure=failure if self.replace else None)
 
@@ -93,7 +103,9 @@ def collate(samples: list[Sample]) -> WorkerBatch:
 
 
 class BadImages:
-    """What becomes of images that cannot be decoded: `policy` "stop" raises, "skip" collects them in `found`."""
+    """What becomes of images that cannot be decoded: `policy` "stop" raises, "skip" collects them
+    in `found`.
+    """
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -103,11 +115,15 @@ class BadImages:
         """Raises `UserError` for the first problem under "stop"; takes note of all under "skip"."""
         if problems and self.policy == "stop":
             name, reason = problems[0]
-            raise UserError(f"{name}: {reason}. Repair or remove it, or leave such images out with --bad-images skip")
+            raise UserError(
+                f"{name}: {reason}. Repair or remove it, or leave such images out with "
+                "--bad-images skip"
+            )
         self.found.update(problems)
 
     def write(self, path: str | Path) -> list[str]:
-        """Lists the images found, a line each, added to those that `path` lists already; -> its lines.
+        """Lists the images found, a line each, added to those that `path` lists already; -> its
+        lines.
 
         Nothing found, no file.
         """
@@ -115,8 +131,12 @@ class BadImages:
         try:
             known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         except OSError as error:
-            raise UserError(f"{path}: cannot read the list of bad images: {error.strerror}") from None
-        lines = list(dict.fromkeys(known + [f"{name}: {reason}" for name, reason in self.found.items()]))
+            raise UserError(
+                f"{path}: cannot read the list of bad images: {error.strerror}"
+            ) from None
+        lines = list(
+            dict.fromkeys(known + [f"{name}: {reason}" for name, reason in self.found.items()])
+        )
         if lines != known:
             with atomic_file(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
@@ -124,10 +144,11 @@ class BadImages:
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A scheduler that preempts a job signals all its processes, and workers must serve the step that is finished.
+    """A scheduler that preempts a job signals all its processes, and workers must serve the step
+    that is finished.
 
-    SIGTERM still ends a worker when its own parent sends it. A thread looks at the sender, for a handler is not told;
-    all other threads have the signal blocked since `_start` forked them.
+    SIGTERM still ends a worker when its own parent sends it. A thread looks at the sender, for a
+    handler is not told; all other threads have the signal blocked since `_start` forked them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -141,7 +162,9 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """iter(loader), whose workers start with SIGTERM blocked: torch has made threads there before any code of ours."""
+    """iter(loader), whose workers start with SIGTERM blocked: torch has made threads there before
+    any code of ours.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return iter(loader)
@@ -152,7 +175,8 @@ def _start(loader: DataLoader) -> Iterator:
 def loader_options(args) -> dict:
     """The arguments of DataLoader that all loaders share.
 
-    Its own generator: a loader draws a number at each start, which must not shift the random numbers of the model.
+    Its own generator: a loader draws a number at each start, which must not shift the random
+    numbers of the model.
     """
     return {
         "collate_fn": collate,
@@ -163,7 +187,9 @@ def loader_options(args) -> dict:
 
 
 def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
-    """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is one `UserError`."""
+    """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is
+    one `UserError`.
+    """
     try:
         try:
             for images, targets, indices, problems, failure in _start(loader):
@@ -175,14 +201,18 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
         except (OSError, EOFError) as error:
             if str(error).startswith("Caught "):  # raised by a worker that lives, with its trace
                 raise
-            # A batch of a worker that died cannot be fetched, and torch's handler of SIGCHLD is about to say why.
+            # A batch of a worker that died cannot be fetched, and torch's handler of SIGCHLD is
+            # about to say why.
             time.sleep(1)
-            raise UserError(f"reading the data failed: a worker process is gone ({error!r})") from None
+            raise UserError(
+                f"reading the data failed: a worker process is gone ({error!r})"
+            ) from None
     except RuntimeError as error:
         if not str(error).startswith(WORKER_DIED):
             raise
         raise UserError(
-            f"reading the data failed: {first_line(error)} Out of memory? Try fewer --num-workers") from None
+            f"reading the data failed: {first_line(error)} Out of memory? Try fewer --num-workers"
+        ) from None
 
 
 class TrainLoader:
@@ -192,16 +222,24 @@ class TrainLoader:
         UserError: the set is smaller than one batch on each rank.
     """
 
-    def __init__(self, images: ImageSet, transform, args, bad_images: BadImages, rank: int, world_size: int):
+    def __init__(
+        self, images: ImageSet, transform, args, bad_images: BadImages, rank: int, world_size: int
+    ):
         self.bad_images = bad_images
         self.sampler = TrainBatchSampler(
-            len(images), args.batch_size, args.seed, rank, world_size, repeated_aug=args.repeated_aug
+            len(images),
+            args.batch_size,
+            args.seed,
+            rank,
+            world_size,
+            repeated_aug=args.repeated_aug,
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
         if not self.steps_per_epoch:
             ranks = "" if world_size == 1 else f" on each of {world_size} processes"
             raise UserError(
-                f"the training set has {len(images)} images, less than one batch of {args.batch_size}{ranks}: "
+                f"the training set has {len(images)} images, less than one batch of "
+                f"{args.batch_size}{ranks}: "
                 "give a smaller --batch-size"
             )
         self.loader = DataLoader(
@@ -214,15 +252,21 @@ class TrainLoader:
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} is outside the epoch of {self.steps_per_epoch} steps")
+            raise ValueError(
+                f"start_step {start_step} is outside the epoch of {self.steps_per_epoch} steps"
+            )
         self.sampler.epoch, self.sampler.start_step = epoch, start_step
         return read_batches(self.loader, self.bad_images)
 
 
 class EvalLoader:
-    """The validation batches of this rank: over all ranks every usable image once, on one rank perhaps none."""
+    """The validation batches of this rank: over all ranks every usable image once, on one rank
+    perhaps none.
+    """
 
-    def __init__(self, images: ImageSet, transform, args, bad_images: BadImages, rank: int, world_size: int):
+    def __init__(
+        self, images: ImageSet, transform, args, bad_images: BadImages, rank: int, world_size: int
+    ):
         self.bad_images = bad_images
         self.loader = DataLoader(
             Samples(images, transform, replace=False),
@@ -243,9 +287,10 @@ class EvalLoader:
 class Data:
     """A data set ready for one rank.
 
-    `train` and `val` are the image sets, None where the images are streamed by timm (`train` also in evaluation).
-    `num_val` counts the validation images of all ranks, unusable ones included; None if a stream does not tell.
-    `bad_images` has the images left out so far on this rank; `bad_images.write(path)` lists them.
+    `train` and `val` are the image sets, None where the images are streamed by timm (`train` also
+    in evaluation). `num_val` counts the validation images of all ranks, unusable ones included;
+    None if a stream does not tell. `bad_images` has the images left out so far on this rank;
+    `bad_images.write(path)` lists them.
     """
 
     class_names: list[str]
@@ -255,7 +300,9 @@ class Data:
     train_loader: TrainLoader | None
     val_loader: EvalLoader
     bad_images: BadImages = field(repr=False)
-    calibration_loader: EvalLoader | None = None  # a part of `train`, shown as in evaluation; a stream has none
+    calibration_loader: EvalLoader | None = (
+        None  # a part of `train`, shown as in evaluation; a stream has none
+    )
 
     @property
     def num_classes(self) -> int:
@@ -266,10 +313,11 @@ class Data:
         return self.train_loader.steps_per_epoch
 
     def train_batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The training batches of an epoch from `start_step` on: full ones, the same for any number of workers.
+        """The training batches of an epoch from `start_step` on: full ones, the same for any number
+        of workers.
 
-        Order and augmentation depend on the seed, the epoch and the step alone. A stream must read on to
-        `start_step` and depends on the number of workers too.
+        Order and augmentation depend on the seed, the epoch and the step alone. A stream must read
+        on to `start_step` and depends on the number of workers too.
 
         Raises:
             UserError: an unusable image under `--bad-images stop`; a worker died.
@@ -277,7 +325,8 @@ class Data:
         return self.train_loader.batches(epoch, start_step)
 
     def val_batches(self) -> Iterator[Batch]:
-        """The validation batches of this rank. Over all ranks, each usable image appears once; a rank may have none.
+        """The validation batches of this rank. Over all ranks, each usable image appears once; a
+        rank may have none.
 
         Raises:
             UserError: as in `train_batches`.
@@ -287,10 +336,14 @@ class Data:
     def describe(self, indices, split: str = "train") -> list[str]:
         """File names (or the like) of a batch's `indices`, each on one line."""
         images = self.train if split == "train" else self.val
-        return ["streamed image" if images is None else images.describe(int(index)) for index in indices]
+        return [
+            "streamed image" if images is None else images.describe(int(index)) for index in indices
+        ]
 
 
-def assemble(args, img_size: int, train: ImageSet | None, val: ImageSet, rank: int, world_size: int) -> Data:
+def assemble(
+    args, img_size: int, train: ImageSet | None, val: ImageSet, rank: int, world_size: int
+) -> Data:
     """Joins two image sets, checked against each other, with their loaders."""
     bad_images = BadImages(args.bad_images)
     train_loader = calibration_loader = None
@@ -298,11 +351,19 @@ def assemble(args, img_size: int, train: ImageSet | None, val: ImageSet, rank: i
         _check_same_classes(args.data_path or args.data_set, train.classes, val.classes)
         if args.subset is not None:
             train = _take_subset(train, args.subset)
-        train_loader = TrainLoader(train, train_transform(args, img_size), args, bad_images, rank, world_size)
-        chosen = SubsetImages(train, stratified_choice(train.targets, min(CALIBRATION_IMAGES, len(train))))
-        calibration_loader = EvalLoader(chosen, eval_transform(args, img_size), args, bad_images, rank, world_size)
+        train_loader = TrainLoader(
+            train, train_transform(args, img_size), args, bad_images, rank, world_size
+        )
+        chosen = SubsetImages(
+            train, stratified_choice(train.targets, min(CALIBRATION_IMAGES, len(train)))
+        )
+        calibration_loader = EvalLoader(
+            chosen, eval_transform(args, img_size), args, bad_images, rank, world_size
+        )
     val_loader = EvalLoader(val, eval_transform(args, img_size), args, bad_images, rank, world_size)
-    return Data(val.classes, train, val, len(val), train_loader, val_loader, bad_images, calibration_loader)
+    return Data(
+        val.classes, train, val, len(val), train_loader, val_loader, bad_images, calibration_loader
+    )
 
 
 def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:
@@ -315,7 +376,9 @@ def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:
             more = f" and {len(only) - 5} more" if len(only) > 5 else ""
             parts.append(f"only {split} has {', '.join(only[:5])}{more}")
     counts = f"train ({len(train)}) and val ({len(val)})"
-    raise UserError(f"{printable(source)}: the classes of {counts} differ: {'; '.join(parts) or 'their order'}")
+    raise UserError(
+        f"{printable(source)}: the classes of {counts} differ: {'; '.join(parts) or 'their order'}"
+    )
 
 
 def _take_subset(train: ImageSet, subset: int | float) -> ImageSet:

@@ -1,17 +1,20 @@
-"""Data sets that timm reads: WebDataset shards (`wds/`), Hugging Face (`hfds/`, `hfids/`), TensorFlow (`tfds/`).
+"""Data sets that timm reads: WebDataset shards (`wds/`), Hugging Face (`hfds/`, `hfids/`),
+TensorFlow (`tfds/`).
 
 All but `hfds/` are streams: images come in the order of the shards and have no number.
 
     python main.py --data-set wds/birds --data-path shards --train-split 'birds-train-{000..063}.tar|80000' \\
         --val-split 'birds-val-{000..007}.tar|10000'
 
-The splits are names if the folder of the shards has timm's `_info.json`. The number of classes is its `num_classes`
-(or the length of its `class_names`); without it, the labels in the shards are read once.
+The splits are names if the folder of the shards has timm's `_info.json`. The number of classes is
+its `num_classes` (or the length of its `class_names`); without it, the labels in the shards are
+read once.
 
-What differs from other data sets: timm decodes (EXIF orientation is not applied, 16-bit grey is clipped, and Pillow's
-own size limit holds); `--subset` and `--repeated-aug` are not available; an epoch depends on the number of workers
-too, and timm fills it up to whole batches for each worker; resuming within an epoch reads on to the step; in
-evaluation every rank reads all shards and keeps its share, so that each image counts once.
+What differs from other data sets: timm decodes (EXIF orientation is not applied, 16-bit grey is
+clipped, and Pillow's own size limit holds); `--subset` and `--repeated-aug` are not available; an
+epoch depends on the number of workers too, and timm fills it up to whole batches for each worker;
+resuming within an epoch reads on to the step; in evaluation every rank reads all shards and keeps
+its share, so that each image counts once.
 """
 
 import importlib
@@ -36,33 +39,55 @@ from .transforms import derive_seed, eval_transform, random_state, train_transfo
 def build_timm_data(args, img_size: int, rank: int, world_size: int, train: bool) -> Data:
     """`datasets.build_data` for the names that timm reads."""
     if args.data_set.lower().startswith("hfds/"):
-        splits = [_random_access(args, split) for split in ([args.train_split] if train else []) + [args.val_split]]
+        splits = [
+            _random_access(args, split)
+            for split in ([args.train_split] if train else []) + [args.val_split]
+        ]
         return assemble(args, img_size, splits[0] if train else None, splits[-1], rank, world_size)
     if args.subset is not None:
-        raise UsageError(f"--subset: {args.data_set} is read as a stream, of which no part can be chosen")
+        raise UsageError(
+            f"--subset: {args.data_set} is read as a stream, of which no part can be chosen"
+        )
     bad_images = BadImages(args.bad_images)
     val_reader = _open(args, args.val_split, training=False)
     train_reader = _open(args, args.train_split, training=True) if train else None
-    classes = _class_names(args, [reader for reader in (train_reader, val_reader) if reader is not None])
+    classes = _class_names(
+        args, [reader for reader in (train_reader, val_reader) if reader is not None]
+    )
     train_loader = None
     if train_reader is not None:
         train_reader.dist_rank, train_reader.dist_num_replicas = rank, world_size
-        stream = Stream(args, train_reader, train_transform(args, img_size), len(classes), rank, world_size, True)
+        stream = Stream(
+            args,
+            train_reader,
+            train_transform(args, img_size),
+            len(classes),
+            rank,
+            world_size,
+            True,
+        )
         train_loader = StreamTrainLoader(args, stream, bad_images)
     val_reader.dist_rank, val_reader.dist_num_replicas = 0, 1
-    stream = Stream(args, val_reader, eval_transform(args, img_size), len(classes), rank, world_size, False)
+    stream = Stream(
+        args, val_reader, eval_transform(args, img_size), len(classes), rank, world_size, False
+    )
     val_loader = StreamEvalLoader(args, stream, bad_images)
-    return Data(classes, None, None, val_reader.num_samples or None, train_loader, val_loader, bad_images)
+    return Data(
+        classes, None, None, val_reader.num_samples or None, train_loader, val_loader, bad_images
+    )
 
 
 class Stream(IterableDataset):
-    """Lists of samples, a batch each, from a timm reader; what timm leaves out is told in the samples.
+    """Lists of samples, a batch each, from a timm reader; what timm leaves out is told in the
+    samples.
 
-    In training every batch is full; `epoch` is to be set before iterating. In evaluation the images are dealt out to
-    the ranks in turn.
+    In training every batch is full; `epoch` is to be set before iterating. In evaluation the images
+    are dealt out to the ranks in turn.
     """
 
-    def __init__(self, args, reader, transform, num_classes: int, rank: int, world_size: int, training: bool):
+    def __init__(
+        self, args, reader, transform, num_classes: int, rank: int, world_size: int, training: bool
+    ):
         self.name, self.seed, self.batch_size = args.data_set, args.seed, args.batch_size
         self.reader, self.transform, self.num_classes = reader, transform, num_classes
         self.rank, self.world_size, self.training = rank, world_size, training
@@ -88,14 +113,22 @@ class Stream(IterableDataset):
             for place, (image, target) in enumerate(self.reader):
                 problems = skipped.take(place)
                 if not 0 <= int(target) < self.num_classes:
-                    yield Sample(None, failure=f"{self.name}: label {target} is outside the {self.num_classes} classes")
+                    yield Sample(
+                        None,
+                        failure=f"{self.name}: label {target} is outside the {self.num_classes} "
+                        "classes",
+                    )
                 elif self.training or place % self.world_size == self.rank:
                     with random_state(derive_seed(self.seed, self.epoch, self.rank, worker, place)):
                         yield Sample(self.transform(image), int(target), problems=problems)
                 elif problems:
                     yield Sample(None, problems=problems)
         except Exception as error:  # whatever a reader raises has to leave the worker as one line
-            yield Sample(None, failure=f"{self.name}: reading failed after {place} images: {printable(repr(error))}")
+            yield Sample(
+                None,
+                failure=f"{self.name}: reading failed after {place} images: "
+                f"{printable(repr(error))}",
+            )
         yield Sample(None, problems=skipped.take(place))
 
 
@@ -121,7 +154,9 @@ class _Skipped(logging.Handler):
 
 
 def _stream_loader(args, stream: Stream) -> DataLoader:
-    """At least one worker, and new ones for each epoch: timm's readers keep their shuffling from one to the next."""
+    """At least one worker, and new ones for each epoch: timm's readers keep their shuffling from
+    one to the next.
+    """
     workers = max(1, args.num_workers)
     if hasattr(stream.reader, "split_info") and hasattr(stream.reader.split_info, "filenames"):
         ranks = stream.world_size if stream.training else 1
@@ -143,18 +178,24 @@ class StreamTrainLoader:
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} is outside the epoch of {self.steps_per_epoch} steps")
+            raise ValueError(
+                f"start_step {start_step} is outside the epoch of {self.steps_per_epoch} steps"
+            )
         self.stream.epoch = epoch
         self.stream.reader.set_epoch(epoch)
         self.loader.generator.manual_seed(derive_seed(self.stream.seed, epoch, self.stream.rank))
         step = 0
-        for batch in itertools.islice(read_batches(self.loader, self.bad_images), self.steps_per_epoch):
+        for batch in itertools.islice(
+            read_batches(self.loader, self.bad_images), self.steps_per_epoch
+        ):
             step += 1
             if step > start_step:
                 yield batch
         if step < self.steps_per_epoch:
             # The other ranks would wait for this one in their next step.
-            raise UserError(f"{self.stream.name}: the stream ended after {step} of {self.steps_per_epoch} steps")
+            raise UserError(
+                f"{self.stream.name}: the stream ended after {step} of {self.steps_per_epoch} steps"
+            )
 
 
 class StreamEvalLoader:
@@ -181,12 +222,21 @@ def _open(args, split: str, training: bool):
         _let_timm_import_hugging_face(name)
     try:
         data_set = create_dataset(
-            name, path, split=split, is_training=training, batch_size=args.batch_size, seed=args.seed
+            name,
+            path,
+            split=split,
+            is_training=training,
+            batch_size=args.batch_size,
+            seed=args.seed,
         )
     except ImportError as error:
-        raise UserError(f"--data-set {name} needs a package that is not installed: {error}") from None
+        raise UserError(
+            f"--data-set {name} needs a package that is not installed: {error}"
+        ) from None
     except Exception as error:  # readers raise what their libraries raise
-        raise UserError(f"{name}: split {split!r} cannot be opened: {printable(str(error) or repr(error))}") from None
+        raise UserError(
+            f"{name}: split {split!r} cannot be opened: {printable(str(error) or repr(error))}"
+        ) from None
     reader = data_set.reader
     if webdataset and local:
         for shard in reader.split_info.filenames:
@@ -203,10 +253,15 @@ def _class_names(args, readers: list) -> list[str]:
     if isinstance(info, dict) and isinstance(info.get("num_classes"), int):
         return [str(label) for label in range(info["num_classes"])]
     if getattr(reader, "class_to_idx", None):
-        return [printable(str(name)) for name in sorted(reader.class_to_idx, key=reader.class_to_idx.get)]
+        return [
+            printable(str(name))
+            for name in sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+        ]
     if not args.data_set.lower().startswith("wds/"):
         raise UserError(f"{args.data_set}: the number of classes is unknown")
-    return [str(label) for label in range(1 + max(_largest_label(args, reader) for reader in readers))]
+    return [
+        str(label) for label in range(1 + max(_largest_label(args, reader) for reader in readers))
+    ]
 
 
 def _largest_label(args, reader) -> int:
@@ -222,10 +277,13 @@ def _largest_label(args, reader) -> int:
         except (OSError, ValueError, tarfile.TarError) as error:
             reason = printable(first_line(error)).rstrip(":")
             raise UserError(
-                f"{printable(str(path))}: cannot read the labels ({reason}); write num_classes into _info.json instead"
+                f"{printable(str(path))}: cannot read the labels ({reason}); write num_classes "
+                "into _info.json instead"
             ) from None
     if largest < 0:
-        raise UserError(f"{args.data_set}: no .cls labels in the shards; write num_classes into _info.json")
+        raise UserError(
+            f"{args.data_set}: no .cls labels in the shards; write num_classes into _info.json"
+        )
     return largest
 
 
@@ -239,7 +297,9 @@ def _random_access(args, split: str) -> ReaderImages:
 
 
 def _let_timm_import_hugging_face(name: str) -> None:
-    """timm imports Hugging Face's package as `datasets`, a name under which this project's own file comes first."""
+    """timm imports Hugging Face's package as `datasets`, a name under which this project's own file
+    comes first.
+    """
     here = Path(__file__).resolve().parents[1]
     own = sys.modules.get("datasets")
     if own is not None and Path(own.__file__).resolve().parent != here:
@@ -251,6 +311,8 @@ def _let_timm_import_hugging_face(name: str) -> None:
         importlib.import_module("datasets")
     except ImportError as error:
         sys.modules["datasets"] = own
-        raise UserError(f"--data-set {name} needs Hugging Face's package: pip install datasets ({error})") from None
+        raise UserError(
+            f"--data-set {name} needs Hugging Face's package: pip install datasets ({error})"
+        ) from None
     finally:
         sys.path = path

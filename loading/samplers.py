@@ -7,20 +7,30 @@ from torch.utils.data import DistributedSampler, Sampler
 
 from .transforms import derive_seed
 
-REPEATS = 3  # repeated augmentation shows an image this often in an epoch that is as long as without
+REPEATS = (
+    3  # repeated augmentation shows an image this often in an epoch that is as long as without
+)
 
 
 class TrainBatchSampler(Sampler):
     """Batches of (index, seed) pairs; an epoch can start at any step.
 
-    The seed of the augmentation follows from (seed, epoch, position in the epoch), so that neither the worker that
-    happens to do the work nor the steps done before matter. Positions interleave the ranks, as in DistributedSampler.
-    The last incomplete batch is left out.
+    The seed of the augmentation follows from (seed, epoch, position in the epoch), so that neither
+    the worker that happens to do the work nor the steps done before matter. Positions interleave
+    the ranks, as in DistributedSampler. The last incomplete batch is left out.
 
     Set `epoch` and `start_step` before iterating.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int, repeated_aug: bool):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        repeated_aug: bool,
+    ):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.epoch = self.start_step = 0
         images = range(num_images)
@@ -34,18 +44,25 @@ class TrainBatchSampler(Sampler):
         return self.steps_per_epoch - self.start_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        self.order.set_epoch(self.seed + self.epoch)  # both samplers use the epoch as the seed of their shuffle
+        self.order.set_epoch(
+            self.seed + self.epoch
+        )  # both samplers use the epoch as the seed of their shuffle
         indices = list(self.order)
         for step in range(self.start_step, self.steps_per_epoch):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield [
-                (indices[place], derive_seed(self.seed, self.epoch, place * self.world_size + self.rank))
+                (
+                    indices[place],
+                    derive_seed(self.seed, self.epoch, place * self.world_size + self.rank),
+                )
                 for place in places
             ]
 
 
 class EvalBatchSampler(Sampler):
-    """Batches of (index, 0) pairs in which every image appears on exactly one rank; ranks may differ in length."""
+    """Batches of (index, 0) pairs in which every image appears on exactly one rank; ranks may
+    differ in length.
+    """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int):
         self.indices = range(rank, num_images, world_size)

@@ -16,7 +16,8 @@ from torchvision.transforms import InterpolationMode
 from utils.errors import UsageError
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-# DeiT's rule for CIFAR: images of this size are not cut from larger ones but shifted within a padded border.
+# DeiT's rule for CIFAR: images of this size are not cut from larger ones but shifted within a
+# padded border.
 SMALL_IMAGE = 32
 
 
@@ -58,8 +59,8 @@ def train_transform(args, img_size: int):
 def _allow_zero_bits(step) -> None:
     """Makes timm's policies draw Posterize with 0 bits safely.
 
-    Their stronger magnitudes ask for it now and then. Older versions of Pillow returned a black image, and the
-    published recipes trained with that; version 13 raises ValueError.
+    Their stronger magnitudes ask for it now and then. Older versions of Pillow returned a black
+    image, and the published recipes trained with that; version 13 raises ValueError.
     """
     policies = getattr(step, "policy", [getattr(step, "ops", [])])
     for operation in itertools.chain.from_iterable(policies):
@@ -74,7 +75,9 @@ def _posterize(image: Image.Image, bits: int, **_unused) -> Image.Image:
 
 
 def eval_transform(args, img_size: int):
-    """RGB image -> [3, img_size, img_size], normalised; the centre crop, or the whole image if it is small."""
+    """RGB image -> [3, img_size, img_size], normalised; the centre crop, or the whole image if it
+    is small.
+    """
     whole = img_size <= SMALL_IMAGE
     return create_transform(
         img_size,
@@ -88,9 +91,11 @@ def eval_transform(args, img_size: int):
 
 
 def seen_region(size: tuple[int, int], args, img_size: int) -> tuple[float, float, float, float]:
-    """The part of an image of `size` (width, height) that `eval_transform` shows: left, top, right, bottom in pixels.
+    """The part of an image of `size` (width, height) that `eval_transform` shows: left, top, right,
+    bottom in pixels.
 
-    The shorter side is resized to img_size / crop ratio and the centre cut out; torchvision's rounding is followed.
+    The shorter side is resized to img_size / crop ratio and the centre cut out; torchvision's
+    rounding is followed.
     """
     width, height = size
     if img_size <= SMALL_IMAGE:
@@ -105,9 +110,11 @@ def seen_region(size: tuple[int, int], args, img_size: int) -> tuple[float, floa
 
 @contextmanager
 def random_state(seed: int):
-    """Python's, numpy's and torch's CPU generators start at `seed` inside, and are as before afterwards.
+    """Python's, numpy's and torch's CPU generators start at `seed` inside, and are as before
+    afterwards.
 
-    In a worker process, where nothing else draws, they are left as they are: restoring costs 0.1 ms an image.
+    In a worker process, where nothing else draws, they are left as they are: restoring costs 0.1 ms
+    an image.
     """
     shared = get_worker_info() is None
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if shared else None

@@ -6,5 +6,13 @@ from .registry import canonical_name, model_names
 
 FAMILIES = {family.name: family for family in (vim.VIM, videomamba.VIDEOMAMBA, mambareg.MAMBAREG)}
 
-__all__ = ["FAMILIES", "DynamicVisionMamba", "Family", "Result", "VisionMamba", "canonical_name", "cumulative_keep",
-           "model_names"]
+__all__ = [
+    "FAMILIES",
+    "DynamicVisionMamba",
+    "Family",
+    "Result",
+    "VisionMamba",
+    "canonical_name",
+    "cumulative_keep",
+    "model_names",
+]

@@ -1,15 +1,16 @@
 """Counting operations per image, in two conventions that are never mixed.
 
-`paper`: multiply-adds of convolutions and linear layers, of ONE scan direction per layer, times the mean gate; router
-heads, norms and activations left out, as in the release. `exact`: both directions, each with its own gate, the
-router heads, and the convolution without its W - 1 padded outputs. A fused multiply-add counts once; the scan's
-recurrence counts 9 E N per token in both.
+`paper`: multiply-adds of convolutions and linear layers, of ONE scan direction per layer, times the
+mean gate; router heads, norms and activations left out, as in the release. `exact`: both
+directions, each with its own gate, the router heads, and the convolution without its W - 1 padded
+outputs. A fused multiply-add counts once; the scan's recurrence counts 9 E N per token in both.
 
-l tokens of a layer (class tokens included), d width, E = 2 d, N states, R step rank, W convolution width.
+l tokens of a layer (class tokens included), d width, E = 2 d, N states, R step rank, W convolution
+width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ class Flops(NamedTuple):
 def sequence_lengths(model: VisionMamba) -> list[int]:
     """Tokens that each layer sees at evaluation, class tokens included."""
     patches, lengths = model.num_patches, []
-    stages = dict(zip(model.pruning_layers, model.kept_counts(), strict=True)) if _prunes(model) else {}
+    stages = (
+        dict(zip(model.pruning_layers, model.kept_counts(), strict=True)) if _prunes(model) else {}
+    )
     for index in range(model.depth):
         patches = stages.get(index, patches)
         lengths.append(patches + model.layout.num_tokens)
@@ -54,7 +57,7 @@ def _direction(model: VisionMamba, length: int) -> tuple[int, int]:
     return exact + (CONV_WIDTH - 1) * E * CONV_WIDTH, exact
 
 
-def count_flops(model: VisionMamba, gates: Union[float, Sequence, Tensor, None] = None) -> Flops:
+def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = None) -> Flops:
     """Operations of one image at evaluation.
 
     gates: mean gates [depth, 2] (forward, backward), one number for all, or None for 1.
@@ -82,9 +85,14 @@ def count_flops(model: VisionMamba, gates: Union[float, Sequence, Tensor, None] 
 
 
 def exact_per_image(model: VisionMamba, gates: Tensor) -> Tensor:
-    """Operations of each image at evaluation, in the `exact` convention: gates [depth, B, 2] -> [B] on the CPU.
+    """Operations of each image at evaluation, in the `exact` convention: gates [depth, B, 2] -> [B]
+    on the CPU.
 
     Linear in the gates, so that the mean over images is that of `count_flops` at the mean gates.
     """
-    scans = torch.tensor([_direction(model, length)[1] for length in sequence_lengths(model)], dtype=torch.float64)
-    return count_flops(model, 0.0).exact + (gates.double().cpu().sum(dim=2) * scans[:, None]).sum(dim=0)
+    scans = torch.tensor(
+        [_direction(model, length)[1] for length in sequence_lengths(model)], dtype=torch.float64
+    )
+    return count_flops(model, 0.0).exact + (gates.double().cpu().sum(dim=2) * scans[:, None]).sum(
+        dim=0
+    )

@@ -1,4 +1,6 @@
-"""Initialisation that trains from scratch. Source: Mamba (arXiv 2312.00752), section 3.6, in both directions."""
+"""Initialisation that trains from scratch. Source: Mamba (arXiv 2312.00752), section 3.6, in both
+directions.
+"""
 
 import math
 
@@ -42,7 +44,9 @@ def _initialize_step(dt_proj: nn.Linear) -> None:
 
 @torch.no_grad()
 def initialize_router(module: nn.Module) -> None:
-    """Routers that nearly always keep both scans: only for a fresh start, never on resume or evaluation."""
+    """Routers that nearly always keep both scans: only for a fresh start, never on resume or
+    evaluation.
+    """
     for child in module.modules():
         if isinstance(child, BidirectionalMamba) and child.block_head is not None:
             nn.init.zeros_(child.block_head.weight)

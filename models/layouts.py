@@ -1,33 +1,37 @@
 """Where class and register tokens stand among the patch tokens.
 
-A layout is a rule: given how many patch tokens an image has, where do its class tokens stand? The same rule holds
-at the input, after each pruning stage at evaluation (as many patches as were kept) and in training (as many as that
-image kept; its dropped tokens stand behind). Positions are a tuple of ints when all images agree, else [B, n].
+A layout is a rule: given how many patch tokens an image has, where do its class tokens stand? The
+same rule holds at the input, after each pruning stage at evaluation (as many patches as were kept)
+and in training (as many as that image kept; its dropped tokens stand behind). Positions are a tuple
+of ints when all images agree, else [B, n].
 
 B images, M patch tokens, n class or register tokens, L = M + n tokens, d width.
 Source: Vim (arXiv 2401.09417), VideoMamba (2403.06977), Mamba-R (2405.14858).
 """
 
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
 
-Positions = Union[tuple[int, ...], Tensor]
+Positions = tuple[int, ...] | Tensor
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Rule for `num_tokens` class tokens; `positions` works alike for an int and for a tensor of counts [B]."""
+    """Rule for `num_tokens` class tokens; `positions` works alike for an int and for a tensor of
+    counts [B].
+    """
 
     num_tokens: int
 
     def _position(self, index: int, patches):
         raise NotImplementedError
 
-    def positions(self, patches: Union[int, Tensor]) -> Positions:
-        """Ascending sequence indexes of the class tokens: a tuple for an int, [B, n] for counts [B]."""
+    def positions(self, patches: int | Tensor) -> Positions:
+        """Ascending sequence indexes of the class tokens: a tuple for an int, [B, n] for counts
+        [B].
+        """
         if isinstance(patches, int):
             return tuple(self._position(i, patches) for i in range(self.num_tokens))
         return torch.stack([self._position(i, patches) for i in range(self.num_tokens)], dim=-1)
@@ -61,13 +65,19 @@ class SpreadRegisters(TokenLayout):
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, T] or [B, T, d], index [B, S] -> [B, S] or [B, S, d]: the chosen tokens of each image."""
+    """tokens [B, T] or [B, T, d], index [B, S] -> [B, S] or [B, S, d]: the chosen tokens of each
+    image.
+    """
     if tokens.dim() == 2:
         return tokens.gather(1, index)
     batch, count, width = tokens.shape
     # Whole rows of a flat table are copied several times faster than single elements are gathered.
     rows = index + torch.arange(batch, device=index.device).unsqueeze(1) * count
-    return tokens.reshape(batch * count, width).index_select(0, rows.flatten()).view(batch, index.shape[1], width)
+    return (
+        tokens.reshape(batch * count, width)
+        .index_select(0, rows.flatten())
+        .view(batch, index.shape[1], width)
+    )
 
 
 def read(sequence: Tensor, positions: Positions) -> Tensor:
@@ -78,7 +88,9 @@ def read(sequence: Tensor, positions: Positions) -> Tensor:
 
 
 def insert(patches: Tensor, class_tokens: Tensor, positions: Positions) -> Tensor:
-    """patches [B, M, d] (or [B, M]) and class tokens [B, n, d] ([B, n]) -> sequence [B, L, d] ([B, L])."""
+    """patches [B, M, d] (or [B, M]) and class tokens [B, n, d] ([B, n]) -> sequence [B, L, d] ([B,
+    L]).
+    """
     if isinstance(positions, Tensor):
         slots = torch.arange(patches.shape[1] + class_tokens.shape[1], device=patches.device)
         before = (positions.unsqueeze(-2) < slots.unsqueeze(-1)).sum(-1)
@@ -87,7 +99,7 @@ def insert(patches: Tensor, class_tokens: Tensor, positions: Positions) -> Tenso
         return take(torch.cat([patches, class_tokens], dim=1), index)
     pieces, start = [], 0
     for i, position in enumerate(positions):
-        pieces += [patches[:, start:position - i], class_tokens[:, i:i + 1]]
+        pieces += [patches[:, start : position - i], class_tokens[:, i : i + 1]]
         start = position - i
     return torch.cat([*pieces, patches[:, start:]], dim=1)
 
@@ -97,15 +109,17 @@ def extract(sequence: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
     if isinstance(positions, Tensor):
         return take(sequence, patch_slots(positions, sequence.shape[1])), take(sequence, positions)
     bounds = [-1, *positions, sequence.shape[1]]
-    pieces = [sequence[:, left + 1:right] for left, right in zip(bounds[:-1], bounds[1:], strict=True)]
+    pieces = [
+        sequence[:, left + 1 : right] for left, right in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
     return torch.cat(pieces, dim=1), read(sequence, positions)
 
 
 def reordered(order: Tensor, positions: Positions, new_positions: Tensor) -> Tensor:
     """Where each slot of a re-arranged sequence comes from.
 
-    order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from `positions` to
-    `new_positions` [B, n]. -> index [B, L] into the old sequence, for `take`.
+    order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from
+    `positions` to `new_positions` [B, n]. -> index [B, L] into the old sequence, for `take`.
     """
     length = order.shape[1] + new_positions.shape[1]
     slots = torch.arange(length, device=order.device).expand(len(order), -1)
@@ -117,6 +131,7 @@ def patch_slots(positions: Tensor, length: int) -> Tensor:
     """Sequence indexes of the patch tokens: class positions [B, n] -> [B, length - n], ascending."""
     count = positions.shape[-1]
     patches = torch.arange(length - count, device=positions.device)
-    # Patch p has class token i before it when fewer than p + 1 patches stand before that class token.
+    # Patch p has class token i before it when fewer than p + 1 patches stand before that class
+    # token.
     patches_before = positions - torch.arange(count, device=positions.device)
     return patches + (patches_before.unsqueeze(-2) <= patches.unsqueeze(-1)).sum(-1)

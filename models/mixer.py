@@ -1,11 +1,11 @@
 """The bidirectional Mamba mixer and the residual block around it.
 
-B images, L tokens, d width, E = 2 d inner width, N states, R = ceil(d / 16) step rank, n class tokens.
+B images, L tokens, d width, E = 2 d inner width, N states, R = ceil(d / 16) step rank, n class
+tokens.
 Source: Vim (arXiv 2401.09417), section 3; the block router is DyVM's (arXiv 2504.04787), section 3.
 """
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,21 @@ from .layouts import Positions, read
 
 CONV_WIDTH = 4
 ROUTER_BIAS = 5.0  # a fresh router keeps nearly every scan
-GROUP_BYTES = 8 << 20  # of xz that inference on a CPU works on at a time: it should stay in the last cache
+GROUP_BYTES = (
+    8 << 20
+)  # of xz that inference on a CPU works on at a time: it should stay in the last cache
 
 
 class BidirectionalMamba(nn.Module):
     """Two selective scans over one input projection, forward and backward (suffix `_b`).
 
-    With `router`, the class token decides per image which of the two run: noisy straight-through gates in training,
-    logit > `gate_threshold` at evaluation.
+    With `router`, the class token decides per image which of the two run: noisy straight-through
+    gates in training, logit > `gate_threshold` at evaluation.
     """
 
-    def __init__(self, dim: int, d_state: int, halve: bool, router: bool = False, layer_index: int = 0):
+    def __init__(
+        self, dim: int, d_state: int, halve: bool, router: bool = False, layer_index: int = 0
+    ):
         super().__init__()
         inner, rank = 2 * dim, math.ceil(dim / 16)
         self.scale = 0.5 if halve else 1.0
@@ -52,8 +56,15 @@ class BidirectionalMamba(nn.Module):
         suffix = "_b" if backward else ""
         conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
         A_log = self.A_b_log if backward else self.A_log
-        return BranchParams(conv.weight.squeeze(1), conv.bias, getattr(self, f"x_proj{suffix}").weight,
-                            dt_proj.weight, dt_proj.bias, -torch.exp(A_log.float()), getattr(self, f"D{suffix}"))
+        return BranchParams(
+            conv.weight.squeeze(1),
+            conv.bias,
+            getattr(self, f"x_proj{suffix}").weight,
+            dt_proj.weight,
+            dt_proj.bias,
+            -torch.exp(A_log.float()),
+            getattr(self, f"D{suffix}"),
+        )
 
     def route(self, class_xz: Tensor) -> Tensor:
         """Gates [B, 2] (forward, backward) from the class tokens of xz, [B, n, 4d]."""
@@ -62,24 +73,38 @@ class BidirectionalMamba(nn.Module):
             return sampling.binary_gate(logits, f"router.layer{self.layer_index}")
         return (logits > self.gate_threshold).float()
 
-    def forward(self, hidden: Tensor, class_positions: Positions,
-                mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(
+        self, hidden: Tensor, class_positions: Positions, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] or None without a router."""
-        if hidden.device.type == "cpu" and not torch.is_grad_enabled() and mask is None and not self.training:
+        if (
+            hidden.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and mask is None
+            and not self.training
+        ):
             return self._infer_in_groups(hidden, class_positions)
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
             gates = self.route(read(xz, class_positions))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
-        y = bidirectional_ssm(xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing)
+        y = bidirectional_ssm(
+            xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing
+        )
         return self.out_proj(y), gates
 
-    def _infer_in_groups(self, hidden: Tensor, class_positions: Positions) -> tuple[Tensor, Optional[Tensor]]:
-        """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the cache, and without
-        those whose scans are both off, of which only the class tokens are projected."""
+    def _infer_in_groups(
+        self, hidden: Tensor, class_positions: Positions
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the
+        cache, and without those whose scans are both off, of which only the class tokens are
+        projected.
+        """
         batch, tokens, _ = hidden.shape
-        count = math.ceil(batch * tokens * self.in_proj.out_features * hidden.element_size() / GROUP_BYTES)
+        count = math.ceil(
+            batch * tokens * self.in_proj.out_features * hidden.element_size() / GROUP_BYTES
+        )
         size = math.ceil(batch / max(1, count))
         size = max(1, size + -size % torch.get_num_threads())  # so that no thread stands idle
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
@@ -94,12 +119,15 @@ class BidirectionalMamba(nn.Module):
         out = torch.zeros_like(hidden)
         for group in groups:
             on = None if active is None else active[group]
-            y = bidirectional_ssm(self.in_proj(hidden[group]), forward, backward, scale=self.scale, active=on)
+            y = bidirectional_ssm(
+                self.in_proj(hidden[group]), forward, backward, scale=self.scale, active=on
+            )
             out[group] = self.out_proj(y).to(out.dtype)
         return out, gates
 
-    def scan_inputs(self, hidden: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """What an ablated score predictor reads instead of the hidden state, averaged over the two directions.
+    def scan_inputs(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What an ablated score predictor reads instead of the hidden state, averaged over the two
+        directions.
 
         hidden [B, L, d] -> B [B, L, N], raw step dt_proj.weight dt_raw [B, L, E].
         """
@@ -121,9 +149,16 @@ class Block(nn.Module):
         self.mixer = mixer
         self.drop_path = drop_path
 
-    def forward(self, hidden: Optional[Tensor], residual: Tensor, class_positions: Positions,
-                mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next block, gates [B, 2]."""
+    def forward(
+        self,
+        hidden: Tensor | None,
+        residual: Tensor,
+        class_positions: Positions,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next block,
+        gates [B, 2].
+        """
         if hidden is not None:
             hidden = self.drop_path(hidden)
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)

@@ -1,12 +1,14 @@
-"""Token pruning: the score predictor, the keep decisions, and the re-arrangement that makes training and
-evaluation agree.
+"""Token pruning: the score predictor, the keep decisions, and the re-arrangement that makes
+training and evaluation agree.
 
-In training nothing is removed: kept tokens move to the front, dropped ones behind them, and every later mixer
-masks the dropped ones. Dropped tokens thus come last for the forward scan and first, with zero input, for the
-backward scan, so the states that reach a kept token are those of the sequence without them.
+In training nothing is removed: kept tokens move to the front, dropped ones behind them, and every
+later mixer masks the dropped ones. Dropped tokens thus come last for the forward scan and first,
+with zero input, for the backward scan, so the states that reach a kept token are those of the
+sequence without them.
 
 B images, M tokens that enter a stage (class tokens excluded), k tokens that survive it, d width.
-Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the predictor is DynamicViT's (arXiv 2106.02034).
+Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the predictor is DynamicViT's (arXiv
+    2106.02034).
 """
 
 import torch
@@ -16,7 +18,8 @@ from ops.linear import Linear
 
 
 class ScorePredictor(nn.Module):
-    """Log-probabilities of keeping and dropping each token, from its own features and the mean of the kept ones.
+    """Log-probabilities of keeping and dropping each token, from its own features and the mean of
+    the kept ones.
 
     tokens [B, M, width], policy [B, M] (1 = still kept) -> [B, M, 2]; class 0 is "keep".
     """
@@ -25,9 +28,12 @@ class ScorePredictor(nn.Module):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(width), Linear(width, width), nn.GELU())
         self.out_conv = nn.Sequential(
-            Linear(width, width // 2), nn.GELU(),
-            Linear(width // 2, width // 4), nn.GELU(),
-            Linear(width // 4, 2), nn.LogSoftmax(dim=-1),
+            Linear(width, width // 2),
+            nn.GELU(),
+            Linear(width // 2, width // 4),
+            nn.GELU(),
+            Linear(width // 4, 2),
+            nn.LogSoftmax(dim=-1),
         )
 
     def forward(self, tokens: Tensor, policy: Tensor) -> Tensor:
@@ -40,7 +46,8 @@ class ScorePredictor(nn.Module):
 def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
     """Stable order that puts kept tokens before dropped ones.
 
-    policy [B, M] of 0 and 1 -> order [B, M] (slot -> where its token stood), number of kept tokens [B].
+    policy [B, M] of 0 and 1 -> order [B, M] (slot -> where its token stood), number of kept tokens
+    [B].
     """
     keep = policy > 0.5
     kept = keep.sum(dim=1)
@@ -50,5 +57,7 @@ def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_in_order(scores: Tensor, count: int) -> Tensor:
-    """Indexes of the `count` best tokens, in the order in which they stand: scores [B, M] -> [B, count]."""
+    """Indexes of the `count` best tokens, in the order in which they stand: scores [B, M] -> [B,
+    count].
+    """
     return scores.topk(count, dim=1).indices.sort(dim=1).values

@@ -1,4 +1,6 @@
-"""Names: `NAME` is the dense model, `dyvm_NAME` the dynamic one; both are entry points of timm.create_model."""
+"""Names: `NAME` is the dense model, `dyvm_NAME` the dynamic one; both are entry points of
+timm.create_model.
+"""
 
 import sys
 from typing import Any
@@ -23,10 +25,14 @@ def register(family: Family, sizes: dict[str, dict[str, Any]], aliases: dict[str
     _ALIASES.update(aliases)
 
 
-def _entry_point(module: str, name: str, model: type[VisionMamba], family: Family, size: dict[str, Any]) -> None:
+def _entry_point(
+    module: str, name: str, model: type[VisionMamba], family: Family, size: dict[str, Any]
+) -> None:
     def create(pretrained: bool = False, **kwargs) -> VisionMamba:
         if pretrained:
-            raise ValueError(f"{name}: no weights can be downloaded; give a checkpoint with --model-path")
+            raise ValueError(
+                f"{name}: no weights can be downloaded; give a checkpoint with --model-path"
+            )
         for argument in _TIMM_ARGUMENTS:
             kwargs.pop(argument, None)
         return model(family, **(size | kwargs))

@@ -5,12 +5,11 @@ Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (arXiv
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Optional
 
 import torch
 from torch import Tensor
 
-_recorded: Optional[Mapping[str, Tensor]] = None
+_recorded: Mapping[str, Tensor] | None = None
 
 
 @contextmanager
@@ -28,7 +27,9 @@ def replay(noise: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def gumbel_like(x: Tensor, name: str) -> Tensor:
-    """Standard Gumbel noise in float32 with the shape of x, or the recorded noise of that name (KeyError if absent)."""
+    """Standard Gumbel noise in float32 with the shape of x, or the recorded noise of that name
+    (KeyError if absent).
+    """
     if _recorded is not None:
         return _recorded[name].to(x.device, torch.float32).reshape(x.shape)
     # The float32 exponential can return 0, whose logarithm is infinite.
@@ -42,14 +43,18 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def keep_decision(log_probs: Tensor, name: str) -> Tensor:
-    """Hard Gumbel-softmax at temperature 1: log-probabilities (keep, drop) [B, M, 2] -> keep [B, M], 0 or 1."""
+    """Hard Gumbel-softmax at temperature 1: log-probabilities (keep, drop) [B, M, 2] -> keep [B,
+    M], 0 or 1.
+    """
     noisy = log_probs.float() + gumbel_like(log_probs, name)
     hard = (noisy[..., 0] >= noisy[..., 1]).float()
     return straight_through(hard, noisy.softmax(dim=-1)[..., 0])
 
 
 def binary_gate(logits: Tensor, name: str) -> Tensor:
-    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits of any shape -> gates of that shape, 0 or 1."""
+    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits of any shape -> gates of that shape, 0
+    or 1.
+    """
     noise = gumbel_like(logits, f"{name}.gumbels1") - gumbel_like(logits, f"{name}.gumbels2")
     soft = torch.sigmoid((logits.float() + noise) / 2)
     return straight_through((soft > 0.5).float(), soft)
@@ -58,8 +63,8 @@ def binary_gate(logits: Tensor, name: str) -> Tensor:
 def image_noise(images: Tensor, count: int, stage: int, fresh: bool) -> Tensor:
     """Uniform numbers [B, count] for the random pruning baseline.
 
-    `fresh`: drawn anew (training). Otherwise a hash of each image's own pixels and the stage, so that an image gets
-    the same numbers in any batch and on any machine.
+    `fresh`: drawn anew (training). Otherwise a hash of each image's own pixels and the stage, so
+    that an image gets the same numbers in any batch and on any machine.
     """
     if fresh:
         return torch.rand(len(images), count, device=images.device)

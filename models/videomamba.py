@@ -1,4 +1,6 @@
-"""VideoMamba for images (arXiv 2403.06977): one class token in front, the two directions not halved."""
+"""VideoMamba for images (arXiv 2403.06977): one class token in front, the two directions not
+halved.
+"""
 
 from .backbone import Family
 from .layouts import HeadClassToken
@@ -6,10 +8,18 @@ from .registry import register
 
 VIDEOMAMBA = Family("videomamba", HeadClassToken, halve_directions=False)
 
-register(VIDEOMAMBA, {
-    "videomamba_tiny": dict(embed_dim=192, depth=24),
-    "videomamba_small": dict(embed_dim=384, depth=24),
-    "videomamba_middle": dict(embed_dim=576, depth=32),
-    "videomamba_base": dict(embed_dim=768, depth=24),
-}, aliases={"VideoMamba-Tiny": "videomamba_tiny", "VideoMamba-Small": "videomamba_small",
-            "VideoMamba-Middle": "videomamba_middle", "VideoMamba-Base": "videomamba_base"})
+register(
+    VIDEOMAMBA,
+    {
+        "videomamba_tiny": dict(embed_dim=192, depth=24),
+        "videomamba_small": dict(embed_dim=384, depth=24),
+        "videomamba_middle": dict(embed_dim=576, depth=32),
+        "videomamba_base": dict(embed_dim=768, depth=24),
+    },
+    aliases={
+        "VideoMamba-Tiny": "videomamba_tiny",
+        "VideoMamba-Small": "videomamba_small",
+        "VideoMamba-Middle": "videomamba_middle",
+        "VideoMamba-Base": "videomamba_base",
+    },
+)

@@ -1,13 +1,14 @@
 """Loading weights into a model: strict, with every difference named.
 
-Three things may legitimately differ, each said in one line: the new parts of a dynamic model that starts from a dense
-checkpoint, the size of the position embedding (another image size), and the head (another number of classes).
+Three things may legitimately differ, each said in one line: the new parts of a dynamic model that
+starts from a dense checkpoint, the size of the position embedding (another image size), and the
+head (another number of classes).
 """
 
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +23,32 @@ _logger = logging.getLogger(__name__)
 _LISTED = 8  # keys named in an error before the rest is counted
 
 
-def resize_pos_embed(pos_embed: Tensor, patches: int, class_row: Optional[int], new_class_row: Optional[int]) -> Tensor:
+def resize_pos_embed(
+    pos_embed: Tensor, patches: int, class_row: int | None, new_class_row: int | None
+) -> Tensor:
     """Resample a position embedding [1, rows, d] to `patches` patches (square grids, bicubic).
 
-    class_row: row of the class token in it, None without one; it is taken out where it stands and put back, unchanged,
-    at `new_class_row`. Raises ValueError when the patch rows are no square grid.
+    class_row: row of the class token in it, None without one; it is taken out where it stands and
+    put back, unchanged, at `new_class_row`. Raises ValueError when the patch rows are no square
+    grid.
     """
     rows = pos_embed.shape[1]
     if class_row is None:
         grid, class_token = pos_embed, pos_embed[:, :0]
     else:
-        grid = torch.cat([pos_embed[:, :class_row], pos_embed[:, class_row + 1:]], dim=1)
-        class_token = pos_embed[:, class_row:class_row + 1]
+        grid = torch.cat([pos_embed[:, :class_row], pos_embed[:, class_row + 1 :]], dim=1)
+        class_token = pos_embed[:, class_row : class_row + 1]
     side, new_side = math.isqrt(grid.shape[1]), math.isqrt(patches)
     if side**2 != grid.shape[1] or new_side**2 != patches:
-        raise ValueError(f"position embedding with {rows} rows cannot be resized to {patches} patches: no square grid")
+        raise ValueError(
+            f"position embedding with {rows} rows cannot be resized to {patches} patches: no "
+            "square grid"
+        )
     if side != new_side:
         grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False)
+        grid = F.interpolate(
+            grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False
+        )
         grid = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
     if class_row is None:
         return grid
@@ -51,25 +60,37 @@ def is_new_part(key: str) -> bool:
     return key.startswith("score_predictors.") or ".block_head." in key
 
 
-def checkpoint_family(checkpoint: Mapping[str, Any]) -> Optional[str]:
-    """The backbone family that a checkpoint says it is of, or that its keys give away; None when nothing tells.
+def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
+    """The backbone family that a checkpoint says it is of, or that its keys give away; None when
+    nothing tells.
 
-    Our checkpoints record it; official ones may hold their training arguments; MambaReg's keys are its own.
+    Our checkpoints record it; official ones may hold their training arguments; MambaReg's keys are
+    its own.
     """
     if isinstance(checkpoint.get("family"), str):
         return checkpoint["family"]
     if "pos_embed_cls" in checkpoint["model"]:
         return "mambareg"
     args = checkpoint.get("args")
-    name = str(getattr(args, "model", None) or (args.get("model") if isinstance(args, Mapping) else "") or "").lower()
+    name = str(
+        getattr(args, "model", None)
+        or (args.get("model") if isinstance(args, Mapping) else "")
+        or ""
+    ).lower()
     for family in ("videomamba", "mambareg", "vim"):
         if name.removeprefix("dyvm_").startswith(family):
             return family
     return None
 
 
-def load_weights(model: VisionMamba, checkpoint: Mapping[str, Any], source: str, *, from_dense: bool = False,
-                 new_head: bool = False) -> None:
+def load_weights(
+    model: VisionMamba,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    *,
+    from_dense: bool = False,
+    new_head: bool = False,
+) -> None:
     """Load `checkpoint["model"]` into a model.
 
     Args:
@@ -78,18 +99,25 @@ def load_weights(model: VisionMamba, checkpoint: Mapping[str, Any], source: str,
         new_head: a head of another class count is replaced by a fresh one (fine-tuning).
 
     Raises:
-        UserError: another family, or missing, unexpected or misshapen parameters; all are counted, the first listed.
+        UserError: another family, or missing, unexpected or misshapen parameters; all are counted,
+            the first listed.
     """
     family = checkpoint_family(checkpoint)
     if family is not None and family != model.family.name:
-        raise UserError(f"{source}: this is a {family} checkpoint, the model is a {model.family.name}; choose --model "
-                        "to agree with the checkpoint")
+        raise UserError(
+            f"{source}: this is a {family} checkpoint, the model is a {model.family.name}; choose "
+            "--model "
+            "to agree with the checkpoint"
+        )
     own = model.state_dict()
     state = {key: value for key, value in checkpoint["model"].items()}
     not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
-        raise UserError(f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a checkpoint of a "
-                        "vision model")
+        raise UserError(
+            f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
+            "checkpoint of a "
+            "vision model"
+        )
     _fit_pos_embed(model, state, source)
     dropped = _drop_other_head(model, own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
@@ -98,15 +126,23 @@ def load_weights(model: VisionMamba, checkpoint: Mapping[str, Any], source: str,
     problems = {
         "missing": [key for key in absent if key not in dropped],
         "unexpected": [key for key in state if key not in own],
-        "misshapen": [f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}" for key in own
-                      if key in state and state[key].shape != own[key].shape],
+        "misshapen": [
+            f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(keys)} {kind}: {_listing(keys)}" for kind, keys in problems.items() if keys)
+        told = "; ".join(
+            f"{len(keys)} {kind}: {_listing(keys)}" for kind, keys in problems.items() if keys
+        )
         head = state.get("head.weight")
         if head is not None and head.dim() == 2 and len(head) != model.num_classes:
-            told += (f". It was trained on {len(head)} classes, the data set has {model.num_classes}: choose its "
-                     "--data-set, or fine-tune it first with --method dense --model-path")
+            told += (
+                f". It was trained on {len(head)} classes, the data set has {model.num_classes}: "
+                "choose its "
+                "--data-set, or fine-tune it first with --method dense --model-path"
+            )
         raise UserError(f"{source} does not fit this {model.family.name} model: {told}")
     model.load_state_dict(state, strict=False)
 
@@ -117,7 +153,9 @@ def _listing(keys: list[str]) -> str:
 
 
 def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) -> None:
-    """Resize the position embedding in `state` when the checkpoint was trained at another image size."""
+    """Resize the position embedding in `state` when the checkpoint was trained at another image
+    size.
+    """
     table = state.get("pos_embed")
     if table is None or table.dim() != 3 or len(table) != 1 or table.shape[2] != model.embed_dim:
         return  # told among the misshapen ones
@@ -130,15 +168,28 @@ def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) ->
         state["pos_embed"] = resize_pos_embed(table, model.num_patches, row, new_row)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    _logger.info("%s: position embedding resized from %d to %d patches", source, patches, model.num_patches)
+    _logger.info(
+        "%s: position embedding resized from %d to %d patches", source, patches, model.num_patches
+    )
 
 
-def _drop_other_head(model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> set[str]:
-    """Take a head of another class count out of `state`, so that the model keeps its fresh one; -> the keys taken."""
+def _drop_other_head(
+    model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str
+) -> set[str]:
+    """Take a head of another class count out of `state`, so that the model keeps its fresh one; ->
+    the keys taken.
+    """
     weight, fresh = state.get("head.weight"), own["head.weight"]
-    if weight is None or weight.dim() != 2 or len(weight) == len(fresh) or weight.shape[1] != fresh.shape[1]:
+    if (
+        weight is None
+        or weight.dim() != 2
+        or len(weight) == len(fresh)
+        or weight.shape[1] != fresh.shape[1]
+    ):
         return set()
-    _logger.info("%s: head of %d classes replaced by a new one of %d", source, len(weight), len(fresh))
+    _logger.info(
+        "%s: head of %d classes replaced by a new one of %d", source, len(weight), len(fresh)
+    )
     dropped = {"head.weight", "head.bias"}
     for key in dropped:
         state.pop(key, None)

@@ -1,9 +1,8 @@
-"""Residual add + RMSNorm as one Triton kernel each way; the definition is `ops.rms_norm.add_rms_norm`.
+"""Residual add + RMSNorm as one Triton kernel each way; the definition is
+`ops.rms_norm.add_rms_norm`.
 
 B images, L tokens, d model width; rows are the B * L tokens.
 """
-
-from typing import Optional
 
 import torch
 import triton
@@ -34,9 +33,22 @@ def _forward_kernel(hidden, residual, weight, normed, total, scale, d, eps, BLOC
 
 
 @triton.jit
-def _backward_kernel(grad_normed, grad_stream, total, scale, weight, grad_total, grad_hidden, grad_weight, rows, d,
-                     BLOCK: tl.constexpr):
-    """grad_weight [programs, d] holds partial sums. grad_stream: what arrives along the residual stream."""
+def _backward_kernel(
+    grad_normed,
+    grad_stream,
+    total,
+    scale,
+    weight,
+    grad_total,
+    grad_hidden,
+    grad_weight,
+    rows,
+    d,
+    BLOCK: tl.constexpr,
+):
+    """grad_weight [programs, d] holds partial sums. grad_stream: what arrives along the residual
+    stream.
+    """
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < d
@@ -68,18 +80,25 @@ def _device(tensor: Tensor):
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def takes(hidden: Optional[Tensor], residual: Optional[Tensor], weight: Tensor) -> bool:
+def takes(hidden: Tensor | None, residual: Tensor | None, weight: Tensor) -> bool:
     """Whether these tensors, of which one of the first two may be None, can go through the kernels."""
     given = [tensor for tensor in (hidden, residual, weight) if tensor is not None]
-    on_device = all(tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu") for tensor in given)
-    return (on_device and len({tensor.device for tensor in given}) == 1
-            and all(tensor.dtype in _DTYPES for tensor in given)
-            and (residual is None or residual.dtype == torch.float32)
-            and given[0].numel() > 0 and weight.shape[-1] <= _MAX_WIDTH)
+    on_device = all(
+        tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu") for tensor in given
+    )
+    return (
+        on_device
+        and len({tensor.device for tensor in given}) == 1
+        and all(tensor.dtype in _DTYPES for tensor in given)
+        and (residual is None or residual.dtype == torch.float32)
+        and given[0].numel() > 0
+        and weight.shape[-1] <= _MAX_WIDTH
+    )
 
 
-def add_rms_norm(hidden: Optional[Tensor], residual: Optional[Tensor], weight: Tensor, eps: float,
-                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    hidden: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """new_residual = residual + hidden, normed = new_residual / rms(new_residual) * weight.
 
     Args:
@@ -91,14 +110,22 @@ def add_rms_norm(hidden: Optional[Tensor], residual: Optional[Tensor], weight: T
     Returns:
         normed [B, L, d] and new_residual [B, L, d] float32.
     """
-    hidden, residual = (None if tensor is None else tensor.contiguous() for tensor in (hidden, residual))
+    hidden, residual = (
+        None if tensor is None else tensor.contiguous() for tensor in (hidden, residual)
+    )
     return _AddRMSNorm.apply(hidden, residual, weight.contiguous(), eps, dtype)
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Optional[Tensor], residual: Optional[Tensor], weight: Tensor, eps: float,
-                dtype: torch.dtype):
+    def forward(
+        ctx,
+        hidden: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ):
         given = residual if hidden is None else hidden
         d = given.shape[-1]
         rows = given.numel() // d
@@ -106,7 +133,9 @@ class _AddRMSNorm(torch.autograd.Function):
         total = residual if hidden is None else given.new_empty(given.shape, dtype=torch.float32)
         scale = given.new_empty(rows, dtype=torch.float32)
         with _device(given):
-            _forward_kernel[(rows,)](hidden, residual, weight, normed, total, scale, d, eps, **_block(d))
+            _forward_kernel[(rows,)](
+                hidden, residual, weight, normed, total, scale, d, eps, **_block(d)
+            )
         ctx.save_for_backward(total, scale, weight)
         ctx.hidden_dtype = None if hidden is None else hidden.dtype
         ctx.set_materialize_grads(False)
@@ -114,19 +143,39 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_normed: Optional[Tensor], grad_stream: Optional[Tensor]):
+    def backward(ctx, grad_normed: Tensor | None, grad_stream: Tensor | None):
         total, scale, weight = ctx.saved_tensors
         if grad_normed is None:
             wanted = [grad_stream is not None and needed for needed in ctx.needs_input_grad[:2]]
-            return (grad_stream.to(ctx.hidden_dtype) if wanted[0] else None, grad_stream if wanted[1] else None,
-                    None, None, None)
+            return (
+                grad_stream.to(ctx.hidden_dtype) if wanted[0] else None,
+                grad_stream if wanted[1] else None,
+                None,
+                None,
+                None,
+            )
         d, rows = total.shape[-1], scale.numel()
         grad_total = torch.empty_like(total) if ctx.needs_input_grad[1] else None
-        grad_hidden = total.new_empty(total.shape, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[0] else None
+        grad_hidden = (
+            total.new_empty(total.shape, dtype=ctx.hidden_dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         programs = min(rows, _BACKWARD_PROGRAMS)
         grad_weight = total.new_empty(programs, d)
         grad_stream = None if grad_stream is None else grad_stream.contiguous()
         with _device(total):
-            _backward_kernel[(programs,)](grad_normed.contiguous(), grad_stream, total, scale, weight, grad_total,
-                                          grad_hidden, grad_weight, rows, d, **_block(d))
+            _backward_kernel[(programs,)](
+                grad_normed.contiguous(),
+                grad_stream,
+                total,
+                scale,
+                weight,
+                grad_total,
+                grad_hidden,
+                grad_weight,
+                rows,
+                d,
+                **_block(d),
+            )
         return grad_hidden, grad_total, grad_weight.sum(0).to(weight.dtype), None, None

@@ -21,6 +21,7 @@ for module in pytest pytest_cov ruff; do
 done
 
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 
 coverage=(--cov-report=term-missing:skip-covered)
 for module in *.py drawing loading models ops utils; do

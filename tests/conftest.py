@@ -1,7 +1,7 @@
 """Set before PyTorch is imported: threads that wait for each other sleep.
 
-The tests' tensors are tiny. On a shared machine, threads that spin while they wait take the processor from those that
-they wait for, and everything becomes ten times slower.
+The tests' tensors are tiny. On a shared machine, threads that spin while they wait take the
+processor from those that they wait for, and everything becomes ten times slower.
 """
 
 import os

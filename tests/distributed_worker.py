@@ -1,4 +1,6 @@
-"""What the processes of test_distributed.py run: `python distributed_worker.py CASE`, with a launcher's environment."""
+"""What the processes of test_distributed.py run: `python distributed_worker.py CASE`, with a
+launcher's environment.
+"""
 
 import os
 import signal
@@ -14,14 +16,21 @@ from utils.logging import Averages
 
 
 def say(*words: object) -> None:
-    sys.stdout.write(" ".join(map(str, words)) + "\n")  # in one piece, since both ranks may share a pipe
+    sys.stdout.write(
+        " ".join(map(str, words)) + "\n"
+    )  # in one piece, since both ranks may share a pipe
     sys.stdout.flush()
 
 
 def collectives(distributed: Distributed) -> None:
     rank = distributed.rank
     assert distributed.world_size == 2 and distributed.is_main == (rank == 0)
-    assert [distributed.agree_any(flag) for flag in (False, rank == 0, rank == 1, True)] == [False, True, True, True]
+    assert [distributed.agree_any(flag) for flag in (False, rank == 0, rank == 1, True)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
     counts = distributed.all_reduce_sum([2.0**53 - 2 if rank else 1.0, 0.1])
     assert counts.dtype == torch.float64 and counts.tolist() == [2.0**53 - 1, 0.2]
@@ -84,8 +93,18 @@ def restarted(distributed: Distributed) -> None:
     say("attempt", attempt, "ended")
 
 
-CASES = {case.__name__: case for case in
-         (collectives, killed_peer, killed_peer_unnoticed, busy_peer, failing_peer, preempted, restarted)}  # fmt: skip
+CASES = {
+    case.__name__: case
+    for case in (
+        collectives,
+        killed_peer,
+        killed_peer_unnoticed,
+        busy_peer,
+        failing_peer,
+        preempted,
+        restarted,
+    )
+}
 
 
 def main() -> int:

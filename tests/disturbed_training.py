@@ -1,9 +1,9 @@
 """main.py with disturbances: `python disturbed_training.py NAME=VALUE... -- FLAGS`
 
-    nan=RANK:STEP     an image of that rank is not a number in that step of every epoch
-    slow=SECONDS      each step takes so much longer
-    pids=FOLDER       each rank leaves its process number there, in a file named after the rank
-    hash=1            instead of the last evaluation, each rank prints a hash of its weights
+nan=RANK:STEP     an image of that rank is not a number in that step of every epoch
+slow=SECONDS      each step takes so much longer
+pids=FOLDER       each rank leaves its process number there, in a file named after the rank
+hash=1            instead of the last evaluation, each rank prints a hash of its weights
 """
 
 import hashlib
@@ -50,4 +50,4 @@ if __name__ == "__main__":
     if disturbances.pop("hash", None):
         main.evaluate_best = print_hash
     disturb(**disturbances)
-    run_main(lambda: main.main(sys.argv[end + 1:]))
+    run_main(lambda: main.main(sys.argv[end + 1 :]))

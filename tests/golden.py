@@ -1,4 +1,5 @@
-"""Reading recorded cases of the published implementation: `$GOLDEN_DIR`, default `../shared/golden` beside the project.
+"""Reading recorded cases of the published implementation: `$GOLDEN_DIR`, default `../shared/golden`
+beside the project.
 
 Every size comes from a case's JSON; nothing is known here about the cases at hand.
 """
@@ -26,7 +27,11 @@ class Case(NamedTuple):
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose names start with `prefix`, by the rest of their names."""
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.tensors.items()
+            if key.startswith(prefix)
+        }
 
 
 def names(*prefixes: str) -> list[str]:
@@ -36,8 +41,10 @@ def names(*prefixes: str) -> list[str]:
 
 def backends() -> list:
     """Parameters for every backend; those that do not run on a CPU carry the `gpu` mark."""
-    return [name if selective_scan.runs_on(name, "cpu") else pytest.param(name, marks=pytest.mark.gpu)
-            for name in selective_scan.PREFERENCE]
+    return [
+        name if selective_scan.runs_on(name, "cpu") else pytest.param(name, marks=pytest.mark.gpu)
+        for name in selective_scan.PREFERENCE
+    ]
 
 
 def use_backend(name: str, monkeypatch) -> str:
@@ -49,7 +56,9 @@ def use_backend(name: str, monkeypatch) -> str:
         pytest.skip(f"{name}: needs a CUDA GPU")
     if not selective_scan.runs_on(name, "cuda"):
         pytest.skip(f"{name}: not available here")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 means float32 in the patch embedding too
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # float32 means float32 in the patch embedding too
     return "cuda"
 
 
@@ -61,21 +70,37 @@ def load(name: str, device: str = "cpu") -> Case:
 
 def subcases(case: Case):
     """(description, tensors) of each subcase."""
-    return [(info, case.group(f"{info.get('name', f'case{i}')}.")) for i, info in enumerate(case.info["subcases"])]
+    return [
+        (info, case.group(f"{info.get('name', f'case{i}')}."))
+        for i, info in enumerate(case.info["subcases"])
+    ]
 
 
 def build(info: dict[str, Any], dynamic: bool) -> VisionMamba:
-    """The model that a case's configuration describes, with the given number of input channels and classes."""
+    """The model that a case's configuration describes, with the given number of input channels and
+    classes.
+    """
     config = info["config"]
-    sizes = dict(img_size=config["img_size"], patch_size=config["patch_size"], stride=config["stride"],
-                 in_chans=config["channels"], embed_dim=config["embed_dim"], depth=config["depth"],
-                 d_state=config["d_state"], num_classes=config["num_classes"])
+    sizes = dict(
+        img_size=config["img_size"],
+        patch_size=config["patch_size"],
+        stride=config["stride"],
+        in_chans=config["channels"],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        d_state=config["d_state"],
+        num_classes=config["num_classes"],
+    )
     if "num_cls_tokens" in config:
-        sizes |= dict(num_registers=config["num_cls_tokens"], register_reduction=config["cls_reduce"])
+        sizes |= dict(
+            num_registers=config["num_cls_tokens"], register_reduction=config["cls_reduce"]
+        )
     family = FAMILIES[info["family"]]
     if not dynamic:
         return VisionMamba(family, **sizes)
-    return DynamicVisionMamba(family, pruning_layers=config["pruning_loc"], token_keep=config["token_ratio"], **sizes)
+    return DynamicVisionMamba(
+        family, pruning_layers=config["pruning_loc"], token_keep=config["token_ratio"], **sizes
+    )
 
 
 def build_loaded(case: Case, weights_key: str, dynamic: bool, device: str = "cpu") -> VisionMamba:
@@ -90,19 +115,31 @@ def build_loaded(case: Case, weights_key: str, dynamic: bool, device: str = "cpu
 
 
 def close(actual: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:
-    torch.testing.assert_close(actual.detach().reshape(expected.shape), expected, atol=atol, rtol=rtol,
-                               msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        actual.detach().reshape(expected.shape),
+        expected,
+        atol=atol,
+        rtol=rtol,
+        msg=lambda text: f"{what}: {text}",
+    )
 
 
 def gradient_close(actual: Tensor, expected: Tensor, relative: float, what: str) -> None:
-    """Largest error within `relative` of the largest entry, plus 1e-6; an absent gradient counts as zero."""
+    """Largest error within `relative` of the largest entry, plus 1e-6; an absent gradient counts as
+    zero.
+    """
     actual = torch.zeros_like(expected) if actual is None else actual.reshape(expected.shape)
-    error, limit = (actual - expected).abs().max().item(), relative * expected.abs().max().item() + 1e-6
+    error, limit = (
+        (actual - expected).abs().max().item(),
+        relative * expected.abs().max().item() + 1e-6,
+    )
     assert error <= limit, f"{what}: error {error:.3g} above {limit:.3g}"
 
 
 class LayerRecorder:
-    """Records by hooks what the recorded cases call mid.*: per-layer outputs, router logits, predictor outputs."""
+    """Records by hooks what the recorded cases call mid.*: per-layer outputs, router logits,
+    predictor outputs.
+    """
 
     def __init__(self, model: VisionMamba):
         self.seen: dict[str, Tensor] = {}
@@ -110,13 +147,16 @@ class LayerRecorder:
             layer.register_forward_hook(self._record(f"hidden.layer{i}", 0))
             layer.register_forward_hook(self._record(f"residual.layer{i}", 1))
             if layer.mixer.block_head is not None:
-                layer.mixer.block_head.register_forward_hook(self._record(f"router_logits.layer{i}"))
+                layer.mixer.block_head.register_forward_hook(
+                    self._record(f"router_logits.layer{i}")
+                )
         for s, predictor in enumerate(getattr(model, "score_predictors", ())):
             predictor.register_forward_hook(self._record(f"pred_logprob.stage{s}"))
 
     def _record(self, name: str, index=None):
         def hook(module, inputs, output):
             self.seen[name] = output if index is None else output[index]
+
         return hook
 
     def compare(self, case: Case, atol: float = 1e-4, rtol: float = 1e-4) -> int:

@@ -1,7 +1,7 @@
 """Trains, is killed, resumes, and so on: `python kill_driver.py WHOLE PARTS KILLS FLAGS`
 
-The run WHOLE is not disturbed. Each attempt at PARTS is a fork of this process, which has imported everything and
-computed nothing. Prints how many kills hit a save, the start-up, and an evaluation.
+The run WHOLE is not disturbed. Each attempt at PARTS is a fork of this process, which has imported
+everything and computed nothing. Prints how many kills hit a save, the start-up, and an evaluation.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ from utils.errors import run_main
 
 
 def attempt(flags: list[str], tell: int) -> int:
-    """Start training in a fork, which writes an "s" to `tell` when a save begins, "e" when an evaluation does."""
+    """Start training in a fork, which writes an "s" to `tell` when a save begins, "e" when an
+    evaluation does.
+    """
     child = os.fork()
     if child:
         return child
@@ -38,6 +40,7 @@ def telling(function, tell: int, letter: bytes):
     def wrapped(*arguments, **options):
         os.write(tell, letter)
         return function(*arguments, **options)
+
     return wrapped
 
 
@@ -57,14 +60,17 @@ def drive(whole: str, parts: Path, kills: int, flags: list[str]) -> None:
         assert not done, f"the run ended before kill {kill}, with status {status}"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):  # it had no session of its own yet, and no workers
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # it had no session of its own yet, and no workers
             os.killpg(child, signal.SIGKILL)  # the workers that it left, as a scheduler does
         os.write(tell, b"k")
         said = os.read(hear, 1 << 16)
         met["start-up"] += said == b"k"
         met["evaluation"] += said.endswith(b"ek")
-        met["save"] += any(path.name.startswith((f".{NEWEST}", ".best")) for path in parts.glob(".*.tmp")) or (
-            (parts / PREVIOUS).exists() and not (parts / NEWEST).exists())
+        met["save"] += any(
+            path.name.startswith((f".{NEWEST}", ".best")) for path in parts.glob(".*.tmp")
+        ) or ((parts / PREVIOUS).exists() and not (parts / NEWEST).exists())
     child = attempt([*flags, "--output_dir", str(parts)], tell)
     assert os.waitpid(child, 0)[1] == 0
     print(*(f"{name}={count}" for name, count in met.items()))

@@ -9,14 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_STEP_NUM_TASKS",
+)
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
     """This process's environment without a launcher's and without GPUs, plus the given variables."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "TORCH_CPP_LOG_LEVEL": "FATAL"} | extra
+    return (
+        kept
+        | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_CPP_LOG_LEVEL": "FATAL",
+        }
+        | extra
+    )
 
 
 def free_port() -> int:
@@ -26,13 +41,28 @@ def free_port() -> int:
 
 
 def start(processes: int, arguments: list) -> list[subprocess.Popen]:
-    """Start a Python program in several processes in the repository's root; by rank, outputs in pipes."""
+    """Start a Python program in several processes in the repository's root; by rank, outputs in
+    pipes.
+    """
     port, children = str(free_port()), []
     for rank in map(str, range(processes)):
-        environment = clean_environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes),
-                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        children.append(subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        environment = clean_environment(
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        children.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     return children
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints of small models with random weights, and images, for the tests of everything that shows decisions."""
+"""Checkpoints of small models with random weights, and images, for the tests of everything that
+shows decisions.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,9 @@ DIGITS = [str(digit) for digit in range(10)]
 
 
 def save_model(path: Path, *flags: str, classes=DIGITS, seed: int = 0, **more) -> Path:
-    """A checkpoint as a training leaves it: random weights, gates that differ between images, recorded arguments."""
+    """A checkpoint as a training leaves it: random weights, gates that differ between images,
+    recorded arguments.
+    """
     torch.manual_seed(seed)
     # The teacher is no part of what is recorded: --eval demands none.
     args = options.parse(["--eval", "--model-path", "none", *SMALL, *flags], {})
@@ -26,11 +30,21 @@ def save_model(path: Path, *flags: str, classes=DIGITS, seed: int = 0, **more) -
         if name.endswith("block_head"):
             nn.init.normal_(module.weight, std=3)
             nn.init.zeros_(module.bias)
-        if name.endswith("out_proj"):  # strong layers: what a class token reads depends on the image
+        if name.endswith(
+            "out_proj"
+        ):  # strong layers: what a class token reads depends on the image
             nn.init.normal_(module.weight, std=2)
     recorded = vars(args) | {"model_path": None, "eval": False}
-    save_checkpoint({"model": model.state_dict(), "family": model.family.name, "args": recorded,
-                     "class_names": list(classes)} | more, path)
+    save_checkpoint(
+        {
+            "model": model.state_dict(),
+            "family": model.family.name,
+            "args": recorded,
+            "class_names": list(classes),
+        }
+        | more,
+        path,
+    )
     return path
 
 

@@ -10,16 +10,43 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment(**variables):
     """This process's environment without the variables that the scripts read, plus the given ones."""
-    read = {"PYTHON", "DATA_PATH", "MODEL_PATH", "GPUS", "OUTPUT", "DRY_RUN", "MAX_RESTARTS", "GOLDEN_DIR",
-            "EPOCHS", "EPOCHS_DENSE", "SUBSET", "SEEDS", "JOBS",
-            "CUDA_VISIBLE_DEVICES", "RDZV_ENDPOINT", "RDZV_ID", "NNODES", "XDG_CACHE_HOME"}
-    kept = {name: value for name, value in os.environ.items() if name not in read and not name.startswith("SLURM_")}
+    read = {
+        "PYTHON",
+        "DATA_PATH",
+        "MODEL_PATH",
+        "GPUS",
+        "OUTPUT",
+        "DRY_RUN",
+        "MAX_RESTARTS",
+        "GOLDEN_DIR",
+        "EPOCHS",
+        "EPOCHS_DENSE",
+        "SUBSET",
+        "SEEDS",
+        "JOBS",
+        "CUDA_VISIBLE_DEVICES",
+        "RDZV_ENDPOINT",
+        "RDZV_ID",
+        "NNODES",
+        "XDG_CACHE_HOME",
+    }
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in read and not name.startswith("SLURM_")
+    }
     return kept | {name: str(value) for name, value in variables.items()}
 
 
 def run(script, *arguments, cwd=None, **variables):
-    return subprocess.run(["bash", str(ROOT / script), *map(str, arguments)], env=environment(**variables), cwd=cwd,
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", str(ROOT / script), *map(str, arguments)],
+        env=environment(**variables),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def program(path, text):

@@ -1,4 +1,6 @@
-"""The ablation: real small trainings, their table, going on after an interruption, and what it says to bad input."""
+"""The ablation: real small trainings, their table, going on after an interruption, and what it says
+to bad input.
+"""
 
 import contextlib
 import csv
@@ -19,9 +21,29 @@ import throughput
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
-SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--input-size", "16", "--subset", "64", "--batch-size", "16",
-         "--epochs", "1", "--warmup-epochs", "0", "--lr", "2e-2", "--unscale-lr", "--num-workers", "0", "--device",
-         "cpu", "--no-model-ema"]
+SMALL = [
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=4",
+    "--input-size",
+    "16",
+    "--subset",
+    "64",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--lr",
+    "2e-2",
+    "--unscale-lr",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--no-model-ema",
+]
 COMMON = ["--", *SMALL, "--pruning-layers", "1", "2"]
 HALF = ["--variant", "half", "--token-keep-ratio 0.5"]
 
@@ -34,8 +56,18 @@ def teacher(tmp_path_factory):
 
 
 def run(output, teacher, *flags, common=COMMON):
-    return ablation.main(["--dense-path", str(teacher), "--output_dir", str(output), "--throughput-seconds", "0.01",
-                          *map(str, flags), *common])
+    return ablation.main(
+        [
+            "--dense-path",
+            str(teacher),
+            "--output_dir",
+            str(output),
+            "--throughput-seconds",
+            "0.01",
+            *map(str, flags),
+            *common,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +76,17 @@ def done(teacher, tmp_path_factory):
     output = tmp_path_factory.mktemp("ablation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert run(output, teacher, "--variants", "block-only", *HALF, "--seeds", 0, 7, "--jobs", 2) == 0
+        assert (
+            run(output, teacher, "--variants", "block-only", *HALF, "--seeds", 0, 7, "--jobs", 2)
+            == 0
+        )
     return output
 
 
 def reports(output, variant):
-    return [json.loads((output / variant / f"seed{seed}" / "eval.json").read_text()) for seed in (0, 7)]
+    return [
+        json.loads((output / variant / f"seed{seed}" / "eval.json").read_text()) for seed in (0, 7)
+    ]
 
 
 def rows_of(path):
@@ -77,9 +114,14 @@ def test_the_table_is_what_the_runs_say(done):
     text = (done / "ablation.md").read_text()
     for row in variants:
         found = [report["dynamic"] for report in reports(done, row["variant"])]
-        top1, flops = ([column["top1"] for column in found], [column["flops"]["exact"] for column in found])
+        top1, flops = (
+            [column["top1"] for column in found],
+            [column["flops"]["exact"] for column in found],
+        )
         mean, sd = sum(top1) / 2, abs(top1[0] - top1[1]) / 2**0.5
-        assert float(row["top1_mean"]) == pytest.approx(mean) and float(row["top1_sd"]) == pytest.approx(sd)
+        assert float(row["top1_mean"]) == pytest.approx(mean) and float(
+            row["top1_sd"]
+        ) == pytest.approx(sd)
         assert float(row["exact_flops"]) == pytest.approx(sum(flops) / 2)
         assert float(row["patches_kept"]) == {"block-only": 1.0, "half": 0.25}[row["variant"]]
         gates = [gate for column in found for layer in column["gates"] for gate in layer]
@@ -87,31 +129,59 @@ def test_the_table_is_what_the_runs_say(done):
         assert row["runs"] == "2" and float(row["images_per_s"]) > 0
         speed = float(row["images_per_s"]) / float(dense["images_per_s"])
         change = 100 * (sum(flops) / 2 / of_teacher["flops"]["exact"] - 1)
-        [line] = [line for line in text.splitlines() if line.startswith(f"| {row['variant']} ") and "±" in line]
+        [line] = [
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {row['variant']} ") and "±" in line
+        ]
         assert [cell.strip() for cell in line.split("|")[2:-1]] == [
-            f"{mean:.2f} ± {sd:.2f}", f"{mean - of_teacher['top1']:+.2f}", f"{sum(flops) / 2e6:.2f}",
-            f"{change:+.1f} %", f"x {speed:.2f}", {"block-only": "100.0 %", "half": "25.0 %"}[row["variant"]],
-            f"{100 * statistics.fmean(gates):.1f} %", "2"]
+            f"{mean:.2f} ± {sd:.2f}",
+            f"{mean - of_teacher['top1']:+.2f}",
+            f"{sum(flops) / 2e6:.2f}",
+            f"{change:+.1f} %",
+            f"x {speed:.2f}",
+            {"block-only": "100.0 %", "half": "25.0 %"}[row["variant"]],
+            f"{100 * statistics.fmean(gates):.1f} %",
+            "2",
+        ]
 
 
 def test_the_runs_differ_by_seed_and_stand_in_a_file_of_their_own(done):
     rows = rows_of(done / "ablation_runs.csv")
     assert [(row["variant"], row["seed"]) for row in rows] == [
-        ("block-only", "0"), ("half", "0"), ("block-only", "7"), ("half", "7")]
+        ("block-only", "0"),
+        ("half", "0"),
+        ("block-only", "7"),
+        ("half", "7"),
+    ]
     for row in rows:
-        report = json.loads((done / row["variant"] / f"seed{row['seed']}" / "eval.json").read_text())
-        assert float(row["top1"]) == report["dynamic"]["top1"] and float(row["loss"]) == report["dynamic"]["loss"]
+        report = json.loads(
+            (done / row["variant"] / f"seed{row['seed']}" / "eval.json").read_text()
+        )
+        assert (
+            float(row["top1"]) == report["dynamic"]["top1"]
+            and float(row["loss"]) == report["dynamic"]["loss"]
+        )
         assert report["dynamic"]["images_per_s"] is None
     assert len({row["loss"] for row in rows}) == 4
 
 
 def test_the_document_tells_what_was_done(done):
     text = (done / "ablation.md").read_text()
-    for told in ("DIGITS, 64 of the training images", "epochs from the dense teacher: 1", "seeds: 0, 7", "torch 2",
-                 "| half | `--token-keep-ratio 0.5` |", "python ablation.py --dense-path ", "on one batch of 16, cpu"):
+    for told in (
+        "DIGITS, 64 of the training images",
+        "epochs from the dense teacher: 1",
+        "seeds: 0, 7",
+        "torch 2",
+        "| half | `--token-keep-ratio 0.5` |",
+        "python ablation.py --dense-path ",
+        "on one batch of 16, cpu",
+    ):
         assert told in text
     assert "Missing" not in text
-    assert all((done / name).stat().st_size > 5000 for name in ("ablation_flops.png", "ablation_speed.png"))
+    assert all(
+        (done / name).stat().st_size > 5000 for name in ("ablation_flops.png", "ablation_speed.png")
+    )
 
 
 def test_the_same_command_again_trains_and_measures_nothing(done, teacher, monkeypatch):
@@ -124,7 +194,11 @@ def test_the_same_command_again_trains_and_measures_nothing(done, teacher, monke
 
 def test_what_is_missing_is_done_and_the_rest_left_alone(done, teacher):
     lost = done / "half" / "seed7"
-    before, report, log = modified(done), (lost / "eval.json").read_text(), (lost / "log.txt").read_text()
+    before, report, log = (
+        modified(done),
+        (lost / "eval.json").read_text(),
+        (lost / "log.txt").read_text(),
+    )
     (lost / "eval.json").unlink()
     # the same share of the cores as before, for eval.json says how many threads there were
     assert run(done, teacher, "--variants", "block-only", *HALF, "--seeds", 0, 7, "--jobs", 2) == 0
@@ -143,30 +217,59 @@ def test_a_failing_run_is_named_and_the_others_go_on(done, teacher, capsys):
     assert f"wrong/seed0 failed: {reason}" in out and f"missing: wrong/seed0: {reason}" in out
     text = (done / "ablation.md").read_text()
     assert f"* wrong/seed0: {reason}" in text
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.split("\n\n")[1].splitlines()}
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:-1]
+        for line in text.split("\n\n")[1].splitlines()
+    }
     assert [cell.strip() for cell in rows["wrong"]] == ["-"] * 7 + ["0"]
     assert "±" not in rows["half"][0] and rows["half"][-1].strip() == "1", "one seed has no spread"
 
 
 def test_when_all_fail_there_is_no_table(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "train_missing", lambda runs, *_: {str(run): "error: no luck" for run in runs})
+    monkeypatch.setattr(
+        ablation, "train_missing", lambda runs, *_: {str(run): "error: no luck" for run in runs}
+    )
     with pytest.raises(UserError, match="all 2 runs failed; static/seed4: error: no luck"):
         run(tmp_path, teacher, "--variants", "static", "random", "--seeds", 4)
     assert not list(tmp_path.glob("ablation*"))
 
 
 def test_sigterm_lets_the_runs_save(teacher, tmp_path):
-    command = [sys.executable, ROOT / "ablation.py", "--dense-path", teacher, "--output_dir", tmp_path, "--seeds", "0",
-               "--variants", "token-only", "static", *COMMON, "--epochs", "500"]
-    runner = subprocess.Popen(list(map(str, command)), env=clean_environment(), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        ROOT / "ablation.py",
+        "--dense-path",
+        teacher,
+        "--output_dir",
+        tmp_path,
+        "--seeds",
+        "0",
+        "--variants",
+        "token-only",
+        "static",
+        *COMMON,
+        "--epochs",
+        "500",
+    ]
+    runner = subprocess.Popen(
+        list(map(str, command)),
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     folder = tmp_path / "token-only" / "seed0"
     wait_until((folder / "log.txt").exists)
     runner.send_signal(signal.SIGTERM)
     out, err = runner.communicate(timeout=30)
     assert runner.returncode == 75 and err == ""
-    assert "told to leave by SIGTERM; the runs have saved, the same command goes on" in out and "failed" not in out
-    assert "saved, continue with --resume auto" in (folder / "output.txt").read_text().splitlines()[-1]
+    assert (
+        "told to leave by SIGTERM; the runs have saved, the same command goes on" in out
+        and "failed" not in out
+    )
+    assert (
+        "saved, continue with --resume auto" in (folder / "output.txt").read_text().splitlines()[-1]
+    )
     assert (folder / "checkpoint.pth").exists() and not (folder / "eval.json").exists()
     assert not (tmp_path / "static").exists(), "told to leave, it starts nothing more"
     with ablation.locked(tmp_path):  # nothing is left running that would hold it
@@ -179,17 +282,32 @@ def planned(folder):
 
 def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
     def start(run, place, jobs, lock):
-        return subprocess.Popen(["bash", "-c", 'trap "sleep 0.3; touch saved; exit 75" TERM; touch started\n'
-                                 "while :; do sleep 0.05; done"], cwd=tmp_path, start_new_session=True)
+        return subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                'trap "sleep 0.3; touch saved; exit 75" TERM; touch started\n'
+                "while :; do sleep 0.05; done",
+            ],
+            cwd=tmp_path,
+            start_new_session=True,
+        )
 
     def interrupt(seconds):
         wait_until((tmp_path / "started").exists)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablation, "_start", start)
-    with monkeypatch.context() as patch, contextlib.closing(ablation.train_all([planned(tmp_path)], 1, 0)) as ended:
+    with (
+        monkeypatch.context() as patch,
+        contextlib.closing(ablation.train_all([planned(tmp_path)], 1, 0)) as ended,
+    ):
         sleep = time.sleep
-        patch.setattr(ablation.time, "sleep", lambda s: interrupt(s) if s == ablation.POLL_SECONDS else sleep(s))
+        patch.setattr(
+            ablation.time,
+            "sleep",
+            lambda s: interrupt(s) if s == ablation.POLL_SECONDS else sleep(s),
+        )
         with pytest.raises(KeyboardInterrupt):
             next(ended)
     assert (tmp_path / "saved").exists()
@@ -197,14 +315,19 @@ def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
 
 def test_one_at_a_time_in_a_folder(tmp_path):
     with ablation.locked(tmp_path):
-        with pytest.raises(UserError, match="is in use by another ablation.py"), ablation.locked(tmp_path):
+        with (
+            pytest.raises(UserError, match="is in use by another ablation.py"),
+            ablation.locked(tmp_path),
+        ):
             pass
 
 
 def test_gpus_in_turn_or_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(ablation.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [ablation._resources("auto", place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["3", "5", "3"]
+    assert [
+        ablation._resources("auto", place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)
+    ] == ["3", "5", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert ablation._resources("auto", 1, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda process: set(range(8)))
@@ -225,30 +348,39 @@ def test_why_a_run_failed(tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--variants", "main", "nonsense"], ["nonsense", "known are main, token-only, block-only, scorer-B"]),
-    (["--variants", "main", "main"], ["--variants: main is given twice"]),
-    (["--variant", "a", "", "--variant", "a", "--lr 1"], ["a is given twice"]),
-    (["--variant", "main", "--lr 1"], ["'main' is built in"]),
-    (["--variant", "dense", "--lr 1"], ["not 'dense'"]),
-    (["--variant", "../x", "--lr 1"], ["'../x'", "letters"]),
-    (["--variant", "a", "--lr '1"], ["variant a", "--lr '1", "quotation"]),
-    (["--variant", "a", "--scorer-inptu B"], ["variant a", "--scorer-inptu"]),
-    (["--variant", "a", "--scorer-input=C"], ["variant a", "--scorer-input", "'C'"]),
-    (["--variant", "a", "--method dense"], ["variant a", "dense"]),
-    (["--variant", "a", "--seed 3"], ["variant a: --seed is set by ablation.py", "--seeds"]),
-    (["--variant", "a", "--data-set FMNIST"], ["variant a", "--data-set must be the same"]),
-    (["--seeds", "1", "2", "1"], ["--seeds: 1 is given twice"]),
-    (["--seeds", "one"], ["--seeds", "'one'"]),
-    (["--jobs", "0"], ["--jobs", "'0'"]),
-    (["--", "--epochs", "no"], ["after --", "--epochs"]),
-    (["--", "--method", "token"], ["after --: --method is set by ablation.py", "--variant NAME"]),
-    (["--", "--output_dir=x"], ["after --: --output_dir", "before the --"]),
-    (["--", "--model-path", "x"], ["--model-path", "--dense-path"]),
-    (["--", "--eval"], ["--eval", "every run is evaluated"]),
-    (["--", "--scorer-input", "B"], ["variant block-only", "no meaning with --method block"]),
-    (["--variant", "a", "--pruning-layers 9"], ["variant a", "[9] must ascend within"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--variants", "main", "nonsense"],
+            ["nonsense", "known are main, token-only, block-only, scorer-B"],
+        ),
+        (["--variants", "main", "main"], ["--variants: main is given twice"]),
+        (["--variant", "a", "", "--variant", "a", "--lr 1"], ["a is given twice"]),
+        (["--variant", "main", "--lr 1"], ["'main' is built in"]),
+        (["--variant", "dense", "--lr 1"], ["not 'dense'"]),
+        (["--variant", "../x", "--lr 1"], ["'../x'", "letters"]),
+        (["--variant", "a", "--lr '1"], ["variant a", "--lr '1", "quotation"]),
+        (["--variant", "a", "--scorer-inptu B"], ["variant a", "--scorer-inptu"]),
+        (["--variant", "a", "--scorer-input=C"], ["variant a", "--scorer-input", "'C'"]),
+        (["--variant", "a", "--method dense"], ["variant a", "dense"]),
+        (["--variant", "a", "--seed 3"], ["variant a: --seed is set by ablation.py", "--seeds"]),
+        (["--variant", "a", "--data-set FMNIST"], ["variant a", "--data-set must be the same"]),
+        (["--seeds", "1", "2", "1"], ["--seeds: 1 is given twice"]),
+        (["--seeds", "one"], ["--seeds", "'one'"]),
+        (["--jobs", "0"], ["--jobs", "'0'"]),
+        (["--", "--epochs", "no"], ["after --", "--epochs"]),
+        (
+            ["--", "--method", "token"],
+            ["after --: --method is set by ablation.py", "--variant NAME"],
+        ),
+        (["--", "--output_dir=x"], ["after --: --output_dir", "before the --"]),
+        (["--", "--model-path", "x"], ["--model-path", "--dense-path"]),
+        (["--", "--eval"], ["--eval", "every run is evaluated"]),
+        (["--", "--scorer-input", "B"], ["variant block-only", "no meaning with --method block"]),
+        (["--variant", "a", "--pruning-layers 9"], ["variant a", "[9] must ascend within"]),
+    ],
+)
 def test_mistakes_in_the_command(teacher, tmp_path, flags, words):
     own, common = (flags, COMMON) if "--" not in flags else ([], [*COMMON, *flags[1:]])
     with pytest.raises(UsageError) as error:
@@ -265,13 +397,28 @@ def test_other_mistakes(done, teacher, tmp_path):
         assert error.value.exit_code == 1
 
     refused("none.pth", tmp_path / "out", tmp_path / "none.pth")
-    refused("does not fit this vim model", tmp_path / "out", teacher, common=[*COMMON, "--model-kwargs", "depth=4"])
-    refused("nowhere: no such folder", tmp_path / "out", teacher, common=[*COMMON, "--data-set", "FOLDER",
-                                                                           "--data-path", "nowhere"])
+    refused(
+        "does not fit this vim model",
+        tmp_path / "out",
+        teacher,
+        common=[*COMMON, "--model-kwargs", "depth=4"],
+    )
+    refused(
+        "nowhere: no such folder",
+        tmp_path / "out",
+        teacher,
+        common=[*COMMON, "--data-set", "FOLDER", "--data-path", "nowhere"],
+    )
     assert not (tmp_path / "out").exists()
     before = modified(done)
-    refused(r"best_checkpoint.pth is of a run with other settings \(--lr: 0.02 -> 0.5\)", done, teacher, "--seeds", 0,
-            common=[*COMMON, "--lr", "0.5"])
+    refused(
+        r"best_checkpoint.pth is of a run with other settings \(--lr: 0.02 -> 0.5\)",
+        done,
+        teacher,
+        "--seeds",
+        0,
+        common=[*COMMON, "--lr", "0.5"],
+    )
     other = load_checkpoint(teacher)
     other["model"]["norm_f.weight"] += 1
     changed_teacher = tmp_path / "other.pth"

@@ -14,15 +14,41 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import Distributed
 from utils.logging import Averages
 
-SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--input-size", "16", "--mixup", "0", "--cutmix", "0",
-         "--epochs", "2", "--warmup-epochs", "0", "--num-workers", "0", "--device", "cpu", "--subset", "48",
-         "--opt", "sgd", "--lr", "2"]
-METHODS = {"dense": [], "dyvm": ["--method", "dyvm", "--pruning-layers", "1", "3", "--block-keep-ratio", "0.5"]}
+SMALL = [
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=4",
+    "--input-size",
+    "16",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--subset",
+    "48",
+    "--opt",
+    "sgd",
+    "--lr",
+    "2",
+]
+METHODS = {
+    "dense": [],
+    "dyvm": ["--method", "dyvm", "--pruning-layers", "1", "3", "--block-keep-ratio", "0.5"],
+}
 
 
 @pytest.fixture
 def training(tmp_path):
     """(method, flags...) -> args, data, run; the teacher of a dynamic one has random weights."""
+
     def build(method: str, *flags: str):
         torch.manual_seed(1)
         teacher = tmp_path / "teacher.pth"
@@ -31,6 +57,7 @@ def training(tmp_path):
         args = options.parse([*SMALL, *dynamic, *flags])
         data = build_data(args, 16)
         return args, data, build_training(args, data, ALONE)
+
     return build
 
 
@@ -41,8 +68,11 @@ def noise(step: int, batch: int = 16) -> dict[str, torch.Tensor]:
     """Of a step of the larger batch; the routers' is wide, so that gates differ."""
     generator = torch.Generator().manual_seed(step)
     found = {f"token.stage{s}": torch.randn(batch, 16, 2, generator=generator) for s in range(2)}
-    return found | {f"router.layer{i}.gumbels{k}": 8 * torch.randn(batch, 2, generator=generator)
-                    for i in range(4) for k in (1, 2)}
+    return found | {
+        f"router.layer{i}.gumbels{k}": 8 * torch.randn(batch, 2, generator=generator)
+        for i in range(4)
+        for k in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,13 +82,21 @@ def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
     forward, ends = engine._forward, []
     for accum, size in ((1, 16), (2, 8)):
         args, data, run = training(method, "--batch-size", str(size), "--accum-steps", str(accum))
-        batches = [Batch(*parts) for parts in zip(images.split(size), targets.split(size),
-                                                  torch.arange(48).split(size), strict=True)]
-        monkeypatch.setattr(data.train_loader, "batches", lambda epoch, start, batches=batches: iter(batches))
+        batches = [
+            Batch(*parts)
+            for parts in zip(
+                images.split(size), targets.split(size), torch.arange(48).split(size), strict=True
+            )
+        ]
+        monkeypatch.setattr(
+            data.train_loader, "batches", lambda epoch, start, batches=batches: iter(batches)
+        )
 
         def replayed(run, model, part, index, *rest, accum=accum, size=size):
             rows = slice(index * size, (index + 1) * size)
-            with sampling.replay({name: value[rows] for name, value in noise(run.step // accum).items()}):
+            with sampling.replay(
+                {name: value[rows] for name, value in noise(run.step // accum).items()}
+            ):
                 return forward(run, model, part, index, *rest)
 
         monkeypatch.setattr(engine, "_forward", replayed)
@@ -66,14 +104,22 @@ def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
         averages = Averages()
         assert train_one_epoch(run, data, args, ALONE, averages)
         ends.append((run, averages.means()))
-        moved = max((p - q).abs().max() for p, q in zip(run.model.parameters(), before, strict=True))
+        moved = max(
+            (p - q).abs().max() for p, q in zip(run.model.parameters(), before, strict=True)
+        )
         assert moved > 1e-3
     (one, one_means), (two, two_means) = ends
-    assert one_means["lr"] == two_means["lr"] and two_means["loss"] == pytest.approx(one_means["loss"], rel=1e-5)
+    assert one_means["lr"] == two_means["lr"] and two_means["loss"] == pytest.approx(
+        one_means["loss"], rel=1e-5
+    )
     if method == "dyvm":
         assert 0 < one_means["gate_forward"] < 1 and one_means["block_ratio"] > 0
-    for (name, value), other in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
-        torch.testing.assert_close(other, value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, value), other in zip(
+        one.model.named_parameters(), two.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            other, value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,6 @@
-"""What stands before every speed: decisions replayed, and scans that are wrong seen in logits and gradients."""
+"""What stands before every speed: decisions replayed, and scans that are wrong seen in logits and
+gradients.
+"""
 
 from types import SimpleNamespace
 
@@ -12,8 +14,14 @@ from models import sampling
 from ops import selective_scan
 from ops.selective_scan import torch_lean
 
-ARGS = SimpleNamespace(dyvm_model="vim_micro", device="cpu", precision="fp32", batch=3, release_backend="reference",
-                       release_checkpointing=False)
+ARGS = SimpleNamespace(
+    dyvm_model="vim_micro",
+    device="cpu",
+    precision="fp32",
+    batch=3,
+    release_backend="reference",
+    release_checkpointing=False,
+)
 
 
 def micro():
@@ -40,7 +48,9 @@ def test_replayed_decisions_are_those_recorded():
         with checking.decisions_replayed(model, recorded) as said:
             actual = model(images)
     assert said.keys() == recorded.keys() == checking.deciders(model).keys() and len(said) == 8 + 3
-    assert torch.equal(actual.gates, expected.gates) and all(map(torch.equal, actual.kept, expected.kept))
+    assert torch.equal(actual.gates, expected.gates) and all(
+        map(torch.equal, actual.kept, expected.kept)
+    )
     assert not torch.equal(actual.logits, expected.logits)
 
 
@@ -111,6 +121,7 @@ def test_the_noise_covers_a_forward_pass():
 
 def test_a_training_step_that_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     """The backward pass alone is wrong, of the very model that is timed."""
+
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(context, y):
@@ -121,8 +132,11 @@ def test_a_training_step_that_is_wrong_gets_no_speed(monkeypatch, tmp_path):
             return grad * 1.1
 
     from ops.selective_scan import reference
+
     right = reference.ssm_branch
-    monkeypatch.setattr(reference, "ssm_branch", lambda *args, **kwargs: Wrong.apply(right(*args, **kwargs)))
+    monkeypatch.setattr(
+        reference, "ssm_branch", lambda *args, **kwargs: Wrong.apply(right(*args, **kwargs))
+    )
     monkeypatch.setenv("DYVM_BACKEND", "torch")
     args = SimpleNamespace(**vars(ARGS) | {"retries": 0, "seconds": 0, "profile": False})
     record = train.measure("dyvm", args)
@@ -138,9 +152,15 @@ def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch):
         return create(name, **kwargs, **({"depth": 2} if name.startswith("vim") else {}))
 
     monkeypatch.setattr(timm, "create_model", smaller)
-    args = SimpleNamespace(**vars(ARGS) | {"dense_size": "T", "retries": 0, "seconds": 0, "profile": False})
+    args = SimpleNamespace(
+        **vars(ARGS) | {"dense_size": "T", "retries": 0, "seconds": 0, "profile": False}
+    )
     record = train.measure("dense", args)
     assert built == ["vim_tiny", "deit_tiny_patch16_224"]
-    assert record["errors"].keys() == {"Vim-T"} and record["errors"]["Vim-T"] < 1e-3 and record["wrong"] == []
+    assert (
+        record["errors"].keys() == {"Vim-T"}
+        and record["errors"]["Vim-T"] < 1e-3
+        and record["wrong"] == []
+    )
     assert record["steps"].keys() == record["memory"].keys() == {"Vim-T", "DeiT-T"}
     assert "Vim-T" in train.table(record)

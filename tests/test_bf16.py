@@ -1,9 +1,10 @@
-"""Mixed precision is float32 but for its roundings: recorded cases at bfloat16, and trainings side by side.
+"""Mixed precision is float32 but for its roundings: recorded cases at bfloat16, and trainings side
+by side.
 
-bfloat16 rounds to 8 bits where float32 rounds to 24, so that an error of float32 explains one of bfloat16 up to 2^16
-times as large. The tolerances stay below the float32 errors that the recordings' README measured, times 2^16.
-Decisions that are nearly ties would turn: the recorded outputs of routers and score predictors are put in place of our
-own, which are compared too.
+bfloat16 rounds to 8 bits where float32 rounds to 24, so that an error of float32 explains one of
+bfloat16 up to 2^16 times as large. The tolerances stay below the float32 errors that the
+recordings' README measured, times 2^16. Decisions that are nearly ties would turn: the recorded
+outputs of routers and score predictors are put in place of our own, which are compared too.
 """
 
 import golden
@@ -20,9 +21,11 @@ from losses import DenseLoss, DynamicLoss
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
 
 RATIO = 2.0**16
-# (largest error of bfloat16 allowed, float32 error of the recordings), relative to the largest entry of a tensor
+# (largest error of bfloat16 allowed, float32 error of the recordings), relative to the largest
+# entry of a tensor
 OUTPUTS, LOSSES, GRADIENTS = (2.5e-2, 4e-6), (1.3e-2, 2e-7), (1.5e-1, 2.2e-5)
-# Routers and score predictors read single tokens of the stream, whose error is that of its largest entries.
+# Routers and score predictors read single tokens of the stream, whose error is that of its largest
+# entries.
 DECIDERS = (1e-1, 4e-6)
 CPU = torch.device("cpu")
 
@@ -45,7 +48,9 @@ def test_tolerances_are_explained_by_the_float32_errors():
         assert allowed <= float32_error * RATIO
 
 
-@pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
+@pytest.mark.skipif(
+    not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
+)
 @pytest.mark.parametrize("name", golden.names("dense_", "eval_", "train_"))
 @pytest.mark.parametrize("backend", golden.backends())
 def test_recorded_cases(name, backend, monkeypatch):
@@ -56,7 +61,11 @@ def test_recorded_cases(name, backend, monkeypatch):
     dynamic = not name.startswith("dense_")
     model = golden.build_loaded(case, "weights_file", dynamic, device).train(training)
     recorded = recorded_decisions(case, model)
-    with decisions_replayed(model, recorded) as said, sampling.replay(case.group("noise.")), precision:
+    with (
+        decisions_replayed(model, recorded) as said,
+        sampling.replay(case.group("noise.")),
+        precision,
+    ):
         result = model(t["input.images"])
     for decider, value in recorded.items():
         close(said[decider], value, DECIDERS, decider)
@@ -69,7 +78,9 @@ def test_recorded_cases(name, backend, monkeypatch):
     with precision:
         with torch.no_grad():
             taught = teacher(t["input.images"])
-        total, terms = dynamic_loss(case.info["loss_config"])(result, t["input.soft_targets"], taught)
+        total, terms = dynamic_loss(case.info["loss_config"])(
+            result, t["input.soft_targets"], taught
+        )
     for term, expected in zip(case.info["loss_part_names"], t["loss.parts"], strict=True):
         close(terms[term], expected, LOSSES, term)
     close(total, t["loss.total"], LOSSES, "loss")
@@ -92,8 +103,12 @@ def digits() -> tuple[Tensor, Tensor]:
     return images[order], torch.from_numpy(labels)[order]
 
 
-def train(model: VisionMamba, criterion: nn.Module, amp: str, teacher=None, lr: float = 2e-3) -> Tensor:
-    """The loss of each step [STEPS]. Every step's noise comes from its number, the same in every precision."""
+def train(
+    model: VisionMamba, criterion: nn.Module, amp: str, teacher=None, lr: float = 2e-3
+) -> Tensor:
+    """The loss of each step [STEPS]. Every step's noise comes from its number, the same in every
+    precision.
+    """
     images, labels = digits()
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr)
     losses = []
@@ -139,7 +154,9 @@ def test_200_dyvm_steps(teacher):
         seed_everything(0)
         model = DynamicVisionMamba(FAMILIES["vim"], **SMALL, pruning_layers=(1, 2, 3))
         model.load_state_dict(teacher[0].state_dict(), strict=False)
-        criterion = DynamicLoss(LabelSmoothingCrossEntropy(0.1), token_keep=model.token_keep, block_keep=0.8)
+        criterion = DynamicLoss(
+            LabelSmoothingCrossEntropy(0.1), token_keep=model.token_keep, block_keep=0.8
+        )
         return train(model, criterion, amp, teacher[0])
 
     expected = smoothed(student_losses("off"))

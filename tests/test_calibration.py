@@ -1,4 +1,6 @@
-"""The gate threshold: found on training images, stored in the checkpoint, used by every program that evaluates it."""
+"""The gate threshold: found on training images, stored in the checkpoint, used by every program
+that evaluates it.
+"""
 
 import json
 import logging
@@ -31,8 +33,25 @@ def loaded(path: Path, *flags: str):
 
 
 def evaluated(path: Path, output: Path, *flags: str) -> dict:
-    assert main.main(["--eval", "--model-path", str(path), "--output_dir", str(output), "--throughput-seconds", "0",
-                      "--num-workers", "0", "--device", "cpu", *flags]) == 0
+    assert (
+        main.main(
+            [
+                "--eval",
+                "--model-path",
+                str(path),
+                "--output_dir",
+                str(output),
+                "--throughput-seconds",
+                "0",
+                "--num-workers",
+                "0",
+                "--device",
+                "cpu",
+                *flags,
+            ]
+        )
+        == 0
+    )
     return json.loads((output / "eval.json").read_text())["dynamic"]
 
 
@@ -40,7 +59,9 @@ def share_kept(gates: list[list[float]]) -> float:
     return sum(map(sum, gates)) / (2 * len(gates))
 
 
-@pytest.mark.parametrize("method, target", [("dyvm", 0.25), ("dyvm", 0.6), ("dyvm", 0.9), ("block", 0.25)])
+@pytest.mark.parametrize(
+    "method, target", [("dyvm", 0.25), ("dyvm", 0.6), ("dyvm", 0.9), ("block", 0.25)]
+)
 def test_the_target_is_met_on_training_and_on_validation_images(tmp_path, method, target):
     flags = ["--method", method, *DYNAMIC[2:]]
     path = save_model(tmp_path / "model.pth", *flags)
@@ -50,22 +71,32 @@ def test_the_target_is_met_on_training_and_on_validation_images(tmp_path, method
     found = calibrate({"model": model, "ema": None}, data, args, ALONE)
     assert found == {"model": model.gate_threshold}
     with torch.no_grad():
-        seen = [model(batch.images).gates.mean().item() * len(batch.images)
-                for batch in data.calibration_loader.batches()]
-    assert abs(sum(seen) / len(data.train) - target) < 0.003  # all of the digits' 1437 training images
+        seen = [
+            model(batch.images).gates.mean().item() * len(batch.images)
+            for batch in data.calibration_loader.batches()
+        ]
+    assert (
+        abs(sum(seen) / len(data.train) - target) < 0.003
+    )  # all of the digits' 1437 training images
     assert abs(share_kept(evaluate(model, data, args, ALONE).gates) - target) < 0.02  # 360 others
 
 
 def test_the_images_are_shown_as_in_evaluation(tmp_path):
-    args, _, data = loaded(save_model(tmp_path / "model.pth", *DYNAMIC), "--subset", "50", "--batch-size", "16")
-    first = [torch.cat([batch.images for batch in data.calibration_loader.batches()]) for _ in range(2)]
+    args, _, data = loaded(
+        save_model(tmp_path / "model.pth", *DYNAMIC), "--subset", "50", "--batch-size", "16"
+    )
+    first = [
+        torch.cat([batch.images for batch in data.calibration_loader.batches()]) for _ in range(2)
+    ]
     assert len(first[0]) == 50 and torch.equal(*first)
 
 
 @pytest.mark.parametrize("target", ["0.8", "0.3"])
 def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, caplog, target):
     path = save_model(tmp_path / "model.pth", *DYNAMIC)
-    args, model, data = loaded(path, "--subset", "32", "--batch-size", "16", "--block-keep-ratio", target)
+    args, model, data = loaded(
+        path, "--subset", "32", "--batch-size", "16", "--block-keep-ratio", target
+    )
     for layer in model.layers:
         torch.nn.init.zeros_(layer.mixer.block_head.weight)
         torch.nn.init.constant_(layer.mixer.block_head.bias, 5)
@@ -77,7 +108,9 @@ def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, cap
 def test_a_quantile_lies_between_its_neighbours():
     values = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])
     assert quantile_above(values, 0.4) == 3.5 and quantile_above(values, 0.8) == 1.5
-    assert quantile_above(values, 1.0) == 1.5 and quantile_above(values, 0.01) == 4.5  # never all, never none
+    assert (
+        quantile_above(values, 1.0) == 1.5 and quantile_above(values, 0.01) == 4.5
+    )  # never all, never none
 
 
 def test_the_threshold_of_the_checkpoint_and_others(tmp_path, caplog):
@@ -98,9 +131,20 @@ def test_the_threshold_of_the_checkpoint_and_others(tmp_path, caplog):
 def test_eval_calibrate_writes_a_checkpoint_that_evaluates_so(tmp_path):
     path = save_model(tmp_path / "model.pth", *DYNAMIC, "--block-keep-ratio", "0.3")
     official = load_checkpoint(path)
-    told = ["--data-set", "DIGITS", "--model", "dyvm_vim_micro", *SMALL[:3], *DYNAMIC, "--block-keep-ratio", "0.3"]
+    told = [
+        "--data-set",
+        "DIGITS",
+        "--model",
+        "dyvm_vim_micro",
+        *SMALL[:3],
+        *DYNAMIC,
+        "--block-keep-ratio",
+        "0.3",
+    ]
     save_checkpoint({"model": official["model"]}, path)
-    torch.save(torch.load(path, weights_only=True) | {"size": torch.Size([1])}, path)  # anything may stand beside it
+    torch.save(
+        torch.load(path, weights_only=True) | {"size": torch.Size([1])}, path
+    )  # anything may stand beside it
     before = evaluated(path, tmp_path / "before", *told)
     assert before["gate_threshold"] == 0.5
     after = evaluated(path, tmp_path / "after", *told, "--calibrate")
@@ -109,15 +153,32 @@ def test_eval_calibrate_writes_a_checkpoint_that_evaluates_so(tmp_path):
     assert again["gates"] == after["gates"] and again["gate_threshold"] == after["gate_threshold"]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--gate-threshold", "0"], "neither `calibrated` nor a probability"),
-    (["--gate-threshold", "1"], "neither `calibrated` nor a probability"),
-    (["--gate-threshold", "half"], "no number"),
-    (["--calibrate"], "--calibrate needs --eval"),
-    (["--calibrate", "--eval", "--model-path", "x.pth", "--method", "token"], "--calibrate needs --eval"),
-    (["--calibrate", "--eval", "--model-path", "x.pth", "--method", "block", "--gate-threshold", "0.6"],
-     "leave out --gate-threshold 0.6"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gate-threshold", "0"], "neither `calibrated` nor a probability"),
+        (["--gate-threshold", "1"], "neither `calibrated` nor a probability"),
+        (["--gate-threshold", "half"], "no number"),
+        (["--calibrate"], "--calibrate needs --eval"),
+        (
+            ["--calibrate", "--eval", "--model-path", "x.pth", "--method", "token"],
+            "--calibrate needs --eval",
+        ),
+        (
+            [
+                "--calibrate",
+                "--eval",
+                "--model-path",
+                "x.pth",
+                "--method",
+                "block",
+                "--gate-threshold",
+                "0.6",
+            ],
+            "leave out --gate-threshold 0.6",
+        ),
+    ],
+)
 def test_mistakes(flags, words):
     with pytest.raises(UsageError, match=words):
         options.parse(flags, {} if "--eval" in flags else None)

@@ -1,4 +1,6 @@
-"""Checkpoints: what goes in comes out, damage is refused in one line, and no kill loses a finished save."""
+"""Checkpoints: what goes in comes out, damage is refused in one line, and no kill loses a finished
+save.
+"""
 
 import argparse
 import errno
@@ -19,7 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from utils import checkpoint, files
-from utils.checkpoint import CheckpointWriter, copy_to_host, is_intact, load_checkpoint, load_newest, save_checkpoint
+from utils.checkpoint import (
+    CheckpointWriter,
+    copy_to_host,
+    is_intact,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -84,7 +93,9 @@ class TestRoundTrip:
         assert copy["model"]["w"].tolist() == [0, 0, 0] and copy["list"][0].tolist() == [0, 0]
         assert not copy["model"]["w"].requires_grad
 
-    @pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("a"), torch.float32, len, {1, 2}])
+    @pytest.mark.parametrize(
+        "value", [np.float64(1), np.zeros(2), Path("a"), torch.float32, len, {1, 2}]
+    )
     def test_content_that_could_not_be_loaded_is_refused_when_saving(self, tmp_path, value):
         with pytest.raises(ValueError, match=r"state\['best'\]\[1\] is a "):
             save_checkpoint({"model": {}, "best": [0, value]}, tmp_path / "a.pth")
@@ -93,7 +104,9 @@ class TestRoundTrip:
     def test_sha256(self, tmp_path):
         path = tmp_path / "teacher.pth"
         path.write_bytes(b"abc" * 1_000_000)
-        expected = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+        expected = subprocess.run(
+            ["sha256sum", path], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
         assert files.sha256_of(path) == expected
         with pytest.raises(UserError, match="cannot read .*No such file"):
             files.sha256_of(tmp_path / "none")
@@ -105,7 +118,9 @@ class TestDamage:
         save_checkpoint(small_state(), good)
         content = good.read_bytes()
         generator = random.Random(0)
-        sizes = [0, 1, 2, 21, 22, 71, 93] + [len(content) - n for n in (1, 2, 64, 70, 71, 72, 73, 93, 94)]
+        sizes = [0, 1, 2, 21, 22, 71, 93] + [
+            len(content) - n for n in (1, 2, 64, 70, 71, 72, 73, 93, 94)
+        ]
         for size in sizes + [generator.randrange(len(content)) for _ in range(60)]:
             bad.write_bytes(content[:size])
             refusal(bad)
@@ -280,7 +295,9 @@ class TestWriter:
     def test_training_goes_on_during_the_write(self, tmp_path, monkeypatch):
         may_write = threading.Event()
         write = checkpoint._write
-        monkeypatch.setattr(checkpoint, "_write", lambda *a, **k: (may_write.wait(10), write(*a, **k)))
+        monkeypatch.setattr(
+            checkpoint, "_write", lambda *a, **k: (may_write.wait(10), write(*a, **k))
+        )
         weights = torch.zeros(5)
         with CheckpointWriter(tmp_path) as writer:
             writer.save({"model": {"w": weights}})
@@ -312,7 +329,10 @@ class TestWriter:
 
     def test_error_at_the_end_of_the_block(self, tmp_path, caplog):
         gone = tmp_path / "gone"
-        with pytest.raises(UserError, match="checkpoint.pth: No such file"), CheckpointWriter(gone) as writer:
+        with (
+            pytest.raises(UserError, match="checkpoint.pth: No such file"),
+            CheckpointWriter(gone) as writer,
+        ):
             writer.save(small_state())
         # An error that is under way already is the one to tell; that of the save is logged.
         with pytest.raises(ZeroDivisionError), CheckpointWriter(gone) as writer:
@@ -329,7 +349,9 @@ class TestWriter:
         content, path = load_newest(tmp_path)
         assert content["step"] == 1 and path.name == "checkpoint_prev.pth"
         assert str(newest) in caplog.text and caplog.records[0].levelname == "WARNING"
-        with CheckpointWriter(tmp_path) as writer:  # and the damaged file does not push the good one out
+        with CheckpointWriter(
+            tmp_path
+        ) as writer:  # and the damaged file does not push the good one out
             writer.save(small_state(3))
         assert load_checkpoint(tmp_path / "checkpoint_prev.pth")["step"] == 1
 
@@ -337,7 +359,10 @@ class TestWriter:
         assert load_newest(tmp_path) is None
         for name in ("checkpoint.pth", "checkpoint_prev.pth"):
             (tmp_path / name).write_bytes(b"PK rubbish")
-        with pytest.raises(UserError, match=r"no checkpoint to resume from: .*checkpoint.pth: .*checkpoint_prev.pth: "):
+        with pytest.raises(
+            UserError,
+            match=r"no checkpoint to resume from: .*checkpoint.pth: .*checkpoint_prev.pth: ",
+        ):
             load_newest(tmp_path)
 
     def test_only_the_previous_one_is_there(self, tmp_path):
@@ -351,7 +376,8 @@ class TestWriter:
         assert [path.name for path in tmp_path.iterdir()] == [".other.tmp"]
 
 
-# Forks so that torch is imported once for all kills. A child saves as fast as it can and tells each save that is done.
+# Forks so that torch is imported once for all kills. A child saves as fast as it can and tells each
+# save that is done.
 KILLS = """
 import os, random, signal, sys, time
 import torch
@@ -394,8 +420,11 @@ print(step, amid_save)
 def test_sigkill_while_saving_loses_no_finished_save(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     steps, amid_save = map(int, result.stdout.split())
     assert steps >= 15 and amid_save > 0, "no kill hit a save"

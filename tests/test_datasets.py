@@ -30,16 +30,26 @@ def test_digits_are_split_evenly_and_always_the_same():
     data = build_data(options(), 32)
     assert (len(data.train), len(data.val), data.num_val, data.num_classes) == (1437, 360, 360, 10)
     assert np.bincount(data.val.targets).min() >= 35 and np.bincount(data.val.targets).max() <= 37
-    assert data.val.targets[:12].tolist() == build_data(options(seed=5), 32).val.targets[:12].tolist()
-    together = {data.train.load(i).tobytes() for i in range(1437)} | {data.val.load(i).tobytes() for i in range(360)}
+    assert (
+        data.val.targets[:12].tolist() == build_data(options(seed=5), 32).val.targets[:12].tolist()
+    )
+    together = {data.train.load(i).tobytes() for i in range(1437)} | {
+        data.val.load(i).tobytes() for i in range(360)
+    }
     assert len(together) == 1797
     images, targets, indices = next(data.val_batches())
-    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32 and targets.dtype == torch.int64
+    assert (
+        images.shape == (4, 3, 32, 32)
+        and images.dtype == torch.float32
+        and targets.dtype == torch.int64
+    )
     assert data.describe(indices, "val")[1] == "DIGITS val image 1"
 
 
 def write_idx(file, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(
+        size.to_bytes(4, "big") for size in array.shape
+    )
     content = header + array.tobytes()
     file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
 
@@ -51,10 +61,14 @@ def test_fashion_mnist_is_found_in_either_layout(tmp_path, folder, ending):
     pixels = np.random.RandomState(0).randint(0, 256, (30, 28, 28), dtype=np.uint8)
     for prefix in ("train", "t10k"):
         write_idx(target / f"{prefix}-images-idx3-ubyte{ending}", pixels)
-        write_idx(target / f"{prefix}-labels-idx1-ubyte{ending}", np.arange(30, dtype=np.uint8) % 10)
+        write_idx(
+            target / f"{prefix}-labels-idx1-ubyte{ending}", np.arange(30, dtype=np.uint8) % 10
+        )
     data = build_data(options("--data-set", "FMNIST", "--data-path", str(tmp_path)), 32)
     assert (len(data.train), len(data.val), data.class_names) == (30, 30, FashionMNIST.classes)
-    assert np.array_equal(np.asarray(data.train.load(7)), np.repeat(pixels[7][..., None], 3, axis=2))
+    assert np.array_equal(
+        np.asarray(data.train.load(7)), np.repeat(pixels[7][..., None], 3, axis=2)
+    )
 
     file = target / f"train-images-idx3-ubyte{ending}"
     file.write_bytes(file.read_bytes()[:-100])
@@ -63,7 +77,9 @@ def test_fashion_mnist_is_found_in_either_layout(tmp_path, folder, ending):
     assert str(file) in one_line(error)
 
 
-@pytest.mark.skipif(not datasets.DEBIAN_FMNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not datasets.DEBIAN_FMNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
 def test_fashion_mnist_of_debian():
     data = build_data(options("--data-set", "FMNIST"), 28)
     assert (len(data.train), len(data.val), data.num_classes) == (60_000, 10_000, 10)
@@ -72,14 +88,18 @@ def test_fashion_mnist_of_debian():
 
 def test_an_error_without_words_is_told_by_its_type(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "__init__", mock.Mock(side_effect=EOFError()))
-    with pytest.raises(UserError, match=r"CIFAR10: not found or damaged in .* \(EOFError\); unpack") as error:
+    with pytest.raises(
+        UserError, match=r"CIFAR10: not found or damaged in .* \(EOFError\); unpack"
+    ) as error:
         build_data(options("--data-set", "CIFAR10", "--data-path", str(tmp_path)), 32)
     one_line(error)
 
 
 def test_cifar_is_read_but_never_fetched(tmp_path, monkeypatch):
     flags = options("--data-set", "CIFAR10", "--data-path", str(tmp_path))
-    with pytest.raises(UserError, match="CIFAR10: not found or damaged .* cifar-10-batches-py/") as error:
+    with pytest.raises(
+        UserError, match="CIFAR10: not found or damaged .* cifar-10-batches-py/"
+    ) as error:
         build_data(flags, 32)
     one_line(error)
 
@@ -88,11 +108,15 @@ def test_cifar_is_read_but_never_fetched(tmp_path, monkeypatch):
     pixels = np.random.RandomState(0).randint(0, 256, (20, 3072), dtype=np.uint8)
     names = [f"class {label}" for label in range(10)]
     for name in ("data_batch_1", "test_batch"):
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]}))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]})
+        )
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None}
+    )
     data = build_data(flags, 32)
     assert (len(data.train), len(data.val), data.class_names) == (20, 20, names)
     assert np.array_equal(np.asarray(data.val.load(3))[..., 1].ravel(), pixels[3, 1024:2048])
@@ -109,7 +133,9 @@ def test_folders_agree_with_torchvision(tmp_path, name):
         expected = ImageFolder(tmp_path / split)
         assert data.class_names == expected.classes
         assert images.targets.tolist() == expected.targets
-        assert [images.describe(i) for i in range(len(images))] == [path for path, _ in expected.samples]
+        assert [images.describe(i) for i in range(len(images))] == [
+            path for path, _ in expected.samples
+        ]
         assert np.array_equal(np.asarray(images.load(3)), np.asarray(expected[3][0]))
 
 
@@ -122,7 +148,9 @@ def test_links_are_followed_and_a_circle_of_links_ends(tmp_path):
         (data_folder / "train" / name).symlink_to(tmp_path / "a" / "train" / name)
     for name in ("up", "again"):
         (tmp_path / "a" / "train" / "cat" / name).symlink_to(tmp_path / "a" / "train" / "cat")
-    (tmp_path / "a" / "train" / "dog" / "copy.jpg").symlink_to(tmp_path / "a" / "train" / "cat" / "0.jpg")
+    (tmp_path / "a" / "train" / "dog" / "copy.jpg").symlink_to(
+        tmp_path / "a" / "train" / "cat" / "0.jpg"
+    )
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(data_folder)), 32)
     assert np.bincount(data.train.targets).tolist() == [8, 9]
     assert all(data.train.load(i).size == (40, 30) for i in range(17))
@@ -134,7 +162,10 @@ def test_names_in_any_alphabet_and_undecodable_ones(tmp_path):
     for name in (b"\xff\xfe.jpg", "žluťoučký.jpg".encode(), b"line\nbreak.jpg"):
         shutil.copy(folder + b"/0.jpg", folder + b"/" + name)
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(tmp_path)), 32)
-    assert data.class_names == ["кошка", "犬 🐕"] and np.bincount(data.train.targets).tolist() == [11, 8]
+    assert data.class_names == ["кошка", "犬 🐕"] and np.bincount(data.train.targets).tolist() == [
+        11,
+        8,
+    ]
     names = "\n".join(data.describe(range(len(data.train)))).encode().decode()
     assert len(names.splitlines()) == 19 and "žluťoučký.jpg" in names
     assert "line\\nbreak.jpg" in names and "\\udcff\\udcfe.jpg" in names
@@ -143,7 +174,9 @@ def test_names_in_any_alphabet_and_undecodable_ones(tmp_path):
 
 @pytest.mark.parametrize("super_category", [True, False])
 def test_inaturalist_of_deit(tmp_path, super_category):
-    """Classes count in the order of the training annotations, whether or not the files lie below super-categories."""
+    """Classes count in the order of the training annotations, whether or not the files lie below
+    super-categories.
+    """
     for split, categories in (("train", [7, 3, 7, 5]), ("val", [5, 3])):
         images, annotations = [], []
         for number, category in enumerate(categories):
@@ -165,7 +198,10 @@ def test_inaturalist_of_deit(tmp_path, super_category):
     for content, message in (
         ('{"images": 3', "cannot be read as JSON"),
         ("[1, 2]", "at odds with train2018.json"),
-        ('{"images": [], "annotations": [{"image_id": 9, "category_id": 7}]}', r"\(KeyError\(9\)\)"),
+        (
+            '{"images": [], "annotations": [{"image_id": 9, "category_id": 7}]}',
+            r"\(KeyError\(9\)\)",
+        ),
         ('{"images": [], "annotations": []}', "it lists no images"),
     ):
         (tmp_path / "val2018.json").write_text(content)
@@ -255,16 +291,37 @@ def test_flags_have_deits_defaults():
     args = datasets.argparse.ArgumentParser()
     datasets.add_data_arguments(args)
     args = args.parse_args([])
-    assert (args.data_set, args.batch_size, args.input_size, args.subset) == ("DIGITS", 64, None, None)
-    assert args.num_workers == min(4, len(os.sched_getaffinity(0))) and args.pin_mem and args.repeated_aug
-    assert (args.color_jitter, args.aa, args.train_interpolation) == (0.3, "rand-m9-mstd0.5-inc1", "bicubic")
-    assert (args.reprob, args.remode, args.recount, args.eval_crop_ratio) == (0.25, "pixel", 1, 0.875)
+    assert (args.data_set, args.batch_size, args.input_size, args.subset) == (
+        "DIGITS",
+        64,
+        None,
+        None,
+    )
+    assert (
+        args.num_workers == min(4, len(os.sched_getaffinity(0)))
+        and args.pin_mem
+        and args.repeated_aug
+    )
+    assert (args.color_jitter, args.aa, args.train_interpolation) == (
+        0.3,
+        "rand-m9-mstd0.5-inc1",
+        "bicubic",
+    )
+    assert (args.reprob, args.remode, args.recount, args.eval_crop_ratio) == (
+        0.25,
+        "pixel",
+        1,
+        0.875,
+    )
 
 
 def test_subset_is_stratified_and_fixed():
     tenth = build_data(options("--subset", "0.1"), 32).train
     assert len(tenth) == 144 and np.bincount(tenth.targets).min() >= 14
-    assert tenth.indices.tolist() == build_data(options("--subset", "144", seed=9), 32).train.indices.tolist()
+    assert (
+        tenth.indices.tolist()
+        == build_data(options("--subset", "144", seed=9), 32).train.indices.tolist()
+    )
     assert len(build_data(options("--subset", "1.0"), 32).train) == 1437
     targets = np.repeat([0, 1, 2], [70, 20, 10])
     chosen = stratified_choice(targets, 20)
@@ -275,7 +332,9 @@ def test_a_set_smaller_than_a_batch_is_refused(tmp_path):
     make_folders(tmp_path, train=3)
     flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--no-repeated-aug")
     assert build_data(options(*flags), 32).steps_per_epoch == 1
-    with pytest.raises(UserError, match="has 6 images, less than one batch of 8: give a smaller --batch-size"):
+    with pytest.raises(
+        UserError, match="has 6 images, less than one batch of 8: give a smaller --batch-size"
+    ):
         build_data(options(*flags, "--batch-size", "8"), 32)
     with pytest.raises(UserError, match="less than one batch of 4 on each of 2 processes"):
         build_data(options(*flags), 32, rank=1, world_size=2)
@@ -283,12 +342,16 @@ def test_a_set_smaller_than_a_batch_is_refused(tmp_path):
 
 def test_evaluation_needs_no_training_images(tmp_path):
     shutil.rmtree(make_folders(tmp_path) / "train")
-    data = build_data(options("--data-set", "FOLDER", "--data-path", str(tmp_path)), 32, train=False)
+    data = build_data(
+        options("--data-set", "FOLDER", "--data-path", str(tmp_path)), 32, train=False
+    )
     assert data.train is None and data.num_classes == 2
     assert sum(len(batch.targets) for batch in data.val_batches()) == 6
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-n3-mstd1-inc1", "v0", "augmix-m3-w3"])
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m10-n3-mstd1-inc1", "v0", "augmix-m3-w3"]
+)
 def test_policies_survive_their_strongest_draws(policy):
     """Posterize with 0 bits, which Pillow 13 refuses, gives the black image that it used to be."""
     transform = train_transform(options("--aa", policy, "--reprob", "0"), 32)
@@ -299,7 +362,9 @@ def test_policies_survive_their_strongest_draws(policy):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_transforms_crop_as_deit_does(tmp_path, size):
-    """Up to 32 pixels the whole image is seen; above, the centre of an image resized to size / crop ratio."""
+    """Up to 32 pixels the whole image is seen; above, the centre of an image resized to size / crop
+    ratio.
+    """
     root = make_folders(tmp_path)
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(root)), size)
     image = data.val.load(0)
@@ -311,11 +376,25 @@ def test_transforms_crop_as_deit_does(tmp_path, size):
     expected = (torch.from_numpy(np.array(expected)) / 255 - mean) / std
     torch.testing.assert_close(next(data.val_batches()).images[0], expected.permute(2, 0, 1))
 
-    plain = ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--hflip", "0", "--no-repeated-aug")
+    plain = (
+        "--aa",
+        "none",
+        "--color-jitter",
+        "0",
+        "--reprob",
+        "0",
+        "--hflip",
+        "0",
+        "--no-repeated-aug",
+    )
     padding = ("--crop-padding", "0") if size == 32 else ()
-    data = build_data(options("--data-set", "FOLDER", "--data-path", str(root), *plain, *padding), size)
+    data = build_data(
+        options("--data-set", "FOLDER", "--data-path", str(root), *plain, *padding), size
+    )
     first = next(data.train_batches(0))
     whole = torch.from_numpy(np.array(data.train.load(first.indices[0]).resize((32, 32), 3))) / 255
     assert first.images.shape == (4, 3, size, size)
-    same = size == 32 and torch.allclose(first.images[0], ((whole - mean) / std).permute(2, 0, 1), atol=1e-6)
+    same = size == 32 and torch.allclose(
+        first.images[0], ((whole - mean) / std).permute(2, 0, 1), atol=1e-6
+    )
     assert same == (size == 32)

@@ -1,4 +1,6 @@
-"""Several processes on a CPU: one step equals that of a single process on the joined batch; evaluation counts once."""
+"""Several processes on a CPU: one step equals that of a single process on the joined batch;
+evaluation counts once.
+"""
 
 import json
 
@@ -52,20 +54,53 @@ distributed.shutdown()
 def test_one_step_of_two_processes_is_that_of_one_on_the_joined_batch(method, tmp_path):
     for processes in (1, 2):
         launch(processes, ["-c", STEP, method, tmp_path / f"{processes}.pth"])
-    one, two = (torch.load(tmp_path / f"{processes}.pth", weights_only=True) for processes in (1, 2))
+    one, two = (
+        torch.load(tmp_path / f"{processes}.pth", weights_only=True) for processes in (1, 2)
+    )
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            two[key], value, atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_two_processes_train_and_count_every_image_once(tmp_path):
-    arguments = ["main.py", "--model-kwargs", "embed_dim=16", "depth=3", "--input-size", "16", "--subset", "48",
-                 "--batch-size", "8", "--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0", "--device", "cpu",
-                 "--throughput-seconds", "0"]
+    arguments = [
+        "main.py",
+        "--model-kwargs",
+        "embed_dim=16",
+        "depth=3",
+        "--input-size",
+        "16",
+        "--subset",
+        "48",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+        "--throughput-seconds",
+        "0",
+    ]
     launch(2, [*arguments, "--output_dir", tmp_path / "two"])
     trained = json.loads((tmp_path / "two" / "eval.json").read_text())
     assert trained["images"] == 360
-    alone = ["main.py", "--eval", "--model-path", tmp_path / "two" / "checkpoint.pth", "--device", "cpu",
-             "--throughput-seconds", "0", "--output_dir", tmp_path / "one"]
+    alone = [
+        "main.py",
+        "--eval",
+        "--model-path",
+        tmp_path / "two" / "checkpoint.pth",
+        "--device",
+        "cpu",
+        "--throughput-seconds",
+        "0",
+        "--output_dir",
+        tmp_path / "one",
+    ]
     launch(1, alone)
     evaluated = json.loads((tmp_path / "one" / "eval.json").read_text())
     for key in ("top1", "top5", "ema_top1"):

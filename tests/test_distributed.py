@@ -1,4 +1,6 @@
-"""Several processes: what launchers say, what the ranks agree on, and how a run ends when one of them dies."""
+"""Several processes: what launchers say, what the ranks agree on, and how a run ends when one of
+them dies.
+"""
 
 import signal
 import subprocess
@@ -33,8 +35,11 @@ class Pair:
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, str(WORKER), case],
-                    env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )  # fmt: skip
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
 
     def __enter__(self) -> "Pair":
@@ -48,7 +53,10 @@ class Pair:
     def ends(self) -> list[tuple[int, str, str]]:
         """(exit code, standard output, standard error) by rank."""
         outputs = [process.communicate(timeout=45) for process in self.processes]
-        return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
+        return [
+            (process.returncode, *output)
+            for process, output in zip(self.processes, outputs, strict=True)
+        ]
 
 
 def assert_one_line(stderr: str, *words: str) -> None:
@@ -56,11 +64,20 @@ def assert_one_line(stderr: str, *words: str) -> None:
 
 
 class TestLaunch:
-    TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    TORCHRUN = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "29500",
+    }
     SRUN = {
-        "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "1234567",
         "SLURM_STEP_NODELIST": "gpu[07-08]",
-    }  # fmt: skip
+    }
 
     def test_none(self):
         assert read_launch({}) is None
@@ -81,15 +98,22 @@ class TestLaunch:
 
     def test_incomplete_or_senseless(self):
         with pytest.raises(UserError, match="lacks MASTER_ADDR"):
-            read_launch({name: value for name, value in self.TORCHRUN.items() if name != "MASTER_ADDR"})
+            read_launch(
+                {name: value for name, value in self.TORCHRUN.items() if name != "MASTER_ADDR"}
+            )
         with pytest.raises(UserError, match="not understood.*'three'"):
             read_launch(self.TORCHRUN | {"RANK": "three"})
 
     @pytest.mark.parametrize(
         "nodelist, node",
-        [("gpu1", "gpu1"), ("a1,a2", "a1"), ("gpu[07-09,12],login1", "gpu07"), ("n[1,3]-ib", "n1-ib"),
-         ("r[1-2]n[3-4],x", "r1n3")],
-    )  # fmt: skip
+        [
+            ("gpu1", "gpu1"),
+            ("a1,a2", "a1"),
+            ("gpu[07-09,12],login1", "gpu07"),
+            ("n[1,3]-ib", "n1-ib"),
+            ("r[1-2]n[3-4],x", "r1n3"),
+        ],
+    )
     def test_first_node(self, nodelist, node):
         assert first_node(nodelist) == node
 
@@ -125,7 +149,12 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 def test_peers_that_never_come(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(UserError, match="rank 0 of 2 .* cannot join the other processes"):
@@ -156,7 +185,9 @@ def test_killed_peer_ends_a_rank_that_is_stuck_elsewhere():
         start = time.monotonic()
         survivor, killed = pair.ends()
     assert killed[0] == -signal.SIGKILL and survivor[0] == 1
-    assert_one_line(survivor[2], "error (rank 0)", "rank 1 has ended or does not answer", "--resume auto")
+    assert_one_line(
+        survivor[2], "error (rank 0)", "rank 1 has ended or does not answer", "--resume auto"
+    )
     assert time.monotonic() - start < 40  # it would have stayed 50 s after its start
 
 
@@ -184,9 +215,22 @@ def test_signal_to_one_rank_stops_both_after_the_same_step(number):
 
 def test_torchrun_restarts_after_a_killed_worker():
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         str(WORKER), "restarted"],
-        env=clean_environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "1",
+            str(WORKER),
+            "restarted",
+        ],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("attempt 1 ended") == 2 and "attempt 0" not in result.stdout

@@ -1,6 +1,8 @@
-"""Parity with recorded inputs, outputs and gradients of the published implementation, on every backend that runs here.
+"""Parity with recorded inputs, outputs and gradients of the published implementation, on every
+backend that runs here.
 
-Tolerances are those of the recordings' own README: float32 error measured against float64, with a margin.
+Tolerances are those of the recordings' own README: float32 error measured against float64, with a
+margin.
 """
 
 import golden
@@ -17,7 +19,9 @@ from models.pruning import kept_first
 from models.weights import resize_pos_embed
 from ops.selective_scan import reference
 
-pytestmark = pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
+pytestmark = pytest.mark.skipif(
+    not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
+)
 
 
 @pytest.fixture(params=golden.backends())
@@ -35,7 +39,11 @@ def one_seed():
 def test_operators(name):
     """The plain operators: output, last state and every gradient."""
     for info, t in golden.subcases(golden.load(name)):
-        inputs = {key.removeprefix("in."): value.requires_grad_() for key, value in t.items() if key.startswith("in.")}
+        inputs = {
+            key.removeprefix("in."): value.requires_grad_()
+            for key, value in t.items()
+            if key.startswith("in.")
+        }
         what = f"{name} {info['name']}"
         if "selective_scan" in name:
             y, state = reference.selective_scan(**inputs, delta_softplus=info["delta_softplus"])
@@ -80,17 +88,25 @@ def test_dynamic_evaluation(name, device):
 def dynamic_loss(config: dict) -> losses.DynamicLoss:
     def soft_target(logits, targets):
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
     return losses.DynamicLoss(
-        soft_target, token_keep=config["token_keep_ratio"], block_keep=config["block_keep_ratio"],
-        token_weight=config["token_pruning_weight"], block_weight=config["block_pruning_weight"],
-        distill_weight=config["distill_weight"], cls_weight=config["clf_weight"],
+        soft_target,
+        token_keep=config["token_keep_ratio"],
+        block_keep=config["block_keep_ratio"],
+        token_weight=config["token_pruning_weight"],
+        block_weight=config["block_pruning_weight"],
+        distill_weight=config["distill_weight"],
+        cls_weight=config["clf_weight"],
         token_distance="mse" if config["mse_token"] else "kl",
-        ratio_scope="batch" if config["dynamic"] else "image")
+        ratio_scope="batch" if config["dynamic"] else "image",
+    )
 
 
 @pytest.mark.parametrize("name", golden.names("train_"))
 def test_dynamic_training(name, device):
-    """Replayed noise: decisions, re-arrangement, outputs, every loss term, every parameter's gradient."""
+    """Replayed noise: decisions, re-arrangement, outputs, every loss term, every parameter's
+    gradient.
+    """
     case = golden.load(name, device)
     t = case.tensors
     model = golden.build_loaded(case, "weights_file", dynamic=True, device=device).train()
@@ -136,24 +152,44 @@ def test_losses(name):
     t, weights = case.tensors, case.info["weights"]
     for run in case.info["runs"]:
         logits, tokens, gates, *decisions = (
-            t[key].clone().requires_grad_() for key in
-            ["in.logits", "in.other_tokens", "in.block_policy",
-             *(f"in.decision.stage{s}" for s in range(case.info["pruning_stages"]))])
-        result = Result(logits, tokens, t["in.current_pos"], t["in.token_policy"].squeeze(-1), gates.squeeze(2),
-                        decisions)
+            t[key].clone().requires_grad_()
+            for key in [
+                "in.logits",
+                "in.other_tokens",
+                "in.block_policy",
+                *(f"in.decision.stage{s}" for s in range(case.info["pruning_stages"])),
+            ]
+        )
+        result = Result(
+            logits,
+            tokens,
+            t["in.current_pos"],
+            t["in.token_policy"].squeeze(-1),
+            gates.squeeze(2),
+            decisions,
+        )
         taught = Result(t["teacher.logits"], t["teacher.other_tokens"], *[None] * 3)
         soft = run["base_criterion"] == "soft_target"
         criterion = losses.DynamicLoss(
-            nn.CrossEntropyLoss(label_smoothing=0.0 if soft else float(run["base_criterion"].rsplit("_", 1)[1])),
+            nn.CrossEntropyLoss(
+                label_smoothing=0.0 if soft else float(run["base_criterion"].rsplit("_", 1)[1])
+            ),
             token_keep=case.info["token_keep_ratio"] if run["loss"] != "block_only" else None,
             block_keep=case.info["block_keep_ratio"] if run["loss"] != "token_only" else None,
-            token_weight=weights["token_pruning_weight"], block_weight=weights["block_pruning_weight"],
-            distill_weight=weights["distill_weight"], cls_weight=weights["clf_weight"],
-            token_distance="mse" if run["mse_token"] else "kl", ratio_scope="batch" if run["dynamic"] else "image")
+            token_weight=weights["token_pruning_weight"],
+            block_weight=weights["block_pruning_weight"],
+            distill_weight=weights["distill_weight"],
+            cls_weight=weights["clf_weight"],
+            token_distance="mse" if run["mse_token"] else "kl",
+            ratio_scope="batch" if run["dynamic"] else "image",
+        )
         total, terms = criterion(result, t["in.soft_targets"] if soft else t["in.labels"], taught)
         assert list(terms) == list(run["parts"])
         for term, value in run["parts"].items():
-            assert terms[term].item() == pytest.approx(value, rel=1e-5, abs=1e-6), (run["name"], term)
+            assert terms[term].item() == pytest.approx(value, rel=1e-5, abs=1e-6), (
+                run["name"],
+                term,
+            )
         assert total.item() == pytest.approx(run["total"], rel=1e-5, abs=1e-6)
         total.backward()
         inputs = {"logits": logits, "other_tokens": tokens, "block_policy": gates}
@@ -189,10 +225,14 @@ def test_rearrangement(name):
         combined = insert(t["out.tokens"], t["in.cls_tokens"], positions)
         assert torch.equal(combined, t["out.combined"])
         patches, class_tokens = extract(combined, positions)
-        assert torch.equal(patches, t["out.tokens"]) and torch.equal(class_tokens, t["in.cls_tokens"])
+        assert torch.equal(patches, t["out.tokens"]) and torch.equal(
+            class_tokens, t["in.cls_tokens"]
+        )
         before = layout.positions(policy.shape[1])
         sequence = insert(t["in.tokens"], t["in.cls_tokens"], before)
-        assert torch.equal(take(sequence, reordered(order, before, positions)), combined), "in one step, as the model"
+        assert torch.equal(take(sequence, reordered(order, before, positions)), combined), (
+            "in one step, as the model"
+        )
 
 
 @pytest.mark.parametrize("name", golden.names("mambareg_cls_layout"))
@@ -201,13 +241,17 @@ def test_register_layout(name):
         patches, registers = info["grid"][0] * info["grid"][1], info["class_tokens"]
         positions = SpreadRegisters(registers).positions(patches)
         assert torch.equal(torch.tensor(positions), t["cls_positions"])
-        index = insert(torch.arange(patches)[None], patches + torch.arange(registers)[None], positions)
+        index = insert(
+            torch.arange(patches)[None], patches + torch.arange(registers)[None], positions
+        )
         assert torch.equal(index[0], t["token_idx"])
 
 
 @pytest.mark.parametrize("name", golden.names("pos_embed_"))
 def test_pos_embed(name):
-    """Row 0 taken for the class row reproduces the recording; the row where it really stands is what we use."""
+    """Row 0 taken for the class row reproduces the recording; the row where it really stands is
+    what we use.
+    """
     for info, t in golden.subcases(golden.load(name)):
         patches, row = info["grid_to"] ** 2, 0 if info["extra_tokens"] else None
         golden.close(resize_pos_embed(t["in"], patches, row, row), t["out"], 1e-5, 0, name)
@@ -215,11 +259,15 @@ def test_pos_embed(name):
             continue
         middle, new_middle = info["grid_from"] ** 2 // 2, patches // 2
         ours = resize_pos_embed(t["in"], patches, middle, new_middle)
-        assert torch.equal(ours[:, new_middle], t["in"][:, middle]), "the class row is carried over untouched"
+        assert torch.equal(ours[:, new_middle], t["in"][:, middle]), (
+            "the class row is carried over untouched"
+        )
         if info["grid_from"] == info["grid_to"]:
             assert torch.equal(ours, t["in"])
         else:
-            assert not torch.allclose(ours, t["out"], atol=1e-3), "the recorded defect is not repeated"
+            assert not torch.allclose(ours, t["out"], atol=1e-3), (
+                "the recorded defect is not repeated"
+            )
 
 
 @pytest.mark.parametrize("name", golden.names("flops_"))
@@ -229,4 +277,6 @@ def test_flops(name):
             model = golden.build(entry, dynamic=entry["model"] != "teacher")
         assert sequence_lengths(model) == entry["seq_len_per_layer"]
         assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
-        assert count_flops(model, entry["block_keep_ratio"]).paper == pytest.approx(entry["flops"], rel=1e-9)
+        assert count_flops(model, entry["block_keep_ratio"]).paper == pytest.approx(
+            entry["flops"], rel=1e-9
+        )

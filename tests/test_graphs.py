@@ -1,4 +1,6 @@
-"""CUDA graphs of evaluation: when a shape is captured, what happens when that fails, and the same results on a GPU."""
+"""CUDA graphs of evaluation: when a shape is captured, what happens when that fails, and the same
+results on a GPU.
+"""
 
 import logging
 
@@ -24,7 +26,9 @@ def run(forward, monkeypatch, fails: bool = False) -> list[str]:
     def capture(forward, images):
         done.append("capture")
         if fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+            raise RuntimeError(
+                "operation not permitted when stream is capturing\nCUDA kernel errors might be ..."
+            )
         return lambda images: done.append("replay")
 
     monkeypatch.setattr(graphs, "capture", capture)
@@ -36,15 +40,29 @@ def run(forward, monkeypatch, fails: bool = False) -> list[str]:
 
 def test_a_shape_is_captured_the_second_time_it_comes(monkeypatch):
     assert run(lambda images: None, monkeypatch) == [
-        "plain", "capture", "replay", "replay", "plain", "replay", "capture", "replay"]
+        "plain",
+        "capture",
+        "replay",
+        "replay",
+        "plain",
+        "replay",
+        "capture",
+        "replay",
+    ]
 
 
 def test_a_failing_capture_is_said_once_and_not_tried_again(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
-        assert run(lambda images: None, monkeypatch, fails=True) == ["plain", "capture", *["plain"] * 5]
+        assert run(lambda images: None, monkeypatch, fails=True) == [
+            "plain",
+            "capture",
+            *["plain"] * 5,
+        ]
     messages = [record.message for record in caplog.records]
-    assert messages == ["evaluation goes on without a CUDA graph, capturing one failed: "
-                        "operation not permitted when stream is capturing"]
+    assert messages == [
+        "evaluation goes on without a CUDA graph, capturing one failed: "
+        "operation not permitted when stream is capturing"
+    ]
 
 
 def test_errors_of_the_forward_pass_are_raised(monkeypatch):

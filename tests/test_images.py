@@ -1,4 +1,6 @@
-"""Every kind of image file that misbehaves, each with its outcome: an RGB image, or one line that says why not."""
+"""Every kind of image file that misbehaves, each with its outcome: an RGB image, or one line that
+says why not.
+"""
 
 import io
 import os
@@ -54,34 +56,48 @@ def test_16_bit_colour_png_keeps_its_upper_bits():
     assert np.array_equal(decoded(png(4, 5, rows, bits=16, colour=2)), values >> 8)
 
 
-@pytest.mark.parametrize("values", [np.full((4, 4), 70000, np.int32), np.full((4, 4), 0.5, np.float32)])
+@pytest.mark.parametrize(
+    "values", [np.full((4, 4), 70000, np.int32), np.full((4, 4), 0.5, np.float32)]
+)
 def test_pixels_without_a_defined_range_are_refused(values):
     with pytest.raises(BadImageError, match="whose range is not defined"):
         decoded(saved(Image.fromarray(values), format="TIFF"))
 
 
 def test_transparency_shows_the_colour_below():
-    """As torchvision's loader does; for a palette with one transparent entry, and with a table of them."""
+    """As torchvision's loader does; for a palette with one transparent entry, and with a table of
+    them.
+    """
     palette = photo().quantize(16)
     expected = np.asarray(palette.convert("RGB"))
     for transparency in (3, bytes(range(0, 256, 16))):
-        assert np.array_equal(decoded(saved(palette, format="PNG", transparency=transparency)), expected)
+        assert np.array_equal(
+            decoded(saved(palette, format="PNG", transparency=transparency)), expected
+        )
     translucent = photo()
     translucent.putalpha(photo(seed=1).convert("L"))
     assert np.array_equal(decoded(saved(translucent, format="PNG")), np.asarray(photo()))
     grey = photo().convert("LA")
-    assert np.array_equal(decoded(saved(grey, format="PNG")), np.asarray(photo().convert("L").convert("RGB")))
+    assert np.array_equal(
+        decoded(saved(grey, format="PNG")), np.asarray(photo().convert("L").convert("RGB"))
+    )
 
 
-@pytest.mark.parametrize("orientation, turn", [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)])
+@pytest.mark.parametrize(
+    "orientation, turn", [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)]
+)
 def test_exif_orientation_is_applied(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert np.array_equal(decoded(saved(photo(), format="PNG", exif=exif)), np.asarray(photo().transpose(turn)))
+    assert np.array_equal(
+        decoded(saved(photo(), format="PNG", exif=exif)), np.asarray(photo().transpose(turn))
+    )
 
 
 def test_damaged_exif_does_not_cost_the_image():
-    content = saved(photo(), format="JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20)
+    content = saved(
+        photo(), format="JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20
+    )
     assert close(decoded(content), photo(), 3)
 
 
@@ -97,7 +113,11 @@ def test_truncated_empty_and_foreign_files(tmp_path):
         ("stub.jpg", jpeg[:10], "Truncated File Read"),
         ("empty.jpg", b"", "the file is empty"),
         ("text.jpg", b"<html>404</html>", "not an image in a known format"),
-        ("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
+        (
+            "postscript.jpg",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "not an image in a known format",
+        ),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadImageError, match=reason):
@@ -123,13 +143,19 @@ def test_links_pipes_and_folders_in_place_of_files(tmp_path):
 
 
 def png(width: int, height: int, rows: bytes, bits: int = 8, colour: int = 0) -> bytes:
-    """A PNG file of filtered `rows`, written by hand: Pillow writes neither 16-bit colour nor what it would refuse."""
+    """A PNG file of filtered `rows`, written by hand: Pillow writes neither 16-bit colour nor what
+    it would refuse.
+    """
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+    )
 
 
 def test_huge_image_is_refused_by_its_header(monkeypatch):

@@ -12,22 +12,33 @@ from ops.linear import Linear, linear
 
 def tensors(*shape, width=44, bias=True):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(*shape, generator=generator), torch.randn(width, shape[-1], generator=generator)
+    x, weight = (
+        torch.randn(*shape, generator=generator),
+        torch.randn(width, shape[-1], generator=generator),
+    )
     return x, weight, torch.randn(width, generator=generator) if bias else None
 
 
-@pytest.mark.parametrize("shape, width", [((3, 5, 20), 7), ((197, 384), 44), ((2, 1), 1), ((0, 4), 3)])
+@pytest.mark.parametrize(
+    "shape, width", [((3, 5, 20), 7), ((197, 384), 44), ((2, 1), 1), ((0, 4), 3)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product(shape, width, bias):
     x, weight, shift = tensors(*shape, width=width, bias=bias)
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4
+        )
         strided = x.repeat_interleave(2, dim=-1)[..., ::2]
-        torch.testing.assert_close(linear(strided, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            linear(strided, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4
+        )
 
 
 def test_a_row_does_not_depend_on_those_beside_it():
-    """An image's tokens are more rows than these; below about 40 rows oneDNN and MKL both sum in another order."""
+    """An image's tokens are more rows than these; below about 40 rows oneDNN and MKL both sum in
+    another order.
+    """
     x, weight, bias = tensors(500, 96)
     with torch.no_grad():
         whole = linear(x, weight, bias)
@@ -36,7 +47,10 @@ def test_a_row_does_not_depend_on_those_beside_it():
 
 
 def test_what_onednn_does_not_get(monkeypatch):
-    """Products for autograd, of other types and under autocast are PyTorch's own, and so are all without oneDNN."""
+    """Products for autograd, of other types and under autocast are PyTorch's own, and so are all
+    without oneDNN.
+    """
+
     def refuse(*_):
         raise AssertionError("oneDNN was called")
 
@@ -70,7 +84,10 @@ def test_a_release_of_pytorch_without_the_product(monkeypatch):
 @pytest.mark.parametrize("router", [True, False])
 def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, router):
     torch.manual_seed(0)
-    layer, hidden = BidirectionalMamba(16, 4, halve=True, router=router).eval(), torch.randn(12, 9, 16)
+    layer, hidden = (
+        BidirectionalMamba(16, 4, halve=True, router=router).eval(),
+        torch.randn(12, 9, 16),
+    )
     if router:
         torch.nn.init.normal_(layer.block_head.weight, std=5)
         torch.nn.init.zeros_(layer.block_head.bias)

@@ -23,7 +23,9 @@ from utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def stop_workers(monkeypatch):
-    """Ends the workers of a test after it. Left to the collector of cycles, torch waits 5 s for each of them."""
+    """Ends the workers of a test after it. Left to the collector of cycles, torch waits 5 s for
+    each of them.
+    """
     built = []
 
     def build_and_remember(*args, **options):
@@ -40,10 +42,14 @@ def same(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-repeated-aug", "--aa", "none", "--color-jitter", "0.4")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--no-repeated-aug", "--aa", "none", "--color-jitter", "0.4")]
+)
 def test_an_epoch_can_start_anywhere_with_any_number_of_workers(flags):
     def data(workers):
-        return build_data(options("--batch-size", "16", "--subset", "96", "--num-workers", workers, *flags), 32)
+        return build_data(
+            options("--batch-size", "16", "--subset", "96", "--num-workers", workers, *flags), 32
+        )
 
     undisturbed = data("0")
     epochs = [list(undisturbed.train_batches(epoch)) for epoch in (0, 1)]
@@ -56,7 +62,9 @@ def test_an_epoch_can_start_anywhere_with_any_number_of_workers(flags):
         continued = list(resumed.train_batches(1, start_step=start))
         assert len(continued) == steps - start
         assert all(same(a, b) for a, b in zip(continued, epochs[1][start:], strict=True))
-        assert all(same(a, b) for a, b in zip(resumed.train_batches(0, 3), epochs[0][3:], strict=True))
+        assert all(
+            same(a, b) for a, b in zip(resumed.train_batches(0, 3), epochs[0][3:], strict=True)
+        )
     assert list(undisturbed.train_batches(0, steps)) == []
     with pytest.raises(ValueError, match="start_step 7 is outside the epoch of 6 steps"):
         undisturbed.train_batches(0, 7)
@@ -68,7 +76,11 @@ def test_another_seed_gives_another_order_and_augmentation():
     repeats = torch.unique(first.indices, return_counts=True)[1]
     assert repeats.max() == 3  # repeated augmentation: three views of one image, each its own
     views = first.images[first.indices == first.indices[0]]
-    assert len(views) == 3 and not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+    assert (
+        len(views) == 3
+        and not torch.equal(views[0], views[1])
+        and not torch.equal(views[1], views[2])
+    )
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -87,7 +99,9 @@ def test_loading_leaves_the_random_state_of_the_model_alone(workers):
 
 @pytest.mark.parametrize("repeated_aug", [True, False])
 def test_ranks_share_an_epoch(repeated_aug):
-    """Two ranks with half the batch see what one process sees, position by position, with the same augmentation."""
+    """Two ranks with half the batch see what one process sees, position by position, with the same
+    augmentation.
+    """
     one = TrainBatchSampler(64, 8, 0, 0, 1, repeated_aug)
     two = [TrainBatchSampler(64, 4, 0, rank, 2, repeated_aug) for rank in (0, 1)]
     assert one.steps_per_epoch == two[0].steps_per_epoch == two[1].steps_per_epoch == 8
@@ -104,12 +118,23 @@ def test_evaluation_counts_every_image_once(images, world_size):
     samplers = [EvalBatchSampler(images, 16, rank, world_size) for rank in range(world_size)]
     batches = [list(sampler) for sampler in samplers]
     assert [len(sampler) for sampler in samplers] == [len(one) for one in batches]
-    assert sorted(index for one in batches for batch in one for index, _ in batch) == list(range(images))
+    assert sorted(index for one in batches for batch in one for index, _ in batch) == list(
+        range(images)
+    )
 
 
 def test_evaluation_on_ranks_without_images(tmp_path):
     make_folders(tmp_path, classes=("only",), val=2)
-    flags = options("--data-set", "FOLDER", "--data-path", str(tmp_path), "--num-workers", "1", "--batch-size", "1")
+    flags = options(
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(tmp_path),
+        "--num-workers",
+        "1",
+        "--batch-size",
+        "1",
+    )
     indices = []
     for rank in range(3):
         data = build_data(flags, 32, rank=rank, world_size=3)
@@ -129,9 +154,20 @@ def bad_folders(root: Path) -> Path:
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_stop_names_the_file_in_one_line(tmp_path, workers, capfd):
     bad_folders(tmp_path)
-    flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--num-workers", workers, "--no-repeated-aug")
+    flags = (
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(tmp_path),
+        "--num-workers",
+        workers,
+        "--no-repeated-aug",
+    )
     data = build_data(options(*flags), 32)
-    for batches, name in ((data.train_batches(0), r"train/cat/[23]\.jpg"), (data.val_batches(), r"val/cat/1\.jpg")):
+    for batches, name in (
+        (data.train_batches(0), r"train/cat/[23]\.jpg"),
+        (data.val_batches(), r"val/cat/1\.jpg"),
+    ):
         with pytest.raises(UserError, match=f"{tmp_path}/{name}: .*--bad-images skip") as error:
             list(batches)
         assert "\n" not in str(error.value)
@@ -141,13 +177,23 @@ def test_stop_names_the_file_in_one_line(tmp_path, workers, capfd):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_skip_replaces_in_training_and_leaves_out_in_evaluation(tmp_path, workers):
     bad_folders(tmp_path)
-    flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--num-workers", workers, "--no-repeated-aug")
+    flags = (
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(tmp_path),
+        "--num-workers",
+        workers,
+        "--no-repeated-aug",
+    )
     data = build_data(options(*flags, "--bad-images", "skip"), 32)
     seen = torch.cat([batch.indices for batch in data.train_batches(0)])
     assert torch.bincount(seen, minlength=16).tolist() == [1, 1, 0, 0, 3] + [1] * 11
     assert torch.cat([batch.indices for batch in data.val_batches()]).tolist() == [0, 2, 3, 4, 5]
     list(data.train_batches(1))  # met again, counted once
-    names = [f"{tmp_path}/{name}" for name in ("train/cat/2.jpg", "train/cat/3.jpg", "val/cat/1.jpg")]
+    names = [
+        f"{tmp_path}/{name}" for name in ("train/cat/2.jpg", "train/cat/3.jpg", "val/cat/1.jpg")
+    ]
     assert sorted(data.bad_images.found) == names
     assert data.bad_images.found[names[1]] == "the file is empty"
 
@@ -156,7 +202,11 @@ def test_skip_replaces_in_training_and_leaves_out_in_evaluation(tmp_path, worker
     data.bad_images.write(listing)
     assert len(data.bad_images.write(listing)) == 4
     lines = listing.read_text().splitlines()
-    assert len(lines) == 4 and lines[0] == "from an earlier run: gone" and f"{names[1]}: the file is empty" in lines
+    assert (
+        len(lines) == 4
+        and lines[0] == "from an earlier run: gone"
+        and f"{names[1]}: the file is empty" in lines
+    )
     with pytest.raises(UserError, match="cannot write .*nowhere/list.txt: No such"):
         data.bad_images.write(tmp_path / "nowhere/list.txt")
 
@@ -168,7 +218,9 @@ def test_a_batch_of_bad_validation_images_is_no_batch(tmp_path):
     flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--bad-images", "skip")
     data = build_data(options(*flags), 32)
     assert list(data.val_batches()) == [] and len(data.bad_images.found) == 6
-    assert data.bad_images.found[f"{tmp_path}/val/dog/0.jpg"].startswith("not an image in a known format")
+    assert data.bad_images.found[f"{tmp_path}/val/dog/0.jpg"].startswith(
+        "not an image in a known format"
+    )
 
 
 def test_skip_gives_up_when_nothing_can_be_read(tmp_path):
@@ -176,8 +228,19 @@ def test_skip_gives_up_when_nothing_can_be_read(tmp_path):
     for file in (tmp_path / "train").rglob("*.jpg"):
         file.unlink()
         file.symlink_to("lost")
-    flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--bad-images", "skip", "--num-workers", "1")
-    with pytest.raises(UserError, match="16 images in a row cannot be decoded, the last one is .*: No such file"):
+    flags = (
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(tmp_path),
+        "--bad-images",
+        "skip",
+        "--num-workers",
+        "1",
+    )
+    with pytest.raises(
+        UserError, match="16 images in a row cannot be decoded, the last one is .*: No such file"
+    ):
         list(build_data(options(*flags), 32).train_batches(0))
 
 
@@ -203,7 +266,15 @@ def test_200_corrupted_jpegs_in_one_epoch(tmp_path, capfd):
         for _ in range(6):
             content[chance.randrange(len(content))] = chance.randrange(256)
         file.write_bytes(content[: chance.choice([len(content), chance.randrange(len(content))])])
-    flags = ("--data-set", "FOLDER", "--data-path", str(tmp_path), "--num-workers", "2", "--no-repeated-aug")
+    flags = (
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(tmp_path),
+        "--num-workers",
+        "2",
+        "--no-repeated-aug",
+    )
     data = build_data(options(*flags, "--bad-images", "skip"), 32)
     batches = list(data.train_batches(0))
     assert len(batches) == 50 and all(torch.isfinite(batch.images).all() for batch in batches)
@@ -217,7 +288,9 @@ def test_a_killed_worker_ends_in_one_line():
     next(batches)
     started = time.monotonic()
     os.kill(data.train_loader.loader._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="reading the data failed: DataLoader worker .* fewer --num-workers") as error:
+    with pytest.raises(
+        UserError, match="reading the data failed: DataLoader worker .* fewer --num-workers"
+    ) as error:
         list(batches)
     assert "\n" not in str(error.value) and time.monotonic() - started < 20
 
@@ -257,7 +330,10 @@ def test_a_program_that_stops_in_mid_epoch_ends_at_once():
     path = os.pathsep.join([str(tests), str(tests.parent)])
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, b"") and time.monotonic() - started < 60
 
@@ -278,4 +354,6 @@ def test_decoding_is_the_same_through_a_batch(tmp_path):
     batch = next(data.val_batches())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = batch.images[0].permute(1, 2, 0) * std + mean
-    assert torch.equal((pixels * 255).round().to(torch.uint8), torch.from_numpy(np.array(photo((32, 32), seed=9))))
+    assert torch.equal(
+        (pixels * 255).round().to(torch.uint8), torch.from_numpy(np.array(photo((32, 32), seed=9)))
+    )

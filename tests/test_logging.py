@@ -14,7 +14,14 @@ import torch
 
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError, run_main
-from utils.logging import Averages, EpochLog, Progress, setup_logging, tensorboard_writer, write_args
+from utils.logging import (
+    Averages,
+    EpochLog,
+    Progress,
+    setup_logging,
+    tensorboard_writer,
+    write_args,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,8 +45,13 @@ class TestEpochLog:
         with open(log.path, "a") as file:
             file.write('{"epoch": 1, "tra')  # a kill cut it off
         log.resume_at(2)
-        log.append({"epoch": 2, "train_loss": float("nan"), "keep": [0.5, float("inf")], "bad": {"x": 1.5}})
-        lines = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
+        log.append(
+            {"epoch": 2, "train_loss": float("nan"), "keep": [0.5, float("inf")], "bad": {"x": 1.5}}
+        )
+        lines = [
+            json.loads(line, parse_constant=pytest.fail)
+            for line in log.path.read_text().splitlines()
+        ]
         assert [line["epoch"] for line in lines] == [0, 1, 2]
         assert lines[2] == {"epoch": 2, "train_loss": None, "keep": [0.5, None], "bad": {"x": 1.5}}
 
@@ -51,8 +63,10 @@ class TestEpochLog:
 def test_args_are_recorded(tmp_path):
     write_args(tmp_path, argparse.Namespace(lr=0.1, data_path=Path("a/b"), pruning_layers=(2, 4)))
     assert json.loads((tmp_path / "args.json").read_text()) == {
-        "lr": 0.1, "data_path": "a/b", "pruning_layers": [2, 4]
-    }  # fmt: skip
+        "lr": 0.1,
+        "data_path": "a/b",
+        "pruning_layers": [2, 4],
+    }
 
 
 class TestAverages:
@@ -107,16 +121,31 @@ class TestProgress:
     def test_bar_on_a_terminal(self):
         stream = Terminal()
         status = iter(["loss 2.5", "loss 1.5"])
-        items = Progress(range(5), "epoch 3", status=lambda: next(status), stream=stream, refresh_s=60)
+        items = Progress(
+            range(5), "epoch 3", status=lambda: next(status), stream=stream, refresh_s=60
+        )
         assert list(items) == list(range(5))
-        assert "epoch 3" in stream.getvalue() and next(status) == "loss 1.5"  # read once, not once a step
+        assert (
+            "epoch 3" in stream.getvalue() and next(status) == "loss 1.5"
+        )  # read once, not once a step
 
     def test_lines_elsewhere(self, caplog):
         caplog.set_level(logging.INFO)
         stream = io.StringIO()
-        items = Progress(range(2), "epoch 3", initial=8, total=10, status=lambda: "loss 2", stream=stream, line_s=0)
+        items = Progress(
+            range(2),
+            "epoch 3",
+            initial=8,
+            total=10,
+            status=lambda: "loss 2",
+            stream=stream,
+            line_s=0,
+        )
         assert list(items) == [0, 1] and stream.getvalue() == ""
-        assert ["90% 9/10" in caplog.messages[0], "100% 10/10" in caplog.messages[1]] == [True, True]
+        assert ["90% 9/10" in caplog.messages[0], "100% 10/10" in caplog.messages[1]] == [
+            True,
+            True,
+        ]
         assert "epoch 3:" in caplog.text and "left" in caplog.text and "loss 2" in caplog.text
 
     def test_nothing_on_other_ranks(self, caplog):
@@ -155,7 +184,11 @@ class TestRunMain:
             (UserError("no such\nfile"), 1, "error: no such file"),
             (UsageError("unknown model"), 2, "error: unknown model"),
             (KeyboardInterrupt(), 130, "interrupted"),
-            (OSError(errno.ENOSPC, "", "a/b"), 1, "error: cannot write: No space left on device (a/b)"),
+            (
+                OSError(errno.ENOSPC, "", "a/b"),
+                1,
+                "error: cannot write: No space left on device (a/b)",
+            ),
         ],
     )
     def test_one_line(self, capsys, monkeypatch, error, code, line):

@@ -11,26 +11,37 @@ from models import Result
 def result(batch=3, patches=6, width=4, classes=5, depth=2):
     torch.manual_seed(0)
     decision = (torch.rand(batch, patches) < 0.5).float().requires_grad_()
-    return Result(torch.randn(batch, classes, requires_grad=True),
-                  torch.randn(batch, patches, width, requires_grad=True),
-                  torch.stack([torch.randperm(patches) for _ in range(batch)]),
-                  (torch.rand(batch, patches) < 0.5).float(),
-                  torch.ones(depth, batch, 2, requires_grad=True), [decision])
+    return Result(
+        torch.randn(batch, classes, requires_grad=True),
+        torch.randn(batch, patches, width, requires_grad=True),
+        torch.stack([torch.randperm(patches) for _ in range(batch)]),
+        (torch.rand(batch, patches) < 0.5).float(),
+        torch.ones(depth, batch, 2, requires_grad=True),
+        [decision],
+    )
 
 
 def test_dense_is_classification_alone():
     r = result()
     total, terms = DenseLoss(nn.CrossEntropyLoss())(r, torch.tensor([0, 1, 2]))
     assert terms.keys() == {"cls"} and total is terms["cls"]
-    assert total.item() == pytest.approx(nn.functional.cross_entropy(r.logits, torch.tensor([0, 1, 2])).item())
+    assert total.item() == pytest.approx(
+        nn.functional.cross_entropy(r.logits, torch.tensor([0, 1, 2])).item()
+    )
 
 
 def test_terms_follow_the_parts_of_the_model():
     r, targets = result(), torch.tensor([0, 1, 2])
     names = {}
-    for token_keep, block_keep, budget in (((0.5,), 0.8, True), ((0.5,), None, True), (None, 0.8, True),
-                                           ((0.5,), 0.8, False)):
-        loss = DynamicLoss(nn.CrossEntropyLoss(), token_keep=token_keep, block_keep=block_keep, token_budget=budget)
+    for token_keep, block_keep, budget in (
+        ((0.5,), 0.8, True),
+        ((0.5,), None, True),
+        (None, 0.8, True),
+        ((0.5,), 0.8, False),
+    ):
+        loss = DynamicLoss(
+            nn.CrossEntropyLoss(), token_keep=token_keep, block_keep=block_keep, token_budget=budget
+        )
         total, terms = loss(r, targets, result())
         assert total.item() == pytest.approx(sum(term.item() for term in terms.values()), rel=1e-6)
         names[token_keep, block_keep, budget] = list(terms)
@@ -45,10 +56,19 @@ def test_terms_follow_the_parts_of_the_model():
 def test_budgets_are_zero_on_target():
     decisions = [torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 0]])]
     assert token_ratio(decisions, [0.5]).item() == 0
-    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5]).item() == pytest.approx(0.25)
-    assert token_ratio([torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5], torch.tensor([0.5])).item() == 0
+    assert token_ratio(
+        [torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5]
+    ).item() == pytest.approx(0.25)
+    assert (
+        token_ratio(
+            [torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])], [0.5], torch.tensor([0.5])
+        ).item()
+        == 0
+    )
     gates = torch.ones(2, 3, 2)
-    assert block_ratio(gates, 1.0).item() == 0 and block_ratio(gates, 0.8).item() == pytest.approx(0.04)
+    assert block_ratio(gates, 1.0).item() == 0 and block_ratio(gates, 0.8).item() == pytest.approx(
+        0.04
+    )
 
 
 def test_distance_compares_the_same_patches():

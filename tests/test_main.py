@@ -18,9 +18,32 @@ from utils import preemption
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--input-size", "16", "--subset", "64", "--batch-size", "16",
-         "--epochs", "2", "--warmup-epochs", "0", "--lr", "2e-3", "--unscale-lr", "--model-ema-decay", "0.9",
-         "--num-workers", "0", "--throughput-seconds", "0.1", "--device", "cpu"]
+SMALL = [
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=4",
+    "--input-size",
+    "16",
+    "--subset",
+    "64",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--lr",
+    "2e-3",
+    "--unscale-lr",
+    "--model-ema-decay",
+    "0.9",
+    "--num-workers",
+    "0",
+    "--throughput-seconds",
+    "0.1",
+    "--device",
+    "cpu",
+]
 DYNAMIC = ["--method", "dyvm", "--pruning-layers", "1", "2", "3"]
 
 
@@ -55,29 +78,77 @@ def test_a_dense_run_leaves_its_files(dense):
     assert {"args.json", "log.txt", "checkpoint.pth", "best_checkpoint.pth", "eval.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert [line["epoch"] for line in log(dense)] == [0, 1]
-    assert {"train_lr", "train_loss", "train_cls", "test_loss", "test_acc1", "test_acc5", "test_ema_acc1",
-            "n_parameters"} <= log(dense)[0].keys()
+    assert {
+        "train_lr",
+        "train_loss",
+        "train_cls",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "test_ema_acc1",
+        "n_parameters",
+    } <= log(dense)[0].keys()
     report = json.loads((dense / "eval.json").read_text())
     assert report["dynamic"] is None and report["reduction"] is None
-    assert report["dense"].keys() == {"top1", "top5", "loss", "flops", "images_per_s", "parameters", "ema_top1"}
+    assert report["dense"].keys() == {
+        "top1",
+        "top5",
+        "loss",
+        "flops",
+        "images_per_s",
+        "parameters",
+        "ema_top1",
+    }
 
 
 def test_a_dyvm_run_reports_dense_and_dynamic(student):
     report = json.loads((student / "eval.json").read_text())
-    assert report.keys() == {"dense", "dynamic", "reduction", "speedup", "model", "data_set", "images", "backend",
-                             "device", "precision"}
-    assert report["dynamic"].keys() == {"top1", "top5", "loss", "flops", "images_per_s", "parameters", "ema_top1",
-                                        "keep", "gates", "gate_threshold"}
+    assert report.keys() == {
+        "dense",
+        "dynamic",
+        "reduction",
+        "speedup",
+        "model",
+        "data_set",
+        "images",
+        "backend",
+        "device",
+        "precision",
+    }
+    assert report["dynamic"].keys() == {
+        "top1",
+        "top5",
+        "loss",
+        "flops",
+        "images_per_s",
+        "parameters",
+        "ema_top1",
+        "keep",
+        "gates",
+        "gate_threshold",
+    }
     assert report["dynamic"]["keep"] == [int(16 * 0.7**j) / 16 for j in (1, 2, 3)]
-    assert len(report["dynamic"]["gates"]) == 4 and report["images"] == 360 and report["precision"] == "float32"
+    assert (
+        len(report["dynamic"]["gates"]) == 4
+        and report["images"] == 360
+        and report["precision"] == "float32"
+    )
     for kind in ("paper", "exact"):
         flops = report["dynamic"]["flops"][kind], report["dense"]["flops"][kind]
         assert report["reduction"][kind] == pytest.approx(1 - flops[0] / flops[1])
     line = log(student)[0]
-    assert {"train_token_ratio", "train_block_ratio", "train_cls_kl", "train_token_distill", "train_keep_stage1",
-            "train_gate_forward"} <= line.keys()
+    assert {
+        "train_token_ratio",
+        "train_block_ratio",
+        "train_cls_kl",
+        "train_token_distill",
+        "train_keep_stage1",
+        "train_gate_forward",
+    } <= line.keys()
     terms = ("cls", "token_ratio", "block_ratio", "cls_kl", "token_distill")
-    assert line["train_loss"] == pytest.approx(sum(line[f"train_{term}"] for term in terms), rel=1e-5)
+    assert line["train_loss"] == pytest.approx(
+        sum(line[f"train_{term}"] for term in terms), rel=1e-5
+    )
     assert (student / "kept_patches.png").stat().st_size > 1000
 
 
@@ -89,7 +160,8 @@ def test_tensorboard_has_the_names_of_the_log_and_the_picture(student):
     assert set(events.Tags()["scalars"]) == log(student)[0].keys() - {"epoch", "n_parameters"}
     assert events.Tags()["images"] == ["kept_patches"]
     assert [event.value for event in events.Scalars("test_acc1")] == pytest.approx(
-        [line["test_acc1"] for line in log(student)])
+        [line["test_acc1"] for line in log(student)]
+    )
 
 
 def test_the_first_epoch_uses_the_schedules_first_value(dense, tmp_path):
@@ -100,8 +172,17 @@ def test_the_first_epoch_uses_the_schedules_first_value(dense, tmp_path):
 
 def test_evaluation_needs_no_repeated_flags(student, dense, tmp_path):
     trained = json.loads((student / "eval.json").read_text())
-    arguments = ["--eval", "--model-path", str(student / "best_checkpoint.pth"), "--output_dir", str(tmp_path),
-                 "--throughput-seconds", "0", "--device", "cpu"]
+    arguments = [
+        "--eval",
+        "--model-path",
+        str(student / "best_checkpoint.pth"),
+        "--output_dir",
+        str(tmp_path),
+        "--throughput-seconds",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert main.main(arguments) == 0
     report = json.loads((tmp_path / "eval.json").read_text())
     for column in ("dense", "dynamic"):
@@ -120,8 +201,16 @@ def test_a_student_starts_from_its_teacher(dense, tmp_path):
     from models.weights import load_weights
     from utils.checkpoint import load_checkpoint
 
-    args = main.options.parse([*SMALL, *DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth"),
-                               "--token-keep-ratio", "1"])
+    args = main.options.parse(
+        [
+            *SMALL,
+            *DYNAMIC,
+            "--model-path",
+            str(dense / "best_checkpoint.pth"),
+            "--token-keep-ratio",
+            "1",
+        ]
+    )
     checkpoint = load_checkpoint(args.model_path)
     model, teacher = builders.build_model(args, 10).eval(), builders.build_dense(args, 10).eval()
     load_weights(model, checkpoint, args.model_path, from_dense=True)
@@ -131,7 +220,16 @@ def test_a_student_starts_from_its_teacher(dense, tmp_path):
 
 
 def test_bf16_trains(dense, tmp_path):
-    report = run(tmp_path, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--amp", "bf16", "--epochs", "1")
+    report = run(
+        tmp_path,
+        *DYNAMIC,
+        "--model-path",
+        dense / "best_checkpoint.pth",
+        "--amp",
+        "bf16",
+        "--epochs",
+        "1",
+    )
     assert report["precision"] == "bf16"
     assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
 
@@ -149,15 +247,52 @@ STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
 READ = {"dyvm": [*STAGES, *GATES], "token": STAGES, "block": GATES}  # flags that a method reads
 
 
-@pytest.mark.parametrize("flags", [["--method", "block"], *(
-    ["--method", method, *choice] for method in ("dyvm", "token") for choice in (
-        ["--scorer-input", "hidden"], ["--scorer-input", "B"], ["--scorer-input", "delta"],
-        ["--token-strategy", "random"], ["--token-strategy", "static"]))], ids="_".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "block"],
+        *(
+            ["--method", method, *choice]
+            for method in ("dyvm", "token")
+            for choice in (
+                ["--scorer-input", "hidden"],
+                ["--scorer-input", "B"],
+                ["--scorer-input", "delta"],
+                ["--token-strategy", "random"],
+                ["--token-strategy", "static"],
+            )
+        ),
+    ],
+    ids="_".join,
+)
 def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp_path, flags):
-    trained = run(tmp_path, *flags, *READ[flags[1]], "--model-path", dense / "best_checkpoint.pth", "--epochs", "1",
-                  "--subset", "32")
-    assert main.main(["--eval", "--model-path", str(tmp_path / "best_checkpoint.pth"), "--output_dir",
-                      str(tmp_path / "again"), "--throughput-seconds", "0", "--device", "cpu"]) == 0
+    trained = run(
+        tmp_path,
+        *flags,
+        *READ[flags[1]],
+        "--model-path",
+        dense / "best_checkpoint.pth",
+        "--epochs",
+        "1",
+        "--subset",
+        "32",
+    )
+    assert (
+        main.main(
+            [
+                "--eval",
+                "--model-path",
+                str(tmp_path / "best_checkpoint.pth"),
+                "--output_dir",
+                str(tmp_path / "again"),
+                "--throughput-seconds",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     again = json.loads((tmp_path / "again" / "eval.json").read_text())
     assert again["dynamic"]["top1"] == trained["dynamic"]["top1"]
     assert again["dynamic"]["flops"] == trained["dynamic"]["flops"]
@@ -169,30 +304,58 @@ def test_every_variant_trains_saves_and_evaluates_from_its_checkpoint(dense, tmp
 
 def same_weights(one: Path, other: Path) -> bool:
     states = [torch.load(path, weights_only=True) for path in (one, other)]
-    return all(torch.equal(states[0][part][key], states[1][part][key])
-               for part in ("model", "ema") for key in states[0][part])
+    return all(
+        torch.equal(states[0][part][key], states[1][part][key])
+        for part in ("model", "ema")
+        for key in states[0][part]
+    )
 
 
 def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch):
     """Told to leave after a step, in the middle of an epoch and of evaluations; resumed each time."""
-    recipe = [*DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--repeated-aug", "--num-workers", "2"]
+    recipe = [
+        *DYNAMIC,
+        "--model-path",
+        dense / "best_checkpoint.pth",
+        "--repeated-aug",
+        "--num-workers",
+        "2",
+    ]
     run(tmp_path / "whole", *recipe)
     asked = itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(preemption, "requested", lambda: next(asked) in (0, 3, 10, 25, 60, 63))
         patch.setattr(preemption, "received", lambda: "SIGTERM")
-        arguments = [*SMALL, "--output_dir", str(tmp_path / "parts"), *map(str, recipe), "--resume", "auto"]
+        arguments = [
+            *SMALL,
+            "--output_dir",
+            str(tmp_path / "parts"),
+            *map(str, recipe),
+            "--resume",
+            "auto",
+        ]
         codes = []
         while not codes or codes[-1] != 0:
             codes.append(main.main(arguments))
     assert codes == [preemption.EXIT_CODE] * 6 + [0]
-    assert same_weights(tmp_path / "whole" / "checkpoint.pth", tmp_path / "parts" / "checkpoint.pth")
-    assert same_weights(tmp_path / "whole" / "best_checkpoint.pth", tmp_path / "parts" / "best_checkpoint.pth")
+    assert same_weights(
+        tmp_path / "whole" / "checkpoint.pth", tmp_path / "parts" / "checkpoint.pth"
+    )
+    assert same_weights(
+        tmp_path / "whole" / "best_checkpoint.pth", tmp_path / "parts" / "best_checkpoint.pth"
+    )
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
 
 
 def test_resume_refuses_what_would_alter_the_run(student, dense, tmp_path):
-    arguments = [*SMALL, *DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth"), "--output_dir", str(tmp_path)]
+    arguments = [
+        *SMALL,
+        *DYNAMIC,
+        "--model-path",
+        str(dense / "best_checkpoint.pth"),
+        "--output_dir",
+        str(tmp_path),
+    ]
     resume = ["--resume", str(student / "checkpoint.pth")]
     with pytest.raises(UserError, match=r"--lr: 0.002 -> 0.5.*--resume-override"):
         main.main([*arguments, *resume, "--lr", "0.5"])
@@ -201,7 +364,9 @@ def test_resume_refuses_what_would_alter_the_run(student, dense, tmp_path):
     with pytest.raises(UserError, match="cannot be resumed: it holds no optimizer"):
         torch.save({"model": {}}, tmp_path / "foreign.pth")
         main.main([*arguments, "--resume", str(tmp_path / "foreign.pth")])
-    assert main.main([*arguments, *resume, "--lr", "0.5", "--resume-override"]) == 0, "it was finished: evaluated again"
+    assert main.main([*arguments, *resume, "--lr", "0.5", "--resume-override"]) == 0, (
+        "it was finished: evaluated again"
+    )
 
 
 def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
@@ -209,23 +374,26 @@ def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
         run(tmp_path, "--lr", "1e30", "--nonfinite", "stop", "--epochs", "3")
 
 
-@pytest.mark.parametrize("arguments, kind, words", [
-    (["--data-set", "MNIST3"], UsageError, ["MNIST3", "DIGITS"]),
-    (["--data-set", "IMNET"], UsageError, ["--data-path"]),
-    (["--data-set", "FOLDER", "--data-path", "nowhere"], UserError, ["nowhere"]),
-    (["--input-size", "2"], UsageError, ["image size 2", "patch size 4"]),
-    (["--input-size", "17"], UsageError, ["image size 17", "16 and 20 fit"]),
-    (["--model-kwargs", "num_classes=3"], UsageError, ["num_classes", "--data-set"]),
-    (["--amp", "fp16"], UsageError, ["fp16", "bf16"]),
-    (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
-    (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
-    (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
-    (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
-    (["--output_dir", "/proc/nowhere"], UserError, ["/proc/nowhere"]),
-    (["--aa", "nonsense"], UsageError, ["nonsense"]),
-    (["--opt", "nonsense"], UsageError, ["nonsense"]),
-    (["--batch-size", "4096"], UserError, ["4096"]),
-])
+@pytest.mark.parametrize(
+    "arguments, kind, words",
+    [
+        (["--data-set", "MNIST3"], UsageError, ["MNIST3", "DIGITS"]),
+        (["--data-set", "IMNET"], UsageError, ["--data-path"]),
+        (["--data-set", "FOLDER", "--data-path", "nowhere"], UserError, ["nowhere"]),
+        (["--input-size", "2"], UsageError, ["image size 2", "patch size 4"]),
+        (["--input-size", "17"], UsageError, ["image size 17", "16 and 20 fit"]),
+        (["--model-kwargs", "num_classes=3"], UsageError, ["num_classes", "--data-set"]),
+        (["--amp", "fp16"], UsageError, ["fp16", "bf16"]),
+        (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
+        (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
+        (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
+        (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
+        (["--output_dir", "/proc/nowhere"], UserError, ["/proc/nowhere"]),
+        (["--aa", "nonsense"], UsageError, ["nonsense"]),
+        (["--opt", "nonsense"], UsageError, ["nonsense"]),
+        (["--batch-size", "4096"], UserError, ["4096"]),
+    ],
+)
 def test_mistakes_are_told_in_one_line(tmp_path, arguments, kind, words):
     with pytest.raises(UserError) as error:
         main.main(["--output_dir", str(tmp_path), "--device", "cpu", *arguments])
@@ -235,7 +403,16 @@ def test_mistakes_are_told_in_one_line(tmp_path, arguments, kind, words):
 
 def test_pruning_layers_beyond_the_depth(dense, tmp_path):
     with pytest.raises(UsageError, match=r"pruning_layers \[2, 9\] must ascend within 1 ... 3"):
-        run(tmp_path, "--method", "dyvm", "--model-path", dense / "checkpoint.pth", "--pruning-layers", "2", "9")
+        run(
+            tmp_path,
+            "--method",
+            "dyvm",
+            "--model-path",
+            dense / "checkpoint.pth",
+            "--pruning-layers",
+            "2",
+            "9",
+        )
 
 
 def test_a_teacher_that_has_changed_is_noticed(dense, tmp_path, capsys):
@@ -260,20 +437,43 @@ def test_other_classes_are_refused(dense):
         builders.check_classes(checkpoint, names[:2], "x.pth")
 
 
-@pytest.mark.parametrize("flags, criterion", [
-    ([], "SoftTargetCrossEntropy"), (["--mixup", "0", "--cutmix", "0"], "LabelSmoothingCrossEntropy"),
-    (["--mixup", "0", "--cutmix", "0", "--smoothing", "0"], "CrossEntropyLoss"),
-])
+@pytest.mark.parametrize(
+    "flags, criterion",
+    [
+        ([], "SoftTargetCrossEntropy"),
+        (["--mixup", "0", "--cutmix", "0"], "LabelSmoothingCrossEntropy"),
+        (["--mixup", "0", "--cutmix", "0", "--smoothing", "0"], "CrossEntropyLoss"),
+    ],
+)
 def test_training_is_built_as_the_recipe_says(flags, criterion):
     from datasets import build_data
     from utils.distributed import Distributed
 
-    args = main.options.parse(["--batch-size", "64", "--accum-steps", "2", "--lr", "1e-3", "--weight-decay", "0.1",
-                               "--warmup-epochs", "0", "--num-workers", "0", *flags])
+    args = main.options.parse(
+        [
+            "--batch-size",
+            "64",
+            "--accum-steps",
+            "2",
+            "--lr",
+            "1e-3",
+            "--weight-decay",
+            "0.1",
+            "--warmup-epochs",
+            "0",
+            "--num-workers",
+            "0",
+            *flags,
+        ]
+    )
     training = builders.build_training(args, build_data(args, 32), Distributed(torch.device("cpu")))
     assert type(training.criterion.criterion).__name__ == criterion
     assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
-    decay = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in training.optimizer.param_groups
+        for p in group["params"]
+    }
     for name, parameter in training.model.named_parameters():
         plain = parameter.ndim < 2 or name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))
         assert decay[id(parameter)] == (0 if plain else 0.1), name
@@ -287,7 +487,7 @@ def test_a_wrong_backend_is_a_mistake_of_the_user(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_refused(dense, tmp_path):
     whole = (dense / "checkpoint.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cut.pth"):
         main.main(["--eval", "--model-path", str(tmp_path / "cut.pth"), "--device", "cpu"])
 
@@ -295,9 +495,18 @@ def test_a_damaged_checkpoint_is_refused(dense, tmp_path):
 def test_the_program_itself_prints_one_line_and_its_exit_code(tmp_path):
     """In a process of its own: usage mistakes end with 2, others with 1; no trace."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    for arguments, code in ((["--epochs", "no"], 2), (["--eval", "--model-path", "missing.pth"], 1)):
-        done = subprocess.run([sys.executable, ROOT / "main.py", *arguments], capture_output=True, text=True,
-                              cwd=tmp_path, env=environment, timeout=120)
+    for arguments, code in (
+        (["--epochs", "no"], 2),
+        (["--eval", "--model-path", "missing.pth"], 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / "main.py", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=120,
+        )
         assert done.returncode == code
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert not list(tmp_path.iterdir()), "nothing half-written"

@@ -6,21 +6,38 @@ import torch
 
 import models
 from benchmarks.checking import set_telling_weights
-from models import FAMILIES, DynamicVisionMamba, Result, VisionMamba, backbone, cumulative_keep, sampling
+from models import (
+    FAMILIES,
+    DynamicVisionMamba,
+    Result,
+    VisionMamba,
+    backbone,
+    cumulative_keep,
+    sampling,
+)
 from models.flops import count_flops
 from models.layouts import HeadClassToken, MiddleClassToken, SpreadRegisters, extract, insert, read
 from ops import selective_scan
 from ops.selective_scan import torch_lean
 
 PARAMETERS = {  # dense, dynamic; 1000 classes
-    "vim_tiny": (7_148_008, 7_367_086), "vim_small": (25_796_584, 26_594_110), "vim_base": (97_598_440, 100_631_134),
-    "videomamba_tiny": (7_148_008, 7_367_086), "videomamba_small": (25_796_584, 26_594_110),
-    "videomamba_middle": (74_217_448, 75_989_726), "videomamba_base": (97_598_440, 100_631_134),
-    "mambareg_small": (27_801_064, 28_598_590), "mambareg_base": (99_301_096, 102_333_790),
+    "vim_tiny": (7_148_008, 7_367_086),
+    "vim_small": (25_796_584, 26_594_110),
+    "vim_base": (97_598_440, 100_631_134),
+    "videomamba_tiny": (7_148_008, 7_367_086),
+    "videomamba_small": (25_796_584, 26_594_110),
+    "videomamba_middle": (74_217_448, 75_989_726),
+    "videomamba_base": (97_598_440, 100_631_134),
+    "mambareg_small": (27_801_064, 28_598_590),
+    "mambareg_base": (99_301_096, 102_333_790),
     "mambareg_large": (341_222_376, 346_740_558),
 }
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_classes=7)
-FAMILY_ARGUMENTS = {"vim": {}, "videomamba": {}, "mambareg": dict(num_registers=4, register_reduction=2)}
+FAMILY_ARGUMENTS = {
+    "vim": {},
+    "videomamba": {},
+    "mambareg": dict(num_registers=4, register_reduction=2),
+}
 
 
 def small(family: str, dynamic: bool, **kwargs) -> VisionMamba:
@@ -28,21 +45,34 @@ def small(family: str, dynamic: bool, **kwargs) -> VisionMamba:
     arguments = SMALL | FAMILY_ARGUMENTS[family] | kwargs
     if not dynamic:
         return VisionMamba(FAMILIES[family], **arguments)
-    return DynamicVisionMamba(FAMILIES[family], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **arguments)
+    return DynamicVisionMamba(
+        FAMILIES[family], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **arguments
+    )
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in timm.create_model(prefix + name).parameters()) for prefix in ("", "dyvm_")]
+        counts = [
+            sum(p.numel() for p in timm.create_model(prefix + name).parameters())
+            for prefix in ("", "dyvm_")
+        ]
     assert tuple(counts) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name, ratio, gate, exact", [
-    ("vim_tiny", None, None, 1.823), ("vim_small", None, None, 5.912), ("vim_base", None, None, 20.886),
-    ("mambareg_small", None, None, 6.241), ("mambareg_base", None, None, 22.049),
-    ("dyvm_vim_tiny", 0.9, 0.8, 1.471), ("dyvm_vim_small", 0.7, 0.8, 3.663), ("dyvm_vim_base", 0.7, 0.7, 12.938),
-])
+@pytest.mark.parametrize(
+    "name, ratio, gate, exact",
+    [
+        ("vim_tiny", None, None, 1.823),
+        ("vim_small", None, None, 5.912),
+        ("vim_base", None, None, 20.886),
+        ("mambareg_small", None, None, 6.241),
+        ("mambareg_base", None, None, 22.049),
+        ("dyvm_vim_tiny", 0.9, 0.8, 1.471),
+        ("dyvm_vim_small", 0.7, 0.8, 3.663),
+        ("dyvm_vim_base", 0.7, 0.7, 12.938),
+    ],
+)
 def test_exact_operations(name, ratio, gate, exact):
     with torch.device("meta"):
         model = timm.create_model(name, **({} if ratio is None else {"token_keep": ratio}))
@@ -61,27 +91,32 @@ def test_each_direction_counts_with_its_own_gate():
 def test_every_name_builds_and_the_release_spelling_is_known():
     with torch.device("meta"):
         for name in models.model_names():
-            assert isinstance(timm.create_model(name), DynamicVisionMamba) == name.startswith("dyvm_")
+            assert isinstance(timm.create_model(name), DynamicVisionMamba) == name.startswith(
+                "dyvm_"
+            )
     assert models.canonical_name("Vim-Small") == "vim_small"
     assert models.canonical_name("vim_small") == "vim_small"
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(typo=1), "typo"),
-    (dict(pruning_layers=(3, 1)), "ascend"),
-    (dict(pruning_layers=(1, 5)), "1 ... 4"),
-    (dict(token_keep=(0.5, 0.7)), "must not ascend"),
-    (dict(token_keep=(1.2, 0.7)), r"\(0, 1\]"),
-    (dict(token_keep=(0.7,)), "one fraction for each"),
-    (dict(scorer_input="x"), "hidden, B, delta"),
-    (dict(token_strategy="best"), "learned, random, static"),
-    (dict(img_size=4), "smaller than the patch size"),
-    (dict(img_size=33), "leaves 1 pixels that no patch of 8 at stride 8 sees; 32 and 40 fit"),
-    (dict(depth=0), "depth must be a positive integer, not 0"),
-    (dict(embed_dim="a"), "embed_dim must be a positive integer, not 'a'"),
-    (dict(stride=-1), "stride must be a positive integer"),
-    (dict(num_registers=4), "MambaReg"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(typo=1), "typo"),
+        (dict(pruning_layers=(3, 1)), "ascend"),
+        (dict(pruning_layers=(1, 5)), "1 ... 4"),
+        (dict(token_keep=(0.5, 0.7)), "must not ascend"),
+        (dict(token_keep=(1.2, 0.7)), r"\(0, 1\]"),
+        (dict(token_keep=(0.7,)), "one fraction for each"),
+        (dict(scorer_input="x"), "hidden, B, delta"),
+        (dict(token_strategy="best"), "learned, random, static"),
+        (dict(img_size=4), "smaller than the patch size"),
+        (dict(img_size=33), "leaves 1 pixels that no patch of 8 at stride 8 sees; 32 and 40 fit"),
+        (dict(depth=0), "depth must be a positive integer, not 0"),
+        (dict(embed_dim="a"), "embed_dim must be a positive integer, not 'a'"),
+        (dict(stride=-1), "stride must be a positive integer"),
+        (dict(num_registers=4), "MambaReg"),
+    ],
+)
 def test_bad_arguments_are_errors(arguments, message):
     defaults = SMALL | dict(pruning_layers=(1, 3), token_keep=(0.7, 0.4))
     with pytest.raises((TypeError, ValueError), match=message):
@@ -133,17 +168,30 @@ def test_initialisation(family):
     for name in ("cls_token", "pos_embed"):
         assert getattr(model, name).std().item() == pytest.approx(0.02, rel=0.3)
     decayed = {name for name, p in model.named_parameters() if p.ndim > 1} - model.no_weight_decay()
-    assert not [name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))]
+    assert not [
+        name for name in decayed if name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))
+    ]
 
 
-def masked_and_pruned(model: DynamicVisionMamba, counts: tuple[int, int], monkeypatch) -> tuple[Result, Result]:
-    """Training's and evaluation's result for the same random decisions, which keep `counts` patches."""
+def masked_and_pruned(
+    model: DynamicVisionMamba, counts: tuple[int, int], monkeypatch
+) -> tuple[Result, Result]:
+    """Training's and evaluation's result for the same random decisions, which keep `counts`
+    patches.
+    """
     images = torch.randn(3, 3, 32, 32)
-    slots = [torch.stack([torch.randperm(before)[:after].sort().values for _ in images])
-             for before, after in zip((model.num_patches, counts[0]), counts, strict=True)]
+    slots = [
+        torch.stack([torch.randperm(before)[:after].sort().values for _ in images])
+        for before, after in zip((model.num_patches, counts[0]), counts, strict=True)
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "keep_decision", lambda log_probs, name: torch.zeros_like(
-            log_probs[..., 0]).scatter(1, slots[int(name[-1])], 1.0))
+        patch.setattr(
+            sampling,
+            "keep_decision",
+            lambda log_probs, name: torch.zeros_like(log_probs[..., 0]).scatter(
+                1, slots[int(name[-1])], 1.0
+            ),
+        )
         trained = model.train()(images)
         left = list(slots)
         patch.setattr(model, "kept_counts", lambda: list(counts))
@@ -154,11 +202,15 @@ def masked_and_pruned(model: DynamicVisionMamba, counts: tuple[int, int], monkey
     return trained, pruned
 
 
-@pytest.mark.parametrize("backend", [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")])
+@pytest.mark.parametrize(
+    "backend", [name for name in selective_scan.PREFERENCE if selective_scan.runs_on(name, "cpu")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("routed", [False, True])
 def test_masked_training_equals_pruned_evaluation(family, routed, backend, monkeypatch):
-    """For equal decisions, training's masked path and evaluation's pruned path give the same logits, in float32."""
+    """For equal decisions, training's masked path and evaluation's pruned path give the same
+    logits, in float32.
+    """
     monkeypatch.setenv("DYVM_BACKEND", backend)
     model = small(family, dynamic=True, route_blocks=routed)
     set_telling_weights(model)
@@ -166,14 +218,25 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.block_head.weight, std=20.0)
             torch.nn.init.zeros_(layer.mixer.block_head.bias)
-        monkeypatch.setattr(sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype))
+        monkeypatch.setattr(
+            sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype)
+        )
     patches, gates = model.num_patches, []
-    for counts in [(patches, patches), (patches, 1), (1, 1), (0, 0), (9, 0), (9, 4), (13, 7), (5, 5)]:
+    for counts in [
+        (patches, patches),
+        (patches, 1),
+        (1, 1),
+        (0, 0),
+        (9, 0),
+        (9, 4),
+        (13, 7),
+        (5, 5),
+    ]:
         trained, pruned = masked_and_pruned(model, counts, monkeypatch)
         assert torch.equal(trained.gates, pruned.gates)
         torch.testing.assert_close(trained.logits, pruned.logits, atol=1e-5, rtol=0)
-        torch.testing.assert_close(trained.tokens[:, :counts[1]], pruned.tokens, atol=1e-5, rtol=0)
-        assert torch.equal(trained.positions[:, :counts[1]], pruned.positions)
+        torch.testing.assert_close(trained.tokens[:, : counts[1]], pruned.tokens, atol=1e-5, rtol=0)
+        assert torch.equal(trained.positions[:, : counts[1]], pruned.positions)
         gates.append(pruned.gates)
     if routed:
         assert 0 < torch.stack(gates).mean() < 1
@@ -229,7 +292,9 @@ def test_baseline_strategies_keep_the_budget_and_are_nested(strategy):
         assert torch.equal(trained.positions[:, :6], evaluated.positions)
     else:
         alone = torch.cat([model(image[None]).positions for image in images])
-        assert torch.equal(alone, evaluated.positions), "an image keeps the same tokens in any batch"
+        assert torch.equal(alone, evaluated.positions), (
+            "an image keeps the same tokens in any batch"
+        )
         assert len({tuple(kept.tolist()) for kept in evaluated.positions}) > 1
 
 
@@ -247,14 +312,18 @@ def test_forward_is_the_same_alone_and_in_a_batch():
     model = small("vim", dynamic=True).eval()
     images = torch.randn(3, 3, 32, 32)
     together = model(images).logits
-    torch.testing.assert_close(torch.cat([model(image[None]).logits for image in images]), together,
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([model(image[None]).logits for image in images]), together, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_no_images():
     with torch.no_grad():
         result = small("vim", dynamic=True).eval()(torch.randn(0, 3, 32, 32))
-    assert result.logits.shape == (0, 7) and [kept.shape for kept in result.kept] == [(0, 11), (0, 6)]
+    assert result.logits.shape == (0, 7) and [kept.shape for kept in result.kept] == [
+        (0, 11),
+        (0, 6),
+    ]
 
 
 def test_bf16_autocast_trains_without_nan():

@@ -1,4 +1,6 @@
-"""A run that is killed at any moment ends as if it had not been; what else belongs to a long run, in one process."""
+"""A run that is killed at any moment ends as if it had not been; what else belongs to a long run,
+in one process.
+"""
 
 import json
 import subprocess
@@ -17,17 +19,59 @@ from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.nonfinite import MOST_IN_A_ROW, NonFiniteError, NonFiniteSteps
 
-SMALL = ["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--subset", "64", "--batch-size", "16",
-         "--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0", "--throughput-seconds", "0", "--device", "cpu"]
+SMALL = [
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=2",
+    "--input-size",
+    "16",
+    "--subset",
+    "64",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--num-workers",
+    "0",
+    "--throughput-seconds",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path):
     """Workers, repeated augmentation, mixup and EMA are on; the run saves after every step."""
-    flags = [*SMALL, "--subset", "128", "--epochs", "8", "--num-workers", "2", "--repeated-aug", "--save-minutes",
-             "1e-6", "--model-ema-decay", "0.9", "--lr", "2e-3", "--unscale-lr", "--resume", "auto"]
+    flags = [
+        *SMALL,
+        "--subset",
+        "128",
+        "--epochs",
+        "8",
+        "--num-workers",
+        "2",
+        "--repeated-aug",
+        "--save-minutes",
+        "1e-6",
+        "--model-ema-decay",
+        "0.9",
+        "--lr",
+        "2e-3",
+        "--unscale-lr",
+        "--resume",
+        "auto",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = subprocess.run([sys.executable, ROOT / "tests" / "kill_driver.py", whole, parts, "30", *flags],
-                            cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kill_driver.py", whole, parts, "30", *flags],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     hit = dict(word.split("=") for word in result.stdout.split())
     assert int(hit["save"]) > 0 and int(hit["start-up"]) > 0, f"the kills were not spread: {hit}"
@@ -56,7 +100,11 @@ def equal(one, other) -> bool:
 def test_save_minutes_saves_within_an_epoch(tmp_path, monkeypatch, minutes, saves):
     """Besides the saves before and after the epoch's evaluation."""
     steps, save = [], resume.Saver.save
-    monkeypatch.setattr(resume.Saver, "save", lambda self, *a, **k: (steps.append(self.run.step), save(self, *a, **k)))
+    monkeypatch.setattr(
+        resume.Saver,
+        "save",
+        lambda self, *a, **k: (steps.append(self.run.step), save(self, *a, **k)),
+    )
     assert main.main([*SMALL, "--save-minutes", minutes, "--output_dir", str(tmp_path)]) == 0
     assert len(steps) == saves and steps[-2:] == [4, 0]
 
@@ -65,8 +113,19 @@ def test_bad_images_are_counted_and_listed(tmp_path):
     folder = make_folders(tmp_path / "images", train=16, val=3)
     (folder / "train" / "cat" / "3.jpg").write_bytes(b"")
     (folder / "val" / "dog" / "1.jpg").write_bytes(b"GIF89a, not at all")
-    flags = [*SMALL, "--data-set", "FOLDER", "--data-path", str(folder), "--subset", "1.0", "--batch-size", "8",
-             "--output_dir", str(tmp_path / "run")]
+    flags = [
+        *SMALL,
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(folder),
+        "--subset",
+        "1.0",
+        "--batch-size",
+        "8",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(UserError, match=r"3\.jpg: the file is empty.*--bad-images skip"):
         main.main(flags)
     assert main.main([*flags, "--bad-images", "skip", "--epochs", "2"]) == 0
@@ -83,7 +142,9 @@ class TestNonFiniteSteps:
         adam = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1, **options)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         alone = Distributed(torch.device("cpu"))
-        return weight, NonFiniteSteps(adam, scaler, alone, lambda indices: [f"image {int(i)}" for i in indices], stop)
+        return weight, NonFiniteSteps(
+            adam, scaler, alone, lambda indices: [f"image {int(i)}" for i in indices], stop
+        )
 
     @staticmethod
     def take(weight: nn.Parameter, guard: NonFiniteSteps, value: float, index: int = 0) -> float:
@@ -95,7 +156,10 @@ class TestNonFiniteSteps:
         (weight, guard), (other, undisturbed) = self.steps(optimizer), self.steps(optimizer)
         for value in (1.0, 0.5, -2.0):
             self.take(other, undisturbed, value)
-        skipped = [self.take(weight, guard, value) for value in (1.0, float("nan"), 0.5, float("inf"), -2.0)]
+        skipped = [
+            self.take(weight, guard, value)
+            for value in (1.0, float("nan"), 0.5, float("inf"), -2.0)
+        ]
         assert skipped == [0, 1, 0, 1, 0] and torch.equal(weight, other)
 
     def test_ten_in_a_row_end_the_run_across_epochs(self):
@@ -103,7 +167,10 @@ class TestNonFiniteSteps:
         for _ in range(MOST_IN_A_ROW - 1):
             self.take(weight, guard, float("nan"))
             guard.look()  # as at the end of an epoch of one step
-        with pytest.raises(NonFiniteError, match="10 steps in a row.*the loss is not finite on the batch of image 7"):
+        with pytest.raises(
+            NonFiniteError,
+            match="10 steps in a row.*the loss is not finite on the batch of image 7",
+        ):
             self.take(weight, guard, float("nan"), index=7)
             guard.look()
 
@@ -119,9 +186,24 @@ def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradient_is(tmp_pat
             return nn.functional.cross_entropy(logits, targets) + torch.inf
 
     monkeypatch.setattr("builders.nn.CrossEntropyLoss", Infinite)
-    with pytest.raises(UserError, match="the loss is not finite on the batch of DIGITS train image .*nonfinite.pth"):
-        main.main([*SMALL, "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--nonfinite", "stop",
-                   "--output_dir", str(tmp_path)])
+    with pytest.raises(
+        UserError, match="the loss is not finite on the batch of DIGITS train image .*nonfinite.pth"
+    ):
+        main.main(
+            [
+                *SMALL,
+                "--mixup",
+                "0",
+                "--cutmix",
+                "0",
+                "--smoothing",
+                "0",
+                "--nonfinite",
+                "stop",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
     saved = load_checkpoint(tmp_path / "nonfinite.pth")
     assert (saved["epoch"], saved["step"]) == (0, 0) and len(saved["images"][0]) == 16
     assert all(value.isfinite().all() for value in saved["model"].values())

@@ -1,8 +1,9 @@
 """No forward pass makes the host wait for the device.
 
-The models run on PyTorch's fake tensors, which say that they are on a GPU and have no values: whatever would read one
-on the host (`.item()`, `.tolist()`, `nonzero`, boolean indexing, a Python `if` on a tensor) fails. Tensors off the GPU
-are refused beside it, since copies between devices wait too and cannot be captured in a CUDA graph.
+The models run on PyTorch's fake tensors, which say that they are on a GPU and have no values:
+whatever would read one on the host (`.item()`, `.tolist()`, `nonzero`, boolean indexing, a Python
+`if` on a tensor) fails. Tensors off the GPU are refused beside it, since copies between devices
+wait too and cannot be captured in a CUDA graph.
 """
 
 import pytest
@@ -17,7 +18,11 @@ from models import FAMILIES, DynamicVisionMamba, VisionMamba
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, num_classes=7)
 DYNAMIC = dict(pruning_layers=(1, 2), token_keep=(0.7, 0.4))
-FAMILY_ARGUMENTS = {"vim": {}, "videomamba": {}, "mambareg": dict(num_registers=4, register_reduction=2)}
+FAMILY_ARGUMENTS = {
+    "vim": {},
+    "videomamba": {},
+    "mambareg": dict(num_registers=4, register_reduction=2),
+}
 
 
 class NoHostTensors(TorchDispatchMode):
@@ -27,7 +32,9 @@ class NoHostTensors(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, result)):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "cuda":
-                raise AssertionError(f"{function} has a tensor {list(tensor.shape)} on {tensor.device}")
+                raise AssertionError(
+                    f"{function} has a tensor {list(tensor.shape)} on {tensor.device}"
+                )
         return result
 
 
@@ -52,18 +59,34 @@ def images() -> torch.Tensor:
     return torch.zeros(3, 3, 32, 32, device="cuda")
 
 
-@pytest.mark.parametrize("wait", [
-    lambda t: t.sum().item(), lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t.nonzero(), lambda t: t[t > 0],
-    lambda t: torch.masked_select(t, t > 0), lambda t: t if t.sum() > 0 else None, lambda t: int(t.sum()),
-    lambda t: t + torch.ones(3).to(t.device),
-])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.masked_select(t, t > 0),
+        lambda t: t if t.sum() > 0 else None,
+        lambda t: int(t.sum()),
+        lambda t: t + torch.ones(3).to(t.device),
+    ],
+)
 def test_the_guard_sees(wait):
     with pytest.raises((AssertionError, RuntimeError)), NoHostTensors():
         wait(torch.zeros(3, device="cuda"))
 
 
-VARIANTS = [{}, dict(scorer_input="B"), dict(scorer_input="delta"), dict(token_strategy="random"),
-            dict(token_strategy="static"), dict(prune_tokens=False), dict(route_blocks=False)]
+VARIANTS = [
+    {},
+    dict(scorer_input="B"),
+    dict(scorer_input="delta"),
+    dict(token_strategy="random"),
+    dict(token_strategy="static"),
+    dict(prune_tokens=False),
+    dict(route_blocks=False),
+]
 MODELS = [*(("vim", variant) for variant in VARIANTS), ("videomamba", {}), ("mambareg", {})]
 
 
@@ -77,8 +100,11 @@ def train(family: str, variant: dict) -> None:
     """Both forward passes of a training step, and its loss."""
     model = fake(DynamicVisionMamba, family, **DYNAMIC, **variant, drop_path_rate=0.1).train()
     teacher = fake(VisionMamba, family).eval()
-    criterion = DynamicLoss(SoftTargetCrossEntropy(), token_keep=model.token_keep or None,
-                            block_keep=0.8 if model.route_blocks else None)
+    criterion = DynamicLoss(
+        SoftTargetCrossEntropy(),
+        token_keep=model.token_keep or None,
+        block_keep=0.8 if model.route_blocks else None,
+    )
     targets = torch.zeros(3, 7, device="cuda")
     with NoHostTensors():
         result = model(images())

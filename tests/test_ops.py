@@ -1,4 +1,5 @@
-"""Every selective scan backend that runs here against the float64 definition: outputs and every gradient.
+"""Every selective scan backend that runs here against the float64 definition: outputs and every
+gradient.
 
 B images, L tokens, E inner channels, N states, R step rank.
 """
@@ -15,7 +16,13 @@ from ops.selective_scan import BranchParams, bidirectional_ssm, ssm_branch
 BACKENDS = [name for name in selective_scan.PREFERENCE if name != "reference"]
 ON_CUDA = ("triton", "mamba_ssm")
 #        B, L, E, N, R
-SIZES = [(3, 1, 8, 4, 1), (2, 2, 12, 8, 2), (3, 17, 20, 16, 3), (2, 63, 36, 21, 4), (2, 197, 24, 16, 2)]
+SIZES = [
+    (3, 1, 8, 4, 1),
+    (2, 2, 12, 8, 2),
+    (3, 17, 20, 16, 3),
+    (2, 63, 36, 21, 4),
+    (2, 197, 24, 16, 2),
+]
 # Of a tensor's largest element; float32 has 6e-8 and errors add up over 197 steps.
 TOLERANCE = 2e-5
 
@@ -31,7 +38,11 @@ def uninitialised_memory_is_nan():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu) if name in ON_CUDA else name for name in BACKENDS])
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.gpu) if name in ON_CUDA else name for name in BACKENDS
+    ]
+)
 def backend(request, monkeypatch):
     """Forces each backend in turn; its device, or a skip that says why it does not run here."""
     device = "cuda" if request.param in ON_CUDA else "cpu"
@@ -61,9 +72,12 @@ def random_mask(images, tokens):
 
 
 def evaluate(monkeypatch, backend, call, device, dtype, tensors, options, behind=None):
-    """Output and gradients of `call` on copies of `tensors` (a dict; BranchParams count as seven tensors)."""
+    """Output and gradients of `call` on copies of `tensors` (a dict; BranchParams count as seven
+    tensors).
+    """
     monkeypatch.setenv("DYVM_BACKEND", backend)
-    # Threads matter to the C++ kernels alone; elsewhere they only spin between thousands of small operations.
+    # Threads matter to the C++ kernels alone; elsewhere they only spin between thousands of small
+    # operations.
     torch.set_num_threads(2 if backend == "cpu" else 1)
     leaves = []
 
@@ -74,13 +88,18 @@ def evaluate(monkeypatch, backend, call, device, dtype, tensors, options, behind
         return leaves[-1]
 
     arguments = {name: copy(value) for name, value in tensors.items()}
-    options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    options = {
+        name: value.to(device) if torch.is_tensor(value) else value
+        for name, value in options.items()
+    }
     y = call(**arguments, **options)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     if behind is not None:
         weights = weights * behind[..., None]
     y.backward(weights.to(device, y.dtype))
-    return [y.detach()] + [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    return [y.detach()] + [
+        torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves
+    ]
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -88,14 +107,20 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
         assert a.shape == e.shape
         if e.numel():
             error = (a.cpu().double() - e).abs().max().item()
-            assert error <= tolerance * e.abs().max().item(), f"tensor {index}: {error} of {e.abs().max().item()}"
+            assert error <= tolerance * e.abs().max().item(), (
+                f"tensor {index}: {error} of {e.abs().max().item()}"
+            )
 
 
 def compare(monkeypatch, device, call, tensors, options, behind=None):
     name = os.environ["DYVM_BACKEND"]
-    skip_unless_taken(name, device, next(t.A.shape[1] for t in tensors.values() if isinstance(t, BranchParams)))
+    skip_unless_taken(
+        name, device, next(t.A.shape[1] for t in tensors.values() if isinstance(t, BranchParams))
+    )
     actual = evaluate(monkeypatch, name, call, device, torch.float32, tensors, options, behind)
-    expected = evaluate(monkeypatch, "reference", call, "cpu", torch.float64, tensors, options, behind)
+    expected = evaluate(
+        monkeypatch, "reference", call, "cpu", torch.float64, tensors, options, behind
+    )
     assert_close(actual, expected)
 
 
@@ -105,8 +130,10 @@ def compare(monkeypatch, device, call, tensors, options, behind=None):
 def test_branch(backend, monkeypatch, size, case, reverse):
     images, tokens, channels, states, rank = size
     torch.manual_seed(0)
-    tensors = {"xz": torch.randn(images, tokens, 2 * channels, dtype=torch.float64),
-               "params": params_of(channels, states, rank)}
+    tensors = {
+        "xz": torch.randn(images, tokens, 2 * channels, dtype=torch.float64),
+        "params": params_of(channels, states, rank),
+    }
     if case in ("mask", "all"):
         tensors["mask"] = random_mask(images, tokens)
     if case == "prefix":
@@ -120,15 +147,22 @@ def test_branch(backend, monkeypatch, size, case, reverse):
 
 
 @pytest.mark.parametrize("size", SIZES[1:4], ids=str)
-@pytest.mark.parametrize("case", ["plain", "gates", "prefix", "prefix, nothing behind", "active", "all"])
+@pytest.mark.parametrize(
+    "case", ["plain", "gates", "prefix", "prefix, nothing behind", "active", "all"]
+)
 def test_both_directions(backend, monkeypatch, size, case):
     images, tokens, channels, states, rank = size
     torch.manual_seed(0)
-    tensors = {"xz": torch.randn(images, tokens, 2 * channels, dtype=torch.float64),
-               "forward": params_of(channels, states, rank), "backward": params_of(channels, states, rank, seed=1)}
+    tensors = {
+        "xz": torch.randn(images, tokens, 2 * channels, dtype=torch.float64),
+        "forward": params_of(channels, states, rank),
+        "backward": params_of(channels, states, rank, seed=1),
+    }
     options, behind = {"scale": 0.5}, None
     if case in ("gates", "all"):
-        tensors["gates"] = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 0.0]], dtype=torch.float64)[:images]
+        tensors["gates"] = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 0.0]], dtype=torch.float64)[
+            :images
+        ]
     if case.startswith("prefix"):
         tensors["mask"] = prefix_mask(images, tokens)
         behind = tensors["mask"] if "nothing" in case else None
@@ -143,8 +177,10 @@ def test_both_directions(backend, monkeypatch, size, case):
 def test_large_steps_and_decays(backend, monkeypatch):
     """exp(delta A) underflows: the result is that of a state forgotten at once, not garbage."""
     params = params_of(16, 16, 2)
-    tensors = {"xz": torch.randn(2, 20, 32, dtype=torch.float64) * 3,
-               "params": params._replace(dt_proj_bias=params.dt_proj_bias + 30, A=params.A * 20)}
+    tensors = {
+        "xz": torch.randn(2, 20, 32, dtype=torch.float64) * 3,
+        "params": params._replace(dt_proj_bias=params.dt_proj_bias + 30, A=params.A * 20),
+    }
     compare(monkeypatch, backend, ssm_branch, tensors, {})
 
 
@@ -168,17 +204,28 @@ def test_half_precision_input(backend, monkeypatch, dtype):
 
 
 def test_non_contiguous_arguments(backend, monkeypatch):
-    tensors = {"xz": torch.randn(2, 18, 80, dtype=torch.float64)[:, ::2, ::2],
-               "params": BranchParams(*(torch.stack((p, p), -1)[..., 0] for p in params_of(20, 8, 2))),
-               "mask": random_mask(9, 2).t()}
-    options = {"lengths": torch.tensor([[9, 0], [5, 0]])[:, 0], "active": torch.tensor([[True, True], [False, True]])}
+    tensors = {
+        "xz": torch.randn(2, 18, 80, dtype=torch.float64)[:, ::2, ::2],
+        "params": BranchParams(*(torch.stack((p, p), -1)[..., 0] for p in params_of(20, 8, 2))),
+        "mask": random_mask(9, 2).t(),
+    }
+    options = {
+        "lengths": torch.tensor([[9, 0], [5, 0]])[:, 0],
+        "active": torch.tensor([[True, True], [False, True]]),
+    }
 
     def strided(xz, params, mask, lengths, active):
         """The copies that `evaluate` makes are dense; this brings the strides back."""
         xz = xz.transpose(1, 2).contiguous().transpose(1, 2)
         params = BranchParams(*(torch.stack((p, p), -1)[..., 0] for p in params))
-        return bidirectional_ssm(xz, params, params, mask=mask.t().contiguous().t(), lengths=lengths,
-                                 active=active.t().contiguous().t())
+        return bidirectional_ssm(
+            xz,
+            params,
+            params,
+            mask=mask.t().contiguous().t(),
+            lengths=lengths,
+            active=active.t().contiguous().t(),
+        )
 
     compare(monkeypatch, backend, strided, tensors, options)
 
@@ -188,8 +235,12 @@ def test_no_images_or_no_tokens(backend, images, tokens):
     xz = torch.randn(images, tokens, 16, device=backend, requires_grad=True)
     params = BranchParams(*(p.float().to(backend).requires_grad_() for p in params_of(8, 4, 1)))
     mask = torch.ones(images, tokens, device=backend)
-    for y in (ssm_branch(xz, params, mask=mask),
-              bidirectional_ssm(xz, params, params, mask=mask, gates=torch.ones(images, 2, device=backend))):
+    for y in (
+        ssm_branch(xz, params, mask=mask),
+        bidirectional_ssm(
+            xz, params, params, mask=mask, gates=torch.ones(images, 2, device=backend)
+        ),
+    ):
         assert y.shape == (images, tokens, 8)
         y.sum().backward()
     assert xz.grad.shape == xz.shape
@@ -198,8 +249,12 @@ def test_no_images_or_no_tokens(backend, images, tokens):
 
 def test_no_channels(backend):
     xz = torch.randn(2, 5, 0, device=backend, requires_grad=True)
-    params = BranchParams(*(torch.zeros(shape, device=backend, requires_grad=True) for shape in
-                            ((0, 4), (0,), (9, 0), (0, 1), (0,), (0, 4), (0,))))
+    params = BranchParams(
+        *(
+            torch.zeros(shape, device=backend, requires_grad=True)
+            for shape in ((0, 4), (0,), (9, 0), (0, 1), (0,), (0, 4), (0,))
+        )
+    )
     y = bidirectional_ssm(xz, params, params)
     y.sum().backward()
     assert y.shape == (2, 5, 0) and xz.grad.shape == xz.shape
@@ -215,7 +270,9 @@ def test_nan_in_nan_out(backend, half):
     assert y[0, 20, 5].isnan()
     assert y[0, :20].isfinite().all() and y[1].isfinite().all()
     if half == "x":
-        assert y[0, 20:].isnan().all()  # the state of every channel reads B, a sum over all channels
+        assert (
+            y[0, 20:].isnan().all()
+        )  # the state of every channel reads B, a sum over all channels
         switched_off = ssm_branch(xz, params, active=torch.tensor([False, True], device=backend))
         assert not switched_off[0].any() and torch.equal(switched_off[1], y[1])
 
@@ -223,7 +280,10 @@ def test_nan_in_nan_out(backend, half):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_nan_behind_the_last_visible_token(backend, reverse):
     """May show or not, and changes nothing but to NaN; in between, or before, it does show."""
-    xz, mask = torch.randn(1, 6, 16, device=backend), torch.tensor([[1.0, 0, 1, 0, 0, 0]], device=backend)
+    xz, mask = (
+        torch.randn(1, 6, 16, device=backend),
+        torch.tensor([[1.0, 0, 1, 0, 0, 0]], device=backend),
+    )
     params = BranchParams(*(p.float().to(backend) for p in params_of(8, 4, 1)))
     clean = ssm_branch(xz, params, mask=mask, reverse=reverse)
     behind, between = xz.clone(), xz.clone()
@@ -253,28 +313,39 @@ def test_frozen_weights(backend, monkeypatch):
     assert leaf.grad.isfinite().all() and leaf.grad.any()
 
 
-@pytest.mark.parametrize("size", [(5, 7, 3), (48, 16, 24), (70, 33, 9)])  # up to two panels of the projection
+@pytest.mark.parametrize(
+    "size", [(5, 7, 3), (48, 16, 24), (70, 33, 9)]
+)  # up to two panels of the projection
 @pytest.mark.parametrize("options", [(), ("mask",), ("active",), ("lengths", "mask", "active")])
 def test_inference_shares_out_images_or_their_parts_with_one_result(size, options, monkeypatch):
-    """To the last bit, for any number of images and threads; and nearly that of a forward pass that keeps states."""
+    """To the last bit, for any number of images and threads; and nearly that of a forward pass that
+    keeps states.
+    """
     reason = selective_scan._refusal("cpu", torch.zeros(1, 1, 16), params_of(8, 4, 1))
     if reason:
         pytest.skip(f"cpu: {reason}")
     monkeypatch.setenv("DYVM_BACKEND", "cpu")
     (channels, states, rank), images, tokens = size, 6, 61
     generator = torch.Generator().manual_seed(1)
-    params = [BranchParams(*(tensor.float() for tensor in params_of(channels, states, rank, seed))) for seed in (2, 3)]
+    params = [
+        BranchParams(*(tensor.float() for tensor in params_of(channels, states, rank, seed)))
+        for seed in (2, 3)
+    ]
     xz = torch.randn(images, tokens, 2 * channels, generator=generator)
-    given = {"mask": (torch.rand(images, tokens, generator=generator) < 0.7).float(),
-             "active": torch.rand(images, 2, generator=generator) < 0.6,
-             "lengths": torch.randint(1, tokens + 1, (images,), generator=generator)}
+    given = {
+        "mask": (torch.rand(images, tokens, generator=generator) < 0.7).float(),
+        "active": torch.rand(images, 2, generator=generator) < 0.6,
+        "lengths": torch.randint(1, tokens + 1, (images,), generator=generator),
+    }
     given = {name: given[name] for name in options}
 
     def run(part: slice, threads: int) -> torch.Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return bidirectional_ssm(xz[part], *params, **{name: value[part] for name, value in given.items()})
+            return bidirectional_ssm(
+                xz[part], *params, **{name: value[part] for name, value in given.items()}
+            )
         finally:
             torch.set_num_threads(before)
 

@@ -1,4 +1,6 @@
-"""The selective scan refuses arguments that disagree, and a forced backend that cannot take them, by name."""
+"""The selective scan refuses arguments that disagree, and a forced backend that cannot take them,
+by name.
+"""
 
 import pytest
 import torch
@@ -8,26 +10,44 @@ from ops import selective_scan
 from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"xz": torch.zeros(2, 16)}, "xz must be"),
-    ({"xz": torch.zeros(2, 5, 16, dtype=torch.int64)}, "xz must be"),
-    ({"xz": torch.zeros(2, 5, 18)}, "2E = 16"),
-    ({"xz": None}, "xz must be a floating-point tensor .* not NoneType"),
-    ({"params": {"A": torch.zeros(8)}}, r"A must be a matrix, not torch.float32 \[8\]"),
-    ({"params": {"conv_weight": torch.tensor(1.0)}}, "conv_weight must be a matrix"),
-    ({"params": {"conv_bias": None}}, "conv_bias must be a floating-point tensor, not NoneType"),
-    ({"params": {"A": torch.zeros(8, 4, dtype=torch.int64)}}, "A must be a floating-point tensor, not torch.int64"),
-    ({"params": {"D": torch.zeros(8, dtype=torch.complex64)}}, "D must be a floating-point tensor"),
-    ({"mask": torch.ones(2, 5, dtype=torch.complex64)}, "mask must be a tensor of real numbers"),
-    ({"lengths": [3, 5]}, "lengths must be a tensor of real numbers, not list"),
-    ({"mask": torch.ones(2, 4)}, r"mask must have shape \[2, 5\]"),
-    ({"active": torch.ones(3, dtype=torch.bool)}, r"active must have shape \[2\]"),
-    ({"lengths": torch.ones(2)}, "lengths must be integers"),
-    ({"mask": torch.ones(2, 5, device="meta")}, "mask is on meta, xz on cpu"),
-    ({"params": {"conv_bias": torch.zeros(9)}}, r"conv_bias must have shape \[8\]"),
-    ({"params": {"x_proj_weight": torch.zeros(8, 8)}}, r"x_proj_weight must have shape \[9, 8\]"),
-    ({"params": {"D": torch.zeros(8, device="meta")}}, "D is on meta, xz on cpu"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"xz": torch.zeros(2, 16)}, "xz must be"),
+        ({"xz": torch.zeros(2, 5, 16, dtype=torch.int64)}, "xz must be"),
+        ({"xz": torch.zeros(2, 5, 18)}, "2E = 16"),
+        ({"xz": None}, "xz must be a floating-point tensor .* not NoneType"),
+        ({"params": {"A": torch.zeros(8)}}, r"A must be a matrix, not torch.float32 \[8\]"),
+        ({"params": {"conv_weight": torch.tensor(1.0)}}, "conv_weight must be a matrix"),
+        (
+            {"params": {"conv_bias": None}},
+            "conv_bias must be a floating-point tensor, not NoneType",
+        ),
+        (
+            {"params": {"A": torch.zeros(8, 4, dtype=torch.int64)}},
+            "A must be a floating-point tensor, not torch.int64",
+        ),
+        (
+            {"params": {"D": torch.zeros(8, dtype=torch.complex64)}},
+            "D must be a floating-point tensor",
+        ),
+        (
+            {"mask": torch.ones(2, 5, dtype=torch.complex64)},
+            "mask must be a tensor of real numbers",
+        ),
+        ({"lengths": [3, 5]}, "lengths must be a tensor of real numbers, not list"),
+        ({"mask": torch.ones(2, 4)}, r"mask must have shape \[2, 5\]"),
+        ({"active": torch.ones(3, dtype=torch.bool)}, r"active must have shape \[2\]"),
+        ({"lengths": torch.ones(2)}, "lengths must be integers"),
+        ({"mask": torch.ones(2, 5, device="meta")}, "mask is on meta, xz on cpu"),
+        ({"params": {"conv_bias": torch.zeros(9)}}, r"conv_bias must have shape \[8\]"),
+        (
+            {"params": {"x_proj_weight": torch.zeros(8, 8)}},
+            r"x_proj_weight must have shape \[9, 8\]",
+        ),
+        ({"params": {"D": torch.zeros(8, device="meta")}}, "D is on meta, xz on cpu"),
+    ],
+)
 def test_arguments_that_disagree(change, message):
     params = BranchParams(*(p.float() for p in params_of(8, 4, 1)))
     arguments = {"xz": torch.zeros(2, 5, 16), **change}
@@ -56,11 +76,14 @@ def test_directions_that_disagree():
         bidirectional_ssm(xz, params, params, gates=[[1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize("name, dtype, width, message", [
-    ("fpga", torch.float32, 4, "DYVM_BACKEND=fpga: no such backend"),
-    ("cpu", torch.float64, 4, "DYVM_BACKEND=cpu: takes float32"),
-    ("cpu", torch.float32, 3, "DYVM_BACKEND=cpu: takes a convolution of width 4"),
-])
+@pytest.mark.parametrize(
+    "name, dtype, width, message",
+    [
+        ("fpga", torch.float32, 4, "DYVM_BACKEND=fpga: no such backend"),
+        ("cpu", torch.float64, 4, "DYVM_BACKEND=cpu: takes float32"),
+        ("cpu", torch.float32, 3, "DYVM_BACKEND=cpu: takes a convolution of width 4"),
+    ],
+)
 def test_forced_backend_that_cannot(monkeypatch, name, dtype, width, message):
     monkeypatch.setenv("DYVM_BACKEND", name)
     params = BranchParams(*(p.to(dtype) for p in params_of(8, 4, 1, width=width)))

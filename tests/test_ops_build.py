@@ -46,7 +46,9 @@ def test_no_compiler(monkeypatch, caplog, fresh_choice):
             assert ssm_branch(xz, params).isfinite().all()
     lines = [record.getMessage() for record in caplog.records]
     assert len([line for line in lines if "no C++ compiler" in line]) == 1
-    assert [line for line in lines if "backend" in line] == ["selective scan on cpu runs on the 'torch' backend"]
+    assert [line for line in lines if "backend" in line] == [
+        "selective scan on cpu runs on the 'torch' backend"
+    ]
     monkeypatch.setenv("DYVM_BACKEND", "cpu")
     with pytest.raises(BackendError, match="no C\\+\\+ compiler"):
         ssm_branch(xz, params)
@@ -85,19 +87,27 @@ def test_compiler_of_several_words(monkeypatch, tmp_path):
 def test_library_that_cannot_be_loaded_is_built_anew():
     """In its own process: a library that is loaded stays so."""
     needs_compiler()
-    code = ("import torch\nfrom ops.selective_scan.cpu import build\n"
-            "path = build.library_path(('-O1',))\npath.write_text('cut off')\n"
-            "build.library_path = lambda original=build.library_path: original(('-O1',))\n"
-            "print(build.load_library().tile_steps())")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import torch\nfrom ops.selective_scan.cpu import build\n"
+        "path = build.library_path(('-O1',))\npath.write_text('cut off')\n"
+        "build.library_path = lambda original=build.library_path: original(('-O1',))\n"
+        "print(build.load_library().tile_steps())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert int(result.stdout) > 0
     assert "cannot be loaded and is built anew" in result.stderr
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64"
+)
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-march=x86-64",)])
 def test_smaller_instruction_sets(monkeypatch, flags):
-    """The kernels as other processors build them, against the definition: numbers, gradients, and NaNs of any kind."""
+    """The kernels as other processors build them, against the definition: numbers, gradients, and
+    NaNs of any kind.
+    """
     needs_compiler()
     params = BranchParams(*(p.float().requires_grad_() for p in params_of(21, 5, 3)))
     xz = torch.randn(2, 19, 42, requires_grad=True)
@@ -108,8 +118,10 @@ def test_smaller_instruction_sets(monkeypatch, flags):
     monkeypatch.setattr(cpu, "_library", ctypes.CDLL(str(build.library_path(flags))))
     actual = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
     for name, a, e in zip(("xz", *BranchParams._fields), actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
-    for bits in (0x7fc00000, 0xffc00000, 0x7fc00001, 0xffffffff, 0x7f812345):
+        torch.testing.assert_close(
+            a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for bits in (0x7FC00000, 0xFFC00000, 0x7FC00001, 0xFFFFFFFF, 0x7F812345):
         A = params.A.detach().clone()
         A.view(torch.int32)[3] = torch.tensor(bits, dtype=torch.int64).to(torch.int32)
         with torch.no_grad():
@@ -131,12 +143,18 @@ def test_two_processes_build_once(tmp_path):
     needs_compiler()
     compiler, log = tmp_path / "compiler", tmp_path / "log"
     real = shutil.which(os.environ.get("CXX", "g++"))
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *kernel.cpp*) echo built >> {log};; esac\nexec {real} "$@"\n')
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *kernel.cpp*) echo built >> {log};; esac\nexec {real} "$@"\n'
+    )
     compiler.chmod(0o755)
     environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     code = f"import runpy; print(runpy.run_path({build.__file__!r})['library_path']())"
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-                 for _ in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     paths = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert paths[0] == paths[1] and Path(paths[0]).exists()
@@ -144,12 +162,20 @@ def test_two_processes_build_once(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which only Linux has")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which only Linux has"
+)
 def test_one_openmp_runtime():
-    """The kernels run on the OpenMP runtime that PyTorch has loaded; a second one would fight it for the cores."""
+    """The kernels run on the OpenMP runtime that PyTorch has loaded; a second one would fight it
+    for the cores.
+    """
     needs_compiler()
-    code = ("import torch\nfrom ops.selective_scan import cpu\nassert cpu.available() is None\n"
-            "paths = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
-            "print(*(path for path in paths if 'omp' in path.split('/')[-1]))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import torch\nfrom ops.selective_scan import cpu\nassert cpu.available() is None\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
+        "print(*(path for path in paths if 'omp' in path.split('/')[-1]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.count(".so") == 1, result.stdout

@@ -1,5 +1,6 @@
-"""The `mamba_ssm` backend around stand-ins for the two packages, which check what they are given and compute by the
-reference functions; on a GPU with the packages installed, around the real ones."""
+"""The `mamba_ssm` backend around stand-ins for the two packages, which check what they are given
+and compute by the reference functions; on a GPU with the packages installed, around the real ones.
+"""
 
 import sys
 from types import ModuleType
@@ -7,7 +8,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, mamba_ssm, reference, ssm_branch
+from ops.selective_scan import (
+    BackendError,
+    BranchParams,
+    bidirectional_ssm,
+    mamba_ssm,
+    reference,
+    ssm_branch,
+)
 
 
 @pytest.fixture
@@ -28,23 +36,38 @@ def calls(monkeypatch):
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in weights)
         assert delta_softplus and B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
         seen.append(("scan", u.dtype))
-        return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0].to(u.dtype)
+        return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0].to(
+            u.dtype
+        )
 
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
     interface.selective_scan_fn = selective_scan_fn
     conv = ModuleType("causal_conv1d")
     conv.causal_conv1d_fn = causal_conv1d_fn
-    for name, module in (("mamba_ssm", ModuleType("mamba_ssm")), ("mamba_ssm.ops", ModuleType("mamba_ssm.ops")),
-                         (interface.__name__, interface), (conv.__name__, conv)):
+    for name, module in (
+        ("mamba_ssm", ModuleType("mamba_ssm")),
+        ("mamba_ssm.ops", ModuleType("mamba_ssm.ops")),
+        (interface.__name__, interface),
+        (conv.__name__, conv),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(mamba_ssm, "_DEVICE", "cpu")
     return seen
 
 
 def draw_params(E, N, R, device="cpu"):
-    sizes = dict(conv_weight=(E, 4), conv_bias=(E,), x_proj_weight=(R + 2 * N, E), dt_proj_weight=(E, R),
-                 dt_proj_bias=(E,), A=(E, N), D=(E,))
-    params = BranchParams(**{name: 0.4 * torch.randn(size, device=device) for name, size in sizes.items()})
+    sizes = dict(
+        conv_weight=(E, 4),
+        conv_bias=(E,),
+        x_proj_weight=(R + 2 * N, E),
+        dt_proj_weight=(E, R),
+        dt_proj_bias=(E,),
+        A=(E, N),
+        D=(E,),
+    )
+    params = BranchParams(
+        **{name: 0.4 * torch.randn(size, device=device) for name, size in sizes.items()}
+    )
     return params._replace(A=-torch.exp(params.A))
 
 
@@ -54,8 +77,12 @@ def error(value, wanted):
 
 def results(backend, inputs, options):
     """Output and gradients of every floating-point tensor."""
-    inputs = [BranchParams(*(t.clone().requires_grad_() for t in value)) if isinstance(value, BranchParams)
-              else value.clone().requires_grad_() for value in inputs]
+    inputs = [
+        BranchParams(*(t.clone().requires_grad_() for t in value))
+        if isinstance(value, BranchParams)
+        else value.clone().requires_grad_()
+        for value in inputs
+    ]
     xz, params, mask = inputs
     y = backend.ssm_branch(xz, params, mask=mask, **options)
     y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype))
@@ -67,10 +94,17 @@ def test_agrees_with_the_reference(calls, reverse):
     torch.manual_seed(0)
     B, L, E = 3, 17, 12
     inputs = torch.randn(B, L, 2 * E), draw_params(E, 4, 2), torch.rand(B, L)
-    options = {"reverse": reverse, "active": torch.tensor([True, False, True]), "lengths": torch.tensor([17, 9, 5])}
+    options = {
+        "reverse": reverse,
+        "active": torch.tensor([True, False, True]),
+        "lengths": torch.tensor([17, 9, 5]),
+    }
     values = results(mamba_ssm, inputs, options)
-    exact = results(reference, (inputs[0].double(), BranchParams(*(t.double() for t in inputs[1])), inputs[2].double()),
-                    options)
+    exact = results(
+        reference,
+        (inputs[0].double(), BranchParams(*(t.double() for t in inputs[1])), inputs[2].double()),
+        options,
+    )
     assert max(map(error, values, exact)) < 5e-6
     assert [kind for kind, _ in calls] == ["conv", "scan"]
 
@@ -79,8 +113,13 @@ def test_half_precision_reaches_the_kernels(calls):
     torch.manual_seed(0)
     xz, params = torch.randn(2, 7, 16).bfloat16(), draw_params(8, 4, 2)
     y = mamba_ssm.ssm_branch(xz, params)
-    assert calls == [("conv", torch.bfloat16), ("scan", torch.bfloat16)] and y.dtype == torch.bfloat16
-    assert error(y, reference.ssm_branch(xz.double(), BranchParams(*(t.double() for t in params)))) < 2e-2
+    assert (
+        calls == [("conv", torch.bfloat16), ("scan", torch.bfloat16)] and y.dtype == torch.bfloat16
+    )
+    assert (
+        error(y, reference.ssm_branch(xz.double(), BranchParams(*(t.double() for t in params))))
+        < 2e-2
+    )
 
 
 def test_empty(calls):
@@ -95,6 +134,7 @@ def test_available_calls_the_kernels(calls, monkeypatch):
 
     def fail(*args, **kwargs):
         raise RuntimeError("no kernel image is available for execution on the device")
+
     monkeypatch.setattr(sys.modules["causal_conv1d"], "causal_conv1d_fn", fail)
     assert "no kernel image" in mamba_ssm.available()
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
@@ -104,12 +144,16 @@ def test_available_calls_the_kernels(calls, monkeypatch):
 def test_takes_names_what_it_refuses(monkeypatch):
     xz, params = torch.zeros(1, 2, 16), draw_params(8, 4, 2)
     monkeypatch.setenv("DYVM_BACKEND", "mamba_ssm")
-    with pytest.raises(BackendError, match="DYVM_BACKEND=mamba_ssm: runs on CUDA tensors, not on cpu"):
+    with pytest.raises(
+        BackendError, match="DYVM_BACKEND=mamba_ssm: runs on CUDA tensors, not on cpu"
+    ):
         ssm_branch(xz, params)
     monkeypatch.setattr(mamba_ssm, "_DEVICE", "cpu")
     assert mamba_ssm.takes(xz, params) is None
     assert "float64" in mamba_ssm.takes(xz.double(), params)
-    assert "width 2 to 4, not 5" in mamba_ssm.takes(xz, params._replace(conv_weight=torch.zeros(8, 5)))
+    assert "width 2 to 4, not 5" in mamba_ssm.takes(
+        xz, params._replace(conv_weight=torch.zeros(8, 5))
+    )
     assert "not 257" in mamba_ssm.takes(xz, params._replace(A=torch.zeros(8, 257)))
 
 
@@ -121,7 +165,10 @@ def test_gpu_packages(monkeypatch):
         pytest.skip(reason)
     torch.manual_seed(0)
     monkeypatch.setenv("DYVM_BACKEND", "mamba_ssm")
-    xz, params = torch.randn(2, 197, 256, device="cuda"), [draw_params(128, 16, 8, "cuda") for _ in range(2)]
+    xz, params = (
+        torch.randn(2, 197, 256, device="cuda"),
+        [draw_params(128, 16, 8, "cuda") for _ in range(2)],
+    )
     mask = (torch.arange(197, device="cuda") < 150).float().expand(2, 197)
     y = bidirectional_ssm(xz, *params, mask=mask, scale=0.5)
     exact = [BranchParams(*(t.double() for t in branch)) for branch in params]

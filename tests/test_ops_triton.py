@@ -1,7 +1,8 @@
 """The Triton kernels against the plain definitions in float64: outputs and every gradient.
 
-Without a GPU the kernels run in Triton's interpreter, which must be switched on before they are imported:
-`test_in_the_interpreter` runs this file's kernel tests in a process of their own. On a GPU they run directly.
+Without a GPU the kernels run in Triton's interpreter, which must be switched on before they are
+imported: `test_in_the_interpreter` runs this file's kernel tests in a process of their own. On a
+GPU they run directly.
 """
 
 import os
@@ -23,8 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 def kernel(test):
     """A test that runs on a GPU, and also in the interpreter."""
-    return pytest.mark.gpu(pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu",
-                                              reason="runs in test_in_the_interpreter")(test))
+    return pytest.mark.gpu(
+        pytest.mark.skipif(
+            not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter"
+        )(test)
+    )
 
 
 def gpu(test):
@@ -46,9 +50,15 @@ def draw(*shape, scale=1.0):
 
 
 def draw_params(E, N, R):
-    return BranchParams(draw(E, 4, scale=0.4), draw(E, scale=0.1), draw(R + 2 * N, E, scale=E**-0.5),
-                        draw(E, R, scale=R**-0.5), draw(E) - 3, -torch.exp(2 * torch.rand(E, N, device=DEVICE)),
-                        draw(E))
+    return BranchParams(
+        draw(E, 4, scale=0.4),
+        draw(E, scale=0.1),
+        draw(R + 2 * N, E, scale=E**-0.5),
+        draw(E, R, scale=R**-0.5),
+        draw(E) - 3,
+        -torch.exp(2 * torch.rand(E, N, device=DEVICE)),
+        draw(E),
+    )
 
 
 def error(value, wanted):
@@ -58,26 +68,38 @@ def error(value, wanted):
 
 
 def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
-    """function(**inputs) on the backend in the given dtypes, and on the reference in float64 from the same values."""
+    """function(**inputs) on the backend in the given dtypes, and on the reference in float64 from
+    the same values.
+    """
     dtypes = dtypes or {}
     results = []
     for backend in ("triton", "reference"):
+
         def convert(name, value, backend=backend):
             if isinstance(value, BranchParams):
                 return BranchParams(*(convert(name, tensor) for tensor in value))
             if value is None or not value.is_floating_point():
                 return value
             value = value.detach().to(dtypes.get(name, torch.float32))
-            return value.to(value.dtype if backend == "triton" else torch.float64, copy=True).requires_grad_()
+            return value.to(
+                value.dtype if backend == "triton" else torch.float64, copy=True
+            ).requires_grad_()
+
         converted = {name: convert(name, value) for name, value in inputs.items()}
         monkeypatch.setenv("DYVM_BACKEND", backend)
         y = function(**converted)
         torch.manual_seed(1)
-        y.backward(torch.randn(y.shape).to(inputs["xz"].device, dtypes.get("xz", torch.float32)).to(y.dtype))
+        y.backward(
+            torch.randn(y.shape)
+            .to(inputs["xz"].device, dtypes.get("xz", torch.float32))
+            .to(y.dtype)
+        )
         gradients = {}
         for name, value in converted.items():
             if isinstance(value, BranchParams):
-                gradients |= {f"{name}.{field}": t.grad for field, t in zip(value._fields, value, strict=True)}
+                gradients |= {
+                    f"{name}.{field}": t.grad for field, t in zip(value._fields, value, strict=True)
+                }
             elif value is not None and value.is_floating_point():
                 gradients[name] = value.grad
         results.append({"output": y.detach()} | gradients)
@@ -87,8 +109,9 @@ def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
 
 
 @kernel
-@pytest.mark.parametrize("L, E, N, R, masks", [(17, 40, 16, 4, "general"), (33, 20, 16, 3, "prefix"),
-                                               (1, 8, 8, 2, None)])
+@pytest.mark.parametrize(
+    "L, E, N, R, masks", [(17, 40, 16, 4, "general"), (33, 20, 16, 3, "prefix"), (1, 8, 8, 2, None)]
+)
 def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
     """Awkward sizes; `general` adds gates, lengths and directions that are off."""
     torch.manual_seed(0)
@@ -100,10 +123,19 @@ def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
         active = torch.tensor([[True, True], [False, True]], device=DEVICE)
     elif masks == "prefix":
         mask = (torch.arange(L, device=DEVICE) < L - 7).float().expand(B, L).contiguous()
-    inputs = {"xz": draw(B, L, 2 * E), "forward": draw_params(E, N, R), "backward": draw_params(E, N, R),
-              "mask": mask, "gates": gates}
-    compare(lambda **given: bidirectional_ssm(**given, active=active, lengths=lengths, scale=0.5), inputs, 5e-6,
-            monkeypatch)
+    inputs = {
+        "xz": draw(B, L, 2 * E),
+        "forward": draw_params(E, N, R),
+        "backward": draw_params(E, N, R),
+        "mask": mask,
+        "gates": gates,
+    }
+    compare(
+        lambda **given: bidirectional_ssm(**given, active=active, lengths=lengths, scale=0.5),
+        inputs,
+        5e-6,
+        monkeypatch,
+    )
 
 
 @kernel
@@ -115,9 +147,17 @@ def test_kernel_one_direction(reverse, poisoned, monkeypatch):
     active = torch.tensor([1, 0, 1, 1], device=DEVICE)
     lengths = torch.tensor([3, 5, 0, 9], device=DEVICE, dtype=torch.int32)
     lengths = torch.stack((lengths, lengths - 2), 1)[:, 0]
-    inputs = {"xz": draw(B, 2 * E, L).mT, "params": draw_params(E, 16, 4), "mask": torch.rand(B, L, device=DEVICE)}
-    compare(lambda **given: ssm_branch(**given, reverse=reverse, active=active, lengths=lengths), inputs, 5e-6,
-            monkeypatch)
+    inputs = {
+        "xz": draw(B, 2 * E, L).mT,
+        "params": draw_params(E, 16, 4),
+        "mask": torch.rand(B, L, device=DEVICE),
+    }
+    compare(
+        lambda **given: ssm_branch(**given, reverse=reverse, active=active, lengths=lengths),
+        inputs,
+        5e-6,
+        monkeypatch,
+    )
 
 
 @kernel
@@ -126,14 +166,20 @@ def test_kernel_half_precision(dtype, poisoned, monkeypatch):
     """Float32's error of 5e-7, times how much coarser the type is."""
     torch.manual_seed(0)
     tolerance = 5e-7 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    inputs = {"xz": draw(2, 6, 64), "forward": draw_params(32, 16, 4), "backward": draw_params(32, 16, 4),
-              "gates": torch.ones(2, 2, device=DEVICE)}
+    inputs = {
+        "xz": draw(2, 6, 64),
+        "forward": draw_params(32, 16, 4),
+        "backward": draw_params(32, 16, 4),
+        "gates": torch.ones(2, 2, device=DEVICE),
+    }
     compare(bidirectional_ssm, inputs, tolerance, monkeypatch, {"xz": dtype})
 
 
 @kernel
 def test_kernel_without_gradient(poisoned, monkeypatch):
-    """The path that keeps nothing gives the same numbers, and nothing runs over an image that is off."""
+    """The path that keeps nothing gives the same numbers, and nothing runs over an image that is
+    off.
+    """
     torch.manual_seed(0)
     monkeypatch.setenv("DYVM_BACKEND", "triton")
     xz, forward, backward = draw(2, 5, 32), draw_params(16, 16, 2), draw_params(16, 16, 2)
@@ -160,24 +206,35 @@ def test_kernel_nan_and_empty(monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("hidden, residual", [(torch.bfloat16, True), (torch.float32, False), (None, True)])
+@pytest.mark.parametrize(
+    "hidden, residual", [(torch.bfloat16, True), (torch.float32, False), (None, True)]
+)
 def test_kernel_add_rms_norm(hidden, residual, poisoned):
     from ops.rms_norm_triton import add_rms_norm, takes
+
     torch.manual_seed(0)
-    given = [None if hidden is None else draw(2, 3, 40).to(hidden), draw(2, 3, 40) if residual else None, draw(40)]
+    given = [
+        None if hidden is None else draw(2, 3, 40).to(hidden),
+        draw(2, 3, 40) if residual else None,
+        draw(40),
+    ]
     assert takes(*given)
     fast = [None if t is None else t.clone().requires_grad_() for t in given]
     plain = [None if t is None else t.double().requires_grad_() for t in given]
     normed, total = add_rms_norm(*fast, 1e-5, torch.float32)
     wanted_total = sum(t for t in plain[:2] if t is not None)
-    wanted = wanted_total * torch.rsqrt(wanted_total.square().mean(-1, keepdim=True) + 1e-5) * plain[2]
+    wanted = (
+        wanted_total * torch.rsqrt(wanted_total.square().mean(-1, keepdim=True) + 1e-5) * plain[2]
+    )
     grads = draw(2, 3, 40), draw(2, 3, 40)
     torch.autograd.backward((normed, total), grads)
     torch.autograd.backward((wanted, wanted_total), [g.double() for g in grads])
     assert error(normed, wanted) < 1e-6 and error(total, wanted_total) < 1e-6
     for value, correct in zip(fast, plain, strict=True):
         if value is not None:
-            assert error(value.grad, correct.grad) < (4e-3 if value.dtype == torch.bfloat16 else 1e-6)
+            assert error(value.grad, correct.grad) < (
+                4e-3 if value.dtype == torch.bfloat16 else 1e-6
+            )
 
 
 @kernel
@@ -185,6 +242,7 @@ def test_kernel_add_rms_norm(hidden, residual, poisoned):
 def test_kernel_add_rms_norm_only_the_sum_has_a_gradient(wanted):
     """And the residual stream may want none, as behind frozen blocks."""
     from ops.rms_norm_triton import add_rms_norm
+
     hidden, residual = (draw(2, 3, 40).requires_grad_(w) for w in wanted)
     _, total = add_rms_norm(hidden, residual, draw(40), 1e-5, torch.float32)
     grad = draw(2, 3, 40)
@@ -197,6 +255,7 @@ def test_kernel_add_rms_norm_only_the_sum_has_a_gradient(wanted):
 def test_kernel_add_rms_norm_first_block():
     """No residual yet, and only the sum has a gradient."""
     from ops.rms_norm_triton import add_rms_norm
+
     hidden, grad = draw(2, 3, 40).requires_grad_(), draw(2, 3, 40)
     add_rms_norm(hidden, None, draw(40), 1e-5, torch.float32)[1].backward(grad)
     assert torch.equal(hidden.grad, grad)
@@ -204,9 +263,24 @@ def test_kernel_add_rms_norm_first_block():
 
 def run_interpreted(file: Path, chosen: str) -> str:
     """Output of a test file's chosen tests in Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(file)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=file.parent.parent,
-                         capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        chosen,
+        str(file),
+    ]
+    run = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=file.parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout
     return run.stdout
@@ -217,18 +291,28 @@ def test_in_the_interpreter():
     run_interpreted(Path(__file__), "test_kernel")
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the recorded cases run on the GPU itself")
-@pytest.mark.skipif(not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}")
+@pytest.mark.skipif(
+    INTERPRETED or DEVICE == "cuda", reason="the recorded cases run on the GPU itself"
+)
+@pytest.mark.skipif(
+    not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
+)
 def test_recorded_cases_in_the_interpreter():
     """Whole models, evaluated and trained; the smallest cases, as the interpreter is slow."""
-    cases = [min(golden.names(kind), key=lambda name: (golden.GOLDEN_DIR / f"{name}.safetensors").stat().st_size)
-             for kind in ("eval_", "train_")]
+    cases = [
+        min(
+            golden.names(kind),
+            key=lambda name: (golden.GOLDEN_DIR / f"{name}.safetensors").stat().st_size,
+        )
+        for kind in ("eval_", "train_")
+    ]
     chosen = " or ".join(f"triton-{name}]" for name in cases)
     assert "2 passed" in run_interpreted(Path(golden.__file__).with_name("test_golden.py"), chosen)
 
 
 def test_takes_names_what_it_refuses(monkeypatch):
     from ops.selective_scan import triton_scan
+
     monkeypatch.setattr(triton_scan, "_INTERPRETED", True)
     E, N, R = 8, 16, 2
     xz, params = torch.zeros(1, 2, 2 * E), BranchParams(*(t.cpu() for t in draw_params(E, N, R)))
@@ -249,10 +333,20 @@ def test_takes_names_what_it_refuses(monkeypatch):
 @pytest.mark.parametrize("L, E", [(63, 200), (197, 384)])
 def test_gpu_sizes(L, E, dtype, tolerance, poisoned, monkeypatch):
     torch.manual_seed(0)
-    inputs = {"xz": draw(3, L, 2 * E), "forward": draw_params(E, 16, 24), "backward": draw_params(E, 16, 24),
-              "mask": (torch.arange(L, device=DEVICE) < L - 20).float().expand(3, L).contiguous(),
-              "gates": torch.ones(3, 2, device=DEVICE)}
-    compare(lambda **given: bidirectional_ssm(**given, scale=0.5), inputs, tolerance, monkeypatch, {"xz": dtype})
+    inputs = {
+        "xz": draw(3, L, 2 * E),
+        "forward": draw_params(E, 16, 24),
+        "backward": draw_params(E, 16, 24),
+        "mask": (torch.arange(L, device=DEVICE) < L - 20).float().expand(3, L).contiguous(),
+        "gates": torch.ones(3, 2, device=DEVICE),
+    }
+    compare(
+        lambda **given: bidirectional_ssm(**given, scale=0.5),
+        inputs,
+        tolerance,
+        monkeypatch,
+        {"xz": dtype},
+    )
 
 
 @gpu
@@ -260,7 +354,10 @@ def test_gpu_graph(monkeypatch):
     """A forward pass never waits for the device, and its capture replays with new routing."""
     monkeypatch.setenv("DYVM_BACKEND", "triton")
     xz, params = draw(2, 50, 128).bfloat16(), (draw_params(64, 16, 4), draw_params(64, 16, 4))
-    active, lengths = torch.ones(2, 2, dtype=torch.bool, device=DEVICE), torch.tensor([50, 20], device=DEVICE)
+    active, lengths = (
+        torch.ones(2, 2, dtype=torch.bool, device=DEVICE),
+        torch.tensor([50, 20], device=DEVICE),
+    )
     bidirectional_ssm(xz, *params, active=active, lengths=lengths)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,8 @@
-"""Every Triton kernel is compiled for Hopper (sm_90) as the host code launches it; no GPU is needed.
+"""Every Triton kernel is compiled for Hopper (sm_90) as the host code launches it; no GPU is
+needed.
 
-What the compiler refuses, and states that no longer fit in registers, show here and not on the first GPU.
+What the compiler refuses, and states that no longer fit in registers, show here and not on the
+first GPU.
 """
 
 import os
@@ -14,21 +16,36 @@ from ops.selective_scan import BranchParams
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"
+)
 
 
 def signature(function, arguments: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and divisibility by 16 of a launch's arguments, as Triton specialises a kernel for them."""
+    """Types, constants and divisibility by 16 of a launch's arguments, as Triton specialises a
+    kernel for them.
+    """
     types, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         name, value = parameter.name, arguments[parameter.name]
         is_size = type(value) is int and not parameter.is_constexpr
-        if parameter.is_constexpr or value is None or (is_size and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (is_size and value == 1 and not parameter.do_not_specialize)
+        ):
             types[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            types[name] = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64",
-                                 torch.bool: "i1"}[value.dtype]
+            types[name] = (
+                "*"
+                + {
+                    torch.float32: "fp32",
+                    torch.bfloat16: "bf16",
+                    torch.int64: "i64",
+                    torch.bool: "i1",
+                }[value.dtype]
+            )
             divisible = value.data_ptr() % 16 == 0
         else:
             types[name] = "i32" if is_size else "fp32"
@@ -40,22 +57,35 @@ def signature(function, arguments: dict) -> tuple[dict, dict, dict]:
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Launches compile instead of running, all configurations of a tuned kernel; collects bytes of stack per thread."""
+    """Launches compile instead of running, all configurations of a tuned kernel; collects bytes of
+    stack per thread.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     stacks = {}
 
     def compile_only(function, *args, grid, warmup=False, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")
-                   if kwargs.get(name) is not None}
+        options = {
+            name: kwargs.pop(name)
+            for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")
+            if kwargs.get(name) is not None
+        }
         kwargs = {name: value for name, value in kwargs.items() if name in function.arg_names}
         arguments = dict(zip(function.arg_names, args)) | kwargs  # noqa: B905 - constants come by name
-        kernel = triton.compile(ASTSource(function, *signature(function, arguments)),
-                                target=GPUTarget("cuda", 90, 32), options=options)
+        kernel = triton.compile(
+            ASTSource(function, *signature(function, arguments)),
+            target=GPUTarget("cuda", 90, 32),
+            options=options,
+        )
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True,
-                                text=True, check=True).stdout
+        report = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         stack = int(re.search(r"STACK:(\d+)", report).group(1))
         stacks.setdefault(function.__name__, []).append(stack)
 
@@ -76,11 +106,15 @@ def branch(E, N, R):
 def test_training(compiled):
     """Sizes of Vim-S: E 768, N 16, R 24."""
     from ops.selective_scan import triton_scan
+
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16, requires_grad=True)
-    triton_scan.bidirectional_ssm(xz, branch(768, 16, 24), branch(768, 16, 24), mask=torch.ones(2, 5),
-                                  gates=torch.ones(2, 2)).sum().backward()
+    triton_scan.bidirectional_ssm(
+        xz, branch(768, 16, 24), branch(768, 16, 24), mask=torch.ones(2, 5), gates=torch.ones(2, 2)
+    ).sum().backward()
     states_in_registers = compiled.pop("scan_backward")
-    assert min(states_in_registers) <= 64, states_in_registers  # a few words; the tuning takes the faster
+    assert min(states_in_registers) <= 64, (
+        states_in_registers
+    )  # a few words; the tuning takes the faster
     assert set(compiled) == {"conv_forward", "scan_forward", "gate_backward", "conv_backward"}
     assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
 
@@ -88,24 +122,41 @@ def test_training(compiled):
 @torch.no_grad()
 def test_inference(compiled):
     from ops.selective_scan import triton_scan
+
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16)
-    triton_scan.bidirectional_ssm(xz, branch(768, 16, 24), branch(768, 16, 24),
-                                  active=torch.ones(2, 2, dtype=torch.bool), lengths=torch.ones(2, dtype=torch.int64))
+    triton_scan.bidirectional_ssm(
+        xz,
+        branch(768, 16, 24),
+        branch(768, 16, 24),
+        active=torch.ones(2, 2, dtype=torch.bool),
+        lengths=torch.ones(2, dtype=torch.int64),
+    )
     assert set(compiled) == {"conv_forward", "scan_forward"}
     assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
 
 
 def test_one_direction_in_float32(compiled):
     from ops.selective_scan import triton_scan
+
     xz = torch.zeros(2, 5, 1536, requires_grad=True)
     triton_scan.ssm_branch(xz, branch(768, 16, 24), reverse=True).sum().backward()
-    assert set(compiled) == {"conv_forward", "scan_forward", "gate_backward", "scan_backward", "conv_backward"}
+    assert set(compiled) == {
+        "conv_forward",
+        "scan_forward",
+        "gate_backward",
+        "scan_backward",
+        "conv_backward",
+    }
 
 
 def test_rms_norm(compiled):
     from ops.rms_norm_triton import add_rms_norm
+
     hidden = torch.zeros(2, 5, 384, dtype=torch.bfloat16, requires_grad=True)
-    residual, weight = torch.zeros(2, 5, 384, requires_grad=True), torch.ones(384, requires_grad=True)
+    residual, weight = (
+        torch.zeros(2, 5, 384, requires_grad=True),
+        torch.ones(384, requires_grad=True),
+    )
     normed, total = add_rms_norm(hidden, residual, weight, 1e-5, torch.bfloat16)
     (normed.sum() + total.sum()).backward()
     assert compiled == {"_forward_kernel": [0], "_backward_kernel": [0]}

@@ -12,15 +12,23 @@ def parse(line: str, recorded=None):
 
 def test_defaults_train_a_micro_model_on_digits():
     args = parse("")
-    assert (args.model, args.method, args.data_set, args.amp) == ("vim_micro", "dense", "DIGITS", "off")
+    assert (args.model, args.method, args.data_set, args.amp) == (
+        "vim_micro",
+        "dense",
+        "DIGITS",
+        "off",
+    )
 
 
-@pytest.mark.parametrize("line, model, method", [
-    ("--model Vim-Small", "vim_small", "dense"),
-    ("--model Vim-Small --method dyvm --model-path x", "dyvm_vim_small", "dyvm"),
-    ("--model dyvm_vim_tiny --model-path x", "dyvm_vim_tiny", "dyvm"),
-    ("--model MambaReg-Base --method block --model-path x", "dyvm_mambareg_base", "block"),
-])
+@pytest.mark.parametrize(
+    "line, model, method",
+    [
+        ("--model Vim-Small", "vim_small", "dense"),
+        ("--model Vim-Small --method dyvm --model-path x", "dyvm_vim_small", "dyvm"),
+        ("--model dyvm_vim_tiny --model-path x", "dyvm_vim_tiny", "dyvm"),
+        ("--model MambaReg-Base --method block --model-path x", "dyvm_mambareg_base", "block"),
+    ],
+)
 def test_model_and_method_agree(line, model, method):
     args = parse(line)
     assert (args.model, args.method) == (model, method)
@@ -37,48 +45,66 @@ def test_the_recorded_folder_belongs_to_the_recorded_data_set():
 
 
 def test_recorded_choices_are_defaults_that_flags_override():
-    recorded = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "token", "token_keep_ratio": 0.9,
-                "model_kwargs": [("depth", 4)]}
+    recorded = {
+        "data_set": "DIGITS",
+        "model": "dyvm_vim_tiny",
+        "method": "token",
+        "token_keep_ratio": 0.9,
+        "model_kwargs": [("depth", 4)],
+    }
     args = parse("--eval --model-path x", recorded)
     assert (args.model, args.method, args.token_keep_ratio, args.model_kwargs) == (
-        "dyvm_vim_tiny", "token", 0.9, {"depth": 4})
+        "dyvm_vim_tiny",
+        "token",
+        0.9,
+        {"depth": 4},
+    )
     assert parse("--eval --model-path x --token-keep-ratio 0.5", recorded).token_keep_ratio == 0.5
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--model resnet50", ["--model", "'resnet50'", "vim_small"]),
-    ("--data-set", ["--data-set"]),
-    ("--frobnicate 3", ["--frobnicate"]),
-    ("--token-keep-ratio 0", ["--token-keep-ratio", "0", "(0, 1]"]),
-    ("--token-keep-ratio 1.5", ["1.5", "(0, 1]"]),
-    ("--block-keep-ratio nan", ["nan"]),
-    ("--block-keep-ratio many", ["'many'"]),
-    ("--epochs 0", ["--epochs", "'0'"]),
-    ("--lr -1", ["--lr"]),
-    ("--method sparse", ["--method", "sparse", "dyvm"]),
-    ("--amp int8", ["--amp", "int8", "bf16"]),
-    ("--model-kwargs depth", ["depth"]),
-    ("--model-kwargs depth=x+", ["depth=x+", "NAME=VALUE"]),
-    ("--method dense --model dyvm_vim_micro", ["dyvm_vim_micro", "vim_micro"]),
-    ("--method dyvm", ["--model-path", "teacher"]),
-    ("--eval", ["--model-path"]),
-    ("--batch-size 3", ["3", "even", "--mixup 0"]),
-    ("--batch-size 0", ["--batch-size", "0"]),
-    ("--warmup-epochs 30", ["--warmup-epochs 30", "--epochs 30"]),
-    ("--seed -1", ["--seed", "-1"]),
-    ("--drop-path 1.5", ["--drop-path", "1.5"]),
-    ("--opt-betas 2 3", ["--opt-betas", "2", "[0, 1"]),
-    ("--smoothing 1.5", ["--smoothing", "1.5"]),
-    ("--mixup-prob 3", ["--mixup-prob", "3"]),
-    ("--opt *", ["--opt", "'*'", "adamw"]),
-    ("--model-path out/best_checkpoint.pth --output_dir out", ["would be overwritten", "--output_dir"]),
-    ("--drop 0.1", ["--drop", "--drop-path"]),
-    ("--scorer-input B", ["--scorer-input", "dense"]),
-    ("--method dyvm --model-path x --token-strategy static --scorer-input B", ["--scorer-input B", "static"]),
-    ("--if_amp", ["--if_amp", "--amp bf16"]),
-    ("--finetune x.pth", ["--finetune", "--model-path"]),
-    ("--dist-eval", ["always distributed"]),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--model resnet50", ["--model", "'resnet50'", "vim_small"]),
+        ("--data-set", ["--data-set"]),
+        ("--frobnicate 3", ["--frobnicate"]),
+        ("--token-keep-ratio 0", ["--token-keep-ratio", "0", "(0, 1]"]),
+        ("--token-keep-ratio 1.5", ["1.5", "(0, 1]"]),
+        ("--block-keep-ratio nan", ["nan"]),
+        ("--block-keep-ratio many", ["'many'"]),
+        ("--epochs 0", ["--epochs", "'0'"]),
+        ("--lr -1", ["--lr"]),
+        ("--method sparse", ["--method", "sparse", "dyvm"]),
+        ("--amp int8", ["--amp", "int8", "bf16"]),
+        ("--model-kwargs depth", ["depth"]),
+        ("--model-kwargs depth=x+", ["depth=x+", "NAME=VALUE"]),
+        ("--method dense --model dyvm_vim_micro", ["dyvm_vim_micro", "vim_micro"]),
+        ("--method dyvm", ["--model-path", "teacher"]),
+        ("--eval", ["--model-path"]),
+        ("--batch-size 3", ["3", "even", "--mixup 0"]),
+        ("--batch-size 0", ["--batch-size", "0"]),
+        ("--warmup-epochs 30", ["--warmup-epochs 30", "--epochs 30"]),
+        ("--seed -1", ["--seed", "-1"]),
+        ("--drop-path 1.5", ["--drop-path", "1.5"]),
+        ("--opt-betas 2 3", ["--opt-betas", "2", "[0, 1"]),
+        ("--smoothing 1.5", ["--smoothing", "1.5"]),
+        ("--mixup-prob 3", ["--mixup-prob", "3"]),
+        ("--opt *", ["--opt", "'*'", "adamw"]),
+        (
+            "--model-path out/best_checkpoint.pth --output_dir out",
+            ["would be overwritten", "--output_dir"],
+        ),
+        ("--drop 0.1", ["--drop", "--drop-path"]),
+        ("--scorer-input B", ["--scorer-input", "dense"]),
+        (
+            "--method dyvm --model-path x --token-strategy static --scorer-input B",
+            ["--scorer-input B", "static"],
+        ),
+        ("--if_amp", ["--if_amp", "--amp bf16"]),
+        ("--finetune x.pth", ["--finetune", "--model-path"]),
+        ("--dist-eval", ["always distributed"]),
+    ],
+)
 def test_what_cannot_be_is_told_in_one_line(line, words):
     with pytest.raises(UsageError) as error:
         parse(line)
@@ -90,29 +116,49 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
 GIVEN = {"--gate-threshold": 0.5}  # where 1 is no value of the flag
 
 
-@pytest.mark.parametrize("method, flags", [
-    ("dense", ["--token-keep-ratio", "--block-keep-ratio", "--token-pruning-weight", "--block-pruning-weight",
-               "--distill-weight", "--pruning-layers", "--gate-threshold"]),
-    ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
-    ("block", ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers"]),
-    ("dyvm", []),
-])
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        (
+            "dense",
+            [
+                "--token-keep-ratio",
+                "--block-keep-ratio",
+                "--token-pruning-weight",
+                "--block-pruning-weight",
+                "--distill-weight",
+                "--pruning-layers",
+                "--gate-threshold",
+            ],
+        ),
+        ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
+        ("block", ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers"]),
+        ("dyvm", []),
+    ],
+)
 def test_flags_that_the_method_does_not_read_are_refused(method, flags):
     for flag in options.READ_BY:
         given = GIVEN.get(flag, 1)
-        for value in (f"{flag} {given}", f"{flag}={given}"):  # the default of some: what counts is that it was given
+        for value in (
+            f"{flag} {given}",
+            f"{flag}={given}",
+        ):  # the default of some: what counts is that it was given
             line = f"--method {method} --model-path x {value}"
             if flag not in flags:
                 parse(line)
                 continue
             with pytest.raises(UsageError) as error:
                 parse(line)
-            assert str(error.value).startswith(f"{flag} has no meaning with --method {method}; leave it out, or ")
+            assert str(error.value).startswith(
+                f"{flag} has no meaning with --method {method}; leave it out, or "
+            )
     parse(f"--method {method} --model-path x")
 
 
 def test_flags_that_the_default_method_does_not_read_are_refused():
-    with pytest.raises(UsageError, match="--token-keep-ratio has no meaning with --method dense; .* dyvm or token$"):
+    with pytest.raises(
+        UsageError, match="--token-keep-ratio has no meaning with --method dense; .* dyvm or token$"
+    ):
         parse("--token-keep-ratio 0.5")
 
 
@@ -131,36 +177,67 @@ def test_evaluation_takes_all_of_them():
 DYNAMIC = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "dyvm", "model_kwargs": []}
 
 
-@pytest.mark.parametrize("line, recorded, words", [
-    ("--dense-path x.pth", None, ["--dense-path", "--eval", "--model-path"]),
-    ("--method dyvm --dense-path x.pth", None, ["--dense-path", "teacher", "--model-path"]),
-    ("--eval --model-path x --dense-path y", DYNAMIC | {"model": "vim_tiny", "method": "dense"}, ["--dense-path"]),
-    ("--train-split nope", None, ["--train-split", "--data-set DIGITS", "wds/"]),
-    ("--data-set FOLDER --data-path x --val-split=test", None, ["--val-split", "--data-set FOLDER"]),
-    ("--eval --model-path x --val-split test", DYNAMIC, ["--val-split", "--data-set DIGITS"]),
-    ("--eval --model-path x --resume nowhere.pth", DYNAMIC, ["--resume", "--eval", "--model-path"]),
-    ("--resume-override", None, ["--resume-override", "--resume auto"]),
-])
+@pytest.mark.parametrize(
+    "line, recorded, words",
+    [
+        ("--dense-path x.pth", None, ["--dense-path", "--eval", "--model-path"]),
+        ("--method dyvm --dense-path x.pth", None, ["--dense-path", "teacher", "--model-path"]),
+        (
+            "--eval --model-path x --dense-path y",
+            DYNAMIC | {"model": "vim_tiny", "method": "dense"},
+            ["--dense-path"],
+        ),
+        ("--train-split nope", None, ["--train-split", "--data-set DIGITS", "wds/"]),
+        (
+            "--data-set FOLDER --data-path x --val-split=test",
+            None,
+            ["--val-split", "--data-set FOLDER"],
+        ),
+        ("--eval --model-path x --val-split test", DYNAMIC, ["--val-split", "--data-set DIGITS"]),
+        (
+            "--eval --model-path x --resume nowhere.pth",
+            DYNAMIC,
+            ["--resume", "--eval", "--model-path"],
+        ),
+        ("--resume-override", None, ["--resume-override", "--resume auto"]),
+    ],
+)
 def test_flags_that_the_run_does_not_read_are_refused(line, recorded, words):
     with pytest.raises(UsageError) as error:
         parse(line, recorded)
     text = str(error.value)
-    assert text.startswith(f"{words[0]} has no meaning ") and all(word in text for word in words), text
+    assert text.startswith(f"{words[0]} has no meaning ") and all(word in text for word in words), (
+        text
+    )
     assert "\n" not in text and "{" not in text and error.value.exit_code == 2
 
 
-@pytest.mark.parametrize("line, recorded", [
-    ("--eval --model-path x --dense-path y", DYNAMIC),
-    ("--data-set wds/birds --data-path x --train-split a --val-split b", None),
-    ("--eval --model-path x --resume auto", DYNAMIC),  # as scripts/slurm.sh launches scripts/eval.sh
-    ("--resume auto --resume-override", None),
-    ("--resume x.pth --resume-override", None),
-])
+@pytest.mark.parametrize(
+    "line, recorded",
+    [
+        ("--eval --model-path x --dense-path y", DYNAMIC),
+        ("--data-set wds/birds --data-path x --train-split a --val-split b", None),
+        (
+            "--eval --model-path x --resume auto",
+            DYNAMIC,
+        ),  # as scripts/slurm.sh launches scripts/eval.sh
+        ("--resume auto --resume-override", None),
+        ("--resume x.pth --resume-override", None),
+    ],
+)
 def test_flags_that_the_run_reads_are_taken(line, recorded):
     parse(line, recorded)
 
 
 def test_every_flag_stands_in_a_named_group():
     groups = {group.title: group for group in options.build_parser()._action_groups}
-    assert {"model", "method", "data", "augmentation", "mixup", "optimisation", "run"} <= groups.keys()
+    assert {
+        "model",
+        "method",
+        "data",
+        "augmentation",
+        "mixup",
+        "optimisation",
+        "run",
+    } <= groups.keys()
     assert [action.dest for action in groups["options"]._group_actions] == ["help"]

@@ -1,4 +1,6 @@
-"""Pictures say what the model's result says: the right patches are dimmed, at any size, after resize and crop."""
+"""Pictures say what the model's result says: the right patches are dimmed, at any size, after
+resize and crop.
+"""
 
 from types import SimpleNamespace
 
@@ -9,7 +11,14 @@ from PIL import Image
 from seeing import planted
 
 from drawing import pictures
-from drawing.pictures import Decisions, class_marks, draw_strip, patch_edges, patch_of_pixels, strip_layout
+from drawing.pictures import (
+    Decisions,
+    class_marks,
+    draw_strip,
+    patch_edges,
+    patch_of_pixels,
+    strip_layout,
+)
 from loading.transforms import eval_transform, seen_region
 from models import FAMILIES, DynamicVisionMamba
 from models.backbone import PatchEmbed
@@ -20,8 +29,17 @@ ARGS = SimpleNamespace(eval_crop_ratio=0.875)
 
 def small(img_size, family="vim", **kwargs):
     torch.manual_seed(0)
-    return DynamicVisionMamba(FAMILIES[family], img_size=img_size, patch_size=8, embed_dim=16, depth=4, num_classes=5,
-                              pruning_layers=(1, 3), token_keep=(0.6, 0.3), **kwargs).eval()
+    return DynamicVisionMamba(
+        FAMILIES[family],
+        img_size=img_size,
+        patch_size=8,
+        embed_dim=16,
+        depth=4,
+        num_classes=5,
+        pruning_layers=(1, 3),
+        token_keep=(0.6, 0.3),
+        **kwargs,
+    ).eval()
 
 
 def patch_means(images, model):
@@ -31,31 +49,50 @@ def patch_means(images, model):
     return torch.nn.functional.avg_pool2d(pixels, size).flatten(1)
 
 
-@pytest.mark.parametrize("img_size, size", [(64, (150, 100)), (64, (333, 480)), (64, (64, 64)), (32, (90, 50)),
-                                            (32, (8, 8))])
+@pytest.mark.parametrize(
+    "img_size, size",
+    [(64, (150, 100)), (64, (333, 480)), (64, (64, 64)), (32, (90, 50)), (32, (8, 8))],
+)
 def test_dimmed_patches_are_those_that_were_dropped(img_size, size):
-    """The pixels that a strip dims, shown to the model's own preprocessing, fill exactly the dropped patches."""
+    """The pixels that a strip dims, shown to the model's own preprocessing, fill exactly the
+    dropped patches.
+    """
     model, image = small(img_size), planted(size)
     transform, region = eval_transform(ARGS, img_size), seen_region(size, ARGS, img_size)
     with torch.no_grad():
         result = model(transform(image)[None])
     kept = [stage[0].numpy() for stage in result.kept]
-    said = Decisions("x", [("a", 1.0)], kept, result.gates[:, 0].numpy(), 1.0, 2.0, model.pruning_layers)
+    said = Decisions(
+        "x", [("a", 1.0)], kept, result.gates[:, 0].numpy(), 1.0, 2.0, model.pruning_layers
+    )
     strip = np.asarray(draw_strip(image, region, model, said))
     layout = strip_layout(size)
     enlarged = np.asarray(image).repeat(layout.scale, 0).repeat(layout.scale, 1)
     margin = round(12 * layout.unit)
-    places = [(margin, margin + i * (layout.width + margin)) if layout.in_row else
-              (margin + i * (layout.height + round(52 * layout.unit)), margin) for i in range(3)]
-    panels = [strip[y:y + layout.height, x:x + layout.width] for y, x in places]
+    places = [
+        (margin, margin + i * (layout.width + margin))
+        if layout.in_row
+        else (margin + i * (layout.height + round(52 * layout.unit)), margin)
+        for i in range(3)
+    ]
+    panels = [strip[y : y + layout.height, x : x + layout.width] for y, x in places]
     assert (panels[0] == enlarged).all()
-    outside = patch_of_pixels(model.patch_embed, (layout.width, layout.height),
-                              tuple(layout.scale * side for side in region)) < 0
+    outside = (
+        patch_of_pixels(
+            model.patch_embed,
+            (layout.width, layout.height),
+            tuple(layout.scale * side for side in region),
+        )
+        < 0
+    )
     for panel, stage in zip(panels[1:], kept, strict=True):
         dimmed = (panel != enlarged).any(axis=-1)
         assert dimmed[outside].all()
-        shown = Image.fromarray(np.where(dimmed & ~outside, 255, 0).astype(np.uint8)).convert("RGB").resize(
-            size, Image.Resampling.BOX)
+        shown = (
+            Image.fromarray(np.where(dimmed & ~outside, 255, 0).astype(np.uint8))
+            .convert("RGB")
+            .resize(size, Image.Resampling.BOX)
+        )
         bright = patch_means(transform(shown)[None], model)[0] > 0.5
         assert set(np.flatnonzero(~bright.numpy())) == set(stage.tolist())
 
@@ -63,7 +100,9 @@ def test_dimmed_patches_are_those_that_were_dropped(img_size, size):
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (97, 250), (64, 64)])
 @pytest.mark.parametrize("img_size, ratio", [(64, 0.875), (64, 1.0), (100, 0.9), (32, 0.875)])
 def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
-    """An image whose pixels hold their own coordinates comes out of the preprocessing with those of the region."""
+    """An image whose pixels hold their own coordinates comes out of the preprocessing with those of
+    the region.
+    """
     args = SimpleNamespace(eval_crop_ratio=ratio)
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
@@ -71,26 +110,40 @@ def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
     pixels = pictures.to_pixels(eval_transform(args, img_size)(image)[None])[0].astype(float)
     centres = (np.arange(img_size) + 0.5) / img_size
     inner = slice(4, -4)  # the bicubic filter bends the gradient at the borders of the image
-    assert np.abs(pixels[inner, inner, 0] - (left + centres * (right - left) - 0.5)[None, inner]).max() < 1.5
-    assert np.abs(pixels[inner, inner, 1] - (top + centres * (bottom - top) - 0.5)[inner, None]).max() < 1.5
+    assert (
+        np.abs(pixels[inner, inner, 0] - (left + centres * (right - left) - 0.5)[None, inner]).max()
+        < 1.5
+    )
+    assert (
+        np.abs(pixels[inner, inner, 1] - (top + centres * (bottom - top) - 0.5)[inner, None]).max()
+        < 1.5
+    )
 
 
 def test_overlapping_patches_share_the_image_by_their_centres():
     edges = patch_edges(PatchEmbed(32, patch_size=16, stride=8, in_chans=3, embed_dim=4))
     assert edges.tolist() == [0, 12, 20, 32]
-    patch_of = patch_of_pixels(PatchEmbed(36, patch_size=16, stride=8, in_chans=3, embed_dim=4), (36, 36))
-    assert patch_of[0, :36].tolist() == [0] * 12 + [1] * 8 + [2] * 12 + [-1] * 4  # no patch reaches the last pixels
+    patch_of = patch_of_pixels(
+        PatchEmbed(36, patch_size=16, stride=8, in_chans=3, embed_dim=4), (36, 36)
+    )
+    assert (
+        patch_of[0, :36].tolist() == [0] * 12 + [1] * 8 + [2] * 12 + [-1] * 4
+    )  # no patch reaches the last pixels
 
 
-@pytest.mark.parametrize("family, registers", [("vim", {}), ("videomamba", {}),
-                                               ("mambareg", dict(num_registers=4, register_reduction=2))])
+@pytest.mark.parametrize(
+    "family, registers",
+    [("vim", {}), ("videomamba", {}), ("mambareg", dict(num_registers=4, register_reduction=2))],
+)
 def test_class_marks_stand_where_the_class_tokens_stand_in_the_sequence(family, registers):
     model = small(32, family, **registers)
     kept = np.array([0, 2, 3, 5, 7, 8, 11, 13, 14])
     positions = model.layout.positions(len(kept))
-    sequence = insert(torch.from_numpy(kept)[None], torch.full((1, len(positions)), -1), positions)[0].tolist()
+    sequence = insert(torch.from_numpy(kept)[None], torch.full((1, len(positions)), -1), positions)[
+        0
+    ].tolist()
     for mark, position in zip(class_marks(kept, model), positions, strict=True):
-        following = [token for token in sequence[position + 1:] if token >= 0]
+        following = [token for token in sequence[position + 1 :] if token >= 0]
         before = [token for token in sequence[:position] if token >= 0]
         assert mark == (following[0] if following else model.num_patches)
         assert all(token < mark for token in before)
@@ -98,7 +151,9 @@ def test_class_marks_stand_where_the_class_tokens_stand_in_the_sequence(family, 
 
 def test_a_stage_that_keeps_nothing_and_an_image_smaller_than_the_grid():
     model, image = small(64), planted((3, 3))
-    said = Decisions("tiny", [("a", 0.5)], [np.arange(64), np.array([], dtype=int)], None, 1.0, 2.0, (1, 3))
+    said = Decisions(
+        "tiny", [("a", 0.5)], [np.arange(64), np.array([], dtype=int)], None, 1.0, 2.0, (1, 3)
+    )
     assert draw_strip(image, (0, 0, 3, 3), model, said).size > (256, 256)
 
 
@@ -117,5 +172,5 @@ def test_the_picture_for_tensorboard_dims_the_same_patches():
     assert picture.shape == (2 * 32 + pictures.GAP, 2 * 32 + pictures.GAP, 3)
     for column, chosen in enumerate(kept[0].tolist()):
         x = column * (32 + pictures.GAP)
-        same = (picture[:32, x:x + 32] == picture[32 + pictures.GAP:, x:x + 32]).all(axis=-1)
+        same = (picture[:32, x : x + 32] == picture[32 + pictures.GAP :, x : x + 32]).all(axis=-1)
         assert set(np.unique(patch_of_pixels(model.patch_embed, (32, 32))[same])) == set(chosen)

@@ -23,8 +23,11 @@ def as_a_process_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "model.pth", *DYNAMIC,
-                      classes=["ant", "bee", "cat", "dog", "eel", "fox"])
+    return save_model(
+        tmp_path_factory.mktemp("model") / "model.pth",
+        *DYNAMIC,
+        classes=["ant", "bee", "cat", "dog", "eel", "fox"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +37,42 @@ def images(tmp_path_factory):
 
 def test_text_in_the_order_of_the_files_with_unreadable_ones_named(model, images, capsys, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
-    predict.main(["--model-path", str(model), str(images / "004.png"), str(tmp_path / "broken.png"),
-                  str(tmp_path / "missing.png"), str(images / "001.png"), *FLAGS])
+    predict.main(
+        [
+            "--model-path",
+            str(model),
+            str(images / "004.png"),
+            str(tmp_path / "broken.png"),
+            str(tmp_path / "missing.png"),
+            str(images / "001.png"),
+            *FLAGS,
+        ]
+    )
     out, err = capsys.readouterr()
-    assert [line.split("\t")[0] for line in out.splitlines()] == [str(images / "004.png"), str(images / "001.png")]
+    assert [line.split("\t")[0] for line in out.splitlines()] == [
+        str(images / "004.png"),
+        str(images / "001.png"),
+    ]
     assert f"{tmp_path}/broken.png: not an image in a known format" in err
     assert f"{tmp_path}/missing.png: No such file" in err
 
 
 def test_json_agrees_with_the_model(model, images, capsys, tmp_path):
     (tmp_path / "empty.png").touch()
-    predict.main(["--model-path", str(model), str(images), str(tmp_path / "empty.png"), "--json", "--top", "3",
-                  "--batch-size", "2", *FLAGS])
+    predict.main(
+        [
+            "--model-path",
+            str(model),
+            str(images),
+            str(tmp_path / "empty.png"),
+            "--json",
+            "--top",
+            "3",
+            "--batch-size",
+            "2",
+            *FLAGS,
+        ]
+    )
     entries = json.loads(capsys.readouterr().out)
     assert len(entries) == 6
     assert entries[-1] == {"file": str(tmp_path / "empty.png"), "error": "the file is empty"}
@@ -55,15 +82,21 @@ def test_json_agrees_with_the_model(model, images, capsys, tmp_path):
     assert entries[2]["class"] == probabilities.argmax()
     assert entries[2]["name"] == classifier.class_names[entries[2]["class"]]
     assert entries[2]["probability"] == pytest.approx(probabilities.max().item(), rel=1e-4)
-    assert [e["probability"] for e in entries[2]["top"]] == pytest.approx(probabilities.topk(3)[0].tolist(), rel=1e-4)
+    assert [e["probability"] for e in entries[2]["top"]] == pytest.approx(
+        probabilities.topk(3)[0].tolist(), rel=1e-4
+    )
 
 
 def test_thousands_of_images_are_not_held_in_memory(model, images, monkeypatch):
     """Entries come while later files are still unread."""
     read = []
     load = FileImages.load
-    monkeypatch.setattr(FileImages, "load", lambda self, index: read.append(index) or load(self, index))
-    classifier = load_classifier(build_parser("x", "x"), ["--model-path", str(model), "--batch-size", "4", *FLAGS])
+    monkeypatch.setattr(
+        FileImages, "load", lambda self, index: read.append(index) or load(self, index)
+    )
+    classifier = load_classifier(
+        build_parser("x", "x"), ["--model-path", str(model), "--batch-size", "4", *FLAGS]
+    )
     entries = predict.predictions(classifier, find_images([str(images)] * 400), top=1)
     next(entries)
     assert len(read) <= 8
@@ -71,21 +104,30 @@ def test_thousands_of_images_are_not_held_in_memory(model, images, monkeypatch):
 
 def test_class_names(model, images, capsys, tmp_path, caplog):
     def names(checkpoint, *flags):
-        return load_classifier(build_parser("x", "x"), ["--model-path", str(checkpoint), *FLAGS, *flags]).class_names
+        return load_classifier(
+            build_parser("x", "x"), ["--model-path", str(checkpoint), *FLAGS, *flags]
+        ).class_names
 
     (tmp_path / "names.txt").write_text("a\nb\n\nc\nd\ne\nf\n")
     assert names(model, "--class-names", str(tmp_path / "names.txt")) == list("abcdef")
-    (tmp_path / "names.json").write_text('{"0": ["n1", "tench"], "1": "b", "2": "c", "3": "d", "4": "e", "5": "f"}')
+    (tmp_path / "names.json").write_text(
+        '{"0": ["n1", "tench"], "1": "b", "2": "c", "3": "d", "4": "e", "5": "f"}'
+    )
     assert names(model, "--class-names", str(tmp_path / "names.json"))[:2] == ["tench", "b"]
     wordnet = save_model(tmp_path / "wordnet.pth", *DYNAMIC, classes=["n01440764", "own class"])
     assert names(wordnet)[0].startswith("tench") and names(wordnet)[1] == "own class"
     nameless = save_model(tmp_path / "nameless.pth", *DYNAMIC, class_names=None)
     assert names(nameless)[3] == "class 3"
     assert "holds no class names: their numbers are shown; give --class-names" in caplog.text
-    imagenet = save_model(tmp_path / "imagenet.pth", *DYNAMIC, classes=range(1000), class_names=None)
+    imagenet = save_model(
+        tmp_path / "imagenet.pth", *DYNAMIC, classes=range(1000), class_names=None
+    )
     assert names(imagenet)[0].startswith("tench")
-    for content, message in (("a\nb\n", "2 names, and the model has 6 classes"), ("[1,", "not JSON"),
-                             ('{"1": "x"}', "no name for class '0'")):
+    for content, message in (
+        ("a\nb\n", "2 names, and the model has 6 classes"),
+        ("[1,", "not JSON"),
+        ('{"1": "x"}', "no name for class '0'"),
+    ):
         (tmp_path / "bad").write_text(content)
         with pytest.raises(UserError, match=message):
             names(model, "--class-names", str(tmp_path / "bad"))

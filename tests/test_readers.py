@@ -1,4 +1,6 @@
-"""Data sets that timm reads: real WebDataset shards, and stand-ins for the packages that are not installed."""
+"""Data sets that timm reads: real WebDataset shards, and stand-ins for the packages that are not
+installed.
+"""
 
 import io
 import json
@@ -23,10 +25,14 @@ def jpeg(number: int) -> bytes:
 
 
 def make_shards(root, train: int = 24, val: int = 10, damaged=()):
-    """train-0..2.tar and val-0..1.tar, images numbered from 0 in each split, of three classes in turn."""
+    """train-0..2.tar and val-0..1.tar, images numbered from 0 in each split, of three classes in
+    turn.
+    """
     root.mkdir(exist_ok=True)
     for split, count, size in (("train", train, 8), ("val", val, 5)):
-        with webdataset.ShardWriter(str(root / f"{split}-%d.tar"), maxcount=size, verbose=0) as shards:
+        with webdataset.ShardWriter(
+            str(root / f"{split}-%d.tar"), maxcount=size, verbose=0
+        ) as shards:
             for number in range(count):
                 content = jpeg(number)[:200] if (split, number) in damaged else jpeg(number)
                 shards.write({"__key__": f"{number:05d}", "jpg": content, "cls": number % 3})
@@ -35,7 +41,9 @@ def make_shards(root, train: int = 24, val: int = 10, damaged=()):
 
 def shard_options(root, *flags: str):
     splits = ("--train-split", "train-{0..2}.tar|24", "--val-split", "val-{0..1}.tar|10")
-    return options("--data-set", "wds/photos", "--data-path", str(root), "--num-workers", "2", *splits, *flags)
+    return options(
+        "--data-set", "wds/photos", "--data-path", str(root), "--num-workers", "2", *splits, *flags
+    )
 
 
 def fingerprint(batches) -> list[tuple[float, int]]:
@@ -59,7 +67,9 @@ def test_shards_give_whole_epochs_from_any_step(tmp_path):
     resumed = build_data(shard_options(root), 32)
     continued = list(resumed.train_batches(1, start_step=4))
     assert len(continued) == 2
-    assert all(torch.equal(a.images, b.images) for a, b in zip(continued, epochs[1][4:], strict=True))
+    assert all(
+        torch.equal(a.images, b.images) for a, b in zip(continued, epochs[1][4:], strict=True)
+    )
     with pytest.raises(ValueError, match="start_step 7"):
         next(data.train_batches(0, 7))
 
@@ -67,7 +77,10 @@ def test_shards_give_whole_epochs_from_any_step(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_evaluate_every_image_of_the_shards_once(tmp_path, world_size):
     root = make_shards(tmp_path)
-    ranks = [build_data(shard_options(root), 32, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        build_data(shard_options(root), 32, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     found = [fingerprint(data.val_batches()) for data in ranks]
     assert max(len(one) for one in found) - min(len(one) for one in found) <= 2
     everything = sorted(sum(found, []))
@@ -77,7 +90,18 @@ def test_ranks_evaluate_every_image_of_the_shards_once(tmp_path, world_size):
 
 def test_ranks_train_on_different_shards(tmp_path):
     root = make_shards(tmp_path)
-    plain = ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--hflip", "0", "--crop-padding", "0")
+    plain = (
+        "--aa",
+        "none",
+        "--color-jitter",
+        "0",
+        "--reprob",
+        "0",
+        "--hflip",
+        "0",
+        "--crop-padding",
+        "0",
+    )
     seen = []
     for rank in range(3):
         data = build_data(shard_options(root, *plain), 32, rank=rank, world_size=3)
@@ -121,14 +145,30 @@ def test_a_damaged_shard_is_told(tmp_path):
 
 def test_splits_and_classes_from_the_info_file(tmp_path):
     root = make_shards(tmp_path)
-    train = {"num_samples": 24, "filenames": [f"train-{i}.tar" for i in range(3)], "shard_lengths": [8, 8, 8]}
-    val = {"num_samples": 10, "filenames": [f"val-{i}.tar" for i in range(2)], "shard_lengths": [5, 5]}
+    train = {
+        "num_samples": 24,
+        "filenames": [f"train-{i}.tar" for i in range(3)],
+        "shard_lengths": [8, 8, 8],
+    }
+    val = {
+        "num_samples": 10,
+        "filenames": [f"val-{i}.tar" for i in range(2)],
+        "shard_lengths": [5, 5],
+    }
     splits = {"train": {"name": "train", **train}, "validation": {"name": "validation", **val}}
-    (root / "_info.json").write_text(json.dumps({"splits": splits, "class_names": ["a", "b", "c", "d"]}))
+    (root / "_info.json").write_text(
+        json.dumps({"splits": splits, "class_names": ["a", "b", "c", "d"]})
+    )
     flags = ("--data-set", "wds/photos", "--data-path", str(root))
     data = build_data(options(*flags), 32)
     assert (data.class_names, data.num_val, data.steps_per_epoch) == (["a", "b", "c", "d"], 10, 6)
-    assert sum(len(batch.targets) for batch in build_data(options(*flags), 32, train=False).val_batches()) == 10
+    assert (
+        sum(
+            len(batch.targets)
+            for batch in build_data(options(*flags), 32, train=False).val_batches()
+        )
+        == 10
+    )
     (root / "_info.json").write_text(json.dumps({"splits": splits, "num_classes": 2}))
     with pytest.raises(UserError, match="wds/photos: label 2 is outside the 2 classes"):
         list(build_data(options(*flags), 32).val_batches())
@@ -139,30 +179,46 @@ def test_mistakes_with_shards_get_one_line(tmp_path):
     for error_type, flags, message in (
         (UsageError, ("--subset", "8"), "--subset: wds/photos is read as a stream"),
         (UserError, ("--data-path", str(tmp_path / "no")), "no: no such folder"),
-        (UserError, ("--val-split", "validation"), "wds/photos: split 'validation' cannot be opened: .*not found"),
-        (UserError, ("--train-split", "train-{0..2}.tar"), "cannot be opened: .*num_samples not specified"),
+        (
+            UserError,
+            ("--val-split", "validation"),
+            "wds/photos: split 'validation' cannot be opened: .*not found",
+        ),
+        (
+            UserError,
+            ("--train-split", "train-{0..2}.tar"),
+            "cannot be opened: .*num_samples not specified",
+        ),
         (UserError, ("--val-split", "val-{0..9}.tar|50"), "wds/photos: no shard val-2.tar in "),
     ):
         with pytest.raises(error_type, match=message) as error:
             build_data(shard_options(root, *flags), 32)
         assert "\n" not in str(error.value)
     (root / "train-0.tar").write_bytes(b"no archive at all" * 100)
-    with pytest.raises(UserError, match="train-0.tar: cannot read the labels .* num_classes into _info.json"):
+    with pytest.raises(
+        UserError, match="train-0.tar: cannot read the labels .* num_classes into _info.json"
+    ):
         build_data(shard_options(root), 32)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     own = sys.modules["datasets"]
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
-    with pytest.raises(UserError, match="--data-set hfds/x needs Hugging Face's package: pip install datasets"):
+    with pytest.raises(
+        UserError, match="--data-set hfds/x needs Hugging Face's package: pip install datasets"
+    ):
         build_data(options("--data-set", "hfds/x"), 32)
     assert sys.modules["datasets"] is own
-    with pytest.raises(UserError, match="--data-set tfds/x needs a package that is not installed: .*tensorflow"):
+    with pytest.raises(
+        UserError, match="--data-set tfds/x needs a package that is not installed: .*tensorflow"
+    ):
         build_data(options("--data-set", "tfds/x"), 32)
 
 
 def test_random_access_readers_are_used_like_folders(monkeypatch):
-    """A stand-in for timm's Hugging Face reader, which needs a package that is not among the requirements."""
+    """A stand-in for timm's Hugging Face reader, which needs a package that is not among the
+    requirements.
+    """
 
     class Reader:
         class_to_idx = {"cat": 1, "ant": 0}

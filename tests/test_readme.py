@@ -1,4 +1,6 @@
-"""The README's commands: each is read by its program's own parser, and a chain of them is run on a few small images."""
+"""The README's commands: each is read by its program's own parser, and a chain of them is run on a
+few small images.
+"""
 
 import importlib
 import itertools
@@ -19,13 +21,29 @@ import options
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError, UserError
 
-# Scripts that train or test whatever the flags: test_scripts.py runs them with stand-ins for their programs.
-WITH_STAND_INS = {"scripts/demo.sh", "scripts/test.sh", "scripts/gpu_check.sh", "scripts/slurm.sh",
-                  "scripts/ablation/fmnist.sh"}
+# Scripts that train or test whatever the flags: test_scripts.py runs them with stand-ins for their
+# programs.
+WITH_STAND_INS = {
+    "scripts/demo.sh",
+    "scripts/test.sh",
+    "scripts/gpu_check.sh",
+    "scripts/slurm.sh",
+    "scripts/ablation/fmnist.sh",
+}
 FAST = ["--num-workers", "0", "--device", "cpu"]
 # Behind the README's own flags: what makes a training one of seconds.
-SMALL = ["--model", "vim_micro", "--model-kwargs", "embed_dim=16", "--input-size", "32", "--batch-size", "4",
-         "--epochs", "1"]
+SMALL = [
+    "--model",
+    "vim_micro",
+    "--model-kwargs",
+    "embed_dim=16",
+    "--input-size",
+    "32",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "1",
+]
 
 
 class Command(NamedTuple):
@@ -46,15 +64,19 @@ def read_command(line: str) -> Command | None:
     if not words:
         return None
     variables = list(itertools.takewhile(re.compile("[A-Z_]+=").match, words))
-    launcher, *words = words[len(variables):]
+    launcher, *words = words[len(variables) :]
     if launcher == "torchrun":
         launched = torchrun_parser().parse_args(words)
         words = [launched.training_script, *launched.training_script_args]
-    return Command(dict(variable.split("=", 1) for variable in variables), launcher, words[0], words[1:])
+    return Command(
+        dict(variable.split("=", 1) for variable in variables), launcher, words[0], words[1:]
+    )
 
 
 def readme_commands() -> list[Command]:
-    """The commands of the bash blocks, and those that stand in the text as `python ...`, `bash ...`."""
+    """The commands of the bash blocks, and those that stand in the text as `python ...`, `bash
+    ...`.
+    """
     text = (ROOT / "README.md").read_text()
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -85,23 +107,39 @@ def check_flags(program: str, flags: list[str]) -> None:
 
 
 def test_the_commands_are_found():
-    assert {"main.py", "ablation.py", "visualize.py", "predict.py", "report.py", "scripts/eval.sh", "scripts/vim-s.sh",
-            *WITH_STAND_INS} <= {command.program for command in COMMANDS}
+    assert {
+        "main.py",
+        "ablation.py",
+        "visualize.py",
+        "predict.py",
+        "report.py",
+        "scripts/eval.sh",
+        "scripts/vim-s.sh",
+        *WITH_STAND_INS,
+    } <= {command.program for command in COMMANDS}
     assert {"python", "torchrun", "bash", "sbatch"} == {command.launcher for command in COMMANDS}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.launcher in ("python", "torchrun")], ids=str)
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.launcher in ("python", "torchrun")], ids=str
+)
 def test_the_program_takes_the_flags(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_flags(command.program, command.arguments)
 
 
-@pytest.mark.parametrize("line", [
-    "python main.py --token-keep-ratios 0.7", "python main.py --eval --model-path x --token-keep-ratio 7",
-    "torchrun --standalone main.py --method dvym ...", "python ablation.py --dense-path x -- --epoch 3",
-    "python visualize.py --model-path x --image photos/ --output_dir y", "python predict.py --model x FILE",
-    "python report.py x --outputs y",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python main.py --token-keep-ratios 0.7",
+        "python main.py --eval --model-path x --token-keep-ratio 7",
+        "torchrun --standalone main.py --method dvym ...",
+        "python ablation.py --dense-path x -- --epoch 3",
+        "python visualize.py --model-path x --image photos/ --output_dir y",
+        "python predict.py --model x FILE",
+        "python report.py x --outputs y",
+    ],
+)
 def test_a_flag_that_is_wrong_is_noticed(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = read_command(line)
@@ -109,23 +147,33 @@ def test_a_flag_that_is_wrong_is_noticed(line, tmp_path, monkeypatch):
         check_flags(command.program, command.arguments)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program.endswith(".sh") and
-                                     c.program not in WITH_STAND_INS], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if c.program.endswith(".sh") and c.program not in WITH_STAND_INS],
+    ids=str,
+)
 def test_the_script_launches_what_its_program_takes(command, tmp_path):
     paths = {name: tmp_path for name in ("MODEL_PATH", "DATA_PATH") if name in command.variables}
     result = run(command.program, *command.arguments, **command.variables | paths, DRY_RUN=1)
     assert result.returncode == 0, result.stderr
     words = [word.removeprefix(f"{ROOT}/") for word in shlex.split(result.stdout)]
     [position] = [words.index(name) for name in ("main.py", "ablation.py") if name in words]
-    check_flags(words[position], words[position + 1:])
+    check_flags(words[position], words[position + 1 :])
 
 
-# A user's first hour: the commands as the README has them, in a folder where its FOLDER and photos/ are.
+# A user's first hour: the commands as the README has them, in a folder where its FOLDER and photos/
+# are.
 
 
 def find(program: str, *flags: str) -> list[str]:
-    """The arguments of the README's one `python PROGRAM ...` with these flags, its placeholders filled in."""
-    [command] = [c for c in COMMANDS if (c.launcher, c.program) == ("python", program) and {*flags} <= {*c.arguments}]
+    """The arguments of the README's one `python PROGRAM ...` with these flags, its placeholders
+    filled in.
+    """
+    [command] = [
+        c
+        for c in COMMANDS
+        if (c.launcher, c.program) == ("python", program) and {*flags} <= {*c.arguments}
+    ]
     places = {"CKPT": "output/dyvm/best_checkpoint.pth", "DIR": "output/sweep", "FILE...": "photos"}
     return [places.get(word, word) for word in command.arguments]
 
@@ -141,18 +189,29 @@ def home(tmp_path_factory):
     make_folders(folder / "FOLDER")
     make_folders(folder / "photos", train=1, val=2)
     (folder / "output").mkdir()
-    (folder / "output/demo").symlink_to(folder / "output")  # the demo's runs are laid out like these
+    (folder / "output/demo").symlink_to(
+        folder / "output"
+    )  # the demo's runs are laid out like these
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for method in ("dense", "dyvm"):
-            start("main.py", *find("main.py", "--method", method), *SMALL, *FAST, "--throughput-seconds", "0.1")
+            start(
+                "main.py",
+                *find("main.py", "--method", method),
+                *SMALL,
+                *FAST,
+                "--throughput-seconds",
+                "0.1",
+            )
     return folder
 
 
 @pytest.fixture
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(logging.root, "handlers", [])  # those of the trainings write to standard output
+    monkeypatch.setattr(
+        logging.root, "handlers", []
+    )  # those of the trainings write to standard output
     return home
 
 
@@ -161,12 +220,24 @@ def evaluation(folder: Path) -> dict:
 
 
 def test_training(at_home):
-    dense, student = (load_checkpoint(at_home / f"output/{name}/best_checkpoint.pth") for name in ("dense", "dyvm"))
-    assert (dense["args"]["model"], dense["args"]["lr"], dense["class_names"]) == ("vim_micro", 1e-3, ["cat", "dog"])
-    assert (student["args"]["model"], student["args"]["token_keep_ratio"], student["args"]["block_keep_ratio"]) == (
-        "dyvm_vim_micro", 0.7, 0.8)
+    dense, student = (
+        load_checkpoint(at_home / f"output/{name}/best_checkpoint.pth")
+        for name in ("dense", "dyvm")
+    )
+    assert (dense["args"]["model"], dense["args"]["lr"], dense["class_names"]) == (
+        "vim_micro",
+        1e-3,
+        ["cat", "dog"],
+    )
+    assert (
+        student["args"]["model"],
+        student["args"]["token_keep_ratio"],
+        student["args"]["block_keep_ratio"],
+    ) == ("dyvm_vim_micro", 0.7, 0.8)
     report = evaluation(at_home / "output/dyvm")
-    assert report["dense"]["top1"] == evaluation(at_home / "output/dense")["dense"]["top1"], "the teacher is that run"
+    assert report["dense"]["top1"] == evaluation(at_home / "output/dense")["dense"]["top1"], (
+        "the teacher is that run"
+    )
     assert report["dynamic"]["keep"] == [int(64 * 0.7**stage) / 64 for stage in (1, 2, 3)]
 
 
@@ -179,7 +250,8 @@ def test_evaluation_and_another_budget(at_home):
     as_trained, half = reports
     trained = evaluation(at_home / "output/dyvm")["dynamic"]
     assert {key: as_trained[key] for key in ("top1", "loss", "keep", "flops")} == {
-        key: trained[key] for key in ("top1", "loss", "keep", "flops")}
+        key: trained[key] for key in ("top1", "loss", "keep", "flops")
+    }
     assert half["keep"] == [0.5, 0.25, 0.125]
 
 

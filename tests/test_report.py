@@ -23,16 +23,45 @@ SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "output/screenshots"))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of a dense training and of a student from it, evaluated and swept, as the demo leaves them."""
+    """Folders of a dense training and of a student from it, evaluated and swept, as the demo leaves
+    them.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*SMALL, "--input-size", "16", "--subset", "64", "--batch-size", "32", "--epochs", "2", "--warmup-epochs",
-             "0", "--throughput-seconds", "0.05", "--model-ema-decay", "0.9"]
+    flags = [
+        *SMALL,
+        "--input-size",
+        "16",
+        "--subset",
+        "64",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--throughput-seconds",
+        "0.05",
+        "--model-ema-decay",
+        "0.9",
+    ]
     dense, student = folder / "dense", folder / "dyvm"
     main.main([*flags, "--output_dir", str(dense)])
     student_flags = [*DYNAMIC, "--model-path", str(dense / "best_checkpoint.pth")]
     main.main([*flags, *student_flags, "--output_dir", str(student)])
-    main.main(["--eval", "--sweep", "0.5:1.0:0.25", "--model-path", str(student / "best_checkpoint.pth"),
-               "--output_dir", str(student), "--throughput-seconds", "0.05", *SMALL[-4:]])
+    main.main(
+        [
+            "--eval",
+            "--sweep",
+            "0.5:1.0:0.25",
+            "--model-path",
+            str(student / "best_checkpoint.pth"),
+            "--output_dir",
+            str(student),
+            "--throughput-seconds",
+            "0.05",
+            *SMALL[-4:],
+        ]
+    )
     return dense, student
 
 
@@ -57,24 +86,35 @@ class Elements(HTMLParser):
 
 
 def log_names(run):
-    return {name for line in (run / "log.txt").read_text().splitlines() for name in json.loads(line)}
+    return {
+        name for line in (run / "log.txt").read_text().splitlines() for name in json.loads(line)
+    }
 
 
 def test_everything_of_the_runs_is_in_it(runs, page):
     text = page.read_text()
     elements = Elements(text).found
     assert [attributes["id"] for tag, attributes in elements if tag == "h2"] == list(SECTIONS)
-    drawn = {attributes["aria-label"].split(" over the epochs")[0] for tag, attributes in elements
-             if tag == "svg" and " over the epochs" in attributes["aria-label"]}
+    drawn = {
+        attributes["aria-label"].split(" over the epochs")[0]
+        for tag, attributes in elements
+        if tag == "svg" and " over the epochs" in attributes["aria-label"]
+    }
     assert drawn == (log_names(runs[0]) | log_names(runs[1])) - {"epoch", "n_parameters"}
     evaluated = json.loads((runs[1] / "eval.json").read_text())
     assert f"{evaluated['dynamic']['top1']:.2f}" in text
     assert f"{evaluated['dynamic']['flops']['exact'] / 1e6:,.2f}" in text
     assert "0.75" in text and "Arguments that differ" in text
     assert text.count('<img class="strip"') == 4  # samples of the student
-    different = text[text.index("Arguments that differ"):text.index("<details")]
-    assert re.findall(r'<th scope="row">(\w+)</th>', different) == ["lr", "method", "model", "model_path", "output_dir",
-                                                                  "pruning_layers"]
+    different = text[text.index("Arguments that differ") : text.index("<details")]
+    assert re.findall(r'<th scope="row">(\w+)</th>', different) == [
+        "lr",
+        "method",
+        "model",
+        "model_path",
+        "output_dir",
+        "pruning_layers",
+    ]
     for version in ("torch", "timm", "cpu"):
         assert f'<th scope="row">{version}</th>' in text
 
@@ -105,19 +145,26 @@ def test_tensorboard_log_and_report_share_their_names(runs):
         assert set(events.Tags()["scalars"]) == log_names(run) - {"epoch", "n_parameters"}
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine (Debian: apt install chromium)")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no chromium on this machine (Debian: apt install chromium)"
+)
 def test_in_a_browser(page, tmp_path):
     browser = Browser(tmp_path)
     try:
-        for name, width, height, dark in (("desktop", 1280, 900, False), ("phone", 390, 844, False),
-                                          ("dark", 1280, 900, True)):
+        for name, width, height, dark in (
+            ("desktop", 1280, 900, False),
+            ("phone", 390, 844, False),
+            ("dark", 1280, 900, True),
+        ):
             browser.open(page, width, height, dark)
             assert browser.problems() == []
             assert browser.requests() == [page.resolve().as_uri()]
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             shown = browser.evaluate("""[...document.querySelectorAll('h2')].map(h => [h.id, h.offsetHeight,
                                         h.getBoundingClientRect().right <= innerWidth])""")
-            assert [section for section, tall, inside in shown if tall > 10 and inside] == list(SECTIONS)
+            assert [section for section, tall, inside in shown if tall > 10 and inside] == list(
+                SECTIONS
+            )
             sizes = browser.evaluate("""[...document.querySelectorAll('img, main svg')].map(p => {
                 const box = p.getBoundingClientRect();
                 return [box.width, box.height, p.tagName == 'IMG' ? p.complete && p.naturalWidth > 0 : true]})""")
@@ -127,8 +174,10 @@ def test_in_a_browser(page, tmp_path):
                 t => t.getBoundingClientRect().height))""")
             assert letters >= 8
             background, ink = browser.evaluate(
-                "[document.body, document.querySelector('h1')].map((e, i) => getComputedStyle(e)[i ? 'color' : "
-                "'backgroundColor'].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))")
+                "[document.body, document.querySelector('h1')].map((e, i) => "
+                "getComputedStyle(e)[i ? 'color' : "
+                "'backgroundColor'].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))"
+            )
             assert background < 100 < 600 < ink if dark else ink < 150 < 700 < background
             browser.screenshot(SCREENSHOTS / f"report-{name}.png")
         assert browser.pdf().startswith(b"%PDF")
@@ -164,12 +213,22 @@ def test_a_run_without_a_log(tmp_path):
     run = damaged(tmp_path / "run", args_json='{"model": "<script>alert(1)</script>", "lr": 0.1}')
     report.main([str(run)])
     text = (run / "report.html").read_text()
-    assert "no log.txt: nothing is known of its training" in text and "No training was logged here" in text
+    assert (
+        "no log.txt: nothing is known of its training" in text
+        and "No training was logged here" in text
+    )
     assert "<script>" not in text and "&lt;script&gt;" in text
 
 
-@pytest.mark.parametrize("files", [
-    dict(log_txt='[1]\n{"epoch": "x"}\n', args_json="{}"), dict(args_json="{cut"), dict(eval_json="[]"), {}])
+@pytest.mark.parametrize(
+    "files",
+    [
+        dict(log_txt='[1]\n{"epoch": "x"}\n', args_json="{}"),
+        dict(args_json="{cut"),
+        dict(eval_json="[]"),
+        {},
+    ],
+)
 def test_folders_that_are_no_runs(files, tmp_path):
     with pytest.raises(UserError, match="not the folder of a run"):
         report.main([str(damaged(tmp_path / "run", **files))])
@@ -182,8 +241,12 @@ def test_unreadable_parts_are_named(runs, tmp_path):
     (run / "decisions/gates.csv").write_text("layer,forward\n0,1\n")
     report.main([str(run)])
     text = (run / "report.html").read_text()
-    for note in ("sweep.json cannot be read", "log.txt holds no epoch", "kept_patches.png cannot be read",
-                 "a table cannot be read"):
+    for note in (
+        "sweep.json cannot be read",
+        "log.txt holds no epoch",
+        "kept_patches.png cannot be read",
+        "a table cannot be read",
+    ):
         assert note in text
 
 

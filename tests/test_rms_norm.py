@@ -20,12 +20,21 @@ def test_add_rms_norm(first):
         torch.testing.assert_close(add_rms_norm(hidden, residual, weight, 1e-5), (normed, total))
     leaves = [t for t in (hidden, residual, weight) if t is not None]
     assert torch.autograd.gradcheck(
-        lambda *given: add_rms_norm(given[0] if hidden is not None else None,
-                                    given[-2] if residual is not None else None, given[-1]), leaves)
+        lambda *given: add_rms_norm(
+            given[0] if hidden is not None else None,
+            given[-2] if residual is not None else None,
+            given[-1],
+        ),
+        leaves,
+    )
 
 
 def test_add_rms_norm_types():
-    hidden, residual, weight = torch.randn(2, 5, 12).bfloat16(), torch.randn(2, 5, 12), torch.rand(12)
+    hidden, residual, weight = (
+        torch.randn(2, 5, 12).bfloat16(),
+        torch.randn(2, 5, 12),
+        torch.rand(12),
+    )
     normed, total = add_rms_norm(hidden, residual, weight)
     assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

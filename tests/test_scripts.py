@@ -1,5 +1,6 @@
-"""The shell scripts: the recipes' numbers, what they launch and what they say to a wrong environment, with stand-ins
-for slow programs (python, srun) so that nothing is trained."""
+"""The shell scripts: the recipes' numbers, what they launch and what they say to a wrong
+environment, with stand-ins for slow programs (python, srun) so that nothing is trained.
+"""
 
 import os
 import re
@@ -16,7 +17,8 @@ import options
 
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
-# The paper's recipes for ImageNet-1K: model, images per GPU, learning rate, token keep ratio, block keep ratio.
+# The paper's recipes for ImageNet-1K: model, images per GPU, learning rate, token keep ratio, block
+# keep ratio.
 RECIPES = {
     "vim-t": ("dyvm_vim_tiny", 128, 3e-5, 0.9, 0.8),
     "vim-s": ("dyvm_vim_small", 64, 5e-5, 0.7, 0.8),
@@ -27,18 +29,37 @@ RECIPES = {
     "mambareg-b": ("dyvm_mambareg_base", 32, 5e-5, 0.7, 0.7),
 }
 SHARED_RECIPE = {
-    "method": "dyvm", "data-set": "IMNET", "epochs": 30, "sched": "cosine", "warmup-epochs": 5, "warmup-lr": 1e-5,
-    "min-lr": 1e-6, "opt": "adamw", "weight-decay": 1e-8, "drop-path": 0, "model-ema-decay": 0.99996, "amp": "off",
-    "repeated-aug": True, "aa": "rand-m9-mstd0.5-inc1", "color-jitter": 0.3, "train-interpolation": "bicubic",
-    "reprob": 0.25, "remode": "pixel", "mixup": 0.8, "cutmix": 1, "smoothing": 0.1, "eval-crop-ratio": 0.875,
-    "token-pruning-weight": 10, "block-pruning-weight": 10,
+    "method": "dyvm",
+    "data-set": "IMNET",
+    "epochs": 30,
+    "sched": "cosine",
+    "warmup-epochs": 5,
+    "warmup-lr": 1e-5,
+    "min-lr": 1e-6,
+    "opt": "adamw",
+    "weight-decay": 1e-8,
+    "drop-path": 0,
+    "model-ema-decay": 0.99996,
+    "amp": "off",
+    "repeated-aug": True,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "color-jitter": 0.3,
+    "train-interpolation": "bicubic",
+    "reprob": 0.25,
+    "remode": "pixel",
+    "mixup": 0.8,
+    "cutmix": 1,
+    "smoothing": 0.1,
+    "eval-crop-ratio": 0.875,
+    "token-pruning-weight": 10,
+    "block-pruning-weight": 10,
 }
 
 
 def flags_of(command):
     """{flag: value} of a printed command's part behind main.py; the last one wins, as in argparse."""
     words = shlex.split(command)
-    words = words[next(i for i, word in enumerate(words) if word.endswith("main.py")) + 1:]
+    words = words[next(i for i, word in enumerate(words) if word.endswith("main.py")) + 1 :]
     flags = {}
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         if word.startswith("--"):
@@ -69,8 +90,10 @@ def test_syntax(script):
 @pytest.mark.parametrize("document", [*ROOT.glob("*.md"), *SCRIPTS], ids=lambda path: path.name)
 def test_named_files_exist(document):
     """Every script and program that the README or a script's launch lines name is there."""
-    named = re.findall(r"(?:bash|python3?|sbatch.*) ((?:scripts|benchmarks|tests)/[\w/-]+\.(?:sh|py)|main\.py)",
-                       document.read_text())
+    named = re.findall(
+        r"(?:bash|python3?|sbatch.*) ((?:scripts|benchmarks|tests)/[\w/-]+\.(?:sh|py)|main\.py)",
+        document.read_text(),
+    )
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
@@ -84,18 +107,30 @@ def test_recipe_is_the_papers(name, inputs):
     assert "torch.distributed.run --standalone --nproc_per_node=4 " in result.stdout
     model, batch, lr, token_keep, block_keep = RECIPES[name]
     expected = SHARED_RECIPE | {
-        "model": model, "batch-size": batch, "lr": lr, "token-keep-ratio": token_keep, "block-keep-ratio": block_keep,
-        "model-path": str(inputs["MODEL_PATH"]), "data-path": str(inputs["DATA_PATH"]),
+        "model": model,
+        "batch-size": batch,
+        "lr": lr,
+        "token-keep-ratio": token_keep,
+        "block-keep-ratio": block_keep,
+        "model-path": str(inputs["MODEL_PATH"]),
+        "data-path": str(inputs["DATA_PATH"]),
         "output_dir": str(ROOT / "output" / name),
     }
     flags = flags_of(result.stdout)
     assert flags.keys() == expected.keys()
-    assert {flag: flags[flag] for flag in expected if not same_value(flags[flag], expected[flag])} == {}
+    assert {
+        flag: flags[flag] for flag in expected if not same_value(flags[flag], expected[flag])
+    } == {}
 
 
 def test_main_knows_every_flag_of_the_recipes(inputs):
-    usage = subprocess.run([sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True).stdout
-    commands = [run("scripts/vim-t.sh", DRY_RUN=1, **inputs).stdout, run("scripts/eval.sh", DRY_RUN=1, **inputs).stdout]
+    usage = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True
+    ).stdout
+    commands = [
+        run("scripts/vim-t.sh", DRY_RUN=1, **inputs).stdout,
+        run("scripts/eval.sh", DRY_RUN=1, **inputs).stdout,
+    ]
     demo = (ROOT / "scripts/demo.sh").read_text()
     flags = {f"--{flag}" for command in commands for flag in flags_of(command)}
     flags |= set(re.findall(r"(?<=\s)--[\w-]+", demo)) - {"--logdir"}
@@ -103,7 +138,15 @@ def test_main_knows_every_flag_of_the_recipes(inputs):
 
 
 def test_extra_flags_win(inputs):
-    result = run("scripts/vim-s.sh", "--lr", "1e-3", "--no-repeated-aug", DRY_RUN=1, OUTPUT="/runs/a b", **inputs)
+    result = run(
+        "scripts/vim-s.sh",
+        "--lr",
+        "1e-3",
+        "--no-repeated-aug",
+        DRY_RUN=1,
+        OUTPUT="/runs/a b",
+        **inputs,
+    )
     flags = flags_of(result.stdout)
     assert flags["lr"] == "1e-3"
     assert flags["output_dir"] == "/runs/a b"
@@ -121,7 +164,9 @@ def test_one_process_for_each_visible_gpu(devices, processes, inputs):
 
 def test_gpus_are_counted_by_the_driver(inputs, tmp_path):
     program(tmp_path / "bin/nvidia-smi", 'printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"')
-    result = run("scripts/vim-s.sh", DRY_RUN=1, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **inputs)
+    result = run(
+        "scripts/vim-s.sh", DRY_RUN=1, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **inputs
+    )
     assert "--nproc_per_node=2 " in result.stdout
 
 
@@ -136,11 +181,15 @@ def test_missing_variables(script, variable, inputs):
 
 @pytest.mark.parametrize("gpus", ["0", "two", "-1"])
 def test_wrong_gpus(gpus, inputs):
-    assert f"GPUS={gpus} is not" in one_line(run("scripts/vim-s.sh", DRY_RUN=1, GPUS=gpus, **inputs), 2)
+    assert f"GPUS={gpus} is not" in one_line(
+        run("scripts/vim-s.sh", DRY_RUN=1, GPUS=gpus, **inputs), 2
+    )
 
 
 def test_eval_command(inputs):
-    flags = flags_of(run("scripts/eval.sh", "--model", "dyvm_vim_small", DRY_RUN=1, **inputs).stdout)
+    flags = flags_of(
+        run("scripts/eval.sh", "--model", "dyvm_vim_small", DRY_RUN=1, **inputs).stdout
+    )
     assert flags["eval"] is True
     assert flags["model-path"] == str(inputs["MODEL_PATH"])
     assert flags["model"] == "dyvm_vim_small"
@@ -149,50 +198,100 @@ def test_eval_command(inputs):
 # Ablations
 
 
-@pytest.mark.parametrize("name, flag, value", [
-    ("token-only", "method", "token"), ("block-only", "method", "block"), ("scorer-b", "scorer-input", "B"),
-    ("scorer-delta", "scorer-input", "delta"), ("random", "token-strategy", "random"),
-    ("static", "token-strategy", "static")])
+@pytest.mark.parametrize(
+    "name, flag, value",
+    [
+        ("token-only", "method", "token"),
+        ("block-only", "method", "block"),
+        ("scorer-b", "scorer-input", "B"),
+        ("scorer-delta", "scorer-input", "delta"),
+        ("random", "token-strategy", "random"),
+        ("static", "token-strategy", "static"),
+    ],
+)
 def test_an_ablation_is_the_recipe_but_for_one_flag(name, flag, value, inputs, tmp_path):
     recipe = flags_of(run("scripts/vim-s.sh", DRY_RUN=1, GPUS=4, **inputs).stdout)
     result = run(f"scripts/ablation/{name}.sh", DRY_RUN=1, GPUS=4, cwd=tmp_path, **inputs)
     assert flags_of(result.stdout) == recipe | {
-        flag: value, "output_dir": str(ROOT / "output/ablation" / name)}
-    assert f"/path/to/it bash scripts/ablation/{name}.sh" in one_line(run(f"scripts/ablation/{name}.sh"), 2)
+        flag: value,
+        "output_dir": str(ROOT / "output/ablation" / name),
+    }
+    assert f"/path/to/it bash scripts/ablation/{name}.sh" in one_line(
+        run(f"scripts/ablation/{name}.sh"), 2
+    )
     assert shlex.join([f"--{flag}", value]) in ablation.VARIANTS.values()
 
 
 def test_all_ablations_on_imagenet(inputs):
-    printed = run("scripts/ablation/all.sh", "--amp", "bf16", DRY_RUN=1, GPUS=8, SEEDS="3 5", **inputs).stdout
+    printed = run(
+        "scripts/ablation/all.sh", "--amp", "bf16", DRY_RUN=1, GPUS=8, SEEDS="3 5", **inputs
+    ).stdout
     words = shlex.split(printed)
     args = ablation.parse(words[2:])
     assert words[1] == str(ROOT / "ablation.py")
     assert (args.seeds, args.jobs, list(args.variants)) == ([3, 5], 8, list(ablation.VARIANTS))
-    assert (args.dense_path, args.output_dir) == (str(inputs["MODEL_PATH"]), str(ROOT / "output/ablation/all"))
+    assert (args.dense_path, args.output_dir) == (
+        str(inputs["MODEL_PATH"]),
+        str(ROOT / "output/ablation/all"),
+    )
     run_args = ablation.plan(args)[0].args
     recipe = flags_of(run("scripts/vim-s.sh", DRY_RUN=1, **inputs).stdout)
     assert run_args.batch_size * run_args.accum_steps == 4 * int(recipe["batch-size"])
-    assert (run_args.lr, run_args.epochs, run_args.data_set, run_args.amp) == (5e-5, 30, "IMNET", "bf16")
+    assert (run_args.lr, run_args.epochs, run_args.data_set, run_args.amp) == (
+        5e-5,
+        30,
+        "IMNET",
+        "bf16",
+    )
     for variable in ("MODEL_PATH", "DATA_PATH"):
         unset = {name: value for name, value in inputs.items() if name != variable}
-        assert f"{variable} is not set" in one_line(run("scripts/ablation/all.sh", DRY_RUN=1, **unset), 2)
+        assert f"{variable} is not set" in one_line(
+            run("scripts/ablation/all.sh", DRY_RUN=1, **unset), 2
+        )
 
 
 def test_ablations_on_fashion_mnist(python, tmp_path):
-    result = run("scripts/ablation/fmnist.sh", "--amp", "bf16", PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=5,
-                 EPOCHS=3, SUBSET=640, JOBS=4, SEEDS="1 2")
+    result = run(
+        "scripts/ablation/fmnist.sh",
+        "--amp",
+        "bf16",
+        PYTHON=python,
+        OUTPUT=tmp_path / "runs",
+        EPOCHS_DENSE=5,
+        EPOCHS=3,
+        SUBSET=640,
+        JOBS=4,
+        SEEDS="1 2",
+    )
     assert result.returncode == 0, result.stderr
     dense, runner = (tmp_path / "calls.log").read_text().splitlines()
     flags = flags_of(dense)
-    assert (flags["method"], flags["epochs"], flags["subset"], flags["resume"]) == ("dense", "5", "640", "auto")
+    assert (flags["method"], flags["epochs"], flags["subset"], flags["resume"]) == (
+        "dense",
+        "5",
+        "640",
+        "auto",
+    )
     args = ablation.parse(shlex.split(runner)[1:-1])  # without the stand-in's GOLDEN_DIR
     assert (args.seeds, args.jobs, args.output_dir) == ([1, 2], 4, str(tmp_path / "runs"))
     assert args.dense_path == f"{flags['output_dir']}/best_checkpoint.pth"
     student, teacher = ablation.plan(args)[0].args, options.parse(shlex.split(dense)[1:-1])
     assert (student.epochs, student.pruning_layers, student.token_keep_ratio) == (3, [2, 4, 6], 0.6)
-    own = {"epochs", "lr", "warmup_epochs", "method", "model", "model_path", "output_dir", "pruning_layers",
-           "token_keep_ratio", "seed"}
-    assert {name for name in vars(student) if getattr(student, name) != getattr(teacher, name)} == own
+    own = {
+        "epochs",
+        "lr",
+        "warmup_epochs",
+        "method",
+        "model",
+        "model_path",
+        "output_dir",
+        "pruning_layers",
+        "token_keep_ratio",
+        "seed",
+    }
+    assert {
+        name for name in vars(student) if getattr(student, name) != getattr(teacher, name)
+    } == own
 
 
 # SLURM
@@ -200,33 +299,54 @@ def test_ablations_on_fashion_mnist(python, tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path, inputs):
-    """Variables of a job on two nodes, with stand-ins for SLURM's programs; scontrol's calls go to a file."""
-    program(tmp_path / "bin/scontrol", f'''
-if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$@" >>{tmp_path}/scontrol.log; fi''')
+    """Variables of a job on two nodes, with stand-ins for SLURM's programs; scontrol's calls go to
+    a file.
+    """
+    program(
+        tmp_path / "bin/scontrol",
+        f"""
+if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$@" >>{tmp_path}/scontrol.log; fi""",
+    )
     program(tmp_path / "bin/srun", 'exec "$@"')
     python = program(tmp_path / "bin/checked-python", "exit 0")
     return inputs | {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": python, "SLURM_JOB_ID": 12345,
-        "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": ROOT,
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "PYTHON": python,
+        "SLURM_JOB_ID": 12345,
+        "SLURM_NNODES": 2,
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_SUBMIT_DIR": ROOT,
     }
 
 
 def test_slurm_rendezvous(cluster, tmp_path):
-    result = run("scripts/slurm.sh", "scripts/vim-s.sh", "--epochs", "2", DRY_RUN=1, cwd=tmp_path, **cluster)
+    result = run(
+        "scripts/slurm.sh", "scripts/vim-s.sh", "--epochs", "2", DRY_RUN=1, cwd=tmp_path, **cluster
+    )
     assert result.returncode == 0, result.stderr
-    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345 --rdzv-endpoint=node7:22345 " in result.stdout
+    assert (
+        "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345 --rdzv-endpoint=node7:22345 "
+        in result.stdout
+    )
     assert "--standalone" not in result.stdout
     flags = flags_of(result.stdout)
     assert (flags["resume"], flags["epochs"], flags["model"]) == ("auto", "2", "dyvm_vim_small")
 
 
 def test_slurm_requeues_an_interrupted_job_once_it_has_saved(cluster, tmp_path):
-    program(tmp_path / "bin/srun", f'''
+    program(
+        tmp_path / "bin/srun",
+        f"""
 trap 'sleep 0.3; touch {tmp_path}/saved; exit 1' USR1
 touch {tmp_path}/started
-while :; do sleep 0.05; done''')
-    job = subprocess.Popen(["bash", ROOT / "scripts/slurm.sh", "scripts/vim-s.sh"], env=environment(**cluster),
-                           stderr=subprocess.PIPE, text=True)
+while :; do sleep 0.05; done""",
+    )
+    job = subprocess.Popen(
+        ["bash", ROOT / "scripts/slurm.sh", "scripts/vim-s.sh"],
+        env=environment(**cluster),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(tmp_path / "started")
     job.send_signal(signal.SIGUSR1)
     message = job.communicate(timeout=20)[1]
@@ -246,7 +366,9 @@ def test_slurm_says_how_to_submit(cluster, tmp_path):
     assert "submit it with: sbatch" in one_line(run("scripts/slurm.sh", "scripts/vim-s.sh"), 1)
     assert "is not a recipe" in one_line(run("scripts/slurm.sh", "scripts/none.sh", **cluster), 1)
     elsewhere = cluster | {"SLURM_SUBMIT_DIR": tmp_path}
-    assert "not the repository's root" in one_line(run("scripts/slurm.sh", "scripts/vim-s.sh", **elsewhere), 1)
+    assert "not the repository's root" in one_line(
+        run("scripts/slurm.sh", "scripts/vim-s.sh", **elsewhere), 1
+    )
 
 
 # test.sh, gpu_check.sh and demo.sh with a python that notes what it is asked to run
@@ -254,8 +376,12 @@ def test_slurm_says_how_to_submit(cluster, tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    """A python that notes its arguments in calls.log; `-` runs what it is given, `-c` (the checks) always succeeds."""
-    return program(tmp_path / "python", f'''
+    """A python that notes its arguments in calls.log; `-` runs what it is given, `-c` (the checks)
+    always succeeds.
+    """
+    return program(
+        tmp_path / "python",
+        f"""
 case "$1" in
   -) exec {sys.executable} "$@" ;;
   -c) exit ;;
@@ -266,7 +392,8 @@ case "$*" in
   *benchmarks/model.py*) echo "a line of the benchmark"; exit 7 ;;
   *benchmarks/train.py*) sleep 20 ;;
   *"-m gpu"*) echo "3 passed in 1.00s" ;;
-esac''')
+esac""",
+    )
 
 
 def test_test_command(python, tmp_path):
@@ -277,7 +404,15 @@ def test_test_command(python, tmp_path):
     assert "--cov=models " in everything
     assert "--cov-fail-under=80 " in everything
     assert everything.endswith(f"GOLDEN_DIR={(ROOT.parent / 'shared/golden').resolve()}")
-    run("scripts/test.sh", "tests/test_flops.py", "-k", "paper", PYTHON=python, GOLDEN_DIR="vectors", cwd=tmp_path)
+    run(
+        "scripts/test.sh",
+        "tests/test_flops.py",
+        "-k",
+        "paper",
+        PYTHON=python,
+        GOLDEN_DIR="vectors",
+        cwd=tmp_path,
+    )
     part = (tmp_path / "calls.log").read_text().splitlines()[-1]
     assert "tests/test_flops.py -k paper " in part
     assert "--cov-fail-under" not in part
@@ -292,7 +427,7 @@ def test_ci_runs_the_test_command(python, tmp_path):
 
 
 def test_test_command_names_what_is_missing(tmp_path):
-    python = program(tmp_path / "python", '[[ $2 != *pytest_cov* ]]')
+    python = program(tmp_path / "python", "[[ $2 != *pytest_cov* ]]")
     assert f"{python} has no pytest_cov" in one_line(run("scripts/test.sh", PYTHON=python), 1)
 
 
@@ -301,9 +436,20 @@ def test_gpu_check_goes_on_after_a_failure(python, tmp_path):
     (tmp_path / "results/train.json").write_text("of an earlier call")
     result = run("scripts/gpu_check.sh", "results", PYTHON=python, TOTAL_SECONDS=8, cwd=tmp_path)
     assert result.returncode == 1
-    rows = {line.split("  ")[0]: line for line in (tmp_path / "results/summary.txt").read_text().splitlines()}
-    assert list(rows) == ["part", "tests", "benchmark ops", "model S", "model S, 512", "train", "model T and B",
-                          "goals"]
+    rows = {
+        line.split("  ")[0]: line
+        for line in (tmp_path / "results/summary.txt").read_text().splitlines()
+    }
+    assert list(rows) == [
+        "part",
+        "tests",
+        "benchmark ops",
+        "model S",
+        "model S, 512",
+        "train",
+        "model T and B",
+        "goals",
+    ]
     assert re.search(r"passed .* 3 passed in 1.00s", rows["tests"])
     assert " passed " in rows["benchmark ops"]
     assert re.search(r"failed \(exit 7\) .* a line of the benchmark", rows["model S"])
@@ -317,23 +463,43 @@ def test_gpu_check_goes_on_after_a_failure(python, tmp_path):
 
 
 def test_gpu_check_without_a_gpu(tmp_path):
-    python = program(tmp_path / "python", '[[ $2 != *cuda* ]]')
-    assert "PyTorch sees no CUDA device" in one_line(run("scripts/gpu_check.sh", tmp_path / "out", PYTHON=python), 1)
+    python = program(tmp_path / "python", "[[ $2 != *cuda* ]]")
+    assert "PyTorch sees no CUDA device" in one_line(
+        run("scripts/gpu_check.sh", tmp_path / "out", PYTHON=python), 1
+    )
     assert "name one folder" in one_line(run("scripts/gpu_check.sh"), 2)
-    assert "TOTAL_SECONDS=0 is not" in one_line(run("scripts/gpu_check.sh", tmp_path / "out", TOTAL_SECONDS=0), 2)
+    assert "TOTAL_SECONDS=0 is not" in one_line(
+        run("scripts/gpu_check.sh", tmp_path / "out", TOTAL_SECONDS=0), 2
+    )
     (tmp_path / "file").touch()
-    assert "cannot write to" in one_line(run("scripts/gpu_check.sh", tmp_path / "file", PYTHON=python), 1)
+    assert "cannot write to" in one_line(
+        run("scripts/gpu_check.sh", tmp_path / "file", PYTHON=python), 1
+    )
 
 
 def test_demo(python, tmp_path):
-    result = run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DENSE=5, EPOCHS_DYVM=3)
+    result = run(
+        "scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DENSE=5, EPOCHS_DYVM=3
+    )
     assert result.returncode == 0, result.stderr
     assert f"report:  {tmp_path}/demo/dyvm/report.html" in result.stdout
     *calls, report = (tmp_path / "calls.log").read_text().splitlines()
     dense, student, sweep, evaluation = map(flags_of, calls)
     assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "5")
-    assert (student["method"], student["model"], student["epochs"]) == ("dyvm", "dyvm_vim_micro", "3")
-    assert student["model-path"] == evaluation["dense-path"] == f"{tmp_path}/demo/dense/best_checkpoint.pth"
-    assert evaluation["model-path"] == sweep["model-path"] == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
+    assert (student["method"], student["model"], student["epochs"]) == (
+        "dyvm",
+        "dyvm_vim_micro",
+        "3",
+    )
+    assert (
+        student["model-path"]
+        == evaluation["dense-path"]
+        == f"{tmp_path}/demo/dense/best_checkpoint.pth"
+    )
+    assert (
+        evaluation["model-path"]
+        == sweep["model-path"]
+        == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
+    )
     assert sweep["sweep"] == "0.5:1.0:0.1"
     assert f"report.py {tmp_path}/demo/dyvm " in report

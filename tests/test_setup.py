@@ -1,4 +1,6 @@
-"""scripts/setup.sh: which python it takes, and that an environment is made once and never left half-made as done."""
+"""scripts/setup.sh: which python it takes, and that an environment is made once and never left
+half-made as done.
+"""
 
 import os
 import re
@@ -16,23 +18,34 @@ def test_setup_takes_the_given_python():
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{sys.executable}\n", "")
 
 
-@pytest.mark.parametrize("text, complaint", [
-    (f'exec {sys.executable} -I -S "$@"', r"it cannot import torch \(No module named 'torch'\)"),
-    ("exit 1", "it does not run"),
-])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (
+            f'exec {sys.executable} -I -S "$@"',
+            r"it cannot import torch \(No module named 'torch'\)",
+        ),
+        ("exit 1", "it does not run"),
+    ],
+)
 def test_setup_refuses_an_unfit_python(text, complaint, tmp_path):
     python = program(tmp_path / "python", text)
-    assert re.search(f"PYTHON={python} cannot be used: {complaint}",
-                     one_line(run("scripts/setup.sh", PYTHON=python), 1))
+    assert re.search(
+        f"PYTHON={python} cannot be used: {complaint}",
+        one_line(run("scripts/setup.sh", PYTHON=python), 1),
+    )
 
 
 def test_setup_refuses_what_is_no_program():
-    assert "PYTHON=/nowhere/python is not a program" in one_line(run("scripts/setup.sh", PYTHON="/nowhere/python"), 1)
+    assert "PYTHON=/nowhere/python is not a program" in one_line(
+        run("scripts/setup.sh", PYTHON="/nowhere/python"), 1
+    )
 
 
 class FreshMachine:
-    """A copy of setup.sh beside its own requirements.txt, with a python3 whose venv is a folder and whose pip notes its
-    calls, takes PIP_SECONDS and ends with PIP_EXIT."""
+    """A copy of setup.sh beside its own requirements.txt, with a python3 whose venv is a folder and
+    whose pip notes its calls, takes PIP_SECONDS and ends with PIP_EXIT.
+    """
 
     def __init__(self, folder):
         self.folder = folder
@@ -40,7 +53,9 @@ class FreshMachine:
         self.pip_log = folder / "pip.log"
         shutil.copytree(ROOT / "scripts", folder / "repository/scripts")
         self.requirements.write_text("torch\n")
-        program(folder / "bin/python3", f'''
+        program(
+            folder / "bin/python3",
+            f"""
 if [[ $1 == -m && $2 == venv ]]; then
   mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 elif [[ $1 == -m && $2 == pip ]]; then
@@ -50,16 +65,24 @@ elif [[ $1 == -m && $2 == pip ]]; then
   exit "${{PIP_EXIT:-0}}"
 else
   exec {sys.executable} "$@"
-fi''')
+fi""",
+        )
 
     def start(self, **variables):
         return subprocess.Popen(
-            ["bash", self.folder / "repository/scripts/setup.sh"], text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ["bash", self.folder / "repository/scripts/setup.sh"],
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             # a shell cannot undo that the tests themselves were started with SIGINT ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            env=environment(PATH=f"{self.folder}/bin:{os.environ['PATH']}", XDG_CACHE_HOME=self.folder / "cache",
-                            **variables))
+            env=environment(
+                PATH=f"{self.folder}/bin:{os.environ['PATH']}",
+                XDG_CACHE_HOME=self.folder / "cache",
+                **variables,
+            ),
+        )
 
     def finish(self, job):
         stdout, stderr = job.communicate(timeout=30)
@@ -98,7 +121,9 @@ def test_setup_leaves_nothing_behind_when_pip_fails(fresh_machine):
     result = fresh_machine.run(PIP_EXIT=1)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("setup: pip could not install requirements.txt")
+    assert result.stderr.splitlines()[-1].startswith(
+        "setup: pip could not install requirements.txt"
+    )
     assert fresh_machine.environments() == []
     assert fresh_machine.run().returncode == 0
     assert fresh_machine.pip_calls() == 2
@@ -135,14 +160,21 @@ def test_two_first_uses_install_once(fresh_machine):
 
 
 def test_setup_without_venv(fresh_machine, tmp_path):
-    program(tmp_path / "bin/python3", f'''
+    program(
+        tmp_path / "bin/python3",
+        f'''
 [[ $2 == *ensurepip* ]] && exit 1
-exec {sys.executable} "$@"''')
+exec {sys.executable} "$@"''',
+    )
     assert "cannot make virtual environments" in one_line(fresh_machine.run(), 1)
 
 
 def test_setup_without_python(tmp_path):
     for name in ["python3", *(f"python3.{minor}" for minor in range(10, 15))]:
         program(tmp_path / "bin" / name, "exit 1")
-    result = run("scripts/setup.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}", XDG_CACHE_HOME=tmp_path / "cache")
+    result = run(
+        "scripts/setup.sh",
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        XDG_CACHE_HOME=tmp_path / "cache",
+    )
     assert "no Python 3.10 or newer found" in one_line(result, 1)

@@ -1,4 +1,6 @@
-"""The sweep over token budgets: the same numbers as the plain evaluation, resumable, measured in turn."""
+"""The sweep over token budgets: the same numbers as the plain evaluation, resumable, measured in
+turn.
+"""
 
 import csv
 import json
@@ -21,17 +23,38 @@ def models(tmp_path_factory):
     """A dynamic model trained at 0.7, and a dense one."""
     folder = tmp_path_factory.mktemp("models")
     small = ["--input-size", "16"]
-    return save_model(folder / "dynamic.pth", *DYNAMIC, *small), save_model(folder / "dense.pth", *small)
+    return save_model(folder / "dynamic.pth", *DYNAMIC, *small), save_model(
+        folder / "dense.pth", *small
+    )
 
 
 def evaluate(output, model, *flags):
-    main.main(["--eval", "--model-path", str(model), "--output_dir", str(output), *FLAGS, *map(str, flags)])
+    main.main(
+        [
+            "--eval",
+            "--model-path",
+            str(model),
+            "--output_dir",
+            str(output),
+            *FLAGS,
+            *map(str, flags),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def swept(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("swept")
-    evaluate(output, models[0], "--dense-path", models[1], "--sweep", "0.5:1:0.1", "--throughput-seconds", 0.1)
+    evaluate(
+        output,
+        models[0],
+        "--dense-path",
+        models[1],
+        "--sweep",
+        "0.5:1:0.1",
+        "--throughput-seconds",
+        0.1,
+    )
     return output
 
 
@@ -49,9 +72,19 @@ def test_the_point_at_the_trained_budget_is_the_plain_evaluation(models, swept, 
 
 
 def test_files_and_order(swept):
-    assert {"sweep.json", "sweep.csv", "sweep_flops.png", "sweep_speed.png"} <= {path.name for path in swept.iterdir()}
+    assert {"sweep.json", "sweep.csv", "sweep_flops.png", "sweep_speed.png"} <= {
+        path.name for path in swept.iterdir()
+    }
     rows = list(csv.DictReader((swept / "sweep.csv").open()))
-    assert [row["token_keep_ratio"] for row in rows] == ["0.5", "0.6", "0.7", "0.8", "0.9", "1", "dense"]
+    assert [row["token_keep_ratio"] for row in rows] == [
+        "0.5",
+        "0.6",
+        "0.7",
+        "0.8",
+        "0.9",
+        "1",
+        "dense",
+    ]
     flops = [float(row["exact_flops"]) for row in rows[:-1]]
     assert flops == sorted(flops) and len(set(flops)) == 6
     assert all(float(row["images_per_s"]) > 0 for row in rows)
@@ -67,10 +100,26 @@ def test_an_interrupted_sweep_goes_on(models, swept, tmp_path, monkeypatch):
     calls = []
     original = sweep.evaluate
     monkeypatch.setattr(sweep, "evaluate", lambda *args: calls.append(args[-1]) or original(*args))
-    evaluate(tmp_path, models[0], "--dense-path", models[1], "--sweep", "0.5:0.8:0.1", "--throughput-seconds", 0.1)
+    evaluate(
+        tmp_path,
+        models[0],
+        "--dense-path",
+        models[1],
+        "--sweep",
+        "0.5:0.8:0.1",
+        "--throughput-seconds",
+        0.1,
+    )
     assert calls == ["token keep ratio 0.7"]
     again = json.loads((tmp_path / "sweep.json").read_text())
-    assert [point["token_keep_ratio"] for point in again["points"]] == [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert [point["token_keep_ratio"] for point in again["points"]] == [
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+        1.0,
+    ]
     assert again["points"][2]["top1"] == kept["top1"] and again["points"][0]["top1"] == -1.0
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 6
 
@@ -78,7 +127,9 @@ def test_an_interrupted_sweep_goes_on(models, swept, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", ["{cut", '{"points": []}', None])
 def test_a_sweep_of_something_else_starts_anew(content, models, swept, tmp_path, monkeypatch):
     if content is None:
-        content = (swept / "sweep.json").read_text().replace('"batch_size": 120', '"batch_size": 60')
+        content = (
+            (swept / "sweep.json").read_text().replace('"batch_size": 120', '"batch_size": 60')
+        )
     (tmp_path / "sweep.json").write_text(content)
     calls = []
     original = sweep.evaluate
@@ -87,12 +138,16 @@ def test_a_sweep_of_something_else_starts_anew(content, models, swept, tmp_path,
     assert calls == ["token keep ratio 0.7"]
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert len(record["points"]) == 1
-    assert "top1" not in record["dense"] and record["dense"]["flops"]["exact"] > 0  # its weights are not known
+    assert (
+        "top1" not in record["dense"] and record["dense"]["flops"]["exact"] > 0
+    )  # its weights are not known
 
 
 def test_speeds_of_all_budgets_are_measured_in_turn(models, tmp_path, monkeypatch):
     order, real = [], throughput._seconds
-    monkeypatch.setattr(throughput, "_seconds", lambda model, images: order.append(model) or real(model, images))
+    monkeypatch.setattr(
+        throughput, "_seconds", lambda model, images: order.append(model) or real(model, images)
+    )
     evaluate(tmp_path, models[0], "--sweep", "0.6:0.8:0.2", "--throughput-seconds", 1e-3)
     first = list(dict.fromkeys(order))
     assert len(first) == 3  # two budgets and the dense model
@@ -105,15 +160,29 @@ def test_a_model_without_token_pruning_has_one_point(method, tmp_path, capsys):
     model = save_model(tmp_path / "model.pth", *flags)
     evaluate(tmp_path, model, "--sweep", "0.5:1.0:0.25", "--throughput-seconds", 0)
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert [point["token_keep_ratio"] for point in record["points"]] == ([] if method == "dense" else [1.0])
+    assert [point["token_keep_ratio"] for point in record["points"]] == (
+        [] if method == "dense" else [1.0]
+    )
     assert ("top1" in record["dense"]) == (method == "dense")
     assert "drops no tokens: there is no budget to sweep" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, message", [
-    ("0:1:0.1", r"lie in \(0, 1\]"), ("0.5:1.1:0.1", r"lie in \(0, 1\]"), ("0.9:0.5:0.1", "FIRST <= LAST"),
-    ("0.5:1:0", "STEP > 0"), ("0.5:1:-0.1", "STEP > 0"), ("0.5:1", "FIRST:LAST:STEP"), ("a:b:c", "in numbers"),
-    ("nan:1:0.1", "in numbers"), ("0.1:1:1e-9", "at most 100"), ("2", r"\(0, 1\]"), ("", "in numbers")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("0:1:0.1", r"lie in \(0, 1\]"),
+        ("0.5:1.1:0.1", r"lie in \(0, 1\]"),
+        ("0.9:0.5:0.1", "FIRST <= LAST"),
+        ("0.5:1:0", "STEP > 0"),
+        ("0.5:1:-0.1", "STEP > 0"),
+        ("0.5:1", "FIRST:LAST:STEP"),
+        ("a:b:c", "in numbers"),
+        ("nan:1:0.1", "in numbers"),
+        ("0.1:1:1e-9", "at most 100"),
+        ("2", r"\(0, 1\]"),
+        ("", "in numbers"),
+    ],
+)
 def test_bad_ranges(text, message):
     with pytest.raises(UsageError, match=message) as error:
         options.parse(["--eval", "--model-path", "x", "--sweep", text])

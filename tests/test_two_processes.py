@@ -1,4 +1,6 @@
-"""Two processes on a CPU: both act alike when one meets a bad number, dies or is told to leave, and the run goes on."""
+"""Two processes on a CPU: both act alike when one meets a bad number, dies or is told to leave, and
+the run goes on.
+"""
 
 import json
 import os
@@ -16,8 +18,27 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 DISTURBED = ROOT / "tests" / "disturbed_training.py"
-SMALL = ["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--subset", "64", "--batch-size", "8",
-         "--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0", "--throughput-seconds", "0", "--device", "cpu"]
+SMALL = [
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=2",
+    "--input-size",
+    "16",
+    "--subset",
+    "64",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--num-workers",
+    "0",
+    "--throughput-seconds",
+    "0",
+    "--device",
+    "cpu",
+]
 OFTEN = ["--save-minutes", "1e-6"]
 
 EVALUATE = """
@@ -48,8 +69,14 @@ def one_line(stderr: str, *words: str) -> None:
 
 
 def test_evaluation_equals_that_of_one_process():
-    one, two = ([line for line in launch(processes, ["-c", EVALUATE])[0].splitlines() if line.startswith("metrics")]
-                for processes in (1, 2))
+    one, two = (
+        [
+            line
+            for line in launch(processes, ["-c", EVALUATE])[0].splitlines()
+            if line.startswith("metrics")
+        ]
+        for processes in (1, 2)
+    )
     assert [json.loads(line.removeprefix("metrics"))[0] for line in one] == [1, 7, 359, 360]
     assert one == two
 
@@ -57,19 +84,37 @@ def test_evaluation_equals_that_of_one_process():
 def test_both_leave_out_the_step_of_a_bad_number_on_one(tmp_path):
     flags = [*SMALL, "--mixup", "0", "--cutmix", "0", "--output_dir", str(tmp_path)]
     outputs = launch(2, [DISTURBED, "nan=1:2", "hash=1", "--", *flags])
-    hashes = {line for output in outputs for line in output.splitlines() if line.startswith("weights")}
+    hashes = {
+        line for output in outputs for line in output.splitlines() if line.startswith("weights")
+    }
     assert len(hashes) == 1
     log = json.loads((tmp_path / "log.txt").read_text())
     assert log["train_skipped_steps"] == 1 and log["train_loss"] > 0
-    told = [line for line in outputs[0].splitlines() if "step left out: the loss is not finite" in line]
-    assert len(told) == 1 and told[0].count("DIGITS train image") == 8, "the images of the rank that had it"
+    told = [
+        line for line in outputs[0].splitlines() if "step left out: the loss is not finite" in line
+    ]
+    assert len(told) == 1 and told[0].count("DIGITS train image") == 8, (
+        "the images of the rank that had it"
+    )
 
 
 def test_a_bad_number_on_one_stops_both_when_asked_to(tmp_path):
-    flags = [*SMALL, "--mixup", "0", "--cutmix", "0", "--nonfinite", "stop", "--output_dir", str(tmp_path)]
+    flags = [
+        *SMALL,
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--nonfinite",
+        "stop",
+        "--output_dir",
+        str(tmp_path),
+    ]
     ends = finish(start(2, [DISTURBED, "nan=1:2", "--", *flags]))
     assert [code for code, _, _ in ends] == [1, 1]
-    one_line(ends[0][2], "error (rank 0)", "the loss is not finite on the batch of", "nonfinite.pth")
+    one_line(
+        ends[0][2], "error (rank 0)", "the loss is not finite on the batch of", "nonfinite.pth"
+    )
     one_line(ends[1][2], "error (rank 1)")
     saved = load_checkpoint(tmp_path / "nonfinite.pth")
     assert (saved["epoch"], saved["step"], len(saved["images"])) == (0, 2, 2)
@@ -78,7 +123,9 @@ def test_a_bad_number_on_one_stops_both_when_asked_to(tmp_path):
 
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory):
-    """A training in whose middle rank 1 was killed -> output folder, flags, seconds until rank 0 ended, its end."""
+    """A training in whose middle rank 1 was killed -> output folder, flags, seconds until rank 0
+    ended, its end.
+    """
     output, pids = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("pids")
     flags = [*SMALL, *OFTEN, "--subset", "256", "--output_dir", str(output)]
     children = start(2, [DISTURBED, "slow=0.3", f"pids={pids}", "--", *flags])
@@ -109,13 +156,25 @@ def test_another_number_of_processes_is_refused_or_begins_the_epoch_again(surviv
 
 
 def torchrun(log, *arguments) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
     with open(log, "w") as file:
-        return subprocess.Popen([*map(str, command)], cwd=ROOT, env=clean_environment(), stdout=file, stderr=file)
+        return subprocess.Popen(
+            [*map(str, command)], cwd=ROOT, env=clean_environment(), stdout=file, stderr=file
+        )
 
 
 def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
-    """SIGTERM to torchrun, then again with --resume auto; and a worker killed under --max-restarts 1."""
+    """SIGTERM to torchrun, then again with --resume auto; and a worker killed under --max-restarts
+    1.
+    """
     flags = [*SMALL, *OFTEN, "--subset", "256", "--resume", "auto"]
     told, killed, pids, log = (tmp_path / name for name in ("told", "killed", "pids", "log"))
     pids.mkdir()
@@ -133,8 +192,18 @@ def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
     run = torchrun(log, "main.py", *flags, "--output_dir", told)
     assert run.wait(timeout=60) == 0 and f"at epoch 1, step {step}" in log.read_text()
 
-    run = torchrun(log, "--max-restarts", "1", DISTURBED, "slow=0.2", f"pids={pids}", "--", *flags,
-                   "--output_dir", killed)
+    run = torchrun(
+        log,
+        "--max-restarts",
+        "1",
+        DISTURBED,
+        "slow=0.2",
+        f"pids={pids}",
+        "--",
+        *flags,
+        "--output_dir",
+        killed,
+    )
     try:
         wait_until(lambda: (killed / "checkpoint_prev.pth").exists())
         os.kill(int((pids / "1").read_text()), signal.SIGKILL)
@@ -143,5 +212,7 @@ def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
         run.kill()
     assert "resumed from" in log.read_text()
     states = [load_checkpoint(folder / "checkpoint.pth") for folder in (told, killed)]
-    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert all(
+        torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items()
+    )
     assert (told / "log.txt").read_bytes() == (killed / "log.txt").read_bytes()

@@ -27,15 +27,37 @@ def dynamic(tmp_path_factory):
 
 
 def draw(model, images, output, *flags):
-    visualize.main(["--model-path", str(model), "--images", str(images), "--output_dir", str(output), *FLAGS, *flags])
+    visualize.main(
+        [
+            "--model-path",
+            str(model),
+            "--images",
+            str(images),
+            "--output_dir",
+            str(output),
+            *FLAGS,
+            *flags,
+        ]
+    )
     return sorted(path.name for path in output.iterdir())
 
 
-@pytest.mark.parametrize("flags", [
-    DYNAMIC, [*DYNAMIC, "--method", "token"], [*DYNAMIC, "--method", "block"], [*DYNAMIC, "--token-strategy", "random"],
-    [*DYNAMIC, "--token-strategy", "static"], [*DYNAMIC, "--scorer-input", "B"], [*DYNAMIC, "--scorer-input", "delta"],
-    [*DYNAMIC, "--model", "videomamba_tiny"], [*DYNAMIC, "--model", "mambareg_small", "--input-size", "64"],
-    ["--model", "mambareg_tiny"], [*DYNAMIC, "--token-keep-ratio", "0.1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        DYNAMIC,
+        [*DYNAMIC, "--method", "token"],
+        [*DYNAMIC, "--method", "block"],
+        [*DYNAMIC, "--token-strategy", "random"],
+        [*DYNAMIC, "--token-strategy", "static"],
+        [*DYNAMIC, "--scorer-input", "B"],
+        [*DYNAMIC, "--scorer-input", "delta"],
+        [*DYNAMIC, "--model", "videomamba_tiny"],
+        [*DYNAMIC, "--model", "mambareg_small", "--input-size", "64"],
+        ["--model", "mambareg_tiny"],
+        [*DYNAMIC, "--token-keep-ratio", "0.1"],
+    ],
+)
 def test_all_families_and_variants(flags, tmp_path, caplog):
     if "--model" in flags:
         kwargs = ["--model-kwargs", "embed_dim=16", "depth=4"]
@@ -57,10 +79,23 @@ def test_a_folder_gives_strips_a_contact_sheet_and_a_table(dynamic, tmp_path, ca
     planted((300, 40)).save(images / "000.jpg")
     (images / "broken.jpg").write_bytes(b"no image")
     names = draw(dynamic, images, tmp_path / "out")
-    assert names == ["000.png", "000_png.png", "001.png", "002.png", "contact_sheet.png", "images.csv",
-                     "more_000.png"]
+    assert names == [
+        "000.png",
+        "000_png.png",
+        "001.png",
+        "002.png",
+        "contact_sheet.png",
+        "images.csv",
+        "more_000.png",
+    ]
     rows = list(csv.DictReader((tmp_path / "out/images.csv").open()))
-    assert [row["file"] for row in rows] == ["000.jpg", "000.png", "001.png", "002.png", "more/000.png"]
+    assert [row["file"] for row in rows] == [
+        "000.jpg",
+        "000.png",
+        "001.png",
+        "002.png",
+        "more/000.png",
+    ]
     assert all(0 < int(row["exact_flops"]) < int(row["dense_exact_flops"]) for row in rows)
     assert "broken.jpg: not an image" in caplog.text
     assert "5 of 6 images drawn" in caplog.text
@@ -70,14 +105,19 @@ def test_contact_sheets_are_written_page_by_page(dynamic, tmp_path):
     """Thousands of images must not be held: a page leaves memory when it is full."""
     from drawing.sheets import ContactSheets
 
-    image, said = planted((30, 30)), visualize.Decisions("x", [("a", 1.0)], [np.arange(5)], None, 1.0, 2.0, (1,))
+    image, said = (
+        planted((30, 30)),
+        visualize.Decisions("x", [("a", 1.0)], [np.arange(5)], None, 1.0, 2.0, (1,)),
+    )
     model = load_classifier(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS]).model
     sheets = ContactSheets(tmp_path)
     for number in range(COLUMNS * ROWS + 1):
         assert (tmp_path / "contact_sheet.png").exists() == (number == COLUMNS * ROWS)
         sheets.add(image, (0, 0, 30, 30), model, said)
     sheets.close()
-    full, last = (Image.open(tmp_path / name) for name in ("contact_sheet.png", "contact_sheet_2.png"))
+    full, last = (
+        Image.open(tmp_path / name) for name in ("contact_sheet.png", "contact_sheet_2.png")
+    )
     assert full.height > 4 * last.height
 
 
@@ -113,22 +153,31 @@ def test_bad_input(dynamic, tmp_path):
 def test_the_average_of_the_weights_can_be_shown(dynamic, tmp_path):
     other = load_checkpoint(save_model(tmp_path / "other.pth", *DYNAMIC, seed=1))["model"]
     model = save_model(tmp_path / "model.pth", *DYNAMIC, ema=other)
-    classifier = load_classifier(build_parser("x", "x"), ["--model-path", str(model), "--ema", *FLAGS])
+    classifier = load_classifier(
+        build_parser("x", "x"), ["--model-path", str(model), "--ema", *FLAGS]
+    )
     assert all((classifier.model.state_dict()[key] == value).all() for key, value in other.items())
 
 
 def test_costs_of_images_average_to_the_cost_of_the_data_set(dynamic, tmp_path):
-    """Totals over batches of several classes, and their tables, against the same from the results at once."""
+    """Totals over batches of several classes, and their tables, against the same from the results
+    at once.
+    """
     classifier = load_classifier(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS])
     counter = DecisionCounter(classifier.model, classifier.class_names)
     images, targets = torch.randn(11, 3, 32, 32), torch.tensor([0, 1, 2, 2, 0, 9, 9, 9, 3, 1, 0])
     results = classifier.forward(images)
     for part in (slice(0, 7), slice(7, 11)):
-        counter.add(Batch(images[part], targets[part], torch.arange(11)[part]), classifier.forward(images[part]))
+        counter.add(
+            Batch(images[part], targets[part], torch.arange(11)[part]),
+            classifier.forward(images[part]),
+        )
     totals = counter.totals(Distributed(torch.device("cpu")))
     assert 0.05 < results.gates.mean() < 0.95
     assert len(set(totals.costs.tolist())) > 1
-    assert totals.costs.mean() == pytest.approx(count_flops(classifier.model, results.gates.mean(dim=1)).exact)
+    assert totals.costs.mean() == pytest.approx(
+        count_flops(classifier.model, results.gates.mean(dim=1)).exact
+    )
     np.testing.assert_allclose(totals.gates, results.gates.mean(dim=1))
     np.testing.assert_allclose(totals.gates_per_class[9], results.gates[:, 5:8].mean(dim=1))
     assert np.isnan(totals.gates_per_class[4]).all()

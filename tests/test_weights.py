@@ -20,16 +20,27 @@ def dense(family="vim", **kwargs):
 
 
 def dynamic(family="vim", **kwargs):
-    return DynamicVisionMamba(FAMILIES[family], pruning_layers=(1,), token_keep=(0.5,), **(SMALL | kwargs))
+    return DynamicVisionMamba(
+        FAMILIES[family], pruning_layers=(1,), token_keep=(0.5,), **(SMALL | kwargs)
+    )
 
 
 def test_official_envelopes_load(tmp_path):
     """{'model': state, ...} with an argparse.Namespace, a bare state dict, and safetensors."""
     source = dense()
-    torch.save({"model": source.state_dict(), "args": argparse.Namespace(model="vim_small_patch16"), "epoch": 3},
-               tmp_path / "envelope.pth")
+    torch.save(
+        {
+            "model": source.state_dict(),
+            "args": argparse.Namespace(model="vim_small_patch16"),
+            "epoch": 3,
+        },
+        tmp_path / "envelope.pth",
+    )
     torch.save(source.state_dict(), tmp_path / "bare.pth")
-    save_file({key: value.contiguous() for key, value in source.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in source.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
     images = torch.randn(2, 3, 32, 32)
     expected = source.eval()(images).logits
     for name in ("envelope.pth", "bare.pth", "w.safetensors"):
@@ -89,7 +100,9 @@ def test_a_refused_checkpoint_changes_nothing():
 
 def test_another_class_count_needs_a_new_head(caplog):
     state = dense(num_classes=11).state_dict()
-    with pytest.raises(UserError, match="misshapen: head.weight.*trained on 11 classes, the data set has 7"):
+    with pytest.raises(
+        UserError, match="misshapen: head.weight.*trained on 11 classes, the data set has 7"
+    ):
         load_weights(dense(), {"model": state}, "eleven.pth")
     with caplog.at_level("INFO"):
         load_weights(dense(), {"model": state}, "eleven.pth", new_head=True)
@@ -128,18 +141,26 @@ def test_a_position_embedding_without_a_square_grid_is_refused():
 
 def test_families_are_told_apart():
     state = dense("vim").state_dict()
-    for checkpoint in ({"family": "vim"}, {"args": argparse.Namespace(model="vim_small_patch16_224")},
-                       {"args": {"model": "dyvm_vim_micro"}}):
+    for checkpoint in (
+        {"family": "vim"},
+        {"args": argparse.Namespace(model="vim_small_patch16_224")},
+        {"args": {"model": "dyvm_vim_micro"}},
+    ):
         assert checkpoint_family({"model": state, **checkpoint}) == "vim"
         with pytest.raises(UserError, match="this is a vim checkpoint, the model is a videomamba"):
             load_weights(dense("videomamba"), {"model": state, **checkpoint}, "vim.pth")
     assert checkpoint_family({"model": state}) is None
-    assert checkpoint_family({"model": state, "args": argparse.Namespace(model="videomamba_small")}) == "videomamba"
+    assert (
+        checkpoint_family({"model": state, "args": argparse.Namespace(model="videomamba_small")})
+        == "videomamba"
+    )
     with pytest.raises(UserError, match="this is a mambareg checkpoint"):
         load_weights(dense("vim"), {"model": dense("mambareg").state_dict()}, "reg.pth")
 
 
-@pytest.mark.parametrize("table", [torch.zeros(()), torch.zeros(1, 1, 16), torch.zeros(17, 16), torch.zeros(2, 17, 16)])
+@pytest.mark.parametrize(
+    "table", [torch.zeros(()), torch.zeros(1, 1, 16), torch.zeros(17, 16), torch.zeros(2, 17, 16)]
+)
 def test_a_malformed_position_embedding_is_listed(table):
     with pytest.raises(UserError, match="1 misshapen: pos_embed"):
         load_weights(dense(), {"model": dense().state_dict() | {"pos_embed": table}}, "odd.pth")

@@ -1,1 +1,3 @@
-"""What the training program needs and no paper is about: errors, distributed set-up, checkpoints, logging."""
+"""What the training program needs and no paper is about: errors, distributed set-up, checkpoints,
+logging.
+"""

@@ -1,8 +1,9 @@
 """Checkpoints that survive kills, full disks and damaged files.
 
 A checkpoint is what `torch.save` writes, an envelope `{'model': state_dict, ...}` that plain
-`torch.load(path, weights_only=True)` reads. Its SHA-256 stands inside the file, in the comment field that every zip
-archive has at its end: a checksum in a second file could be separated from the first by a kill between two renames.
+`torch.load(path, weights_only=True)` reads. Its SHA-256 stands inside the file, in the comment
+field that every zip archive has at its end: a checksum in a second file could be separated from the
+first by a kill between two renames.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import warnings
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -42,9 +43,11 @@ class _Unusable(Exception):
 
 
 def copy_to_host(state: Any) -> Any:
-    """A copy of nested dicts, lists, tuples and Namespaces that shares nothing with `state`; tensors on the CPU.
+    """A copy of nested dicts, lists, tuples and Namespaces that shares nothing with `state`;
+    tensors on the CPU.
 
-    Raises ValueError for anything that `torch.load(weights_only=True)` would refuse later, when it is too late.
+    Raises ValueError for anything that `torch.load(weights_only=True)` would refuse later, when it
+    is too late.
     """
     copy = _copied(state, "state")
     if torch.cuda.is_initialized():
@@ -54,8 +57,11 @@ def copy_to_host(state: Any) -> Any:
 
 def _copied(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
-        # To pinned memory and without waiting for each tensor in turn; a CPU tensor is simply cloned.
-        return value.detach().to("cpu", non_blocking=True) if value.is_cuda else value.detach().clone()
+        # To pinned memory and without waiting for each tensor in turn; a CPU tensor is simply
+        # cloned.
+        return (
+            value.detach().to("cpu", non_blocking=True) if value.is_cuda else value.detach().clone()
+        )
     if type(value) in _PLAIN_TYPES:
         return value
     if type(value) in (dict, OrderedDict):
@@ -63,9 +69,12 @@ def _copied(value: Any, name: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_copied(item, f"{name}[{index}]") for index, item in enumerate(value))
     if type(value) is argparse.Namespace:
-        return argparse.Namespace(**{key: _copied(item, f"{name}.{key}") for key, item in vars(value).items()})
+        return argparse.Namespace(
+            **{key: _copied(item, f"{name}.{key}") for key, item in vars(value).items()}
+        )
     raise ValueError(
-        f"{name} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds tensors, plain Python "
+        f"{name} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+        "tensors, plain Python "
         "values, dicts, lists, tuples and argparse.Namespace"
     )
 
@@ -73,13 +82,13 @@ def _copied(value: Any, name: str) -> Any:
 def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
     """Write `state` to `path` atomically, with its checksum.
 
-    Raises UserError when it cannot be written (the older file stays whole) and ValueError for content that could not
-    be loaded again.
+    Raises UserError when it cannot be written (the older file stays whole) and ValueError for
+    content that could not be loaded again.
     """
     _write(copy_to_host(state), Path(path))
 
 
-def _write(state: dict, path: Path, previous: Optional[Path] = None) -> None:
+def _write(state: dict, path: Path, previous: Path | None = None) -> None:
     with atomic_file(path, previous) as file:
         torch.save(state, file)
         file.seek(-2, os.SEEK_END)  # the archive's last field: the length of its comment
@@ -90,11 +99,12 @@ def _write(state: dict, path: Path, previous: Optional[Path] = None) -> None:
 
 
 class CheckpointWriter:
-    """Keeps the newest checkpoint, its predecessor and the best one in a folder; writes them in the background.
+    """Keeps the newest checkpoint, its predecessor and the best one in a folder; writes them in the
+    background.
 
-    `save` returns as soon as the state is copied to host memory; it first waits for the save before it. An error of
-    the background thread (UserError: the disk is full, ...) is raised by the next `save`, `check`, `wait` or `close`.
-    Only one process of a run may own a writer for a folder.
+    `save` returns as soon as the state is copied to host memory; it first waits for the save before
+    it. An error of the background thread (UserError: the disk is full, ...) is raised by the next
+    `save`, `check`, `wait` or `close`. Only one process of a run may own a writer for a folder.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
@@ -103,7 +113,7 @@ class CheckpointWriter:
         for path in (self.newest, self.best):
             remove_temporaries(path)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._write: Optional[Future] = None
+        self._write: Future | None = None
 
     def save(self, state: dict, best: bool = False) -> None:
         """Save as the newest checkpoint and, with `best`, as the best one too."""
@@ -142,7 +152,7 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             self.close()
         except UserError as failed:
@@ -152,10 +162,12 @@ class CheckpointWriter:
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint to the CPU: an envelope `{'model': ...}`, a bare state dict or a `.safetensors` file.
+    """Read a checkpoint to the CPU: an envelope `{'model': ...}`, a bare state dict or a
+    `.safetensors` file.
 
-    The last two come back as `{'model': state_dict}`. Nothing in the file is executed: apart from tensors and plain
-    Python values only `argparse.Namespace` is allowed. The checksum is verified where the file has one.
+    The last two come back as `{'model': state_dict}`. Nothing in the file is executed: apart from
+    tensors and plain Python values only `argparse.Namespace` is allowed. The checksum is verified
+    where the file has one.
 
     Raises UserError, naming the file and the reason, for everything else.
     """
@@ -165,7 +177,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise UserError(f"cannot load checkpoint {path}: {reason}") from None
 
 
-def load_newest(output_dir: str | os.PathLike) -> Optional[tuple[dict, Path]]:
+def load_newest(output_dir: str | os.PathLike) -> tuple[dict, Path] | None:
     """The newest good checkpoint of a run and its path, or None when the folder has none.
 
     A damaged newest file is passed over for its predecessor, with a warning that names it.
@@ -181,7 +193,9 @@ def load_newest(output_dir: str | os.PathLike) -> Optional[tuple[dict, Path]]:
             damaged.append(f"{path}: {reason}")
             continue
         for problem in damaged:
-            _logger.warning("damaged checkpoint passed over, continuing from %s (%s)", path, problem)
+            _logger.warning(
+                "damaged checkpoint passed over, continuing from %s (%s)", path, problem
+            )
         return content, path
     if damaged:
         best = Path(output_dir) / BEST
@@ -210,11 +224,15 @@ def _read(path: Path) -> dict:
     except OSError as error:
         raise _Unusable(error.strerror or str(error)) from error
     except SafetensorError as error:
-        raise _Unusable(f"it is cut off, damaged or no safetensors file ({_one_line(error)})") from error
+        raise _Unusable(
+            f"it is cut off, damaged or no safetensors file ({_one_line(error)})"
+        ) from error
 
 
 def _verify_checksum(file: BinaryIO) -> bool:
-    """True when the checksum is right, False when there is none. Raises _Unusable for a damaged file."""
+    """True when the checksum is right, False when there is none. Raises _Unusable for a damaged
+    file.
+    """
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise _Unusable("it is empty")
@@ -234,18 +252,26 @@ def _verify_checksum(file: BinaryIO) -> bool:
 def _load_without_code(file: BinaryIO) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old or odd formats: they load, or the error says why not
+            warnings.simplefilter(
+                "ignore"
+            )  # old or odd formats: they load, or the error says why not
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden is None:
-            raise _Unusable("it is damaged, no PyTorch checkpoint, or holds something other than tensors and plain "
-                            "values; nothing in it was executed") from error
+            raise _Unusable(
+                "it is damaged, no PyTorch checkpoint, or holds something other than tensors and "
+                "plain "
+                "values; nothing in it was executed"
+            ) from error
         raise _Unusable(
-            f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are allowed; "
+            f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are "
+            "allowed; "
             "nothing in it was executed; if you trust it, store its 'model' entry as .safetensors"
         ) from error
-    except Exception as error:  # bytes that are no checkpoint fail in every way that there is, inside torch
+    except (
+        Exception
+    ) as error:  # bytes that are no checkpoint fail in every way that there is, inside torch
         raise _Unusable("it is cut off, damaged or no PyTorch checkpoint") from error
 
 

@@ -1,7 +1,9 @@
-"""One process or many, with torchrun, with SLURM's srun or without any launcher; and an end, not a hang, when one dies.
+"""One process or many, with torchrun, with SLURM's srun or without any launcher; and an end, not a
+hang, when one dies.
 
-With CUDA the process group is "cpu:gloo,cuda:nccl": gradients travel by NCCL, while what the ranks agree on (flags,
-counts, objects) are CPU tensors that travel by gloo and never wait for the GPU's queue.
+With CUDA the process group is "cpu:gloo,cuda:nccl": gradients travel by NCCL, while what the ranks
+agree on (flags, counts, objects) are CPU tensors that travel by gloo and never wait for the GPU's
+queue.
 """
 
 import os
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from .errors import UserError, first_line
 
-# A collective may wait long for a rank that is alive but slow (measuring throughput alone, a cold file system); ranks
-# that died are the watchdog's business.
+# A collective may wait long for a rank that is alive but slow (measuring throughput alone, a cold
+# file system); ranks that died are the watchdog's business.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 JOIN_SECONDS = 300.0
 SILENCE_SECONDS = 40.0
@@ -39,18 +41,20 @@ class Launch(NamedTuple):
     port: int
 
 
-def read_launch(env: Mapping[str, str]) -> Optional[Launch]:
-    """What torchrun or srun says in the environment; None without a launcher. Raises UserError when it is incomplete.
+def read_launch(env: Mapping[str, str]) -> Launch | None:
+    """What torchrun or srun says in the environment; None without a launcher. Raises UserError when
+    it is incomplete.
 
-    MASTER_ADDR and MASTER_PORT are respected under SLURM too; by default the processes meet on the step's first node,
-    at a port made from the job's number.
+    MASTER_ADDR and MASTER_PORT are respected under SLURM too; by default the processes meet on the
+    step's first node, at a port made from the job's number.
     """
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             rank, world_size, local_rank, host, port = (env[name] for name in names)
             return Launch(int(rank), int(world_size), int(local_rank), host, int(port))
-        # SLURM_NTASKS stands in a batch script's own environment too; the step's size only in what srun starts.
+        # SLURM_NTASKS stands in a batch script's own environment too; the step's size only in what
+        # srun starts.
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             return Launch(
                 int(env["SLURM_PROCID"]),
@@ -61,7 +65,8 @@ def read_launch(env: Mapping[str, str]) -> Optional[Launch]:
             )
     except KeyError as missing:
         raise UserError(
-            f"the launcher's environment lacks {missing.args[0]}: start with torchrun or srun, or unset RANK and "
+            f"the launcher's environment lacks {missing.args[0]}: start with torchrun or srun, or "
+            "unset RANK and "
             "WORLD_SIZE for a single process"
         ) from None
     except ValueError as error:
@@ -94,7 +99,9 @@ class Distributed:
         self.agree_any(False)
 
     def agree_any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Cheap enough for every step: one byte, and no wait for the GPU."""
+        """Whether `flag` is true on any rank. Cheap enough for every step: one byte, and no wait
+        for the GPU.
+        """
         if self.world_size == 1:
             return bool(flag)
         votes = torch.tensor([bool(flag)], dtype=torch.uint8)
@@ -102,7 +109,9 @@ class Distributed:
         return bool(votes)
 
     def all_reduce_sum(self, values: Tensor | Sequence[float]) -> Tensor:
-        """Sum over the ranks in float64, on the CPU, in the shape of `values`; counts stay exact up to 2^53."""
+        """Sum over the ranks in float64, on the CPU, in the shape of `values`; counts stay exact up
+        to 2^53.
+        """
         if isinstance(values, Tensor):
             total = values.detach().to("cpu", torch.float64, copy=True)
         else:
@@ -111,7 +120,7 @@ class Distributed:
             dist.all_reduce(total)
         return total
 
-    def gather_objects(self, value: Any) -> Optional[list[Any]]:
+    def gather_objects(self, value: Any) -> list[Any] | None:
         """`value` of every rank, by rank, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [value]
@@ -120,26 +129,34 @@ class Distributed:
         return gathered
 
     def shutdown(self) -> None:
-        """The orderly end of all ranks. Not for ends by an error: it waits for every rank (see `errors.run_main`)."""
+        """The orderly end of all ranks. Not for ends by an error: it waits for every rank (see
+        `errors.run_main`).
+        """
         if self.world_size > 1:
             self.barrier()
             self.watchdog.stop()
-            # A gloo thread lets go of a collective's tensor a moment after the collective, and takes Python's lock to
-            # do so. If Python is ending by then, that aborts the process: destroying the group waits for its threads,
-            # but not while a DDP module holds the group too.
+            # A gloo thread lets go of a collective's tensor a moment after the collective, and
+            # takes Python's lock to do so. If Python is ending by then, that aborts the process:
+            # destroying the group waits for its threads, but not while a DDP module holds the group
+            # too.
             time.sleep(RELEASE_SECONDS)
             dist.destroy_process_group()
 
 
 def init_distributed(
-    device: str | torch.device = "auto", *, silence_s: float = SILENCE_SECONDS, join_s: float = JOIN_SECONDS
+    device: str | torch.device = "auto",
+    *,
+    silence_s: float = SILENCE_SECONDS,
+    join_s: float = JOIN_SECONDS,
 ) -> Distributed:
     """Join the other processes if a launcher started several, else be the only one.
 
-    `device` is "auto" (a GPU where there is one), "cpu" or "cuda"; with CUDA each process takes the GPU of its local
-    rank. A peer that is silent for `silence_s` seconds ends this process with one line.
+    `device` is "auto" (a GPU where there is one), "cpu" or "cuda"; with CUDA each process takes the
+    GPU of its local rank. A peer that is silent for `silence_s` seconds ends this process with one
+    line.
 
-    Raises UserError for a missing device, and when not all processes come together within `join_s` seconds.
+    Raises UserError for a missing device, and when not all processes come together within `join_s`
+    seconds.
     """
     launch = read_launch(os.environ)
     local_rank = launch.local_rank if launch else 0
@@ -148,9 +165,12 @@ def init_distributed(
         return Distributed(device)
     rank, world_size = launch.rank, launch.world_size
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank),
-        MASTER_ADDR=launch.host, MASTER_PORT=str(launch.port),
-    )  # fmt: skip
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=launch.host,
+        MASTER_PORT=str(launch.port),
+    )
     where = f"rank {rank} of {world_size} at {launch.host}:{launch.port}"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_s)))
@@ -158,7 +178,9 @@ def init_distributed(
         watchdog = Watchdog(store.clone(), rank, world_size, silence_s)
         watchdog.start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
     except (RuntimeError, TimeoutError) as error:
         raise UserError(f"{where} cannot join the other processes: {first_line(error)}") from error
     return Distributed(device, rank, world_size, local_rank, watchdog)
@@ -175,17 +197,22 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     # srun with --gpus-per-task shows each process its own GPU alone.
     index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
     if index >= count:
-        raise UserError(f"local rank {local_rank} finds only {count} GPU(s): start at most {count} processes a node")
+        raise UserError(
+            f"local rank {local_rank} finds only {count} GPU(s): start at most {count} processes "
+            "a node"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def _fresh_namespace(store: dist.Store, rank: int, world_size: int, join_s: float) -> dist.Store:
-    """A part of `store` that only the processes of this start use; returned when all of them have come.
+    """A part of `store` that only the processes of this start use; returned when all of them have
+    come.
 
     torchrun keeps one store for all restarts, and what an attempt that died left there, such as gloo's addresses, must
-    not be taken for a living peer's. The restart count would not tell attempts apart: it differs between nodes. So
-    every process shows a token of its own, and rank 0 answers each token with the name of the namespace.
+    not be taken for a living peer's. The restart count would not tell attempts apart: it differs
+    between nodes. So every process shows a token of its own, and rank 0 answers each token with the
+    name of the namespace.
     """
     give_up = time.monotonic() + join_s
     token = secrets.token_hex(8)
@@ -203,16 +230,19 @@ def _fresh_namespace(store: dist.Store, rank: int, world_size: int, join_s: floa
         if joined == world_size:
             return fresh
         if time.monotonic() > give_up:
-            raise TimeoutError(f"{joined or 1} of {world_size} processes have come after {join_s:.0f} s")
+            raise TimeoutError(
+                f"{joined or 1} of {world_size} processes have come after {join_s:.0f} s"
+            )
         time.sleep(0.02)
 
 
 class Watchdog(threading.Thread):
     """Ends this process when a peer has died.
 
-    gloo notices a closed connection at once, but a NCCL kernel whose peer is gone spins for as long as the collective's
-    timeout allows, and that must be long. So every rank counts up a number of its own in the rendezvous store, and
-    looks at those of the others: one that stands still belongs to a process that has ended or lost its network.
+    gloo notices a closed connection at once, but a NCCL kernel whose peer is gone spins for as long
+    as the collective's timeout allows, and that must be long. So every rank counts up a number of
+    its own in the rendezvous store, and looks at those of the others: one that stands still belongs
+    to a process that has ended or lost its network.
     """
 
     LOOKS = 8  # in `silence_s`; counting looks and not seconds forgives a job that was suspended as a whole
@@ -236,7 +266,8 @@ class Watchdog(threading.Thread):
                 self._store.add(f"alive/{self._rank}", 1)
                 counts = {peer: self._store.add(f"alive/{peer}", 0) for peer in self._peers}
             except RuntimeError:
-                # After an orderly end the store may be gone a moment before this rank has left its last barrier.
+                # After an orderly end the store may be gone a moment before this rank has left its
+                # last barrier.
                 if not self._ended.wait(self._silence_s / self.LOOKS):
                     self._end("the process that holds the rendezvous")
                 return
@@ -248,13 +279,19 @@ class Watchdog(threading.Thread):
                 self._end(f"rank {', '.join(silent)}")
 
     def _end(self, who: str) -> None:
-        print(f"error (rank {self._rank}): {_lost(f'{who} has ended or does not answer')}", file=sys.stderr, flush=True)
+        print(
+            f"error (rank {self._rank}): {_lost(f'{who} has ended or does not answer')}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
 
-def peer_failure(error: BaseException) -> Optional[str]:
+def peer_failure(error: BaseException) -> str | None:
     """One line if `error` is how the backends tell that another process is gone, else None."""
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    ):
         return _lost("another process has ended or does not answer")
     return None
 

@@ -11,7 +11,9 @@ PACKAGES = ("torch", "torchvision", "timm", "triton", "mamba-ssm", "numpy")
 
 
 def describe_environment(*packages: str) -> dict[str, str]:
-    """Versions of Python, of the packages that matter and of further `packages`; the processor and the GPUs."""
+    """Versions of Python, of the packages that matter and of further `packages`; the processor and
+    the GPUs.
+    """
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
         try:

@@ -1,18 +1,21 @@
-"""Mistakes of the user, each told in one line and without a stack trace; and `run_main`, which tells them."""
+"""Mistakes of the user, each told in one line and without a stack trace; and `run_main`, which
+tells them.
+"""
 
 import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Optional
 
 # Problems of the disk that can meet any write of a run, not only that of a checkpoint.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
-    """Something outside the program is wrong (a file, a folder, the data). Ends the program with exit code 1."""
+    """Something outside the program is wrong (a file, a folder, the data). Ends the program with
+    exit code 1.
+    """
 
     exit_code = 1
 
@@ -24,14 +27,17 @@ class UsageError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the trace that libraries put behind it; its type where it says nothing."""
+    """What an error says, without the trace that libraries put behind it; its type where it says
+    nothing.
+    """
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def storage_problem(error: BaseException) -> Optional[str]:
+def storage_problem(error: BaseException) -> str | None:
     """The operating system's words if a file operation failed, otherwise None.
 
-    torch.save tells a failed write as a RuntimeError about positions; the OSError behind it is its context.
+    torch.save tells a failed write as a RuntimeError about positions; the OSError behind it is its
+    context.
     """
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__
@@ -40,11 +46,13 @@ def storage_problem(error: BaseException) -> Optional[str]:
     return None
 
 
-def run_main(main: Callable[[], Optional[int]]) -> None:
-    """Run a script's `main` and end the process: mistakes of the user become one line on standard error.
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and end the process: mistakes of the user become one line on standard
+    error.
 
-    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or vanished disk and a lost
-    process of a distributed run are told in one line too (exit code 1). Programming mistakes keep their trace.
+    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or vanished
+    disk and a lost process of a distributed run are told in one line too (exit code 1). Programming
+    mistakes keep their trace.
     """
     try:
         code = main() or 0
@@ -54,14 +62,16 @@ def run_main(main: Callable[[], Optional[int]]) -> None:
         message = _explain(error)
         if message is None:
             if _in_process_group():  # the trace, and then the same quick end
-                logging.getLogger(__name__).critical("rank %s failed", os.environ.get("RANK", 0), exc_info=error)
+                logging.getLogger(__name__).critical(
+                    "rank %s failed", os.environ.get("RANK", 0), exc_info=error
+                )
                 _leave(1)
             raise
         code = _tell(f"error{_rank()}: {message}", getattr(error, "exit_code", 1))
     _leave(code)
 
 
-def _explain(error: Exception) -> Optional[str]:
+def _explain(error: Exception) -> str | None:
     """One line for an error that is not a programming mistake, else None."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
@@ -85,13 +95,16 @@ def _tell(line: str, code: int) -> int:
 
 
 def _in_process_group() -> bool:
-    distributed = sys.modules.get("torch.distributed")  # asking must not import torch into a script without it
+    distributed = sys.modules.get(
+        "torch.distributed"
+    )  # asking must not import torch into a script without it
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _leave(code: int) -> None:
     if _in_process_group():
-        # Left behind by an error: taking a process group down in order would wait for peers that may never answer.
+        # Left behind by an error: taking a process group down in order would wait for peers that
+        # may never answer.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO
 
 from .errors import UserError, storage_problem
 
@@ -26,14 +26,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike, previous: Optional[Path] = None) -> Iterator[BinaryIO]:
-    """A binary file, readable and writable, that takes the place of `path` only when the block ends without an error.
+def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file, readable and writable, that takes the place of `path` only when the block ends
+    without an error.
 
-    Whoever reads `path`, at any moment and after any kill, finds the old content or the new one. With `previous`,
-    the old content is kept under that name; then `path` is absent for the instant between two renames.
+    Whoever reads `path`, at any moment and after any kill, finds the old content or the new one.
+    With `previous`, the old content is kept under that name; then `path` is absent for the instant
+    between two renames.
 
-    Raises UserError when the file cannot be written (disk full, read-only folder, ...); the temporary file is removed
-    and whatever stood at `path` is untouched.
+    Raises UserError when the file cannot be written (disk full, read-only folder, ...); the
+    temporary file is removed and whatever stood at `path` is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -52,7 +54,9 @@ def atomic_file(path: str | os.PathLike, previous: Optional[Path] = None) -> Ite
         problem = storage_problem(error)
         if problem is None:
             raise
-        raise UserError(f"cannot write {path}: {problem}; files saved earlier are intact") from error
+        raise UserError(
+            f"cannot write {path}: {problem}; files saved earlier are intact"
+        ) from error
 
 
 def remove_temporaries(path: Path) -> None:
@@ -63,12 +67,14 @@ def remove_temporaries(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` as indented JSON, atomically; what JSON does not know (paths, devices) becomes its text."""
+    """Write `content` as indented JSON, atomically; what JSON does not know (paths, devices)
+    becomes its text.
+    """
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
-def hash_stream(file: BinaryIO, size: Optional[int] = None) -> str:
+def hash_stream(file: BinaryIO, size: int | None = None) -> str:
     """SHA-256 (hexadecimal) of the first `size` bytes of `file`, or of all of it."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(1 << 20))
@@ -81,7 +87,9 @@ def hash_stream(file: BinaryIO, size: Optional[int] = None) -> str:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 (hexadecimal) of a whole file, as `sha256sum` prints it. Raises UserError when it cannot be read."""
+    """SHA-256 (hexadecimal) of a whole file, as `sha256sum` prints it. Raises UserError when it
+    cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hash_stream(file)
@@ -90,7 +98,8 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def prepare_output_dir(path: str | os.PathLike) -> Path:
-    """Create the output folder if need be and prove that it can be written, before any time is spent on training.
+    """Create the output folder if need be and prove that it can be written, before any time is
+    spent on training.
 
     Raises UserError otherwise.
     """

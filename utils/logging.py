@@ -1,4 +1,6 @@
-"""What a run tells: the console, `log.txt` and `args.json`, averages, the progress bar and TensorBoard."""
+"""What a run tells: the console, `log.txt` and `args.json`, averages, the progress bar and
+TensorBoard.
+"""
 
 import argparse
 import json
@@ -36,7 +38,9 @@ class _ConsoleHandler(logging.Handler):
 def setup_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     """One format for the whole program; ranks other than the main one tell errors only."""
     handler = _ConsoleHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    )
     logging.basicConfig(level=level if is_main else logging.ERROR, handlers=[handler], force=True)
 
 
@@ -48,14 +52,17 @@ def write_args(output_dir: str | os.PathLike, args: argparse.Namespace) -> None:
 class EpochLog:
     """`log.txt`: one JSON object a line, one line an epoch (key `epoch`), only whole lines.
 
-    A run that resumes does some epochs again: `resume_at` drops their lines, so that each epoch stands there once.
+    A run that resumes does some epochs again: `resume_at` drops their lines, so that each epoch
+    stands there once.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
         self.path = Path(output_dir) / "log.txt"
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add an epoch's line. Numbers that are not finite become null, since JSON has no word for them."""
+        """Add an epoch's line. Numbers that are not finite become null, since JSON has no word for
+        them.
+        """
         line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -69,7 +76,11 @@ class EpochLog:
         """Keep the lines of the epochs before `epoch`; a line that a kill cut off goes too."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_before(line, epoch)]
+        kept = [
+            line
+            for line in self.path.read_text(encoding="utf-8").splitlines()
+            if _is_before(line, epoch)
+        ]
         with atomic_file(self.path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
@@ -90,14 +101,17 @@ def _finite(value: Any) -> Any:
 
 
 class Averages:
-    """Means of named scalars over many steps. Tensors are summed where they are; only reading makes the host wait."""
+    """Means of named scalars over many steps. Tensors are summed where they are; only reading makes
+    the host wait.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, Tensor | float] = {}
 
     def update(self, count: int = 1, **means: Tensor | float) -> None:
-        """Add means over `count` images each. Tensors have one element; they are summed in float64 on their device.
+        """Add means over `count` images each. Tensors have one element; they are summed in float64
+        on their device.
 
         A tensor that is not a finite number is left out, as the step is that it comes from.
         """
@@ -111,10 +125,11 @@ class Averages:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + counted
 
-    def means(self, distributed: Optional[Distributed] = None) -> dict[str, float]:
+    def means(self, distributed: Distributed | None = None) -> dict[str, float]:
         """The means so far, in the order of the first update; with `distributed` over all ranks.
 
-        Every rank must then call it, after updates under the same names. NaN where nothing was counted.
+        Every rank must then call it, after updates under the same names. NaN where nothing was
+        counted.
         """
         totals = torch.tensor(self._read(), dtype=torch.float64)
         if distributed is not None:
@@ -135,14 +150,16 @@ class Averages:
         tensors = [number for number in numbers if isinstance(number, Tensor)]
         read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
         values = [next(read) if isinstance(number, Tensor) else float(number) for number in numbers]
-        return values[:len(self._sums)], values[len(self._sums):]
+        return values[: len(self._sums)], values[len(self._sums) :]
 
 
 class Progress:
-    """Iterates and shows how far it is: a bar with the time left on a terminal, a line now and then elsewhere.
+    """Iterates and shows how far it is: a bar with the time left on a terminal, a line now and then
+    elsewhere.
 
-    `status` gives the text behind the bar. It is called only when something is shown, every `refresh_s` seconds on a
-    terminal and every `line_s` elsewhere, so it may read numbers from the device.
+    `status` gives the text behind the bar. It is called only when something is shown, every
+    `refresh_s` seconds on a terminal and every `line_s` elsewhere, so it may read numbers from the
+    device.
     """
 
     _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]{postfix}"
@@ -152,15 +169,20 @@ class Progress:
         iterable: Iterable,
         description: str,
         *,
-        total: Optional[int] = None,
+        total: int | None = None,
         initial: int = 0,
-        status: Optional[Callable[[], str]] = None,
+        status: Callable[[], str] | None = None,
         shown: bool = True,
         refresh_s: float = 2.0,
         line_s: float = 30.0,
-        stream: Optional[TextIO] = None,
+        stream: TextIO | None = None,
     ):
-        self._iterable, self._description, self._initial, self._shown = iterable, description, initial, shown
+        self._iterable, self._description, self._initial, self._shown = (
+            iterable,
+            description,
+            initial,
+            shown,
+        )
         self._total = len(iterable) + initial if total is None else total  # type: ignore[arg-type]
         self._status = status or (lambda: "")
         self._refresh_s, self._line_s = refresh_s, line_s
@@ -173,9 +195,13 @@ class Progress:
 
     def _with_bar(self) -> Iterator:
         with tqdm(
-            total=self._total, initial=self._initial, desc=self._description, file=self._stream, dynamic_ncols=True,
+            total=self._total,
+            initial=self._initial,
+            desc=self._description,
+            file=self._stream,
+            dynamic_ncols=True,
             leave=False,
-        ) as bar:  # fmt: skip
+        ) as bar:
             due = time.monotonic()
             for item in self._iterable:
                 yield item
@@ -192,22 +218,30 @@ class Progress:
             if time.monotonic() >= due:
                 elapsed = time.monotonic() - start
                 line = tqdm.format_meter(
-                    done, self._total, elapsed, prefix=self._description, postfix=self._status(),
-                    initial=self._initial, bar_format=self._LINE,
-                )  # fmt: skip
+                    done,
+                    self._total,
+                    elapsed,
+                    prefix=self._description,
+                    postfix=self._status(),
+                    initial=self._initial,
+                    bar_format=self._LINE,
+                )
                 _logger.info("%s", line)
                 due = time.monotonic() + self._line_s
 
 
 def tensorboard_writer(
-    output_dir: str | os.PathLike, distributed: Distributed, purge_step: Optional[int] = None
+    output_dir: str | os.PathLike, distributed: Distributed, purge_step: int | None = None
 ) -> Optional["SummaryWriter"]:
     """A SummaryWriter on the main rank, None elsewhere.
 
-    `purge_step` is the first step of a resumed run: TensorBoard then hides what came at and after it before.
+    `purge_step` is the first step of a resumed run: TensorBoard then hides what came at and after
+    it before.
     """
     if not distributed.is_main:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main rank needs it
+    from torch.utils.tensorboard import (
+        SummaryWriter,
+    )  # slow to import, and only the main rank needs it
 
     return SummaryWriter(str(output_dir), purge_step=purge_step)

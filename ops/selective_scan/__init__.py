@@ -1,14 +1,15 @@
 """The selective scan: what the model calls, and the one place that chooses who computes it.
 
-`ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend may fuse.
-A backend is a module of this package with
+`ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend
+may fuse. A backend is a module of this package with
 
-    takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype, sizes)
-    available() -> None, or the reason why it cannot run on this machine; asked once, after `takes`
-    ssm_branch(...)            the function below
-    bidirectional_ssm(...)     optional: both directions in one go
+    takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype,
+    sizes) available() -> None, or the reason why it cannot run on this machine; asked once, after
+    `takes` ssm_branch(...)            the function below bidirectional_ssm(...)     optional: both
+    directions in one go
 
-`DYVM_BACKEND=NAME` forces one; otherwise the first of `PREFERENCE` that is available and takes the arguments runs.
+`DYVM_BACKEND=NAME` forces one; otherwise the first of `PREFERENCE` that is available and takes the
+arguments runs.
 
 B images, L tokens, E inner channels, N states, R step rank.
 """
@@ -18,7 +19,6 @@ import logging
 import os
 from functools import lru_cache
 from types import ModuleType
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -27,8 +27,15 @@ from utils.errors import UserError
 
 from .reference import BranchParams, branch_inputs
 
-__all__ = ["BackendError", "BranchParams", "backend_for", "bidirectional_ssm", "branch_inputs", "runs_on",
-           "ssm_branch"]
+__all__ = [
+    "BackendError",
+    "BranchParams",
+    "backend_for",
+    "bidirectional_ssm",
+    "branch_inputs",
+    "runs_on",
+    "ssm_branch",
+]
 
 PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
 _MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named like their backend
@@ -42,7 +49,7 @@ class BackendError(UserError, RuntimeError):
 
 
 @lru_cache(maxsize=None)
-def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """The backend's module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"), None
@@ -51,18 +58,20 @@ def _load(name: str) -> tuple[Optional[ModuleType], Optional[str]]:
 
 
 @lru_cache(maxsize=None)
-def _unavailable(name: str) -> Optional[str]:
+def _unavailable(name: str) -> str | None:
     """Why the backend cannot run on this machine; asked once, since the answer may take a build."""
     return _load(name)[0].available()
 
 
-def _refusal(name: str, xz: Tensor, params: BranchParams) -> Optional[str]:
+def _refusal(name: str, xz: Tensor, params: BranchParams) -> str | None:
     module, reason = _load(name)
     return reason or module.takes(xz, params) or _unavailable(name)
 
 
 def runs_on(name: str, device: str) -> bool:
-    """Whether a backend is available here and takes float32 tensors of usual sizes on a device ("cpu", "cuda")."""
+    """Whether a backend is available here and takes float32 tensors of usual sizes on a device
+    ("cpu", "cuda").
+    """
     E, N, R = 16, 16, 1
     sizes = ((E, 4), (E,), (R + 2 * N, E), (E, R), (E,), (E, N), (E,))
     params = BranchParams(*(torch.zeros(size, device=device) for size in sizes))
@@ -72,12 +81,15 @@ def runs_on(name: str, device: str) -> bool:
 def backend_for(xz: Tensor, params: BranchParams) -> str:
     """Name of the backend that runs these arguments.
 
-    Raises BackendError when `DYVM_BACKEND` names one that is unknown, unavailable or does not take them.
+    Raises BackendError when `DYVM_BACKEND` names one that is unknown, unavailable or does not take
+    them.
     """
     forced = os.environ.get("DYVM_BACKEND")
     if forced:
         if forced not in PREFERENCE:
-            raise BackendError(f"DYVM_BACKEND={forced}: no such backend; choose one of {', '.join(PREFERENCE)}")
+            raise BackendError(
+                f"DYVM_BACKEND={forced}: no such backend; choose one of {', '.join(PREFERENCE)}"
+            )
         reason = _refusal(forced, xz, params)
         if reason is not None:
             raise BackendError(f"DYVM_BACKEND={forced}: {reason}")
@@ -91,19 +103,30 @@ def backend_for(xz: Tensor, params: BranchParams) -> str:
 
 
 def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
-def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Optional[Tensor],
-           lengths: Optional[Tensor], directions: tuple[int, ...]) -> None:
-    """One clear line for arguments that disagree; shapes, dtypes and devices only, so the host never waits.
+def _check(
+    xz: Tensor,
+    params: BranchParams,
+    mask: Tensor | None,
+    active: Tensor | None,
+    lengths: Tensor | None,
+    directions: tuple[int, ...],
+) -> None:
+    """One clear line for arguments that disagree; shapes, dtypes and devices only, so the host
+    never waits.
 
     `active` has shape [B, *directions].
     """
     if not isinstance(xz, Tensor) or xz.dim() != 3 or not xz.is_floating_point():
         raise ValueError(f"xz must be a floating-point tensor [B, L, 2E], not {_describe(xz)}")
     if not isinstance(params, BranchParams):
-        raise ValueError(f"the weights of a direction must be BranchParams, not {_describe(params)}")
+        raise ValueError(
+            f"the weights of a direction must be BranchParams, not {_describe(params)}"
+        )
     for name, tensor in params._asdict().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, not {_describe(tensor)}")
@@ -112,17 +135,30 @@ def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Opt
             raise ValueError(f"{name} must be a matrix, not {_describe(getattr(params, name))}")
     channels, states = params.A.shape
     rank = params.dt_proj_weight.shape[1]
-    wanted = BranchParams((channels, params.conv_weight.shape[-1]), (channels,), (rank + 2 * states, channels),
-                          (channels, rank), (channels,), (channels, states), (channels,))
+    wanted = BranchParams(
+        (channels, params.conv_weight.shape[-1]),
+        (channels,),
+        (rank + 2 * states, channels),
+        (channels, rank),
+        (channels,),
+        (channels, states),
+        (channels,),
+    )
     if xz.shape[2] != 2 * channels:
-        raise ValueError(f"xz {list(xz.shape)} must have 2E = {2 * channels} channels to agree with A [{channels}, N]")
+        raise ValueError(
+            f"xz {list(xz.shape)} must have 2E = {2 * channels} channels to agree with A "
+            f"[{channels}, N]"
+        )
     for name, tensor, shape in zip(BranchParams._fields, params, wanted, strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
         if tensor.device != xz.device:
             raise ValueError(f"{name} is on {tensor.device}, xz on {xz.device}")
-    for name, tensor, shape in (("mask", mask, tuple(xz.shape[:2])), ("active", active, (xz.shape[0], *directions)),
-                                ("lengths", lengths, (xz.shape[0],))):
+    for name, tensor, shape in (
+        ("mask", mask, tuple(xz.shape[:2])),
+        ("active", active, (xz.shape[0], *directions)),
+        ("lengths", lengths, (xz.shape[0],)),
+    ):
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor) or tensor.is_complex():
@@ -135,19 +171,29 @@ def _check(xz: Tensor, params: BranchParams, mask: Optional[Tensor], active: Opt
         raise ValueError(f"lengths must be integers, not {lengths.dtype}")
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
-    """One scan direction: convolution + SiLU, projections to (step, B, C), selective scan, skip and gate.
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """One scan direction: convolution + SiLU, projections to (step, B, C), selective scan, skip and
+    gate.
 
     Args:
         xz: [B, L, 2E], the halves x and z of the input projection.
         params: weights of this direction.
         reverse: walk from the last token to the first.
-        mask: [B, L], multiplies x and the convolution's output; receives a gradient. Tokens behind the last one that
-            is not masked need not be read: whether a NaN there shows depends on the backend.
+        mask: [B, L], multiplies x and the convolution's output; receives a gradient. Tokens behind
+            the last one that is not masked need not be read: whether a NaN there shows depends on
+            the backend.
         active: [B]; an image whose entry is False costs nothing and its rows are zero.
-        lengths: [B]; only an image's first `lengths` tokens exist: the reversed walk starts at the last of them
-            and the rows behind are zero. The same result as a mask of that prefix, at less cost.
+        lengths: [B]; only an image's first `lengths` tokens exist: the reversed walk starts at the
+            last of them and the rows behind are zero. The same result as a mask of that prefix, at
+            less cost.
 
     Returns:
         y [B, L, E] in the dtype of xz.
@@ -158,16 +204,28 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
     """
     _check(xz, params, mask, active, lengths, ())
     backend, _ = _load(backend_for(xz, params))
-    return backend.ssm_branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
+    return backend.ssm_branch(
+        xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
+    )
 
 
-def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams, *, mask: Optional[Tensor] = None,
-                      gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
-                      lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
-    """scale * (gates[:, 0] * forward branch + gates[:, 1] * backward branch), the body of the Mamba mixer.
+def bidirectional_ssm(
+    xz: Tensor,
+    forward: BranchParams,
+    backward: BranchParams,
+    *,
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale * (gates[:, 0] * forward branch + gates[:, 1] * backward branch), the body of the Mamba
+    mixer.
 
     Args:
-        gates: [B, 2], multiplies the directions' outputs after the scan; receives a gradient (training).
+        gates: [B, 2], multiplies the directions' outputs after the scan; receives a gradient
+            (training).
         active: [B, 2]; a direction that is False costs nothing for that image (evaluation).
         Others as in `ssm_branch`.
 
@@ -178,7 +236,9 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
     _check(xz, backward, None, None, None, ())
     for name, one, other in zip(BranchParams._fields, forward, backward, strict=True):
         if one.shape != other.shape:
-            raise ValueError(f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward")
+            raise ValueError(
+                f"{name} has shape {list(one.shape)} forward and {list(other.shape)} backward"
+            )
     if gates is not None and (not isinstance(gates, Tensor) or gates.is_complex()):
         raise ValueError(f"gates must be a tensor of real numbers, not {_describe(gates)}")
     if gates is not None and tuple(gates.shape) != (xz.shape[0], 2):
@@ -187,12 +247,26 @@ def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams,
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
     backend, _ = _load(backend_for(xz, forward))
     if hasattr(backend, "bidirectional_ssm"):
-        return backend.bidirectional_ssm(xz, forward, backward, mask=mask, gates=gates, active=active,
-                                         lengths=lengths, scale=scale)
+        return backend.bidirectional_ssm(
+            xz,
+            forward,
+            backward,
+            mask=mask,
+            gates=gates,
+            active=active,
+            lengths=lengths,
+            scale=scale,
+        )
     total = 0
     for direction, params in enumerate((forward, backward)):
-        y = backend.ssm_branch(xz, params, reverse=direction == 1, mask=mask, lengths=lengths,
-                               active=None if active is None else active[:, direction])
+        y = backend.ssm_branch(
+            xz,
+            params,
+            reverse=direction == 1,
+            mask=mask,
+            lengths=lengths,
+            active=None if active is None else active[:, direction],
+        )
         if gates is not None:
             y = y * gates[:, direction, None, None].to(y.dtype)
         total = total + y

@@ -1,14 +1,13 @@
-"""The `mamba_ssm` backend: the CUDA kernels of the packages mamba-ssm and causal-conv1d, where they are installed.
+"""The `mamba_ssm` backend: the CUDA kernels of the packages mamba-ssm and causal-conv1d, where they
+are installed.
 
-Both packages import without their kernels (built for other GPUs, another PyTorch, or not at all), so each kernel is
-called once before the backend counts as available. The kernels know neither masks nor lengths nor direction:
-sequences are masked and flipped around them, and images that are switched off are computed and zeroed, which costs
-time but never makes the host wait for the device.
+Both packages import without their kernels (built for other GPUs, another PyTorch, or not at all),
+so each kernel is called once before the backend counts as available. The kernels know neither masks
+nor lengths nor direction: sequences are masked and flipped around them, and images that are
+switched off are computed and zeroed, which costs time but never makes the host wait for the device.
 
 B images, L tokens, E inner channels, N states, R step rank, W convolution width.
 """
-
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,16 @@ _MAX_STATES = 256
 
 
 def _kernels():
-    """The packages' functions (selective_scan_fn, causal_conv1d_fn). Raises ImportError where they are missing."""
+    """The packages' functions (selective_scan_fn, causal_conv1d_fn). Raises ImportError where they
+    are missing.
+    """
     from causal_conv1d import causal_conv1d_fn
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
     return selective_scan_fn, causal_conv1d_fn
 
 
-def available() -> Optional[str]:
+def available() -> str | None:
     if _DEVICE == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA GPU"
     try:
@@ -36,13 +38,15 @@ def available() -> Optional[str]:
         x = torch.zeros(1, 8, 8, device=_DEVICE)
         weights = torch.zeros(8, 4, device=_DEVICE)
         causal_conv1d_fn(x, weights, weights[:, 0].contiguous(), activation="silu")
-        selective_scan_fn(x, x, weights, x[:, :4].contiguous(), x[:, :4].contiguous(), delta_softplus=True)
+        selective_scan_fn(
+            x, x, weights, x[:, :4].contiguous(), x[:, :4].contiguous(), delta_softplus=True
+        )
     except Exception as error:  # whatever a package with missing or foreign kernels comes up with
         return f"the kernels of mamba-ssm and causal-conv1d do not run here ({type(error).__name__}: {error})"
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+def takes(xz: Tensor, params: BranchParams) -> str | None:
     if xz.device.type != _DEVICE:
         return f"runs on CUDA tensors, not on {xz.device}"
     if xz.dtype not in _DTYPES:
@@ -54,12 +58,19 @@ def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
     return None
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`.
 
-    The packages' kernels read [B, E, L], contiguous along L; A, D and the step bias in float32, the rest in the
-    dtype of xz.
+    The packages' kernels read [B, E, L], contiguous along L; A, D and the step bias in float32, the
+    rest in the dtype of xz.
     """
     if xz.numel() == 0:
         return xz.chunk(2, dim=-1)[0].clone()
@@ -75,15 +86,27 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
         x, z = flipped.mT.chunk(2, dim=1)
         along = None if mask is None else (mask.flip(1) if reverse else mask).unsqueeze(1)
         x = (x if along is None else x * along).contiguous()
-        u = causal_conv1d_fn(x, params.conv_weight.to(dtype), params.conv_bias.to(dtype), activation="silu")
+        u = causal_conv1d_fn(
+            x, params.conv_weight.to(dtype), params.conv_bias.to(dtype), activation="silu"
+        )
         if along is not None:
             u = u * along
         rank, states = params.dt_proj_weight.shape[1], params.A.shape[1]
-        step, B, C = F.linear(u.mT, params.x_proj_weight.to(dtype)).split([rank, states, states], dim=-1)
+        step, B, C = F.linear(u.mT, params.x_proj_weight.to(dtype)).split(
+            [rank, states, states], dim=-1
+        )
         delta = F.linear(step, params.dt_proj_weight.to(dtype)).mT.contiguous()
-        y = selective_scan_fn(u.contiguous(), delta, params.A.float().contiguous(), B.mT.contiguous(),
-                              C.mT.contiguous(), params.D.float(), z=z.contiguous(),
-                              delta_bias=params.dt_proj_bias.float(), delta_softplus=True).mT
+        y = selective_scan_fn(
+            u.contiguous(),
+            delta,
+            params.A.float().contiguous(),
+            B.mT.contiguous(),
+            C.mT.contiguous(),
+            params.D.float(),
+            z=z.contiguous(),
+            delta_bias=params.dt_proj_bias.float(),
+            delta_softplus=True,
+        ).mT
         y = y.flip(1) if reverse else y
         if prefix is not None:
             y = torch.where(prefix.unsqueeze(-1), y, 0)

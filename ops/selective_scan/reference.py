@@ -1,11 +1,12 @@
-"""The definition of the selective scan branch, in plain PyTorch. Every fast backend is tested against it.
+"""The definition of the selective scan branch, in plain PyTorch. Every fast backend is tested
+against it.
 
 B images, L tokens, E inner channels, N states, R step rank, W convolution width.
 Source: Gu & Dao, "Mamba" (arXiv 2312.00752), algorithm 2; the masks are those of
 "Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,22 @@ class BranchParams(NamedTuple):
     D: Tensor  # [E]
 
 
-def available() -> Optional[str]:
+def available() -> str | None:
     """None: runs everywhere."""
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+def takes(xz: Tensor, params: BranchParams) -> str | None:
     """None: takes every argument that the public function lets through."""
     return None
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, activation: Optional[str] = None) -> Tensor:
-    """Depthwise causal convolution. x [B, E, L], weight [E, W], bias [E] -> [B, E, L]; activation None or "silu"."""
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Depthwise causal convolution. x [B, E, L], weight [E, W], bias [E] -> [B, E, L]; activation
+    None or "silu".
+    """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {activation!r}")
     channels, width = weight.shape
@@ -43,12 +48,22 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, acti
     return F.silu(y) if activation == "silu" else y
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None,
-                   z: Optional[Tensor] = None, delta_bias: Optional[Tensor] = None,
-                   delta_softplus: bool = False) -> tuple[Tensor, Tensor]:
-    """Sequential scan: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = (C_t h_t + D u_t) * silu(z_t).
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sequential scan: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = (C_t h_t + D u_t) *
+    silu(z_t).
 
-    u, delta, z [B, E, L]; A [E, N]; B, C [B, N, L]; D, delta_bias [E] -> y [B, E, L], last state [B, E, N].
+    u, delta, z [B, E, L]; A [E, N]; B, C [B, N, L]; D, delta_bias [E] -> y [B, E, L], last state
+    [B, E, N].
     """
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
@@ -68,18 +83,22 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return y, state
 
 
-def branch_inputs(xz: Tensor, params: BranchParams, *, reverse: bool = False,
-                  mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def branch_inputs(
+    xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the scan of one direction reads, in token order (a reversed direction is flipped back).
 
-    xz [B, L, 2E] -> u [B, L, E], raw step dt_proj.weight dt_raw [B, L, E] (no bias, no softplus), B and C [B, L, N].
+    xz [B, L, 2E] -> u [B, L, E], raw step dt_proj.weight dt_raw [B, L, E] (no bias, no softplus), B
+    and C [B, L, N].
     """
     x = xz.chunk(2, dim=-1)[0]
     if mask is not None:
         x = x * mask.unsqueeze(-1)
     if reverse:
         x = x.flip(1)
-    u = causal_conv1d(x.transpose(1, 2), params.conv_weight, params.conv_bias, "silu").transpose(1, 2)
+    u = causal_conv1d(x.transpose(1, 2), params.conv_weight, params.conv_bias, "silu").transpose(
+        1, 2
+    )
     if reverse:
         u = u.flip(1)
     if mask is not None:
@@ -89,8 +108,15 @@ def branch_inputs(xz: Tensor, params: BranchParams, *, reverse: bool = False,
     return u, F.linear(dt, params.dt_proj_weight), B, C
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`.
 
     Arithmetic in float32 (float64 for float64 inputs); the result has the dtype of xz.
@@ -108,7 +134,9 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
         z = xz.chunk(2, dim=-1)[1]
         inputs = [t.flip(1) if reverse else t for t in (u, dt, B, C, z)]
         u, dt, B, C, z = (t.transpose(1, 2) for t in inputs)
-        y, _ = selective_scan(u, dt, params.A, B, C, params.D, z, params.dt_proj_bias, delta_softplus=True)
+        y, _ = selective_scan(
+            u, dt, params.A, B, C, params.D, z, params.dt_proj_bias, delta_softplus=True
+        )
         y = y.transpose(1, 2)
         y = y.flip(1) if reverse else y
         if lengths is not None:

@@ -1,14 +1,14 @@
-"""Selective scan in lean PyTorch, for every device: the state is updated in place and the backward pass recomputes it.
+"""Selective scan in lean PyTorch, for every device: the state is updated in place and the backward
+pass recomputes it.
 
-Under plain autograd the loop of `reference.py` keeps every state, [B, L, N, E] several times over. Here the steps
-are done in chunks: what does not depend on the state (decays, inputs, outputs) is computed for a whole chunk at once
-into reused buffers, only `state = decay * state + input` runs step by step, and the state at the head of each chunk
-is all that is saved. The time index comes first and channels last, so that each step works on contiguous memory.
+Under plain autograd the loop of `reference.py` keeps every state, [B, L, N, E] several times over.
+Here the steps are done in chunks: what does not depend on the state (decays, inputs, outputs) is
+computed for a whole chunk at once into reused buffers, only `state = decay * state + input` runs
+step by step, and the state at the head of each chunk is all that is saved. The time index comes
+first and channels last, so that each step works on contiguous memory.
 
 B images, L tokens, E inner channels, N states, R step rank, T steps of a chunk.
 """
-
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +20,36 @@ from .reference import BranchParams
 CHUNK = 8  # T; a chunk's buffers, [T, B, N, E] each, should stay in the processor's cache
 
 
-def available() -> Optional[str]:
+def available() -> str | None:
     """None: runs everywhere."""
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+def takes(xz: Tensor, params: BranchParams) -> str | None:
     """None: takes every argument that the public function lets through."""
     return None
 
 
 def _chunks(length: int, reverse: bool) -> list[tuple[slice, list[int]]]:
-    """Chunks in scan order: the tokens of each, and the order in which the scan visits them within the chunk."""
+    """Chunks in scan order: the tokens of each, and the order in which the scan visits them within
+    the chunk.
+    """
     spans = [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
     if reverse:
         return [(span, list(range(span.stop - span.start))[::-1]) for span in reversed(spans)]
     return [(span, list(range(span.stop - span.start))) for span in spans]
 
 
-def _chunk_states(state: Tensor, delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, order: list[int],
-                  decays: Tensor, states: Tensor) -> None:
+def _chunk_states(
+    state: Tensor,
+    delta: Tensor,
+    inputs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    order: list[int],
+    decays: Tensor,
+    states: Tensor,
+) -> None:
     """Decays and states of one chunk, written to `decays` and `states` [T, B, N, E].
 
     state [B, N, E] at the chunk's head; delta, inputs (= delta u) [T, B, E]; A [N, E]; B [T, B, N].
@@ -67,7 +77,7 @@ class _Scan(torch.autograd.Function):
         for span, order in _chunks(length, reverse):
             if save:
                 heads.append(state.clone())
-            decays, states = buffers[:, :len(order)]
+            decays, states = buffers[:, : len(order)]
             _chunk_states(state, delta[span], inputs[span], A, B[span], order, decays, states)
             torch.matmul(C[span].unsqueeze(2), states, out=y[span].unsqueeze(2))
             state = states[order[-1]].clone()
@@ -80,12 +90,16 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         delta, inputs, A, B, C, *heads = ctx.saved_tensors
-        grad_delta, grad_inputs, grad_B, grad_C = (torch.empty_like(t) for t in (delta, inputs, B, C))
+        grad_delta, grad_inputs, grad_B, grad_C = (
+            torch.empty_like(t) for t in (delta, inputs, B, C)
+        )
         grad_A = torch.zeros_like(A)
         buffers = delta.new_empty(3, min(CHUNK, delta.shape[0]), *heads[0].shape) if heads else None
         carried = 0  # decay_{t+1} dL/dh_{t+1}
-        for (span, order), head in zip(reversed(_chunks(delta.shape[0], ctx.reverse)), reversed(heads), strict=True):
-            decays, states, grads = buffers[:, :len(order)]
+        for (span, order), head in zip(
+            reversed(_chunks(delta.shape[0], ctx.reverse)), reversed(heads), strict=True
+        ):
+            decays, states, grads = buffers[:, : len(order)]
             _chunk_states(head, delta[span], inputs[span], A, B[span], order, decays, states)
             torch.mul(grad_y[span].unsqueeze(2), C[span].unsqueeze(3), out=grads)
             grad_C[span] = torch.matmul(states, grad_y[span].unsqueeze(3)).squeeze(3)
@@ -105,17 +119,19 @@ class _Scan(torch.autograd.Function):
 
 
 def _conv_silu(x: Tensor, params: BranchParams, reverse: bool) -> Tensor:
-    """Causal convolution + SiLU of x [L, B, E] along the first dimension; reverse looks at later tokens instead."""
+    """Causal convolution + SiLU of x [L, B, E] along the first dimension; reverse looks at later
+    tokens instead.
+    """
     width, length = params.conv_weight.shape[1], x.shape[0]
     x = F.pad(x, (0, 0, 0, 0, 0, width - 1) if reverse else (0, 0, 0, 0, width - 1, 0))
     y = params.conv_bias
     for offset in range(width):
         tap = width - 1 - offset if reverse else offset
-        y = torch.addcmul(y, x[offset:offset + length], params.conv_weight[:, tap])
+        y = torch.addcmul(y, x[offset : offset + length], params.conv_weight[:, tap])
     return F.silu(y)
 
 
-def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Optional[Tensor]) -> Tensor:
+def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Tensor | None) -> Tensor:
     """xz [L, B, 2E], mask [L, B] -> y [L, B, E]; everything in one floating-point type."""
     x, z = xz.chunk(2, dim=-1)
     u = _conv_silu(x if mask is None else x * mask.unsqueeze(-1), params, reverse)
@@ -130,13 +146,22 @@ def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Optional[Tens
     return torch.addcmul(y, params.D, u) * F.silu(z)
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     dtype, (images, length, _), channels = xz.dtype, xz.shape, params.D.shape[0]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     rows = None
-    if active is not None and xz.device.type == "cpu":  # elsewhere, choosing rows would make the host wait
+    if (
+        active is not None and xz.device.type == "cpu"
+    ):  # elsewhere, choosing rows would make the host wait
         rows = active.nonzero().squeeze(1)
         xz = xz.index_select(0, rows)
         mask, lengths = (None if t is None else t.index_select(0, rows) for t in (mask, lengths))
@@ -147,7 +172,9 @@ def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask:
         if lengths is not None:
             prefix = torch.arange(length, device=xz.device) < lengths.unsqueeze(1)
             mask = prefix.to(compute) if mask is None else torch.where(prefix, mask, 0)
-        y = _branch(xz.to(compute).transpose(0, 1), params, reverse, None if mask is None else mask.t()).transpose(0, 1)
+        y = _branch(
+            xz.to(compute).transpose(0, 1), params, reverse, None if mask is None else mask.t()
+        ).transpose(0, 1)
         if prefix is not None:
             y = torch.where(prefix.unsqueeze(-1), y, 0)
         if rows is not None:

@@ -1,26 +1,57 @@
 """Triton kernels of the selective scan, backward: gate, scan, convolution.
 
-B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel blocks.
+B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel
+blocks.
 
-The scan's backward pass needs every state in reverse order. From the state that the forward pass kept every CHUNK
-steps a chunk is recomputed, leaving one state in scratch memory every GROUP steps; a group is then recomputed once
-more into registers and walked back. What sums over channels (the gradients of B and C) is stored per channel block
-and added up afterwards in a fixed order: no atomics, the same result every time.
+The scan's backward pass needs every state in reverse order. From the state that the forward pass
+kept every CHUNK steps a chunk is recomputed, leaving one state in scratch memory every GROUP steps;
+a group is then recomputed once more into registers and walked back. What sums over channels (the
+gradients of B and C) is stored per channel block and added up afterwards in a fixed order: no
+atomics, the same result every time.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_forward import LN2, LOG2E, _length, _load_channels, _load_masked_row, _row, _sigmoid, _step_size
+from .triton_forward import (
+    LN2,
+    LOG2E,
+    _length,
+    _load_channels,
+    _load_masked_row,
+    _row,
+    _sigmoid,
+    _step_size,
+)
 
 SMALLEST_GROUP = 2  # the most scratch memory that scan_backward uses is for groups of so many steps
 
 
 @triton.jit(do_not_specialize=["L"])
-def gate_backward(grad_out, z, stride_image, stride_token, part, lengths, active, stride_active, stride_direction,
-                  grad_y, grad_z, grad_stride_image, grad_stride_token, L, E, scale,
-                  BOTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Through out = scale * silu(z) * part: grad_y [B, L, E] = d/d part, and grad_z (zero behind the length)."""
+def gate_backward(
+    grad_out,
+    z,
+    stride_image,
+    stride_token,
+    part,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
+    grad_y,
+    grad_z,
+    grad_stride_image,
+    grad_stride_token,
+    L,
+    E,
+    scale,
+    BOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Through out = scale * silu(z) * part: grad_y [B, L, E] = d/d part, and grad_z (zero behind
+    the length).
+    """
     b = tl.program_id(0).to(tl.int64)
     t = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     c = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -34,17 +65,22 @@ def gate_backward(grad_out, z, stride_image, stride_token, part, lengths, active
     y = tl.load(part + row, mask=inside, other=0.0).to(tl.float32)
     s = _sigmoid(zt)
     tl.store(grad_y + row, (g * zt * s).to(grad_y.dtype.element_ty), mask=inside)
-    tl.store(grad_z + b * grad_stride_image + t * grad_stride_token + c,
-             (g * y * s * (1.0 + zt * (1.0 - s))).to(grad_z.dtype.element_ty), mask=(t < L) & (c < E))
+    tl.store(
+        grad_z + b * grad_stride_image + t * grad_stride_token + c,
+        (g * y * s * (1.0 + zt * (1.0 - s))).to(grad_z.dtype.element_ty),
+        mask=(t < L) & (c < E),
+    )
 
 
 @triton.jit
 def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr):
-    """[N, 16] whose columns 0 and 1 are the sums of by_b and by_c [N, BLOCK] over the channels. column [1, 16].
+    """[N, 16] whose columns 0 and 1 are the sums of by_b and by_c [N, BLOCK] over the channels.
+    column [1, 16].
 
-    The sum runs on the matrix units (times a matrix that is one in a single column): sums between threads by shuffles
-    would cost more than all other arithmetic of the step. They round to 11 bits on the way (TF32), finer than
-    bfloat16 but not float32, whose tensors take the slow road (not MATRIX).
+    The sum runs on the matrix units (times a matrix that is one in a single column): sums between
+    threads by shuffles would cost more than all other arithmetic of the step. They round to 11 bits
+    on the way (TF32), finer than bfloat16 but not float32, whose tensors take the slow road (not
+    MATRIX).
     """
     if MATRIX:
         every = tl.arange(0, BLOCK)[:, None] >= 0
@@ -55,12 +91,32 @@ def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr)
 
 
 @triton.jit
-def _recompute(h, u, dt, bc, stride_bc, a, bias, s, n, E, c, inside, ns, exact: tl.constexpr, REVERSE: tl.constexpr):
-    """One step forward from state h; past the end (step size 0) nothing changes. Also what the way back needs."""
+def _recompute(
+    h,
+    u,
+    dt,
+    bc,
+    stride_bc,
+    a,
+    bias,
+    s,
+    n,
+    E,
+    c,
+    inside,
+    ns,
+    exact: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """One step forward from state h; past the end (step size 0) nothing changes. Also what the way
+    back needs.
+    """
     exists = s < n
     t = _row(tl.minimum(s, n - 1), n, REVERSE)
     x = tl.load(u + t * E + c, mask=inside, other=0.0).to(tl.float32)
-    delta, slope = _step_size(tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32) + bias, exact)
+    delta, slope = _step_size(
+        tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32) + bias, exact
+    )
     delta = tl.where(exists, delta, 0.0)
     decay = tl.exp2(delta[None, :] * a)
     b_row = tl.load(bc + t * stride_bc + ns).to(tl.float32)
@@ -68,11 +124,43 @@ def _recompute(h, u, dt, bc, stride_bc, a, bias, s, n, E, c, inside, ns, exact: 
 
 
 @triton.jit
-def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bias, checkpoints, scratch,
-                             grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, b, walk,
-                             direction: tl.constexpr, block, blocks, B, L, E, saved, c, inside, N: tl.constexpr,
-                             DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-                             GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _scan_direction_backward(
+    grad_y,
+    u,
+    dt,
+    bc,
+    stride_bc,
+    n,
+    gates,
+    A,
+    D,
+    dt_bias,
+    checkpoints,
+    scratch,
+    grad_u,
+    grad_dt,
+    grad_bc,
+    grad_A,
+    grad_channel,
+    grad_gate,
+    b,
+    walk,
+    direction: tl.constexpr,
+    block,
+    blocks,
+    B,
+    L,
+    E,
+    saved,
+    c,
+    inside,
+    N: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """`walk` = direction * B + b: where this image and direction lie in tensors [G, B, ...]."""
     ns = tl.arange(0, N)
     tile = ns[:, None] * E + c[None, :]
@@ -106,12 +194,29 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
     for i_chunk in range(0, chunks):
         chunk = chunks - 1 - i_chunk
         groups = tl.cdiv(tl.minimum(n - chunk * CHUNK, CHUNK), GROUP)
-        h = tl.load(checkpoints + (chunk - 1) * N * E + tile, mask=tile_inside & (chunk > 0), other=0.0)
+        h = tl.load(
+            checkpoints + (chunk - 1) * N * E + tile, mask=tile_inside & (chunk > 0), other=0.0
+        )
         for group in range(0, groups - 1):
             tl.store(scratch + group * N * E + tile, h, mask=tile_inside)
             for i in tl.static_range(GROUP):
-                h, _, _, _, _ = _recompute(h, u, dt, bc, stride_bc, a, bias, chunk * CHUNK + group * GROUP + i, n,
-                                           E, c, inside, ns, exact, REVERSE)
+                h, _, _, _, _ = _recompute(
+                    h,
+                    u,
+                    dt,
+                    bc,
+                    stride_bc,
+                    a,
+                    bias,
+                    chunk * CHUNK + group * GROUP + i,
+                    n,
+                    E,
+                    c,
+                    inside,
+                    ns,
+                    exact,
+                    REVERSE,
+                )
         tl.store(scratch + (groups - 1) * N * E + tile, h, mask=tile_inside)
         tl.debug_barrier()
         for i_group in range(0, groups):
@@ -124,8 +229,9 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
             slopes = ()
             inputs = ()
             for i in tl.static_range(GROUP):
-                h, decay, delta, slope, x = _recompute(h, u, dt, bc, stride_bc, a, bias, first + i, n,
-                                                       E, c, inside, ns, exact, REVERSE)
+                h, decay, delta, slope, x = _recompute(
+                    h, u, dt, bc, stride_bc, a, bias, first + i, n, E, c, inside, ns, exact, REVERSE
+                )
                 states = states + (h,)
                 decays = decays + (decay,)
                 deltas = deltas + (delta,)
@@ -144,9 +250,14 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
                     g *= gate
                 e += c_row[:, None] * g[None, :]
                 along_b = tl.sum(e * b_row[:, None], axis=0)
-                by_channel = _channel_sums(e * (delta * x)[None, :], states[i + 1] * g[None, :], column, BLOCK, matrix)
-                tl.store(grad_bc + t * 2 * N + column * N + ns[:, None],
-                         by_channel.to(grad_bc.dtype.element_ty), mask=(column < 2) & exists)
+                by_channel = _channel_sums(
+                    e * (delta * x)[None, :], states[i + 1] * g[None, :], column, BLOCK, matrix
+                )
+                tl.store(
+                    grad_bc + t * 2 * N + column * N + ns[:, None],
+                    by_channel.to(grad_bc.dtype.element_ty),
+                    mask=(column < 2) & exists,
+                )
                 e *= decays[i]
                 flow = e * states[i]
                 grad_x = skip * g + along_b * delta
@@ -155,8 +266,14 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
                 sum_A += flow * delta[None, :]
                 sum_D += g * x
                 sum_bias += grad_delta
-                tl.store(grad_u + t * E + c, grad_x.to(grad_u.dtype.element_ty), mask=inside & exists)
-                tl.store(grad_dt + t * E + c, grad_delta.to(grad_dt.dtype.element_ty), mask=inside & exists)
+                tl.store(
+                    grad_u + t * E + c, grad_x.to(grad_u.dtype.element_ty), mask=inside & exists
+                )
+                tl.store(
+                    grad_dt + t * E + c,
+                    grad_delta.to(grad_dt.dtype.element_ty),
+                    mask=inside & exists,
+                )
         tl.debug_barrier()  # scratch is about to be used again
 
     tl.store(grad_A + walk * N * E + tile, sum_A, mask=tile_inside)
@@ -173,15 +290,47 @@ def _scan_direction_backward(grad_y, u, dt, bc, stride_bc, n, gates, A, D, dt_bi
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved"])
-def scan_backward(grad_y, u, dt, bc, stride_bc, lengths, active, stride_active, stride_direction, gates,
-                  A_0, D_0, dt_bias_0, A_1, D_1, dt_bias_1, checkpoints, scratch, grad_u, grad_dt, grad_bc, grad_A,
-                  grad_channel, grad_gate, B, L, E, saved, N: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr,
-                  CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def scan_backward(
+    grad_y,
+    u,
+    dt,
+    bc,
+    stride_bc,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
+    gates,
+    A_0,
+    D_0,
+    dt_bias_0,
+    A_1,
+    D_1,
+    dt_bias_1,
+    checkpoints,
+    scratch,
+    grad_u,
+    grad_dt,
+    grad_bc,
+    grad_A,
+    grad_channel,
+    grad_gate,
+    B,
+    L,
+    E,
+    saved,
+    N: tl.constexpr,
+    BOTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Gradients of one direction's scan, for a program's image and channel block.
 
-    grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc [K, G, B, L, 2N],
-    grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias), grad_gate [G, B, K].
-    scratch [G, B, CHUNK / GROUP or more, N, E].
+    grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc
+    [K, G, B, L, 2N], grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias),
+    grad_gate [G, B, K]. scratch [G, B, CHUNK / GROUP or more, N, E].
     """
     blocks = tl.cdiv(E, BLOCK)
     block = tl.program_id(0) % blocks
@@ -191,24 +340,124 @@ def scan_backward(grad_y, u, dt, bc, stride_bc, lengths, active, stride_active, 
     if BOTH:
         if tl.program_id(1) == 0:
             _scan_direction_backward(
-                grad_y, u, dt, bc, stride_bc, _length(lengths, active, stride_active, stride_direction, b, 0, L), gates,
-                A_0, D_0, dt_bias_0, checkpoints, scratch, grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate,
-                b, b, 0, block, blocks, B, L, E, saved, c, inside, N, 2, False, CHUNK, GROUP, BLOCK)
+                grad_y,
+                u,
+                dt,
+                bc,
+                stride_bc,
+                _length(lengths, active, stride_active, stride_direction, b, 0, L),
+                gates,
+                A_0,
+                D_0,
+                dt_bias_0,
+                checkpoints,
+                scratch,
+                grad_u,
+                grad_dt,
+                grad_bc,
+                grad_A,
+                grad_channel,
+                grad_gate,
+                b,
+                b,
+                0,
+                block,
+                blocks,
+                B,
+                L,
+                E,
+                saved,
+                c,
+                inside,
+                N,
+                2,
+                False,
+                CHUNK,
+                GROUP,
+                BLOCK,
+            )
         else:
             _scan_direction_backward(
-                grad_y, u, dt, bc, stride_bc, _length(lengths, active, stride_active, stride_direction, b, 1, L), gates,
-                A_1, D_1, dt_bias_1, checkpoints, scratch, grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate,
-                b, b + B, 1, block, blocks, B, L, E, saved, c, inside, N, 2, True, CHUNK, GROUP, BLOCK)
+                grad_y,
+                u,
+                dt,
+                bc,
+                stride_bc,
+                _length(lengths, active, stride_active, stride_direction, b, 1, L),
+                gates,
+                A_1,
+                D_1,
+                dt_bias_1,
+                checkpoints,
+                scratch,
+                grad_u,
+                grad_dt,
+                grad_bc,
+                grad_A,
+                grad_channel,
+                grad_gate,
+                b,
+                b + B,
+                1,
+                block,
+                blocks,
+                B,
+                L,
+                E,
+                saved,
+                c,
+                inside,
+                N,
+                2,
+                True,
+                CHUNK,
+                GROUP,
+                BLOCK,
+            )
     else:
         _scan_direction_backward(
-            grad_y, u, dt, bc, stride_bc, _length(lengths, active, stride_active, stride_direction, b, 0, L), gates,
-            A_0, D_0, dt_bias_0, checkpoints, scratch, grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate,
-            b, b, 0, block, blocks, B, L, E, saved, c, inside, N, 1, REVERSE, CHUNK, GROUP, BLOCK)
+            grad_y,
+            u,
+            dt,
+            bc,
+            stride_bc,
+            _length(lengths, active, stride_active, stride_direction, b, 0, L),
+            gates,
+            A_0,
+            D_0,
+            dt_bias_0,
+            checkpoints,
+            scratch,
+            grad_u,
+            grad_dt,
+            grad_bc,
+            grad_A,
+            grad_channel,
+            grad_gate,
+            b,
+            b,
+            0,
+            block,
+            blocks,
+            B,
+            L,
+            E,
+            saved,
+            c,
+            inside,
+            N,
+            1,
+            REVERSE,
+            CHUNK,
+            GROUP,
+            BLOCK,
+        )
 
 
 @triton.jit
 def _conv_step(rows, grad_u, mask, weights, bias, t, n, E, c, inside, REVERSE: tl.constexpr):
-    """Row t of one direction, from the four masked rows of x that its convolution sees, in token order.
+    """Row t of one direction, from the four masked rows of x that its convolution sees, in token
+    order.
 
     Returns the gradient of the convolution's output before SiLU, and the mask's share per channel.
     """
@@ -226,9 +475,12 @@ def _conv_step(rows, grad_u, mask, weights, bias, t, n, E, c, inside, REVERSE: t
 
 @triton.jit
 def _load_conv(weight, bias, c, inside):
-    return (_load_channels(weight, 4, c, inside), _load_channels(weight + 1, 4, c, inside),
-            _load_channels(weight + 2, 4, c, inside), _load_channels(weight + 3, 4, c, inside)
-            ), _load_channels(bias, 1, c, inside)
+    return (
+        _load_channels(weight, 4, c, inside),
+        _load_channels(weight + 1, 4, c, inside),
+        _load_channels(weight + 2, 4, c, inside),
+        _load_channels(weight + 3, 4, c, inside),
+    ), _load_channels(bias, 1, c, inside)
 
 
 @triton.jit
@@ -244,14 +496,38 @@ def _store_conv(grad_weights, sums, total, walk, E, c, inside):
 
 
 @triton.jit(do_not_specialize=["B", "L"])
-def conv_backward(xz, stride_image, stride_token, mask, lengths, active, stride_active, stride_direction,
-                  weight_0, bias_0, weight_1, bias_1, grad_u, grad_xz, grad_stride_image, grad_stride_token,
-                  grad_weights, grad_mask, B, L, E, FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of x (into grad_xz; zero behind the length), of the weights (partial sums grad_weights
-    [G, B, 5, E]: four taps, then the bias) and of the mask (partial sums grad_mask [K, B, L]).
+def conv_backward(
+    xz,
+    stride_image,
+    stride_token,
+    mask,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
+    weight_0,
+    bias_0,
+    weight_1,
+    bias_1,
+    grad_u,
+    grad_xz,
+    grad_stride_image,
+    grad_stride_token,
+    grad_weights,
+    grad_mask,
+    B,
+    L,
+    E,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of x (into grad_xz; zero behind the length), of the weights (partial sums
+    grad_weights [G, B, 5, E]: four taps, then the bias) and of the mask (partial sums grad_mask [K,
+    B, L]).
 
-    One walk serves both directions: with rows t to t+3 of x at hand, the forward convolution's row t+3 and the
-    reversed one's row t are both known. Directions: FORWARD, REVERSE or both.
+    One walk serves both directions: with rows t to t+3 of x at hand, the forward convolution's row
+    t+3 and the reversed one's row t are both known. Directions: FORWARD, REVERSE or both.
     """
     both: tl.constexpr = FORWARD and REVERSE
     blocks = tl.cdiv(E, BLOCK)
@@ -284,10 +560,17 @@ def conv_backward(xz, stride_image, stride_token, mask, lengths, active, stride_
     by_mask_r = zero
     for i in range(0, tl.where(n > 0, n + 3, 0)):
         t = i - 3
-        rows = (rows[1], rows[2], rows[3], _load_masked_row(xz, stride_token, mask, t + 3, n, c, inside))
+        rows = (
+            rows[1],
+            rows[2],
+            rows[3],
+            _load_masked_row(xz, stride_token, mask, t + 3, n, c, inside),
+        )
         grad_x = zero
         if FORWARD:
-            g, by_mask = _conv_step(rows, grad_u + b * L * E, mask, weights_f, bias_f, t + 3, n_f, E, c, inside, False)
+            g, by_mask = _conv_step(
+                rows, grad_u + b * L * E, mask, weights_f, bias_f, t + 3, n_f, E, c, inside, False
+            )
             grads_f = (grads_f[1], grads_f[2], grads_f[3], g)
             masks_f = (masks_f[1], masks_f[2], masks_f[3], by_mask)
             sums_f = _add_taps(sums_f, g, rows[0], rows[1], rows[2], rows[3])
@@ -295,8 +578,9 @@ def conv_backward(xz, stride_image, stride_token, mask, lengths, active, stride_
             for k in tl.static_range(4):
                 grad_x += weights_f[k] * grads_f[3 - k]
         if REVERSE:
-            g, by_mask_r = _conv_step(rows, grad_u + walk_r * L * E, mask, weights_r, bias_r, t, n_r, E, c, inside,
-                                      True)
+            g, by_mask_r = _conv_step(
+                rows, grad_u + walk_r * L * E, mask, weights_r, bias_r, t, n_r, E, c, inside, True
+            )
             grads_r = (grads_r[1], grads_r[2], grads_r[3], g)
             sums_r = _add_taps(sums_r, g, rows[3], rows[2], rows[1], rows[0])
             total_r += g
@@ -304,11 +588,19 @@ def conv_backward(xz, stride_image, stride_token, mask, lengths, active, stride_
                 grad_x += weights_r[k] * grads_r[k]
         if mask is not None:
             x = tl.load(xz + t * stride_token + c, mask=inside & (t >= 0), other=0.0).to(tl.float32)
-            tl.store(grad_mask + t, tl.sum(grad_x * x + masks_f[0] + by_mask_r, axis=0), mask=t >= 0)
+            tl.store(
+                grad_mask + t, tl.sum(grad_x * x + masks_f[0] + by_mask_r, axis=0), mask=t >= 0
+            )
             grad_x *= tl.load(mask + t, mask=t >= 0, other=0.0).to(tl.float32)
-        tl.store(grad_xz + t * grad_stride_token + c, grad_x.to(grad_xz.dtype.element_ty), mask=inside & (t >= 0))
+        tl.store(
+            grad_xz + t * grad_stride_token + c,
+            grad_x.to(grad_xz.dtype.element_ty),
+            mask=inside & (t >= 0),
+        )
     for t in range(n, L):
-        tl.store(grad_xz + t * grad_stride_token + c, zero.to(grad_xz.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_xz + t * grad_stride_token + c, zero.to(grad_xz.dtype.element_ty), mask=inside
+        )
         if mask is not None:
             tl.store(grad_mask + t, 0.0)
     if FORWARD:

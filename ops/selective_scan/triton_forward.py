@@ -2,11 +2,12 @@
 
 B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2).
 
-How the scan is laid out. A program walks one image and one block of channels through time; its tile of states is
-[N, BLOCK] with BLOCK = 32 * num_warps or a multiple. Triton then gives a thread whole channels with all their
-states, so that the sum over states needs no exchange between threads and the work per channel is done once.
-Routing costs nothing: `_length` is the loop bound of an image and direction, 0 where the direction is off. The
-reversed direction starts at the last of these tokens; nothing is gathered or flipped.
+How the scan is laid out. A program walks one image and one block of channels through time; its tile
+of states is [N, BLOCK] with BLOCK = 32 * num_warps or a multiple. Triton then gives a thread whole
+channels with all their states, so that the sum over states needs no exchange between threads and
+the work per channel is done once. Routing costs nothing: `_length` is the loop bound of an image
+and direction, 0 where the direction is off. The reversed direction starts at the last of these
+tokens; nothing is gathered or flipped.
 
 For the backward pass (triton_backward.py) the state is kept every CHUNK steps.
 """
@@ -27,8 +28,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _step_size(x, EXACT: tl.constexpr):
-    """softplus(x) and its derivative. The hardware's log2 has an absolute error of 2^-22, too much for EXACT and
-    the small steps of a trained model, which take the series of log(1 + e) instead."""
+    """softplus(x) and its derivative. The hardware's log2 has an absolute error of 2^-22, too much
+    for EXACT and the small steps of a trained model, which take the series of log(1 + e) instead.
+    """
     e = tl.exp2(-tl.abs(x) * LOG2E)
     logarithm = tl.log2(1.0 + e) * LN2
     if EXACT:
@@ -74,7 +76,9 @@ def _load_masked_row(x, stride, mask, t, n, c, inside):
 
 
 @triton.jit
-def _conv_direction(rows, u, weight, bias, mask, t0, n, L, E, c, inside, ROWS: tl.constexpr, REVERSE: tl.constexpr):
+def _conv_direction(
+    rows, u, weight, bias, mask, t0, n, L, E, c, inside, ROWS: tl.constexpr, REVERSE: tl.constexpr
+):
     w0 = _load_channels(weight, 4, c, inside)
     w1 = _load_channels(weight + 1, 4, c, inside)
     w2 = _load_channels(weight + 2, 4, c, inside)
@@ -89,14 +93,37 @@ def _conv_direction(rows, u, weight, bias, mask, t0, n, L, E, c, inside, ROWS: t
         v *= _sigmoid(v)
         if mask is not None:
             v *= tl.load(mask + t, mask=t < n, other=0.0).to(tl.float32)
-        tl.store(u + t * E + c, tl.where(t < n, v, 0.0).to(u.dtype.element_ty), mask=inside & (t < L))
+        tl.store(
+            u + t * E + c, tl.where(t < n, v, 0.0).to(u.dtype.element_ty), mask=inside & (t < L)
+        )
 
 
 @triton.jit(do_not_specialize=["B", "L"])
-def conv_forward(xz, stride_image, stride_token, mask, lengths, active, stride_active, stride_direction,
-                 weight_0, bias_0, weight_1, bias_1, u, B, L, E,
-                 BOTH: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """u [G, B, L, E] = mask * silu(conv(mask * x)); rows behind the length are zero, since they enter a GEMM."""
+def conv_forward(
+    xz,
+    stride_image,
+    stride_token,
+    mask,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
+    weight_0,
+    bias_0,
+    weight_1,
+    bias_1,
+    u,
+    B,
+    L,
+    E,
+    BOTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """u [G, B, L, E] = mask * silu(conv(mask * x)); rows behind the length are zero, since they
+    enter a GEMM.
+    """
     b = tl.program_id(0).to(tl.int64)
     t0 = tl.program_id(1) * ROWS
     c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -110,24 +137,60 @@ def conv_forward(xz, stride_image, stride_token, mask, lengths, active, stride_a
         mask += b * L
     rows = ()
     for i in tl.static_range(ROWS + 6):
-        rows = rows + (_load_masked_row(xz, stride_token, mask, t0 + i - 3, tl.maximum(n_0, n_1), c, inside),)
-    _conv_direction(rows, u + b * L * E, weight_0, bias_0, mask, t0, n_0, L, E, c, inside, ROWS, REVERSE)
+        rows = rows + (
+            _load_masked_row(xz, stride_token, mask, t0 + i - 3, tl.maximum(n_0, n_1), c, inside),
+        )
+    _conv_direction(
+        rows, u + b * L * E, weight_0, bias_0, mask, t0, n_0, L, E, c, inside, ROWS, REVERSE
+    )
     if BOTH:
-        _conv_direction(rows, u + (b + B) * L * E, weight_1, bias_1, mask, t0, n_1, L, E, c, inside, ROWS, True)
+        _conv_direction(
+            rows, u + (b + B) * L * E, weight_1, bias_1, mask, t0, n_1, L, E, c, inside, ROWS, True
+        )
 
 
 @triton.jit
 def _load_step(u, dt, bc, stride_bc, t, E, c, inside, ns, N: tl.constexpr):
-    return (tl.load(u + t * E + c, mask=inside, other=0.0), tl.load(dt + t * E + c, mask=inside, other=0.0),
-            tl.load(bc + t * stride_bc + ns), tl.load(bc + t * stride_bc + N + ns))
+    return (
+        tl.load(u + t * E + c, mask=inside, other=0.0),
+        tl.load(dt + t * E + c, mask=inside, other=0.0),
+        tl.load(bc + t * stride_bc + ns),
+        tl.load(bc + t * stride_bc + N + ns),
+    )
 
 
 @triton.jit
-def _scan_direction(u, dt, bc, stride_bc, z, stride_z, A, D, dt_bias, gate, part, out, checkpoints,
-                    n, E, c, inside, scale, other_done, finish, N: tl.constexpr, BLOCK: tl.constexpr,
-                    REVERSE: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr, PREFETCH: tl.constexpr):
-    """Walk one direction. `other_done`: `part` holds the other direction's sum already; `finish`: this is the last
-    direction of the image, so gate and write the output."""
+def _scan_direction(
+    u,
+    dt,
+    bc,
+    stride_bc,
+    z,
+    stride_z,
+    A,
+    D,
+    dt_bias,
+    gate,
+    part,
+    out,
+    checkpoints,
+    n,
+    E,
+    c,
+    inside,
+    scale,
+    other_done,
+    finish,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SAVE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Walk one direction. `other_done`: `part` holds the other direction's sum already; `finish`:
+    this is the last direction of the image, so gate and write the output.
+    """
     ns = tl.arange(0, N)
     tile = ns[:, None] * E + c[None, :]
     exact: tl.constexpr = u.dtype.element_ty == tl.float32
@@ -135,12 +198,25 @@ def _scan_direction(u, dt, bc, stride_bc, z, stride_z, A, D, dt_bias, gate, part
     skip = _load_channels(D, 1, c, inside)
     bias = _load_channels(dt_bias, 1, c, inside)
     h = tl.zeros([N, BLOCK], tl.float32)
-    ahead = _load_step(u, dt, bc, stride_bc, _row(0, tl.maximum(n, 1), REVERSE), E, c, inside, ns, N)
+    ahead = _load_step(
+        u, dt, bc, stride_bc, _row(0, tl.maximum(n, 1), REVERSE), E, c, inside, ns, N
+    )
     for s in range(0, n):
         t = _row(s, n, REVERSE)
         if PREFETCH:
             step = ahead
-            ahead = _load_step(u, dt, bc, stride_bc, _row(tl.minimum(s + 1, n - 1), n, REVERSE), E, c, inside, ns, N)
+            ahead = _load_step(
+                u,
+                dt,
+                bc,
+                stride_bc,
+                _row(tl.minimum(s + 1, n - 1), n, REVERSE),
+                E,
+                c,
+                inside,
+                ns,
+                N,
+            )
         else:
             step = _load_step(u, dt, bc, stride_bc, t, E, c, inside, ns, N)
         if SAVE:
@@ -155,20 +231,58 @@ def _scan_direction(u, dt, bc, stride_bc, z, stride_z, A, D, dt_bias, gate, part
             if SAVE:
                 tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=inside)
             zt = tl.load(z + t * stride_z + c, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + t * E + c, (y * scale * zt * _sigmoid(zt)).to(out.dtype.element_ty), mask=inside)
+            tl.store(
+                out + t * E + c,
+                (y * scale * zt * _sigmoid(zt)).to(out.dtype.element_ty),
+                mask=inside,
+            )
         else:
             tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved", "batch_class"])
-def scan_forward(u, dt, bc, stride_bc, z, stride_image, stride_token, lengths, active, stride_active, stride_direction,
-                 gates, A_0, D_0, dt_bias_0, A_1, D_1, dt_bias_1, part, out, checkpoints, B, L, E, saved, scale,
-                 batch_class, N: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
-                 CHUNK: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr):
+def scan_forward(
+    u,
+    dt,
+    bc,
+    stride_bc,
+    z,
+    stride_image,
+    stride_token,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
+    gates,
+    A_0,
+    D_0,
+    dt_bias_0,
+    A_1,
+    D_1,
+    dt_bias_1,
+    part,
+    out,
+    checkpoints,
+    B,
+    L,
+    E,
+    saved,
+    scale,
+    batch_class,
+    N: tl.constexpr,
+    BOTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SAVE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
     """out [B, L, E] = scale * silu(z) * sum over directions of gate * (C h + D u).
 
-    `part` [B, L, E] receives the sum before silu(z), which the backward pass needs; it may be `out` without SAVE.
-    `checkpoints` [G, B, saved, N, E]: the state after every CHUNK steps. `batch_class` only serves the tuning.
+    `part` [B, L, E] receives the sum before silu(z), which the backward pass needs; it may be `out`
+    without SAVE.
+    `checkpoints` [G, B, saved, N, E]: the state after every CHUNK steps. `batch_class` only serves
+        the tuning.
     """
     blocks = tl.cdiv(E, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -186,15 +300,65 @@ def scan_forward(u, dt, bc, stride_bc, z, stride_image, stride_token, lengths, a
     z += b * stride_image
     part += b * L * E
     out += b * L * E
-    _scan_direction(u + b * L * E, dt + b * L * E, bc + b * L * stride_bc, stride_bc, z, stride_token,
-                    A_0, D_0, dt_bias_0, gate_0, part, out, checkpoints + b * saved * N * E, n_0, E, c, inside, scale,
-                    n_0 < 0, n_1 == 0, N, BLOCK, REVERSE, SAVE, CHUNK, PREFETCH)
+    _scan_direction(
+        u + b * L * E,
+        dt + b * L * E,
+        bc + b * L * stride_bc,
+        stride_bc,
+        z,
+        stride_token,
+        A_0,
+        D_0,
+        dt_bias_0,
+        gate_0,
+        part,
+        out,
+        checkpoints + b * saved * N * E,
+        n_0,
+        E,
+        c,
+        inside,
+        scale,
+        n_0 < 0,
+        n_1 == 0,
+        N,
+        BLOCK,
+        REVERSE,
+        SAVE,
+        CHUNK,
+        PREFETCH,
+    )
     if BOTH:
         tl.debug_barrier()  # the compiler may hand a row of `part` to another thread of the program
         b_1 = b + B
-        _scan_direction(u + b_1 * L * E, dt + b_1 * L * E, bc + b_1 * L * stride_bc, stride_bc, z, stride_token,
-                        A_1, D_1, dt_bias_1, gate_1, part, out, checkpoints + b_1 * saved * N * E, n_1, E, c, inside,
-                        scale, n_0 > 0, n_1 > 0, N, BLOCK, True, SAVE, CHUNK, PREFETCH)
+        _scan_direction(
+            u + b_1 * L * E,
+            dt + b_1 * L * E,
+            bc + b_1 * L * stride_bc,
+            stride_bc,
+            z,
+            stride_token,
+            A_1,
+            D_1,
+            dt_bias_1,
+            gate_1,
+            part,
+            out,
+            checkpoints + b_1 * saved * N * E,
+            n_1,
+            E,
+            c,
+            inside,
+            scale,
+            n_0 > 0,
+            n_1 > 0,
+            N,
+            BLOCK,
+            True,
+            SAVE,
+            CHUNK,
+            PREFETCH,
+        )
     zero = tl.zeros([BLOCK], out.dtype.element_ty)
     for t in range(tl.maximum(n_0, n_1), L):
         tl.store(out + t * E + c, zero, mask=inside)

@@ -1,15 +1,18 @@
-"""The `triton` backend: fused kernels for CUDA GPUs, and for the CPU in Triton's interpreter (to test them).
+"""The `triton` backend: fused kernels for CUDA GPUs, and for the CPU in Triton's interpreter (to
+test them).
 
-Per call: one convolution kernel writes u of both directions, two GEMMs by PyTorch give (step, B, C) and the raw step
-size, one kernel scans, adds the directions and gates. The state is float32 whatever the dtype of xz; GEMMs run in the
-dtype of xz. Kept for the backward pass: xz, (step, B, C), the sum before the gate and sparse states; u and the raw
-step size are computed again. Nothing waits for the device, so a forward pass can be captured in a CUDA graph, after
-one call outside the capture that tunes the kernels (kept between runs in Triton's cache).
+Per call: one convolution kernel writes u of both directions, two GEMMs by PyTorch give (step, B, C)
+and the raw step size, one kernel scans, adds the directions and gates. The state is float32
+whatever the dtype of xz; GEMMs run in the dtype of xz. Kept for the backward pass: xz, (step, B,
+C), the sum before the gate and sparse states; u and the raw step size are computed again. Nothing
+waits for the device, so a forward pass can be captured in a CUDA graph, after one call outside the
+capture that tunes the kernels (kept between runs in Triton's cache).
 
-B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel blocks.
+B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel
+blocks.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,29 +26,45 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 64
 _CONV_WIDTH = 4
-_BACKWARD_BLOCK = 32  # channels per program: one a thread, since the backward scan fills the registers
+_BACKWARD_BLOCK = (
+    32  # channels per program: one a thread, since the backward scan fills the registers
+)
 
 
 def _tuned(kernel, configs: list, key: list[str]):
     """The interpreter cannot measure: there the first configuration runs."""
-    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=key, cache_results=True)(kernel)
+    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=key, cache_results=True)(
+        kernel
+    )
 
 
-_scan_forward_kernel = _tuned(scan_forward, [
-    triton.Config({"BLOCK": block, "PREFETCH": prefetch}, num_warps=warps, num_stages=1)
-    for block, warps, prefetch in ((32, 1, False), (32, 1, True), (64, 1, False), (64, 2, True), (128, 4, False))
-], key=["E", "N", "SAVE", "BOTH", "batch_class"])
-_scan_backward_kernel = _tuned(scan_backward, [
-    triton.Config({"GROUP": group}, num_warps=1, num_stages=1) for group in (4, SMALLEST_GROUP)
-], key=["E", "N", "BOTH"])
+_scan_forward_kernel = _tuned(
+    scan_forward,
+    [
+        triton.Config({"BLOCK": block, "PREFETCH": prefetch}, num_warps=warps, num_stages=1)
+        for block, warps, prefetch in (
+            (32, 1, False),
+            (32, 1, True),
+            (64, 1, False),
+            (64, 2, True),
+            (128, 4, False),
+        )
+    ],
+    key=["E", "N", "SAVE", "BOTH", "batch_class"],
+)
+_scan_backward_kernel = _tuned(
+    scan_backward,
+    [triton.Config({"GROUP": group}, num_warps=1, num_stages=1) for group in (4, SMALLEST_GROUP)],
+    key=["E", "N", "BOTH"],
+)
 
 
 class _Call(NamedTuple):
     """What a call is about besides the tensors that receive gradients."""
 
     directions: tuple[bool, ...]  # is it reversed, per direction
-    active: Optional[Tensor]  # [B, G]
-    lengths: Optional[Tensor]  # [B]
+    active: Tensor | None  # [B, G]
+    lengths: Tensor | None  # [B]
     scale: float
 
     def routing(self) -> tuple:
@@ -54,13 +73,13 @@ class _Call(NamedTuple):
         return self.lengths, self.active, *strides
 
 
-def available() -> Optional[str]:
+def available() -> str | None:
     if torch.cuda.is_available() or _INTERPRETED:
         return None
     return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is for tests only)"
 
 
-def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+def takes(xz: Tensor, params: BranchParams) -> str | None:
     states, width = params.A.shape[1], params.conv_weight.shape[1]
     if xz.device.type != "cuda" and not (_INTERPRETED and xz.device.type == "cpu"):
         return f"runs on CUDA tensors, not on {xz.device}"
@@ -74,22 +93,42 @@ def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
     return None
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     active = None if active is None else active.unsqueeze(1)
     return _run(_Call((reverse,), active, lengths, 1.0), xz, mask, None, (params,))
 
 
-def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams, *, mask: Optional[Tensor] = None,
-                      gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
-                      lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
+def bidirectional_ssm(
+    xz: Tensor,
+    forward: BranchParams,
+    backward: BranchParams,
+    *,
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """Both directions; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
     return _run(_Call((False, True), active, lengths, scale), xz, mask, gates, (forward, backward))
 
 
-def _run(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Tensor],
-         params: tuple[BranchParams, ...]) -> Tensor:
+def _run(
+    call: _Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+) -> Tensor:
     if xz.numel() == 0:
         return xz.chunk(2, dim=-1)[0] * call.scale
     xz = xz if xz.stride(2) == 1 else xz.contiguous()
@@ -110,7 +149,7 @@ def _device(tensor: Tensor):
 
 def _branches(tensors: tuple[Tensor, ...]) -> tuple[BranchParams, ...]:
     size = len(BranchParams._fields)
-    return tuple(BranchParams(*tensors[i:i + size]) for i in range(0, len(tensors), size))
+    return tuple(BranchParams(*tensors[i : i + size]) for i in range(0, len(tensors), size))
 
 
 def _stack(params: tuple[BranchParams, ...], field: str, dtype: torch.dtype) -> Tensor:
@@ -118,32 +157,66 @@ def _stack(params: tuple[BranchParams, ...], field: str, dtype: torch.dtype) -> 
 
 
 def _scan_weights(params: tuple[BranchParams, ...]) -> list[Tensor]:
-    """A [N, E], so that neighbouring threads read neighbouring channels, D and the step bias; twice the same for one
-    direction."""
-    return [tensor for branch in (params[0], params[-1])
-            for tensor in (branch.A.t().contiguous(), branch.D.contiguous(), branch.dt_proj_bias.contiguous())]
+    """A [N, E], so that neighbouring threads read neighbouring channels, D and the step bias; twice
+    the same for one direction.
+    """
+    return [
+        tensor
+        for branch in (params[0], params[-1])
+        for tensor in (
+            branch.A.t().contiguous(),
+            branch.D.contiguous(),
+            branch.dt_proj_bias.contiguous(),
+        )
+    ]
 
 
 def _conv_weights(params: tuple[BranchParams, ...]) -> list[Tensor]:
-    return [tensor.contiguous() for branch in (params[0], params[-1])
-            for tensor in (branch.conv_weight, branch.conv_bias)]
+    return [
+        tensor.contiguous()
+        for branch in (params[0], params[-1])
+        for tensor in (branch.conv_weight, branch.conv_bias)
+    ]
 
 
-def _convolve(call: _Call, xz: Tensor, mask: Optional[Tensor], params: tuple[BranchParams, ...]) -> Tensor:
+def _convolve(
+    call: _Call, xz: Tensor, mask: Tensor | None, params: tuple[BranchParams, ...]
+) -> Tensor:
     """u [G, B, L, E]."""
     B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     u = xz.new_empty(len(params), B, L, E)
     rows, block = 8, 128
     conv_forward[(B, triton.cdiv(L, rows), triton.cdiv(E, block))](
-        xz, xz.stride(0), xz.stride(1), mask, *call.routing(), *_conv_weights(params), u, B, L, E,
-        BOTH=len(params) == 2, REVERSE=call.directions[0], ROWS=rows, BLOCK=block, num_warps=1)
+        xz,
+        xz.stride(0),
+        xz.stride(1),
+        mask,
+        *call.routing(),
+        *_conv_weights(params),
+        u,
+        B,
+        L,
+        E,
+        BOTH=len(params) == 2,
+        REVERSE=call.directions[0],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=1,
+    )
     return u
 
 
-def _forward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Tensor],
-             params: tuple[BranchParams, ...], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, L, E]; for the backward pass: (step, B, C) [G, B, L, R + 2N], the sum before the gate [B, L, E] and the
-    states [G, B, chunks - 1, N, E]."""
+def _forward(
+    call: _Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, L, E]; for the backward pass: (step, B, C) [G, B, L, R + 2N], the sum before the gate
+    [B, L, E] and the states [G, B, chunks - 1, N, E].
+    """
     B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
     u = _convolve(call, xz, mask, params)
@@ -154,15 +227,39 @@ def _forward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Te
     saved = max(triton.cdiv(L, CHUNK) - 1, 0)
     states = xz.new_empty((len(params), B, saved, N, E) if save else (0,), dtype=torch.float32)
     _scan_forward_kernel[lambda config: (B * triton.cdiv(E, config["BLOCK"]),)](
-        u, dt, projected[..., R:], R + 2 * N, xz[..., E:], xz.stride(0), xz.stride(1), *call.routing(), gates,
-        *_scan_weights(params), part, out, states, B, L, E, saved, call.scale, B.bit_length(),
-        N=N, BOTH=len(params) == 2, REVERSE=call.directions[0], SAVE=save, CHUNK=CHUNK)
+        u,
+        dt,
+        projected[..., R:],
+        R + 2 * N,
+        xz[..., E:],
+        xz.stride(0),
+        xz.stride(1),
+        *call.routing(),
+        gates,
+        *_scan_weights(params),
+        part,
+        out,
+        states,
+        B,
+        L,
+        E,
+        saved,
+        call.scale,
+        B.bit_length(),
+        N=N,
+        BOTH=len(params) == 2,
+        REVERSE=call.directions[0],
+        SAVE=save,
+        CHUNK=CHUNK,
+    )
     return out, projected.view(len(params), B, L, R + 2 * N), part, states
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Tensor], *tensors: Tensor):
+    def forward(
+        ctx, call: _Call, xz: Tensor, mask: Tensor | None, gates: Tensor | None, *tensors: Tensor
+    ):
         with torch.autocast(xz.device.type, enabled=False), _device(xz):
             out, *kept = _forward(call, xz, mask, gates, _branches(tensors), save=True)
         ctx.call = call
@@ -174,18 +271,37 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         xz, mask, gates, *tensors, projected, part, states = ctx.saved_tensors
         with torch.autocast(xz.device.type, enabled=False), _device(xz):
-            grads = _backward(ctx.call, xz, mask, gates, _branches(tuple(tensors)), projected, part, states,
-                              grad_out.contiguous())
+            grads = _backward(
+                ctx.call,
+                xz,
+                mask,
+                gates,
+                _branches(tuple(tensors)),
+                projected,
+                part,
+                states,
+                grad_out.contiguous(),
+            )
         return None, *grads
 
 
-def _backward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[Tensor],
-              params: tuple[BranchParams, ...], projected: Tensor, part: Tensor, states: Tensor,
-              grad_out: Tensor) -> tuple:
+def _backward(
+    call: _Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+    projected: Tensor,
+    part: Tensor,
+    states: Tensor,
+    grad_out: Tensor,
+) -> tuple:
     """Gradients of xz, mask, gates and every tensor of `params`."""
     G, B, L, E = len(params), xz.shape[0], xz.shape[1], xz.shape[2] // 2
     R = params[0].dt_proj_weight.shape[1]
-    x_weight, dt_weight = (_stack(params, name, xz.dtype) for name in ("x_proj_weight", "dt_proj_weight"))
+    x_weight, dt_weight = (
+        _stack(params, name, xz.dtype) for name in ("x_proj_weight", "dt_proj_weight")
+    )
     step = projected.flatten(1, 2)[..., :R]
     u = _convolve(call, xz, mask, params)
     dt = torch.bmm(step, dt_weight.mT)
@@ -195,11 +311,28 @@ def _backward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[T
     grad_y = torch.empty_like(grad_out)
     rows, block = 8, 128
     gate_backward[(B, triton.cdiv(L, rows), triton.cdiv(E, block))](
-        grad_out, xz[..., E:], xz.stride(0), xz.stride(1), part, *call.routing(), grad_y, grad_z, grad_z.stride(0),
-        grad_z.stride(1), L, E, call.scale, BOTH=G == 2, ROWS=rows, BLOCK=block, num_warps=4)
+        grad_out,
+        xz[..., E:],
+        xz.stride(0),
+        xz.stride(1),
+        part,
+        *call.routing(),
+        grad_y,
+        grad_z,
+        grad_z.stride(0),
+        grad_z.stride(1),
+        L,
+        E,
+        call.scale,
+        BOTH=G == 2,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+    )
 
     grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate = _scan_backward(
-        call, grad_y, u, dt, projected, gates, params, states)
+        call, grad_y, u, dt, projected, gates, params, states
+    )
     grad_dt = grad_dt.flatten(1, 2)
     grad_projected = torch.cat([torch.bmm(grad_dt, dt_weight), grad_bc.flatten(1, 2)], dim=-1)
     grad_x_weight = torch.bmm(grad_projected.mT, u.flatten(1, 2))
@@ -209,22 +342,38 @@ def _backward(call: _Call, xz: Tensor, mask: Optional[Tensor], gates: Optional[T
     grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
     grads = []
     for d, branch in enumerate(params):
-        values = BranchParams(grad_weights[d, :4].t(), grad_weights[d, 4], grad_x_weight[d], grad_dt_weight[d],
-                              grad_channel[d, 1], grad_A[d].t(), grad_channel[d, 0])
+        values = BranchParams(
+            grad_weights[d, :4].t(),
+            grad_weights[d, 4],
+            grad_x_weight[d],
+            grad_dt_weight[d],
+            grad_channel[d, 1],
+            grad_A[d].t(),
+            grad_channel[d, 0],
+        )
         grads += [value.to(tensor.dtype) for value, tensor in zip(values, branch, strict=True)]
     grad_gates = None if gates is None else grad_gate.sum(-1).t().to(gates.dtype)
     return grad_xz, None if mask is None else _as_gradient(grad_mask, mask), grad_gates, *grads
 
 
-def _as_gradient(grad: Tensor, tensor: Tensor) -> Optional[Tensor]:
+def _as_gradient(grad: Tensor, tensor: Tensor) -> Tensor | None:
     """A mask of booleans or integers has no gradient."""
     return grad.to(tensor.dtype) if tensor.is_floating_point() else None
 
 
-def _scan_backward(call: _Call, grad_y: Tensor, u: Tensor, dt: Tensor, projected: Tensor, gates: Optional[Tensor],
-                   params: tuple[BranchParams, ...], states: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of u, dt [G, B, L, E] and (B, C) [G, B, L, 2N] in their dtype; in float32 of A [G, N, E], of D and the
-    step bias [G, 2, E], and of the gates [G, B, K], still to be added up."""
+def _scan_backward(
+    call: _Call,
+    grad_y: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    projected: Tensor,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt [G, B, L, E] and (B, C) [G, B, L, 2N] in their dtype; in float32 of A [G,
+    N, E], of D and the step bias [G, 2, E], and of the gates [G, B, K], still to be added up.
+    """
     G, B, L, E = u.shape
     R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
     blocks = triton.cdiv(E, _BACKWARD_BLOCK)
@@ -234,23 +383,71 @@ def _scan_backward(call: _Call, grad_y: Tensor, u: Tensor, dt: Tensor, projected
     grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
     grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
     _scan_backward_kernel[(B * blocks, G)](
-        grad_y, u, dt, projected[..., R:], R + 2 * N, *call.routing(), gates, *_scan_weights(params), states, scratch,
-        grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, B, L, E, states.shape[2],
-        N=N, BOTH=G == 2, REVERSE=call.directions[0], CHUNK=CHUNK, BLOCK=_BACKWARD_BLOCK)
+        grad_y,
+        u,
+        dt,
+        projected[..., R:],
+        R + 2 * N,
+        *call.routing(),
+        gates,
+        *_scan_weights(params),
+        states,
+        scratch,
+        grad_u,
+        grad_dt,
+        grad_bc,
+        grad_A,
+        grad_channel,
+        grad_gate,
+        B,
+        L,
+        E,
+        states.shape[2],
+        N=N,
+        BOTH=G == 2,
+        REVERSE=call.directions[0],
+        CHUNK=CHUNK,
+        BLOCK=_BACKWARD_BLOCK,
+    )
     grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
     return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate
 
 
-def _convolve_backward(call: _Call, xz: Tensor, mask: Optional[Tensor], params: tuple[BranchParams, ...],
-                       grad_u: Tensor, grad_xz: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-    """Writes the gradient of x into grad_xz; gives those of the weights [G, 5, E] (taps, bias) and the mask [B, L]."""
+def _convolve_backward(
+    call: _Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    params: tuple[BranchParams, ...],
+    grad_u: Tensor,
+    grad_xz: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Writes the gradient of x into grad_xz; gives those of the weights [G, 5, E] (taps, bias) and
+    the mask [B, L].
+    """
     G, B, L, E = grad_u.shape
     block = 64
     blocks = triton.cdiv(E, block)
     grad_weights = grad_u.new_empty(G, B, 5, E, dtype=torch.float32)
     grad_mask = None if mask is None else grad_u.new_empty(blocks, B, L, dtype=torch.float32)
     conv_backward[(B * blocks,)](
-        xz, xz.stride(0), xz.stride(1), mask, *call.routing(), *_conv_weights(params), grad_u, grad_xz,
-        grad_xz.stride(0), grad_xz.stride(1), grad_weights, grad_mask, B, L, E,
-        FORWARD=False in call.directions, REVERSE=True in call.directions, BLOCK=block, num_warps=1)
+        xz,
+        xz.stride(0),
+        xz.stride(1),
+        mask,
+        *call.routing(),
+        *_conv_weights(params),
+        grad_u,
+        grad_xz,
+        grad_xz.stride(0),
+        grad_xz.stride(1),
+        grad_weights,
+        grad_mask,
+        B,
+        L,
+        E,
+        FORWARD=False in call.directions,
+        REVERSE=True in call.directions,
+        BLOCK=block,
+        num_warps=1,
+    )
     return grad_weights.sum(1), None if mask is None else grad_mask.sum(0)

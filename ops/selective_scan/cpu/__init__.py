@@ -1,14 +1,15 @@
-"""Selective scan on the CPU: C++ kernels (kernel.cpp), in training around PyTorch's matrix products.
+"""Selective scan on the CPU: C++ kernels (kernel.cpp), in training around PyTorch's matrix
+products.
 
-One pass over x does the convolution and SiLU of both directions, one matrix product a direction projects to
-(step, B, C), one pass does step, scan, skip, gate and the sum of the directions. In inference a thread takes a whole
-image through all of it. The backward pass recomputes the states from checkpoints every 16 steps, and the outputs of
-the two directions along with them.
+One pass over x does the convolution and SiLU of both directions, one matrix product a direction
+projects to (step, B, C), one pass does step, scan, skip, gate and the sum of the directions. In
+inference a thread takes a whole image through all of it. The backward pass recomputes the states
+from checkpoints every 16 steps, and the outputs of the two directions along with them.
 
-Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`, and tokens behind
-the last one that `mask` lets through are left out of the packed rows that all passes and matrix products work on:
-without input from behind, neither direction's state differs from zero when it reaches, or after it has left, the
-last visible token.
+Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`,
+and tokens behind the last one that `mask` lets through are left out of the packed rows that all
+passes and matrix products work on: without input from behind, neither direction's state differs
+from zero when it reaches, or after it has left, the last visible token.
 
 B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to whole vectors.
 """
@@ -16,7 +17,7 @@ B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to
 import ctypes
 import logging
 import threading
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ _CONV_WIDTH = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger(__name__)
-_library: Optional[ctypes.CDLL] = None
+_library: ctypes.CDLL | None = None
 _scratch = threading.local()
 
 
@@ -45,22 +46,55 @@ class _Direction(ctypes.Structure):
     """Direction of problem.h."""
 
     _fields_ = [("given", _Given)]
-    _fields_ += [(name, ctypes.c_void_p) for name in (
-        "start", "weights", "u", "projected", "checkpoints", "chunk", "projection", "grad_u", "grad_delta", "grad_BC",
-        "grad_weights")]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in (
+            "start",
+            "weights",
+            "u",
+            "projected",
+            "checkpoints",
+            "chunk",
+            "projection",
+            "grad_u",
+            "grad_delta",
+            "grad_BC",
+            "grad_weights",
+        )
+    ]
 
 
 class _Problem(ctypes.Structure):
     """Problem of problem.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("images", "tokens", "channels", "padded", "states", "rank")]
-    _fields_ += [("rows", ctypes.c_int64 * 2), ("groups", ctypes.c_int64), ("threads", ctypes.c_int64)]
-    _fields_ += [(name, ctypes.c_void_p) for name in (
-        "xz", "mask", "factor", "length", "limit", "out", "grad_out", "grad_xz", "grad_mask", "grad_factor")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("images", "tokens", "channels", "padded", "states", "rank")
+    ]
+    _fields_ += [
+        ("rows", ctypes.c_int64 * 2),
+        ("groups", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    ]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in (
+            "xz",
+            "mask",
+            "factor",
+            "length",
+            "limit",
+            "out",
+            "grad_out",
+            "grad_xz",
+            "grad_mask",
+            "grad_factor",
+        )
+    ]
     _fields_ += [("direction", _Direction * 2)]
 
 
-def available() -> Optional[str]:
+def available() -> str | None:
     """None once the kernels are built and loaded, or the reason why they are not."""
     global _library
     try:
@@ -73,7 +107,7 @@ def available() -> Optional[str]:
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> Optional[str]:
+def takes(xz: Tensor, params: BranchParams) -> str | None:
     """None, or the reason why these arguments are not taken."""
     if xz.device.type != "cpu":
         return f"runs on the CPU, not on {xz.device}"
@@ -104,7 +138,7 @@ def _extent(on: Tensor, limit: Tensor, length: Tensor) -> _Extent:
     return _Extent(limit, length, start, chunks.cumsum(1) - chunks, spans.sum(1), chunks.sum(1))
 
 
-def _visible(mask: Optional[Tensor], limit: Tensor) -> Tensor:
+def _visible(mask: Tensor | None, limit: Tensor) -> Tensor:
     """[B] tokens up to the last one, within `limit`, whose mask is not zero."""
     if mask is None or mask.shape[1] == 0:
         return limit
@@ -112,15 +146,20 @@ def _visible(mask: Optional[Tensor], limit: Tensor) -> Tensor:
     return ((mask != 0) & (position <= limit.unsqueeze(1))).mul(position).amax(1)
 
 
-def _pack(directions: tuple[Optional[BranchParams], ...], infer: bool) -> tuple[tuple[Optional[Tensor], ...], ...]:
-    """(weights, projections) of both directions as the kernels read them, see problem.h; projections to `infer` alone.
+def _pack(
+    directions: tuple[BranchParams | None, ...], infer: bool
+) -> tuple[tuple[Tensor | None, ...], ...]:
+    """(weights, projections) of both directions as the kernels read them, see problem.h;
+    projections to `infer` alone.
 
     The parameters are float32 and contiguous.
     """
     given = next(p for p in directions if p is not None)
     channels, (states, rank), lanes = given.D.shape[0], _sizes(directions), _library.lanes()
     padded, columns = -(-channels // lanes) * lanes, -(-(rank + 2 * states) // lanes) * lanes
-    problem = _Problem(channels=channels, padded=padded, states=states, rank=rank, threads=torch.get_num_threads())
+    problem = _Problem(
+        channels=channels, padded=padded, states=states, rank=rank, threads=torch.get_num_threads()
+    )
     weights, projections = [None, None], [None, None]
     for which, params in enumerate(directions):
         if params is None:
@@ -137,8 +176,9 @@ def _pack(directions: tuple[Optional[BranchParams], ...], infer: bool) -> tuple[
 
 
 def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
-    """[rows, P] of this thread, overwritten by the next call: memory fresh from the system costs as much as the
-    convolution that writes it."""
+    """[rows, P] of this thread, overwritten by the next call: memory fresh from the system costs as
+    much as the convolution that writes it.
+    """
     name, size = f"u{which}", rows * padded
     held = getattr(_scratch, name, None)
     if held is None or held.numel() < size:
@@ -148,35 +188,50 @@ def _scratch_rows(which: int, rows: int, padded: int) -> Tensor:
 
 
 class _Saved(NamedTuple):
-    """Tensors of a forward pass, two of each that belongs to a direction (None for one that was not asked for)."""
+    """Tensors of a forward pass, two of each that belongs to a direction (None for one that was not
+    asked for).
+    """
 
     extent: _Extent
-    weights: tuple[Optional[Tensor], ...]
-    u: tuple[Optional[Tensor], ...]  # [rows, P]
-    projected: tuple[Optional[Tensor], ...]  # [rows, R + 2N]
-    checkpoints: tuple[Optional[Tensor], ...]  # [chunks, P, N] floats
+    weights: tuple[Tensor | None, ...]
+    u: tuple[Tensor | None, ...]  # [rows, P]
+    projected: tuple[Tensor | None, ...]  # [rows, R + 2N]
+    checkpoints: tuple[Tensor | None, ...]  # [chunks, P, N] floats
 
-    def flatten(self) -> tuple[Optional[Tensor], ...]:
+    def flatten(self) -> tuple[Tensor | None, ...]:
         return (*self.extent, *self.weights, *self.u, *self.projected, *self.checkpoints)
 
     @classmethod
-    def unflatten(cls, tensors: tuple[Optional[Tensor], ...]) -> "_Saved":
+    def unflatten(cls, tensors: tuple[Tensor | None, ...]) -> "_Saved":
         count = len(_Extent._fields)
-        pairs = [tensors[i:i + 2] for i in range(count, len(tensors), 2)]
+        pairs = [tensors[i : i + 2] for i in range(count, len(tensors), 2)]
         return cls(_Extent(*tensors[:count]), *pairs)
 
 
-def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
+def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _problem(xz: Tensor, mask: Tensor, factor: Tensor, states: int, rank: int, saved: _Saved) -> _Problem:
+def _problem(
+    xz: Tensor, mask: Tensor, factor: Tensor, states: int, rank: int, saved: _Saved
+) -> _Problem:
     """The structure with everything that both passes share filled in. Its tensors must outlive it."""
     images, tokens, width = xz.shape
     lanes, extent = _library.lanes(), saved.extent
-    problem = _Problem(images=images, tokens=tokens, channels=width // 2, padded=-(-width // 2 // lanes) * lanes,
-                       states=states, rank=rank, threads=torch.get_num_threads(), xz=_pointer(xz), mask=_pointer(mask),
-                       factor=_pointer(factor), length=_pointer(extent.length), limit=_pointer(extent.limit))
+    problem = _Problem(
+        images=images,
+        tokens=tokens,
+        channels=width // 2,
+        padded=-(-width // 2 // lanes) * lanes,
+        states=states,
+        rank=rank,
+        threads=torch.get_num_threads(),
+        xz=_pointer(xz),
+        mask=_pointer(mask),
+        factor=_pointer(factor),
+        length=_pointer(extent.length),
+        limit=_pointer(extent.limit),
+    )
     problem.rows[:] = extent.rows.tolist()
     for which, direction in enumerate(problem.direction):
         if saved.weights[which] is not None:
@@ -187,15 +242,23 @@ def _problem(xz: Tensor, mask: Tensor, factor: Tensor, states: int, rank: int, s
     return problem
 
 
-def _sizes(directions: tuple[Optional[BranchParams], ...]) -> tuple[int, int]:
+def _sizes(directions: tuple[BranchParams | None, ...]) -> tuple[int, int]:
     params = next(p for p in directions if p is not None)
     return params.A.shape[1], params.dt_proj_weight.shape[1]
 
 
-def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
-             directions: tuple[Optional[BranchParams], ...], weights: tuple[Optional[Tensor], ...],
-             out: Tensor) -> _Saved:
-    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> out [B, L, E]."""
+def _forward(
+    xz: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    extent: _Extent,
+    directions: tuple[BranchParams | None, ...],
+    weights: tuple[Tensor | None, ...],
+    out: Tensor,
+) -> _Saved:
+    """Everything float32 and contiguous: xz [B, L, 2E], mask [B, L], factor [B, 2] -> out [B, L,
+    E].
+    """
     channels, (states, rank) = xz.shape[2] // 2, _sizes(directions)
     rows, chunks = extent.rows.tolist(), extent.chunks.tolist()
     u, checkpoints = [None, None], [None, None]
@@ -206,8 +269,10 @@ def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
     saved = _Saved(extent, weights, tuple(u), (None, None), tuple(checkpoints))
     problem = _problem(xz, mask, factor, states, rank, saved)
     _library.convolve(ctypes.byref(problem))
-    projected = tuple(None if params is None else linear(u[which][:, :channels], params.x_proj_weight)
-                      for which, params in enumerate(directions))
+    projected = tuple(
+        None if params is None else linear(u[which][:, :channels], params.x_proj_weight)
+        for which, params in enumerate(directions)
+    )
     for direction, tensor in zip(problem.direction, projected, strict=True):
         direction.projected = _pointer(tensor)
     problem.out = _pointer(out)
@@ -215,9 +280,16 @@ def _forward(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
     return saved._replace(projected=projected)
 
 
-def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
-           directions: tuple[Optional[BranchParams], ...]) -> Tensor:
-    """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the threads."""
+def _infer(
+    xz: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    extent: _Extent,
+    directions: tuple[BranchParams | None, ...],
+) -> Tensor:
+    """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the
+    threads.
+    """
     images, tokens, threads = *xz.shape[:2], torch.get_num_threads()
     (states, rank), out = _sizes(directions), xz.new_empty(images, tokens, xz.shape[2] // 2)
     weights, projections = _pack(directions, infer=True)
@@ -226,15 +298,25 @@ def _infer(xz: Tensor, mask: Tensor, factor: Tensor, extent: _Extent,
     u = projected = nothing
     if not by_image:
         rows = extent.rows.tolist()
-        u = tuple(None if weight is None else _scratch_rows(which, rows[which], weight.shape[1])
-                  for which, weight in enumerate(weights))
-        projected = tuple(None if weight is None else xz.new_empty(rows[which], rank + 2 * states)
-                          for which, weight in enumerate(weights))
-    problem = _problem(xz, mask, factor, states, rank, _Saved(extent, weights, u, projected, nothing))
+        u = tuple(
+            None if weight is None else _scratch_rows(which, rows[which], weight.shape[1])
+            for which, weight in enumerate(weights)
+        )
+        projected = tuple(
+            None if weight is None else xz.new_empty(rows[which], rank + 2 * states)
+            for which, weight in enumerate(weights)
+        )
+    problem = _problem(
+        xz, mask, factor, states, rank, _Saved(extent, weights, u, projected, nothing)
+    )
     problem.out = _pointer(out)
     for direction, weight in zip(problem.direction, projections, strict=True):
         direction.projection = _pointer(weight)
-    passes = (_library.infer,) if by_image else (_library.convolve, _library.project_images, _library.scan)
+    passes = (
+        (_library.infer,)
+        if by_image
+        else (_library.convolve, _library.project_images, _library.scan)
+    )
     for run in passes:
         run(ctypes.byref(problem))
     return out
@@ -252,12 +334,15 @@ class _Gradients(NamedTuple):
     def empty(cls, images: int, rows: int, padded: int, states: int, groups: int) -> "_Gradients":
         sizes = (rows, padded), (rows, padded), (groups, rows, 2 * states)
         kind = {"dtype": torch.float32, "device": "cpu"}
-        return cls(*(torch.empty(size, **kind) for size in sizes),
-                   torch.zeros(images, _CONV_WIDTH + 2 + states, padded, **kind))
+        return cls(
+            *(torch.empty(size, **kind) for size in sizes),
+            torch.zeros(images, _CONV_WIDTH + 2 + states, padded, **kind),
+        )
 
 
-def _projection_gradients(grads: _Gradients, u: Tensor, projected: Tensor,
-                          params: BranchParams) -> tuple[Tensor, Tensor, Tensor]:
+def _projection_gradients(
+    grads: _Gradients, u: Tensor, projected: Tensor, params: BranchParams
+) -> tuple[Tensor, Tensor, Tensor]:
     """Back through the projections of one direction: completes grads.grad_u.
 
     Returns the gradients of x_proj_weight, dt_proj_weight and dt_proj_bias.
@@ -269,8 +354,14 @@ def _projection_gradients(grads: _Gradients, u: Tensor, projected: Tensor,
     return grad_projected.t() @ u, grad_delta.t() @ projected[:, :rank], grad_delta.sum(0)
 
 
-def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved: _Saved,
-              directions: tuple[Optional[BranchParams], ...]) -> tuple[Tensor, Tensor, Tensor, list[Optional[Tensor]]]:
+def _backward(
+    grad_out: Tensor,
+    xz: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    saved: _Saved,
+    directions: tuple[BranchParams | None, ...],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Gradients of xz, mask, factor, and of the directions' weights in the order of BranchParams."""
     (images, tokens, channels), (states, rank) = grad_out.shape, _sizes(directions)
     problem = _problem(xz, mask, factor, states, rank, saved)
@@ -278,7 +369,9 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
     if _library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
         extent = _extent(saved.extent.start >= 0, saved.extent.limit, saved.extent.limit)
-        saved = _forward(xz, mask, factor, extent, directions, saved.weights, torch.empty_like(grad_out))
+        saved = _forward(
+            xz, mask, factor, extent, directions, saved.weights, torch.empty_like(grad_out)
+        )
         problem = _problem(xz, mask, factor, states, rank, saved)
         problem.grad_out = _pointer(grad_out)
     blocks = problem.padded // _library.lanes()
@@ -286,16 +379,25 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
     problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(images, 1))))
     grad_xz = torch.empty_like(xz)
     grad_mask, grad_factor = xz.new_empty(blocks, images, tokens), xz.new_zeros(blocks, images, 2)
-    problem.grad_xz, problem.grad_mask, problem.grad_factor = map(_pointer, (grad_xz, grad_mask, grad_factor))
-    grads = [None if params is None else
-             _Gradients.empty(images, problem.rows[which], problem.padded, states, problem.groups)
-             for which, params in enumerate(directions)]
+    problem.grad_xz, problem.grad_mask, problem.grad_factor = map(
+        _pointer, (grad_xz, grad_mask, grad_factor)
+    )
+    grads = [
+        None
+        if params is None
+        else _Gradients.empty(images, problem.rows[which], problem.padded, states, problem.groups)
+        for which, params in enumerate(directions)
+    ]
     for direction, tensors in zip(problem.direction, grads, strict=True):
         for name in _Gradients._fields if tensors is not None else ():
             setattr(direction, name, _pointer(getattr(tensors, name)))
     _library.scan_backward(ctypes.byref(problem))
-    projections = [None if params is None else _projection_gradients(tensors, u, projected, params)
-                   for params, tensors, u, projected in zip(directions, grads, saved.u, saved.projected, strict=True)]
+    projections = [
+        None if params is None else _projection_gradients(tensors, u, projected, params)
+        for params, tensors, u, projected in zip(
+            directions, grads, saved.u, saved.projected, strict=True
+        )
+    ]
     _library.convolve_backward(ctypes.byref(problem))
     weights = []
     for tensors, projection in zip(grads, projections, strict=True):
@@ -303,8 +405,13 @@ def _backward(grad_out: Tensor, xz: Tensor, mask: Tensor, factor: Tensor, saved:
             weights += [None] * len(BranchParams._fields)
             continue
         packed = tensors.grad_weights.sum(0)[:, :channels]
-        weights += BranchParams(packed[:_CONV_WIDTH].t(), packed[_CONV_WIDTH], *projection,
-                                packed[_CONV_WIDTH + 2:].t(), packed[_CONV_WIDTH + 1])
+        weights += BranchParams(
+            packed[:_CONV_WIDTH].t(),
+            packed[_CONV_WIDTH],
+            *projection,
+            packed[_CONV_WIDTH + 2 :].t(),
+            packed[_CONV_WIDTH + 1],
+        )
     return grad_xz, grad_mask.sum(0), grad_factor.sum(0), weights
 
 
@@ -315,7 +422,9 @@ class _BidirectionalSSM(torch.autograd.Function):
     def forward(ctx, xz, mask, factor, extent, *params):
         with torch.autocast("cpu", enabled=False):
             directions, out = _split(params), xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-            saved = _forward(xz, mask, factor, extent, directions, _pack(directions, infer=False)[0], out)
+            saved = _forward(
+                xz, mask, factor, extent, directions, _pack(directions, infer=False)[0], out
+            )
         ctx.save_for_backward(xz, mask, factor, *params, *saved.flatten())
         return out
 
@@ -326,25 +435,52 @@ class _BidirectionalSSM(torch.autograd.Function):
         count = 2 * len(BranchParams._fields)
         with torch.autocast("cpu", enabled=False):
             grad_xz, grad_mask, grad_factor, weights = _backward(
-                grad_out.contiguous(), xz, mask, factor, _Saved.unflatten(rest[count:]), _split(rest[:count]))
+                grad_out.contiguous(),
+                xz,
+                mask,
+                factor,
+                _Saved.unflatten(rest[count:]),
+                _split(rest[:count]),
+            )
         return grad_xz, grad_mask, grad_factor, None, *weights
 
 
-def _split(params: tuple[Optional[Tensor], ...]) -> tuple[Optional[BranchParams], ...]:
-    """The flat weights of both directions, None for each of a missing one, as two BranchParams or None."""
+def _split(params: tuple[Tensor | None, ...]) -> tuple[BranchParams | None, ...]:
+    """The flat weights of both directions, None for each of a missing one, as two BranchParams or
+    None.
+    """
     count = len(BranchParams._fields)
-    return tuple(BranchParams(*half) if half[0] is not None else None for half in (params[:count], params[count:]))
+    return tuple(
+        BranchParams(*half) if half[0] is not None else None
+        for half in (params[:count], params[count:])
+    )
 
 
-def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optional[Tensor], gates: Optional[Tensor],
-         on: Tensor, lengths: Optional[Tensor], scale: float) -> Tensor:
+def _run(
+    xz: Tensor,
+    directions: tuple[BranchParams | None, ...],
+    mask: Tensor | None,
+    gates: Tensor | None,
+    on: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
     """The general form of both public functions; on [2, B] bool."""
     dtype, (images, tokens, _) = xz.dtype, xz.shape
-    limit = on.new_full((images,), tokens, dtype=torch.int64) if lengths is None else lengths.long().clamp(0, tokens)
+    limit = (
+        on.new_full((images,), tokens, dtype=torch.int64)
+        if lengths is None
+        else lengths.long().clamp(0, tokens)
+    )
     extent = _extent(on, limit, _visible(mask, limit))
     # casts in sight of autograd, which casts the gradients back
-    tensors = [xz, on.new_ones((images, tokens), dtype=torch.float32) if mask is None else mask,
-               on.new_full((images, 2), scale, dtype=torch.float32) if gates is None else gates.float() * scale]
+    tensors = [
+        xz,
+        on.new_ones((images, tokens), dtype=torch.float32) if mask is None else mask,
+        on.new_full((images, 2), scale, dtype=torch.float32)
+        if gates is None
+        else gates.float() * scale,
+    ]
     for params in directions:
         tensors += [None] * len(BranchParams._fields) if params is None else params
     tensors = [None if t is None else t.float().contiguous() for t in tensors]
@@ -356,17 +492,34 @@ def _run(xz: Tensor, directions: tuple[Optional[BranchParams], ...], mask: Optio
     return out.to(dtype)
 
 
-def ssm_branch(xz: Tensor, params: BranchParams, *, reverse: bool = False, mask: Optional[Tensor] = None,
-               active: Optional[Tensor] = None, lengths: Optional[Tensor] = None) -> Tensor:
+def ssm_branch(
+    xz: Tensor,
+    params: BranchParams,
+    *,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     on = xz.new_zeros(2, xz.shape[0], dtype=torch.bool)
     on[int(reverse)] = True if active is None else active.bool()
     return _run(xz, (None, params) if reverse else (params, None), mask, None, on, lengths, 1.0)
 
 
-def bidirectional_ssm(xz: Tensor, forward: BranchParams, backward: BranchParams, *, mask: Optional[Tensor] = None,
-                      gates: Optional[Tensor] = None, active: Optional[Tensor] = None,
-                      lengths: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
-    """Both directions, gated and summed; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
+def bidirectional_ssm(
+    xz: Tensor,
+    forward: BranchParams,
+    backward: BranchParams,
+    *,
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+    active: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Both directions, gated and summed; arguments and result as in
+    `ops.selective_scan.bidirectional_ssm`.
+    """
     on = xz.new_ones(2, xz.shape[0], dtype=torch.bool) if active is None else active.t().bool()
     return _run(xz, (forward, backward), mask, gates, on, lengths, scale)

@@ -12,7 +12,16 @@ import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -36,17 +45,29 @@ def _compiler() -> list[str]:
 
 def _run(command: list[str]) -> str:
     """Standard error of the command."""
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines() or [""]
-        raise BuildError(f"'{command[0]}' failed with exit code {result.returncode}: {lines[0].strip()}")
+        lines = (
+            [line for line in result.stderr.splitlines() if "error" in line]
+            or result.stderr.splitlines()
+            or [""]
+        )
+        raise BuildError(
+            f"'{command[0]}' failed with exit code {result.returncode}: {lines[0].strip()}"
+        )
     return result.stderr
 
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
-    """Names the result: sources, flags, and what the compiler says of itself and of this CPU (-march=native, -v)."""
+    """Names the result: sources, flags, and what the compiler says of itself and of this CPU
+    (-march=native, -v).
+    """
     digest = hashlib.sha256(" ".join(flags).encode())
-    digest.update(_run([*compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode())
+    digest.update(
+        _run([*compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode()
+    )
     for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
@@ -63,20 +84,25 @@ def _cache_folder() -> Path:
                 return folder
         except OSError:
             continue
-    raise BuildError(f"no cache folder can be written: neither {base}/dyvm nor {tempfile.gettempdir()}")
+    raise BuildError(
+        f"no cache folder can be written: neither {base}/dyvm nor {tempfile.gettempdir()}"
+    )
 
 
 def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
     """Path of the built library, building it if this machine has not yet.
 
-    Processes that come here at once wait for the first of them; the file appears under its name only when complete.
+    Processes that come here at once wait for the first of them; the file appears under its name
+    only when complete.
 
     Raises:
         BuildError: no compiler, a failing one, or no folder to write to.
     """
     try:
         return _built(_compiler(), _FLAGS + extra_flags)
-    except OSError as error:  # a compiler that is no program, a full disk, a file system without locks
+    except (
+        OSError
+    ) as error:  # a compiler that is no program, a full disk, a file system without locks
         raise BuildError(f"cannot build: {error}") from error
 
 
