@@ -11,6 +11,8 @@ was interrupted.
 
 import os
 
+from evaluation.ablation_table import PlannedRun
+
 # Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
 # shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,24 +28,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import options
-from ablation_table import DENSE, Outcome, measure_speeds, summarise, table, write
-from builders import build_model, check_classes, model_image_size
 from datasets import Data, build_data
+from evaluation.ablation_table import DENSE, Outcome, measure_speeds, summarise, table, write
+from models.build import build_model, check_classes, model_image_size
 from models.weights import load_weights
-from resume import flag_differences
-from utils import preemption
+from utils import arguments, preemption
 from utils.checkpoint import BEST, load_checkpoint, load_newest
 from utils.distributed import init_distributed
-from utils.errors import UsageError, UserError, run_main
+from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, sha256_of
 from utils.logging import Progress, setup_logging
+from utils.program import run_main
+from utils.resume import flag_differences
 
 # Flags of main.py that tell a variant from the others. `random` and `static` have the routers of
 # `main`.
@@ -78,23 +80,9 @@ ROOT = Path(__file__).resolve().parent
 _logger = logging.getLogger("ablation")
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One training; `flags` are the words behind main.py, `args` what they mean."""
-
-    variant: str
-    seed: int
-    folder: Path
-    flags: list[str]
-    args: argparse.Namespace
-
-    def __str__(self) -> str:
-        return f"{self.variant}/seed{self.seed}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags before the `--`, in their groups."""
-    parser = options.OneLineParser(
+    parser = arguments.OneLineParser(
         prog="ablation.py",
         description="Train variants of the method from one dense teacher and compare them.",
         usage="ablation.py --dense-path FILE [flags] -- FLAGS_OF_MAIN",
@@ -124,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--seeds",
         nargs="+",
-        type=options.whole,
+        type=arguments.whole,
         default=[0, 1, 2],
         metavar="SEED",
         help="each variant is trained once with each of them",
@@ -133,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", "--output-dir", default="output/ablation", metavar="DIR")
     group.add_argument(
         "--jobs",
-        type=options.positive,
+        type=arguments.positive,
         default=1,
         metavar="N",
         help="trainings at a time, each on a "
@@ -141,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--throughput-seconds",
-        type=options.not_negative,
+        type=arguments.not_negative,
         default=10.0,
         metavar="S",
         help="time spent on images/s for every two models, all in turn; 0 leaves it out",

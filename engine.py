@@ -7,45 +7,35 @@ B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.047
 """
 
 import argparse
-import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from datasets import Data
-from graphs import graphed
 from loading.loaders import Batch
-from loading.transforms import derive_seed
 from losses import batch_statistics, mean_over_ranks
-from models import Result, VisionMamba
+from models import DynamicVisionMamba, Result, VisionMamba
+from models.build import build_dense, build_model, check_classes
+from models.weights import load_weights
+from tasks.classification import build_criterion
+from utils.checkpoint import load_checkpoint
+from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.logging import Averages, Progress
 from utils.nonfinite import NonFiniteSteps
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed Python's, numpy's and torch's generators, the GPU's too, from several numbers."""
-    seed = derive_seed(*numbers)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def autocast(device: torch.device, amp: str):
-    """The context of a forward pass under `--amp`."""
-    return torch.autocast(device.type, dtype=AMP_DTYPES[amp]) if amp != "off" else nullcontext()
+from utils.precision import autocast
+from utils.seeding import seed_everything
 
 
 def evaluation_forward(
@@ -317,3 +307,97 @@ def evaluate(
     top1, top5 = (100 * totals[1:3] / count).tolist()
     keep = [number / model.num_patches for number in kept]
     return Metrics(top1, top5, totals[3].item() / count, count, keep, (gates / count).tolist())
+
+
+def ema_decay(args: argparse.Namespace, updates: int) -> float:
+    """`--model-ema-decay`, for `updates` of the average in the whole run.
+
+    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of
+    mostly random weights; there the default is less, so that the initial weights count for e^-5 =
+    0.7 % of the average at the end.
+    """
+    if args.model_ema_decay is not None:
+        return args.model_ema_decay
+    return min(0.99996, max(0.0, 1 - 5 / updates))
+
+
+def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
+    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
+    device = distributed.device
+    if args.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    seed_everything(args.seed)
+    model, teacher = build_model(args, data.num_classes).to(device), None
+    if args.model_path:
+        dense_weights = load_checkpoint(args.model_path)
+        dynamic = isinstance(model, DynamicVisionMamba)
+        if dynamic:
+            check_classes(dense_weights, data.class_names, args.model_path)
+        load_weights(
+            model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic
+        )
+        if dynamic:
+            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
+            load_weights(teacher, dense_weights, args.model_path)
+    model.grad_checkpointing = args.grad_checkpointing
+    parallel: nn.Module = model
+    if distributed.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    updates = data.steps_per_epoch // args.accum_steps
+    if not updates:
+        raise UsageError(
+            f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches"
+        )
+    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
+    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
+    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            eps=args.opt_eps,
+            betas=tuple(args.opt_betas),
+            **fused,
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates,
+    )
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            label_smoothing=args.smoothing,
+            num_classes=data.num_classes,
+        )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    return Training(
+        model,
+        parallel,
+        teacher,
+        build_criterion(args, model),
+        optimizer,
+        scheduler,
+        scaler,
+        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates))
+        if args.model_ema
+        else None,
+        mixup=mixup,
+        guard=NonFiniteSteps(
+            optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"
+        ),
+    )

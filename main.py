@@ -11,6 +11,8 @@
 
 import os
 
+from evaluation.summary import draw_decisions, report_evaluation
+
 # Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
 # shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,39 +24,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 import options
-import resume
-from builders import (
+from datasets import Data, build_data
+from engine import Interrupted, Training, build_training, evaluate, train_one_epoch
+from evaluation.calibration import calibrate
+from evaluation.sweep import run_sweep
+from loading.loaders import WORKER_DIED
+from models import VisionMamba
+from models.build import (
+    STORED,
     build_dense,
-    build_training,
     check_classes,
     model_image_size,
     recorded_arguments,
     restore_model,
+    set_threshold,
 )
-from calibration import STORED, calibrate, set_threshold
-from datasets import Data, build_data
-from decisions import DecisionCounter
-from drawing.pictures import decision_picture
-from engine import Interrupted, Training, evaluate, train_one_epoch
-from evaluation import evaluate_all, table
-from inference import Classifier
-from loading.loaders import WORKER_DIED
-from models import DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
-from sweep import run_sweep
-from utils import preemption
+from utils import preemption, resume
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.distributed import Distributed, init_distributed
 from utils.environment import describe_environment
-from utils.errors import UsageError, UserError, run_main
+from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from utils.nonfinite import NonFiniteError
-from visualize import draw_samples
+from utils.program import run_main
 
 CALIBRATED = "calibrated_checkpoint.pth"
 
@@ -65,9 +60,16 @@ def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int
     """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
     preemption.install()
     run = build_training(args, data, distributed)
-    record = resume.identity(args, distributed.world_size, data)
+    record = resume.identity(
+        args, distributed.world_size, data.class_names, data.steps_per_epoch, run.model.family.name
+    )
     averages = resume.start_or_resume(run, record, args, distributed)
-    saver = resume.Saver(run, record, data, args, distributed)
+
+    def before_save() -> None:
+        run.guard.look()
+        data.list_bad_images(args.output_dir, distributed.rank)
+
+    saver = resume.Saver(run, record, args, distributed, before_save)
     log = EpochLog(args.output_dir)
     if distributed.is_main:
         write_args(args.output_dir, args)
@@ -138,7 +140,7 @@ def evaluate_epoch(
             run.ema.module, data, args, distributed, "evaluation (EMA)", preemption.requested
         ).top1
     if args.bad_images == "skip":
-        listed = distributed.gather_objects(resume.list_bad_images(data, args, distributed))
+        listed = distributed.gather_objects(data.list_bad_images(args.output_dir, distributed.rank))
         record["bad_images"] = len(set().union(*listed or []))
     best = metrics.top1 >= run.best
     run.best = max(run.best, metrics.top1)
@@ -189,52 +191,6 @@ def show_epoch(
     picture = draw_decisions(run.model, data, distributed.device)
     if picture is not None:
         tensorboard.add_image("kept_patches", picture, epoch, dataformats="HWC")
-
-
-@torch.no_grad()
-def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: int = 8):
-    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops
-    none.
-    """
-    if not getattr(model, "pruning_layers", ()):
-        return None
-    images = next(iter(data.val_batches())).images[:count]
-    kept = model.eval()(images.to(device)).kept
-    return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
-
-
-def report_evaluation(
-    model: VisionMamba,
-    ema: VisionMamba | None,
-    dense: VisionMamba | None,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
-) -> None:
-    """Evaluate, print the table, write eval.json and the picture of the kept patches."""
-    dense_trained = dense is not None
-    if isinstance(model, DynamicVisionMamba) and dense is None:
-        dense = build_dense(args, data.num_classes).to(distributed.device)
-    decisions = DecisionCounter(model, data.class_names)
-    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
-    totals = decisions.totals(distributed)
-    resume.list_bad_images(data, args, distributed)
-    if not distributed.is_main:
-        return
-    output = Path(args.output_dir)
-    if decisions.anything:
-        totals.write(output / "decisions")
-        draw_samples(
-            Classifier(model, data.class_names, args, distributed.device),
-            data,
-            output / "decisions",
-        )
-    write_json(output / "eval.json", report)
-    print(table(report))
-    picture = draw_decisions(model, data, distributed.device)
-    if picture is not None:
-        Image.fromarray(picture).save(output / "kept_patches.png")
-    _logger.info("written to %s", output / "eval.json")
 
 
 def evaluate_checkpoint(

@@ -5,7 +5,6 @@ from there, unless a flag says otherwise.
 """
 
 import argparse
-import ast
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -15,6 +14,16 @@ from timm.optim import list_optimizers
 
 from datasets import TIMM_PREFIXES, add_data_arguments
 from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
+from utils.arguments import (
+    OneLineParser,
+    below_one,
+    key_value,
+    not_negative,
+    positive,
+    probability,
+    ratio,
+    whole,
+)
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 
@@ -110,39 +119,6 @@ REPLACED = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Errors are raised as UsageError, in one line and without the usage text."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (see python {self.prog} --help)")
-
-
-def ratio(text: str) -> float:
-    """A fraction in (0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
-    return value
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
-
-
-def probability(text: str) -> float:
-    """A number in [0, 1]."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
-    return value
-
-
 def gate_threshold(text: str) -> float | str:
     """The word "calibrated", or a probability in (0, 1)."""
     if text == "calibrated":
@@ -153,42 +129,6 @@ def gate_threshold(text: str) -> float | str:
             f"{text} is neither `calibrated` nor a probability between 0 and 1"
         )
     return value
-
-
-def below_one(text: str) -> float:
-    """A number in [0, 1)."""
-    if probability(text) == 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
-    return float(text)
-
-
-def whole(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number of at least 0")
-    return value
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """`name=value` with a Python literal, such as embed_dim=96."""
-    name, _, value = text.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=VALUE with a Python literal"
-        ) from None
 
 
 def sweep_range(text: str) -> list[float]:

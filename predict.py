@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from inference import Classifier, build_parser, find_images, load_classifier
+from evaluation.inference import Classifier, build_parser, find_images, load_classifier
 from loading.images import FileImages
 from loading.loaders import BadImages
-from options import positive
-from utils.errors import UserError, run_main
+from utils.arguments import positive
+from utils.errors import UserError
+from utils.program import run_main
 
 
 def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterator[dict[str, Any]]:

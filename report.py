@@ -17,13 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from decisions import read_csv
 from drawing import plots
 from drawing.pictures import flops_text
-from options import OneLineParser
-from runs import Run, read_run, run_names
-from utils.errors import run_main
-from utils.files import atomic_file
+from drawing.runs import Run, read_run, run_names
+from utils.arguments import OneLineParser
+from utils.files import atomic_file, read_csv
+from utils.program import run_main
 
 PICTURE_WIDTH = 1600  # pixels; wider pictures are reduced
 PNG_BYTES = 300_000  # pictures that take more as PNG are photographs, and become JPEG
@@ -312,7 +311,7 @@ def headlines(run: Run) -> list[dict[str, str]]:
 def render(runs: list[Run]) -> str:
     """The report as HTML."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "drawing"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

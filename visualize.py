@@ -7,69 +7,25 @@ it costs.
 One PNG an image; for several images contact sheets and `images.csv` too.
 """
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from builders import build_dense
-from datasets import Data
-from decisions import write_csv
 from drawing.pictures import Decisions, draw_strip
 from drawing.sheets import ContactSheets
-from inference import Classifier, build_parser, find_images, load_classifier
-from loading.images import BadImageError, FileImages
+from evaluation.inference import Classifier, build_parser, find_images, load_classifier
+from evaluation.samples import explain, save_picture
+from loading.images import FileImages
 from loading.loaders import BadImages
-from loading.transforms import eval_transform, seen_region
-from models import DynamicVisionMamba, Result
-from models.flops import count_flops, exact_per_image
-from utils.errors import UsageError, UserError, run_main
-from utils.files import atomic_file, prepare_output_dir
-
-CLASSES = 5
+from loading.transforms import seen_region
+from models import DynamicVisionMamba
+from utils.errors import UsageError, UserError
+from utils.files import prepare_output_dir, write_csv
+from utils.program import run_main
 
 _logger = logging.getLogger(__name__)
-
-
-def dense_flops(args: argparse.Namespace, num_classes: int) -> float:
-    """`exact` operations of the dense counterpart, which need its sizes alone."""
-    with torch.device("meta"):
-        return count_flops(build_dense(args, num_classes)).exact
-
-
-def explain(classifier: Classifier, result: Result, names: list[str]) -> list[Decisions]:
-    """What a result says of each image of its batch."""
-    model = classifier.model
-    dynamic = isinstance(model, DynamicVisionMamba)
-    dense = dense_flops(classifier.args, model.num_classes)
-    flops = exact_per_image(model, result.gates).tolist()
-    gates = result.gates.float().cpu().numpy()
-    kept = [stage.cpu().numpy() for stage in result.kept]
-    return [
-        Decisions(
-            name,
-            [(label, p) for _, label, p in likeliest],
-            [stage[i] for stage in kept],
-            gates[:, i] if dynamic and model.route_blocks else None,
-            flops[i],
-            dense,
-            model.pruning_layers if dynamic else (),
-        )
-        for i, (name, likeliest) in enumerate(
-            zip(names, classifier.likeliest(result.logits, CLASSES), strict=True)
-        )
-    ]
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, atomically."""
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG", optimize=False, compress_level=4)
 
 
 class PictureNames:
@@ -121,26 +77,6 @@ def draw_all(
         sheets.close()
     for name, reason in bad_images.found.items():
         _logger.warning("%s: %s; left out", name, reason)
-
-
-def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 4) -> None:
-    """Strips of validation images spread over the data set, `sample1.png`, ...; none for a stream."""
-    if data.val is None:
-        return
-    transform = eval_transform(classifier.args, classifier.img_size)
-    count = min(count, len(data.val))
-    for number in range(count):
-        index = (2 * number + 1) * len(data.val) // (2 * count)
-        try:
-            image = data.val.load(index)
-        except BadImageError:  # the evaluation has named it, or ended there
-            continue
-        name = f"sample {number + 1}: {data.class_names[data.val.targets[index]]}"
-        [said] = explain(classifier, classifier.forward(transform(image)[None]), [name])
-        region = seen_region(image.size, classifier.args, classifier.img_size)
-        save_picture(
-            draw_strip(image, region, classifier.model, said), output / f"sample{number + 1}.png"
-        )
 
 
 def tell_what_is_missing(classifier: Classifier) -> None:

@@ -22,9 +22,10 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from options import OneLineParser
-from utils.errors import UsageError, run_main
+from utils.arguments import OneLineParser
+from utils.errors import UsageError
 from utils.files import write_json
+from utils.program import run_main
 
 BATCH = 256
 # Images per second at most: a forward pass, and a training step of the dense models.

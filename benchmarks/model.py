@@ -28,16 +28,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  (registers them)
-import options
-from benchmarks import arguments, checking, hotspots, records, timing
-from benchmarks.arguments import PRECISIONS
+from benchmarks import checking, flags, hotspots, records, timing
 from benchmarks.checking import CHECKED
+from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
-from utils.errors import UserError, first_line, run_main
+from utils import arguments
+from utils.errors import UserError, first_line
 from utils.files import write_json
+from utils.program import run_main
 
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
 TOKEN_KEEP, BLOCK_KEEP = 0.7, 0.8
@@ -52,17 +53,17 @@ Forward = Callable[
 
 def image_size(text: str) -> int:
     """A positive multiple of the patches' 16 pixels."""
-    size = options.positive(text)
+    size = arguments.positive(text)
     if size % 16:
         raise argparse.ArgumentTypeError(f"{text} is no multiple of 16, the size of a patch")
     return size
 
 
 def parse_args() -> argparse.Namespace:
-    parser = arguments.build_parser("model.py", __doc__)
+    parser = flags.build_parser("model.py", __doc__)
     parser.add_argument("--models", nargs="+", choices=SIZES, help="default: S T, and B on a GPU")
     parser.add_argument(
-        "--batch", nargs="+", type=options.positive, help="default: 1 16 64 256 on a GPU, else 16"
+        "--batch", nargs="+", type=arguments.positive, help="default: 1 16 64 256 on a GPU, else 16"
     )
     parser.add_argument("--img-size", type=image_size, default=224)
     parser.add_argument(
@@ -70,11 +71,11 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="DeiT compiled too (default: on a GPU)",
     )
-    arguments.add_profile(parser)
-    arguments.add_precision(parser)
-    arguments.add_seconds(parser, 20.0)
-    arguments.add_retries(parser, 10)
-    args = arguments.parse(parser)
+    flags.add_profile(parser)
+    flags.add_precision(parser)
+    flags.add_seconds(parser, 20.0)
+    flags.add_retries(parser, 10)
+    args = flags.parse(parser)
     on_gpu = args.device == "cuda"
     args.models = args.models or (["S", "T", "B"] if on_gpu else ["S", "T"])
     args.batch = args.batch or ([1, 16, 64, 256] if on_gpu else [16])
@@ -132,7 +133,7 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 def forward(
     model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: str | None, images: Tensor
 ) -> Any:
-    with checking.backend(chosen), arguments.autocast(args):
+    with checking.backend(chosen), flags.autocast(args):
         return model(images)
 
 
@@ -198,7 +199,7 @@ def select(
         selection.offer(
             name,
             partial(forward, model, args, backend),
-            lambda: checking.logits_error(model, images, backend, arguments.autocast(args)),
+            lambda: checking.logits_error(model, images, backend, flags.autocast(args)),
         )
 
     deit = found[f"DeiT-{size}"]

@@ -24,13 +24,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import options
-from benchmarks import arguments, records, rivals, timing
-from benchmarks.arguments import PRECISIONS
+from benchmarks import flags, records, rivals, timing
+from benchmarks.flags import PRECISIONS
 from ops import selective_scan
 from ops.selective_scan import BranchParams
-from utils.errors import UserError, first_line, run_main
+from utils import arguments
+from utils.errors import UserError, first_line
 from utils.files import write_json
+from utils.program import run_main
 
 # Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few
 # roundings.
@@ -41,21 +42,21 @@ SLOW_TO_TRAIN = ("sequential loop", "sequential loop, einsum", "transformers")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = arguments.build_parser("ops.py", __doc__)
-    arguments.add_precision(parser, "fp32")
-    parser.add_argument("--batch", type=options.positive, default=16)
-    parser.add_argument("--tokens", type=options.positive, default=197)
+    parser = flags.build_parser("ops.py", __doc__)
+    flags.add_precision(parser, "fp32")
+    parser.add_argument("--batch", type=arguments.positive, default=16)
+    parser.add_argument("--tokens", type=arguments.positive, default=197)
     parser.add_argument(
-        "--width", type=options.positive, default=384, help="d of the model; Vim-S has 384"
+        "--width", type=arguments.positive, default=384, help="d of the model; Vim-S has 384"
     )
-    parser.add_argument("--states", type=options.positive, default=16)
+    parser.add_argument("--states", type=arguments.positive, default=16)
     parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
-    arguments.add_rounds(parser, 15)
-    arguments.add_retries(parser, 60)
+    flags.add_rounds(parser, 15)
+    flags.add_retries(parser, 60)
     parser.add_argument(
         "--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}"
     )
-    return arguments.parse(parser)
+    return flags.parse(parser)
 
 
 def random_params(channels: int, states: int, rank: int, device: str) -> BranchParams:

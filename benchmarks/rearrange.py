@@ -19,12 +19,13 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import options
-from benchmarks import arguments, records
+from benchmarks import flags, records
 from models.layouts import MiddleClassToken, reordered, take
 from models.pruning import kept_first
-from utils.errors import UserError, run_main
+from utils import arguments
+from utils.errors import UserError
 from utils.files import write_json
+from utils.program import run_main
 
 
 def by_image(policy, sequence, origin, middle):
@@ -49,12 +50,12 @@ def by_batch(policy, sequence, origin, middle):
 
 
 def main():
-    parser = arguments.build_parser("rearrange.py", __doc__)
-    parser.add_argument("--batch", type=options.positive, default=64)
-    parser.add_argument("--patches", type=options.positive, default=196)
-    parser.add_argument("--width", type=options.positive, default=384)
-    arguments.add_rounds(parser, 20)
-    args = arguments.parse(parser)
+    parser = flags.build_parser("rearrange.py", __doc__)
+    parser.add_argument("--batch", type=arguments.positive, default=64)
+    parser.add_argument("--patches", type=arguments.positive, default=196)
+    parser.add_argument("--width", type=arguments.positive, default=384)
+    flags.add_rounds(parser, 20)
+    args = flags.parse(parser)
     torch.manual_seed(0)
     policy = (torch.rand(args.batch, args.patches, device=args.device) < 0.7).float()
     sequence = torch.randn(

@@ -27,17 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import options
-import resume
-from benchmarks import arguments, records
-from builders import build_training, model_image_size
+from benchmarks import flags, records
 from datasets import Data, build_data
-from engine import Training, accumulate_gradients, gradient_norm
+from engine import Training, accumulate_gradients, build_training, gradient_norm
 from loading.loaders import Batch
+from models.build import model_image_size
+from utils import arguments, resume
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.files import write_json
 from utils.logging import Averages, Progress
+from utils.program import run_main
 
 MARGIN = 5  # undisturbed steps between two windows, with which both are compared
 SETTLING = 2  # steps after the background thread is done that still count as touched by the save
@@ -165,12 +166,12 @@ def summary(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments.build_parser("saving.py", __doc__)
-    parser.add_argument("--model", type=arguments.dense_model_name, default="vim_tiny")
-    parser.add_argument("--input-size", type=options.positive, default=32)
-    parser.add_argument("--batch", type=options.positive, default=16)
-    parser.add_argument("--saves", type=options.positive, default=20)
-    given = arguments.parse(parser)
+    parser = flags.build_parser("saving.py", __doc__)
+    parser.add_argument("--model", type=flags.dense_model_name, default="vim_tiny")
+    parser.add_argument("--input-size", type=arguments.positive, default=32)
+    parser.add_argument("--batch", type=arguments.positive, default=16)
+    parser.add_argument("--saves", type=arguments.positive, default=20)
+    given = flags.parse(parser)
     if given.saves < 2:
         parser.error(f"--saves {given.saves}: quartiles need 2 or more")
     load_before = os.getloadavg()

@@ -32,16 +32,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import options
-from benchmarks import arguments, checking, hotspots, records, timing
+from benchmarks import checking, flags, hotspots, records, timing
 from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
 from losses import DynamicLoss
 from models import DynamicVisionMamba, VisionMamba, backbone, sampling
 from ops import selective_scan
-from utils.errors import UserError, run_main
+from utils import arguments
+from utils.errors import UserError
 from utils.files import write_json
+from utils.program import run_main
 
 # Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways
 # to do one step. Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a
@@ -59,26 +60,26 @@ class Part(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = arguments.build_parser("train.py", __doc__)
+    parser = flags.build_parser("train.py", __doc__)
     parser.add_argument("--parts", nargs="+", default=["dyvm", "dense"], choices=PARTS)
     parser.add_argument(
         "--dyvm-model",
-        type=arguments.dense_model_name,
+        type=flags.dense_model_name,
         help="default: vim_small on a GPU, else "
         "vim_micro: the reference operators keep every state of the scans",
     )
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
     parser.add_argument(
         "--batch",
-        type=options.positive,
+        type=arguments.positive,
         help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
         "part as long as the GPU's memory does not hold it",
     )
-    arguments.add_profile(parser)
-    arguments.add_precision(parser)
-    arguments.add_seconds(parser, 30.0)
-    arguments.add_retries(parser, 10)
-    args = arguments.parse(parser)
+    flags.add_profile(parser)
+    flags.add_precision(parser)
+    flags.add_seconds(parser, 30.0)
+    flags.add_retries(parser, 10)
+    args = flags.parse(parser)
     on_gpu = args.device == "cuda"
     args.release_backend = (
         "mamba_ssm" if selective_scan.runs_on("mamba_ssm", args.device) else "reference"
@@ -157,7 +158,7 @@ def train_step(
     same.
     """
     model.zero_grad(set_to_none=True)
-    with arguments.autocast(args):
+    with flags.autocast(args):
         loss = loss_of()
     loss.backward()
     optimizer.step()

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.errors import printable
+
 # Decoding takes 3 bytes a pixel and copies it a few times: a larger image is refused from its
 # header alone. ImageNet's largest image has 18 million pixels.
 MAX_PIXELS = 80_000_000
@@ -26,13 +28,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 class BadImageError(Exception):
     """An image that cannot be decoded, with the reason in one line."""
-
-
-def printable(text: str) -> str:
-    """`text` on one line and encodable: control characters and undecodable bytes of file names are
-    escaped.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def decode_image(file: BinaryIO) -> Image.Image:

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from utils.errors import UsageError, UserError, first_line
+from utils.errors import UsageError, UserError, first_line, printable
 from utils.files import atomic_file
+from utils.seeding import random_state
 
-from .images import BadImageError, ImageSet, SubsetImages, printable, stratified_choice
+from .images import BadImageError, ImageSet, SubsetImages, stratified_choice
 from .samplers import EvalBatchSampler, TrainBatchSampler
-from .transforms import eval_transform, random_state, train_transform
+from .transforms import eval_transform, train_transform
 
 # How many images in a row may be unusable before `--bad-images skip` believes that the whole data
 # set is.
@@ -332,6 +333,10 @@ class Data:
             UserError: as in `train_batches`.
         """
         return self.val_loader.batches()
+
+    def list_bad_images(self, output_dir: str | Path, rank: int) -> list[str]:
+        """Write down the images that `--bad-images skip` has left out on this rank; -> all lines."""
+        return self.bad_images.write(Path(output_dir) / f"bad_images_rank{rank}.txt")
 
     def describe(self, indices, split: str = "train") -> list[str]:
         """File names (or the like) of a batch's `indices`, each on one line."""

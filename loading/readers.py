@@ -29,11 +29,12 @@ import numpy as np
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from utils.errors import UsageError, UserError, first_line
+from utils.errors import UsageError, UserError, first_line, printable
+from utils.seeding import derive_seed, random_state
 
-from .images import ReaderImages, printable
+from .images import ReaderImages
 from .loaders import BadImages, Batch, Data, Sample, assemble, loader_options, read_batches
-from .transforms import derive_seed, eval_transform, random_state, train_transform
+from .transforms import eval_transform, train_transform
 
 
 def build_timm_data(args, img_size: int, rank: int, world_size: int, train: bool) -> Data:

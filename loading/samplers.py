@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
-from .transforms import derive_seed
+from utils.seeding import derive_seed
 
 REPEATS = (
     3  # repeated augmentation shows an image this often in an epoch that is as long as without

@@ -2,14 +2,9 @@
 
 import itertools
 import math
-import random
-from contextlib import contextmanager
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import get_worker_info
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -106,30 +101,3 @@ def seen_region(size: tuple[int, int], args, img_size: int) -> tuple[float, floa
     left, top = (int(round((side - img_size) / 2)) for side in resized)
     x, y = width / resized[0], height / resized[1]  # original pixels per resized pixel
     return left * x, top * y, (left + img_size) * x, (top + img_size) * y
-
-
-@contextmanager
-def random_state(seed: int):
-    """Python's, numpy's and torch's CPU generators start at `seed` inside, and are as before
-    afterwards.
-
-    In a worker process, where nothing else draws, they are left as they are: restoring costs 0.1 ms
-    an image.
-    """
-    shared = get_worker_info() is None
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if shared else None
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU too
-    try:
-        yield
-    finally:
-        if shared:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
-
-
-def derive_seed(*numbers: int) -> int:
-    """One seed out of several numbers, such as (seed, epoch, position)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -12,12 +12,11 @@ import sys
 import time
 
 import pytest
-from processes import ROOT, clean_environment, wait_until
+from helpers.processes import ROOT, clean_environment, wait_until
 
 import ablation
-import ablation_table
 import main
-import throughput
+from evaluation import ablation_table, throughput
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 

@@ -5,11 +5,11 @@ import torch
 
 import engine
 import options
-from builders import build_model, build_training
 from datasets import build_data
-from engine import accumulate_gradients, train_one_epoch
+from engine import accumulate_gradients, build_training, train_one_epoch
 from loading.loaders import Batch
 from models import sampling
+from models.build import build_model
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Distributed
 from utils.logging import Averages

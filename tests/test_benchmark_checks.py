@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks import arguments, checking, model, train
+from benchmarks import checking, flags, model, train
 from benchmarks.model import random_images, set_routers
 from models import sampling
 from ops import selective_scan
@@ -73,7 +73,7 @@ def test_a_scan_that_is_wrong_shows_in_the_logits(name, precision, built, monkey
     images = random_images(3, 64, "cpu")
 
     def error(backend):
-        precise = arguments.autocast(SimpleNamespace(device="cpu", precision=precision))
+        precise = flags.autocast(SimpleNamespace(device="cpu", precision=precision))
         return checking.logits_error(built[name], images, backend, precise)
 
     tolerance = model.TOLERANCES[precision]

@@ -29,7 +29,8 @@ from ops import selective_scan
 from ops.selective_scan import torch_lean
 from utils.checkpoint import save_checkpoint
 from utils.environment import describe_environment
-from utils.errors import UserError, run_main
+from utils.errors import UserError
+from utils.program import run_main
 
 
 def test_a_record_says_what_it_was_measured_with(monkeypatch, tmp_path):

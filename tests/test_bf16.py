@@ -7,18 +7,19 @@ recordings' README measured, times 2^16. Decisions that are nearly ties would tu
 outputs of routers and score predictors are put in place of our own, which are compared too.
 """
 
-import golden
 import pytest
 import torch
+from helpers import golden
 from sklearn.datasets import load_digits
 from test_golden import dynamic_loss
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 from benchmarks.checking import deciders, decisions_replayed
-from engine import autocast, seed_everything
 from losses import DenseLoss, DynamicLoss
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
+from utils.precision import autocast
+from utils.seeding import seed_everything
 
 RATIO = 2.0**16
 # (largest error of bfloat16 allowed, float32 error of the recordings), relative to the largest

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from seeing import DYNAMIC, SMALL, save_model
+from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
-from builders import recorded_arguments, restore_model
-from calibration import calibrate, quantile_above
 from datasets import build_data
 from engine import evaluate
+from evaluation.calibration import calibrate, quantile_above
+from models.build import recorded_arguments, restore_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError

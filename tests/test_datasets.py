@@ -10,14 +10,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from data_helpers import make_folders, options, photo
+from helpers.data import make_folders, options, photo
 from torchvision.datasets import CIFAR10, FashionMNIST, ImageFolder
 
 import datasets
 from datasets import build_data
+from loading import arrays
 from loading.images import stratified_choice
-from loading.transforms import random_state, train_transform
+from loading.transforms import train_transform
 from utils.errors import UsageError, UserError
+from utils.seeding import random_state
 
 
 def one_line(error) -> str:
@@ -78,7 +80,7 @@ def test_fashion_mnist_is_found_in_either_layout(tmp_path, folder, ending):
 
 
 @pytest.mark.skipif(
-    not datasets.DEBIAN_FMNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+    not arrays.DEBIAN_FMNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
 )
 def test_fashion_mnist_of_debian():
     data = build_data(options("--data-set", "FMNIST"), 28)

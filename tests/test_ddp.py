@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from processes import launch
+from helpers.processes import launch
 
 STEP = """
 import argparse, sys

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import LAUNCHER_VARIABLES, clean_environment, free_port
+from helpers.processes import LAUNCHER_VARIABLES, clean_environment, free_port
 
 from utils import preemption
 from utils.distributed import Launch, first_node, init_distributed, read_launch
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-WORKER = REPOSITORY / "tests" / "distributed_worker.py"
+WORKER = REPOSITORY / "tests" / "helpers" / "distributed_worker.py"
 
 
 class Pair:

@@ -5,10 +5,10 @@ Tolerances are those of the recordings' own README: float32 error measured again
 margin.
 """
 
-import golden
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import golden
 from torch import nn
 
 import losses

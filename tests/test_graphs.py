@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-import graphs
 import models  # noqa: F401  (registers the models)
-from engine import autocast
+from utils import cuda_graphs as graphs
+from utils.precision import autocast
 
 SHAPES = [(4, 3, 8, 8), (4, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8)]
 

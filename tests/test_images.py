@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from data_helpers import photo
+from helpers.data import photo
 from PIL import Image
 
 from loading.images import MAX_PIXELS, BadImageError, decode_image, read_image

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import make_folders, options, photo
+from helpers.data import make_folders, options, photo
 
 import datasets
 from datasets import build_data
@@ -321,7 +321,7 @@ def test_workers_outlive_the_signals_of_a_scheduler():
 
 def test_a_program_that_stops_in_mid_epoch_ends_at_once():
     program = (
-        "from data_helpers import options; from datasets import build_data\n"
+        "from helpers.data import options; from datasets import build_data\n"
         "data = build_data(options('--num-workers', '2'), 32)\n"
         "batches, val = data.train_batches(0), data.val_batches()\n"
         "next(batches), next(val)\n"

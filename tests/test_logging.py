@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from utils.distributed import Distributed
-from utils.errors import UsageError, UserError, run_main
+from utils.errors import UsageError, UserError
 from utils.logging import (
     Averages,
     EpochLog,
@@ -22,6 +22,7 @@ from utils.logging import (
     tensorboard_writer,
     write_args,
 )
+from utils.program import run_main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -209,5 +210,5 @@ class TestRunMain:
             run_main(lambda: 1 // 0)
 
     def test_does_not_import_torch(self):
-        script = "import sys; from utils.errors import run_main; assert 'torch' not in sys.modules; run_main(lambda: 3)"
+        script = "import sys; from utils.program import run_main; assert 'torch' not in sys.modules; run_main(lambda: 3)"
         assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 3

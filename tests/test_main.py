@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import builders
+import engine
 import main
 import options
+from models.build import build_dense, build_model
 from report import main as write_report
 from utils import preemption
 from utils.errors import UsageError, UserError
@@ -212,7 +213,7 @@ def test_a_student_starts_from_its_teacher(dense, tmp_path):
         ]
     )
     checkpoint = load_checkpoint(args.model_path)
-    model, teacher = builders.build_model(args, 10).eval(), builders.build_dense(args, 10).eval()
+    model, teacher = build_model(args, 10).eval(), build_dense(args, 10).eval()
     load_weights(model, checkpoint, args.model_path, from_dense=True)
     load_weights(teacher, checkpoint, args.model_path)
     images = torch.randn(2, 3, 16, 16)
@@ -237,10 +238,10 @@ def test_bf16_trains(dense, tmp_path):
 def test_the_average_of_a_short_run_forgets_the_initial_weights():
     given, default = options.parse(["--model-ema-decay", "0.99996"]), options.parse([])
     for updates in (50, 660, 75_000):
-        assert builders.ema_decay(given, updates) == 0.99996
-        assert 1e-3 < builders.ema_decay(default, updates) ** updates < 0.01
-    assert builders.ema_decay(default, 3) == 0
-    assert builders.ema_decay(default, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
+        assert engine.ema_decay(given, updates) == 0.99996
+        assert 1e-3 < engine.ema_decay(default, updates) ** updates < 0.01
+    assert engine.ema_decay(default, 3) == 0
+    assert engine.ema_decay(default, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
 
 
 STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
@@ -466,7 +467,7 @@ def test_training_is_built_as_the_recipe_says(flags, criterion):
             *flags,
         ]
     )
-    training = builders.build_training(args, build_data(args, 32), Distributed(torch.device("cpu")))
+    training = engine.build_training(args, build_data(args, 32), Distributed(torch.device("cpu")))
     assert type(training.criterion.criterion).__name__ == criterion
     assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
     decay = {

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from data_helpers import make_folders
-from processes import ROOT, clean_environment
+from helpers.data import make_folders
+from helpers.processes import ROOT, clean_environment
 from torch import nn
 
 import main
-import resume
+from utils import resume
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UserError
@@ -65,7 +65,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path):
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill_driver.py", whole, parts, "30", *flags],
+        [sys.executable, ROOT / "tests" / "helpers" / "kill_driver.py", whole, parts, "30", *flags],
         cwd=ROOT,
         env=clean_environment(),
         capture_output=True,
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradient_is(tmp_pat
         def forward(self, logits, targets):
             return nn.functional.cross_entropy(logits, targets) + torch.inf
 
-    monkeypatch.setattr("builders.nn.CrossEntropyLoss", Infinite)
+    monkeypatch.setattr("tasks.classification.nn.CrossEntropyLoss", Infinite)
     with pytest.raises(
         UserError, match="the loss is not finite on the batch of DIGITS train image .*nonfinite.pth"
     ):

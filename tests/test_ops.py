@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from scan_helpers import params_of
+from helpers.scans import params_of
 
 from ops import selective_scan
 from ops.selective_scan import BranchParams, bidirectional_ssm, ssm_branch

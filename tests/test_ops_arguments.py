@@ -4,7 +4,7 @@ by name.
 
 import pytest
 import torch
-from scan_helpers import params_of
+from helpers.scans import params_of
 
 from ops import selective_scan
 from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scan_helpers import params_of
+from helpers.scans import params_of
 
 from ops import selective_scan
 from ops.selective_scan import BackendError, BranchParams, cpu, ssm_branch

@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import pytest
 import torch
+from helpers import golden
 
 from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch
 
@@ -307,7 +307,7 @@ def test_recorded_cases_in_the_interpreter():
         for kind in ("eval_", "train_")
     ]
     chosen = " or ".join(f"triton-{name}]" for name in cases)
-    assert "2 passed" in run_interpreted(Path(golden.__file__).with_name("test_golden.py"), chosen)
+    assert "2 passed" in run_interpreted(Path(__file__).with_name("test_golden.py"), chosen)
 
 
 def test_takes_names_what_it_refuses(monkeypatch):

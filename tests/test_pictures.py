@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.seeing import planted
 from PIL import Image
-from seeing import planted
 
 from drawing import pictures
 from drawing.pictures import (

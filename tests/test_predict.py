@@ -4,10 +4,10 @@ import json
 import logging
 
 import pytest
-from seeing import DYNAMIC, SMALL, planted, save_images, save_model
+from helpers.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import predict
-from inference import build_parser, find_images, load_classifier
+from evaluation.inference import build_parser, find_images, load_classifier
 from loading.images import FileImages
 from loading.transforms import eval_transform
 from utils.errors import UserError

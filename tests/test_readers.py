@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from data_helpers import options, photo
+from helpers.data import options, photo
 
 from datasets import build_data
 from loading import readers

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from data_helpers import make_folders
-from shell import ROOT, run
+from helpers.data import make_folders
+from helpers.shell import ROOT, run
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import ablation

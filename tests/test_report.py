@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import BROWSER, Browser
-from seeing import DYNAMIC, SMALL
-from shell import ROOT
+from helpers.browser import BROWSER, Browser
+from helpers.seeing import DYNAMIC, SMALL
+from helpers.shell import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 import report
-from runs import read_run, run_names
+from drawing.runs import read_run, run_names
 from utils.errors import UserError
 
 SECTIONS = ("evaluation", "budgets", "training", "decisions", "setting")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from shell import ROOT, environment, one_line, program, run, wait_for
+from helpers.shell import ROOT, environment, one_line, program, run, wait_for
 
 
 def test_setup_takes_the_given_python():

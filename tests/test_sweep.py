@@ -6,13 +6,12 @@ import csv
 import json
 
 import pytest
-from seeing import DYNAMIC, SMALL, save_model
+from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
-import sweep
-import throughput
 from drawing.plots import pareto_front
+from evaluation import sweep, throughput
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]

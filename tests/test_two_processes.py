@@ -11,13 +11,13 @@ import time
 
 import pytest
 import torch
-from processes import ROOT, clean_environment, finish, launch, start, wait_until
+from helpers.processes import ROOT, clean_environment, finish, launch, start, wait_until
 
 import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
-DISTURBED = ROOT / "tests" / "disturbed_training.py"
+DISTURBED = ROOT / "tests" / "helpers" / "disturbed_training.py"
 SMALL = [
     "--model-kwargs",
     "embed_dim=16",
@@ -43,7 +43,7 @@ OFTEN = ["--save-minutes", "1e-6"]
 
 EVALUATE = """
 import json, torch, options
-from builders import build_model
+from models.build import build_model
 from datasets import build_data
 from engine import evaluate
 from loading.images import SubsetImages

@@ -5,13 +5,13 @@ import csv
 import numpy as np
 import pytest
 import torch
+from helpers.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 from PIL import Image
-from seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import visualize
-from decisions import DecisionCounter
 from drawing.sheets import COLUMNS, ROWS
-from inference import build_parser, load_classifier
+from evaluation.decisions import DecisionCounter
+from evaluation.inference import build_parser, load_classifier
 from loading.loaders import Batch
 from models.flops import count_flops
 from utils.checkpoint import load_checkpoint, save_checkpoint

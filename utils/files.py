@@ -1,14 +1,18 @@
 """Files that are either whole or not there: atomic writing, checksums, the output folder."""
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from .errors import UserError, storage_problem
 
@@ -112,3 +116,19 @@ def prepare_output_dir(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     return folder
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, atomically."""
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+        text.flush()
+        text.detach()
+
+
+def read_csv(path: Path) -> np.ndarray:
+    """The numbers of a table that `write_csv` wrote, without its header: [rows, columns]."""
+    return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)

@@ -1,30 +1,20 @@
-"""Models from flags and from checkpoints, and what a training needs beside them."""
+"""Models from flags and from checkpoints."""
 
 import argparse
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from torch import nn
 
-from calibration import restore_threshold
-from datasets import Data
-from engine import Training, seed_everything
-from losses import DenseLoss, DynamicLoss
-from models import DynamicVisionMamba, VisionMamba
-from models.weights import load_weights
-from utils.checkpoint import load_checkpoint
-from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.files import sha256_of
-from utils.nonfinite import NonFiniteSteps
+
+from .backbone import VisionMamba
+from .weights import load_weights
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
 IDENTITY = (
@@ -56,6 +46,8 @@ FLAGGED = {
     "prune_tokens": "--method",
     "route_blocks": "--method",
 }
+
+STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
 
 _logger = logging.getLogger(__name__)
 
@@ -167,116 +159,32 @@ def model_image_size(args: argparse.Namespace) -> int:
         return build_model(args, num_classes=1).patch_embed.img_size
 
 
-def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
-    """Classification alone for a dense model, the terms of the method for a dynamic one."""
-    if args.mixup or args.cutmix:
-        classification: nn.Module = SoftTargetCrossEntropy()
-    elif args.smoothing:
-        classification = LabelSmoothingCrossEntropy(args.smoothing)
-    else:
-        classification = nn.CrossEntropyLoss()
-    if not isinstance(model, DynamicVisionMamba):
-        return DenseLoss(classification)
-    return DynamicLoss(
-        classification,
-        token_keep=model.token_keep or None,
-        block_keep=args.block_keep_ratio if model.route_blocks else None,
-        token_weight=args.token_pruning_weight,
-        block_weight=args.block_pruning_weight,
-        distill_weight=args.distill_weight,
-        token_budget=model.token_strategy == "learned",
-    )
-
-
-def ema_decay(args: argparse.Namespace, updates: int) -> float:
-    """`--model-ema-decay`, for `updates` of the average in the whole run.
-
-    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of
-    mostly random weights; there the default is less, so that the initial weights count for e^-5 =
-    0.7 % of the average at the end.
+def restore_threshold(
+    model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str, source: str
+) -> None:
+    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own
+    for `name`.
     """
-    if args.model_ema_decay is not None:
-        return args.model_ema_decay
-    return min(0.99996, max(0.0, 1 - 5 / updates))
+    if not getattr(model, "route_blocks", False):
+        return
+    if wanted != "calibrated":
+        set_threshold(model, wanted)
+        return
+    stored = checkpoint.get(STORED)
+    if isinstance(stored, dict) and isinstance(stored.get(name), float):
+        model.set_gate_threshold(stored[name])
+    else:
+        _logger.info(
+            "%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one",
+            source,
+        )
 
 
-def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
-    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
-    device = distributed.device
-    if args.amp == "fp16" and device.type == "cpu":
-        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    seed_everything(args.seed)
-    model, teacher = build_model(args, data.num_classes).to(device), None
-    if args.model_path:
-        dense_weights = load_checkpoint(args.model_path)
-        dynamic = isinstance(model, DynamicVisionMamba)
-        if dynamic:
-            check_classes(dense_weights, data.class_names, args.model_path)
-        load_weights(
-            model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic
-        )
-        if dynamic:
-            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
-            load_weights(teacher, dense_weights, args.model_path)
-    model.grad_checkpointing = args.grad_checkpointing
-    parallel: nn.Module = model
-    if distributed.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    updates = data.steps_per_epoch // args.accum_steps
-    if not updates:
-        raise UsageError(
-            f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches"
-        )
-    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
-    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
-    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            eps=args.opt_eps,
-            betas=tuple(args.opt_betas),
-            **fused,
-        )
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates,
-    )
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            args.mixup,
-            args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            label_smoothing=args.smoothing,
-            num_classes=data.num_classes,
-        )
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    return Training(
-        model,
-        parallel,
-        teacher,
-        build_criterion(args, model),
-        optimizer,
-        scheduler,
-        scaler,
-        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates))
-        if args.model_ema
-        else None,
-        mixup=mixup,
-        guard=NonFiniteSteps(
-            optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"
-        ),
-    )
+def set_threshold(model: VisionMamba | None, probability: float) -> None:
+    """Set the threshold of a model that routes, as a probability."""
+    if getattr(model, "route_blocks", False):
+        model.set_gate_threshold(math.log(probability / (1 - probability)))
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))

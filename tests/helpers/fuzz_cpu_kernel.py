@@ -2,7 +2,7 @@
 
     ASAN=$(g++ -print-file-name=libasan.so)
     export LD_PRELOAD=$ASAN ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive DYVM_BACKEND=cpu
-    python tests/fuzz_cpu_kernel.py --calls 10000
+    python tests/helpers/fuzz_cpu_kernel.py --calls 10000
 
 Without the preloaded sanitizer the script refuses to run. Every call draws sizes, flags, strides
 and types; forward and, for half of the calls, backward. All tensors that the kernels read or write
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ops.selective_scan import BranchParams, bidirectional_ssm, cpu, ssm_branch  # noqa: E402
 from ops.selective_scan.cpu import build  # noqa: E402

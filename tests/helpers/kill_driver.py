@@ -16,9 +16,9 @@ import sklearn.datasets  # noqa: F401  (so that each fork finds it imported)
 import torch
 
 import main
-import resume
+from utils import resume
 from utils.checkpoint import NEWEST, PREVIOUS
-from utils.errors import run_main
+from utils.program import run_main
 
 
 def attempt(flags: list[str], tell: int) -> int:

@@ -18,7 +18,7 @@ from models import FAMILIES, DynamicVisionMamba, VisionMamba
 from models.weights import load_weights
 from ops import selective_scan
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[3] / "shared" / "golden")
 
 
 class Case(NamedTuple):

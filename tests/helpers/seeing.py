@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import options
-from builders import build_model
+from models.build import build_model
 from utils.checkpoint import save_checkpoint
 
 SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--num-workers", "0", "--device", "cpu"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import main
 from loading.loaders import Data
-from utils.errors import run_main
+from utils.program import run_main
 
 RANK = int(os.environ.get("RANK", 0))
 

@@ -3,19 +3,17 @@
 import argparse
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from datasets import Data
-from engine import Training
-from utils import preemption
-from utils.checkpoint import CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
-from utils.distributed import Distributed
-from utils.errors import UserError
-from utils.files import sha256_of
-from utils.logging import Averages
-from utils.nonfinite import NonFiniteError
+from . import preemption
+from .checkpoint import CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
+from .distributed import Distributed
+from .errors import UserError
+from .files import sha256_of
+from .logging import Averages
+from .nonfinite import NonFiniteError
 
 # Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
 HARMLESS = {
@@ -55,13 +53,31 @@ def teacher_checksum(args: argparse.Namespace) -> str | None:
     return sha256_of(args.model_path) if args.model_path else None
 
 
-def identity(args: argparse.Namespace, world_size: int, data: Data) -> dict[str, Any]:
+class Resumable(Protocol):
+    """A training as checkpoints see it: its state, and how far it is."""
+
+    epoch: int
+    step: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def identity(
+    args: argparse.Namespace,
+    world_size: int,
+    class_names: Sequence[str],
+    steps_per_epoch: int,
+    family: str,
+) -> dict[str, Any]:
     """What a checkpoint records of its run, beside its state."""
     return {
         "args": vars(args),
         "world_size": world_size,
-        "class_names": data.class_names,
-        "steps_per_epoch": data.steps_per_epoch,
+        "class_names": list(class_names),
+        "steps_per_epoch": steps_per_epoch,
+        "family": family,
         "teacher_sha256": teacher_checksum(args),
     }
 
@@ -125,29 +141,22 @@ def check_agreement(
     return not found
 
 
-def list_bad_images(data: Data, args: argparse.Namespace, distributed: Distributed) -> list[str]:
-    """Write down the images that `--bad-images skip` has left out on this rank; -> a line for each."""
-    return data.bad_images.write(Path(args.output_dir) / f"bad_images_rank{distributed.rank}.txt")
-
-
 class Saver:
-    """Writes the run's checkpoints; every rank calls it, rank 0 writes."""
+    """Writes the run's checkpoints; every rank calls it, rank 0 writes.
+
+    before_save: called on every rank ahead of each save within or after an epoch.
+    """
 
     def __init__(
         self,
-        run: Training,
+        training: Resumable,
         record: dict[str, Any],
-        data: Data,
         args: argparse.Namespace,
         distributed: Distributed,
+        before_save: Callable[[], None] = lambda: None,
     ):
-        self.run, self.record, self.data, self.args, self.distributed = (
-            run,
-            record,
-            data,
-            args,
-            distributed,
-        )
+        self.training, self.record, self.args = training, record, args
+        self.distributed, self.before_save = distributed, before_save
         self.minutes = args.save_minutes
         self.saved_at = time.monotonic()
         self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
@@ -156,20 +165,14 @@ class Saver:
         """Save everything that the run needs to go on, in an envelope that other programs can load
         too.
         """
-        self.run.guard.look()
-        list_bad_images(self.data, self.args, self.distributed)
+        self.before_save()
         parts = self.distributed.gather_objects(averages.state_dict())
         if self.writer is not None:
             self.writer.save(self._state(parts), best)
         self.saved_at = time.monotonic()
 
     def _state(self, averages: list[dict[str, list]]) -> dict[str, Any]:
-        return {
-            **self.run.state_dict(),
-            **self.record,
-            "family": self.run.model.family.name,
-            "averages": averages,
-        }
+        return {**self.training.state_dict(), **self.record, "averages": averages}
 
     def save_for_inspection(self, averages: Averages, error: NonFiniteError) -> UserError:
         """Save the state before the step that was not finite, and the names of its images; -> the
@@ -202,7 +205,7 @@ class Saver:
 
 
 def start_or_resume(
-    run: Training, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed
+    training: Resumable, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed
 ) -> Averages:
     """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch
     begun.
@@ -213,12 +216,11 @@ def start_or_resume(
         return averages
     checkpoint, source = found
     same = check_agreement(checkpoint, source, record, args.resume_override)
-    run.load_state_dict(checkpoint)
+    training.load_state_dict(checkpoint)
     if same:
         averages.load_state_dict(checkpoint["averages"][distributed.rank])
     else:
-        run.step = (
-            0  # the batches, or the shares of the ranks, may be others now: the epoch starts again
-        )
-    _logger.info("resumed from %s at epoch %d, step %d", source, run.epoch + 1, run.step)
+        # The batches, or the shares of the ranks, may be others now: the epoch starts again.
+        training.step = 0
+    _logger.info("resumed from %s at epoch %d, step %d", source, training.epoch + 1, training.step)
     return averages

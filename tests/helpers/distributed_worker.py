@@ -11,8 +11,9 @@ import torch
 
 from utils import preemption
 from utils.distributed import Distributed, init_distributed
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 from utils.logging import Averages
+from utils.program import run_main
 
 
 def say(*words: object) -> None:

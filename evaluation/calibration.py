@@ -14,18 +14,17 @@ import argparse
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets import Data
-from engine import autocast
 from models import DynamicVisionMamba, VisionMamba
+from models.build import sigmoid
 from utils.distributed import Distributed
 from utils.logging import Progress
+from utils.precision import autocast
 
-STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
 PASSES = 8
 CLOSE_ENOUGH = 0.002
 GIVE_UP = 0.1  # farther from the target than that, the paper's threshold stays
@@ -135,34 +134,3 @@ def quantile_above(values: Tensor, share: float) -> float:
     ordered = values.double().sort(descending=True).values
     count = min(max(round(share * len(ordered)), 1), len(ordered) - 1)
     return ordered[count - 1 : count + 1].mean().item()
-
-
-def restore_threshold(
-    model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str, source: str
-) -> None:
-    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own
-    for `name`.
-    """
-    if not getattr(model, "route_blocks", False):
-        return
-    if wanted != "calibrated":
-        set_threshold(model, wanted)
-        return
-    stored = checkpoint.get(STORED)
-    if isinstance(stored, dict) and isinstance(stored.get(name), float):
-        model.set_gate_threshold(stored[name])
-    else:
-        _logger.info(
-            "%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one",
-            source,
-        )
-
-
-def set_threshold(model: VisionMamba | None, probability: float) -> None:
-    """Set the threshold of a model that routes, as a probability."""
-    if getattr(model, "route_blocks", False):
-        model.set_gate_threshold(math.log(probability / (1 - probability)))
-
-
-def sigmoid(logit: float) -> float:
-    return 1 / (1 + math.exp(-logit))

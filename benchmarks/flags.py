@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-import options
 from models import model_names
+from utils import arguments
 from utils.errors import UsageError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,9 +44,9 @@ def dense_model_name(text: str) -> str:
     return text
 
 
-def build_parser(script: str, description: str) -> options.OneLineParser:
+def build_parser(script: str, description: str) -> arguments.OneLineParser:
     """A parser with the flags that all benchmarks have: --device, --threads, --output."""
-    parser = options.OneLineParser(
+    parser = arguments.OneLineParser(
         prog=f"benchmarks/{script}",
         description=description,
         allow_abbrev=False,
@@ -61,7 +61,7 @@ def build_parser(script: str, description: str) -> options.OneLineParser:
     )
     parser.add_argument(
         "--threads",
-        type=options.positive,
+        type=arguments.positive,
         help="of PyTorch; on a busy machine 1, and read the processor time",
     )
     parser.add_argument(
@@ -82,7 +82,7 @@ def add_precision(parser: argparse.ArgumentParser, default: str | None = None) -
 def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument(
         "--rounds",
-        type=options.positive,
+        type=arguments.positive,
         default=default,
         help=f"samples of each contender, default: {default}",
     )
@@ -91,7 +91,7 @@ def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
 def add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
     parser.add_argument(
         "--seconds",
-        type=options.not_negative,
+        type=arguments.not_negative,
         default=default,
         help=f"of sampling for each table, default: {default:g}",
     )
@@ -108,7 +108,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_retries(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument(
         "--retries",
-        type=options.whole,
+        type=arguments.whole,
         default=default,
         help=f"disturbed samples to redo, for each contender, default: {default}",
     )

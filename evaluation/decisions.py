@@ -4,12 +4,8 @@ of kept patches.
 C classes, B images, M patches, S stages, N images of the data set.
 """
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +15,9 @@ from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.flops import exact_per_image
 from utils.distributed import Distributed
-from utils.files import atomic_file
+from utils.files import write_csv
 
 DIRECTIONS = ("forward", "backward")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, atomically."""
-    with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-        text.flush()
-        text.detach()
 
 
 @dataclass
@@ -142,8 +127,3 @@ class DecisionCounter:
             kept / images,
             tuple(getattr(self.model, "pruning_layers", ())),
         )
-
-
-def read_csv(path: Path) -> np.ndarray:
-    """The numbers of a table that `write_csv` wrote, without its header: [rows, columns]."""
-    return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)

@@ -3,23 +3,35 @@ a table.
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
-import throughput
-from calibration import sigmoid
 from datasets import Data
+from drawing.pictures import decision_picture
 from engine import Metrics, evaluate, evaluation_forward
-from graphs import graphed
+from evaluation import throughput
 from loading.loaders import Batch
 from models import DynamicVisionMamba, Result, VisionMamba
+from models.build import build_dense, sigmoid
 from models.flops import count_flops
 from ops.selective_scan import backend_for
+from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
+from utils.environment import device_name
+from utils.files import write_json
+
+from .decisions import DecisionCounter
+from .inference import Classifier
+from .samples import draw_samples
+
+_logger = logging.getLogger(__name__)
 
 
 def evaluate_all(
@@ -135,13 +147,6 @@ def _backend(model: VisionMamba) -> str:
         )
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the screen."""
     dense, dynamic = report["dense"], report["dynamic"]
@@ -196,3 +201,49 @@ def table(report: dict[str, Any]) -> str:
             f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}"
         )
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: int = 8):
+    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops
+    none.
+    """
+    if not getattr(model, "pruning_layers", ()):
+        return None
+    images = next(iter(data.val_batches())).images[:count]
+    kept = model.eval()(images.to(device)).kept
+    return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
+
+
+def report_evaluation(
+    model: VisionMamba,
+    ema: VisionMamba | None,
+    dense: VisionMamba | None,
+    data: Data,
+    args: argparse.Namespace,
+    distributed: Distributed,
+) -> None:
+    """Evaluate, print the table, write eval.json and the picture of the kept patches."""
+    dense_trained = dense is not None
+    if isinstance(model, DynamicVisionMamba) and dense is None:
+        dense = build_dense(args, data.num_classes).to(distributed.device)
+    decisions = DecisionCounter(model, data.class_names)
+    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
+    totals = decisions.totals(distributed)
+    data.list_bad_images(args.output_dir, distributed.rank)
+    if not distributed.is_main:
+        return
+    output = Path(args.output_dir)
+    if decisions.anything:
+        totals.write(output / "decisions")
+        draw_samples(
+            Classifier(model, data.class_names, args, distributed.device),
+            data,
+            output / "decisions",
+        )
+    write_json(output / "eval.json", report)
+    print(table(report))
+    picture = draw_decisions(model, data, distributed.device)
+    if picture is not None:
+        Image.fromarray(picture).save(output / "kept_patches.png")
+    _logger.info("written to %s", output / "eval.json")

@@ -8,15 +8,14 @@ alone, so that a graph holds all of one.
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import Result
-
 _logger = logging.getLogger(__name__)
 
-Forward = Callable[[Tensor], Result]
+Forward = Callable[[Tensor], Any]  # gives a dataclass of tensors
 
 
 def capture(forward: Forward, images: Tensor) -> Forward:
@@ -33,7 +32,7 @@ def capture(forward: Forward, images: Tensor) -> Forward:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = forward(given)
 
-    def replay(images: Tensor) -> Result:
+    def replay(images: Tensor) -> Any:
         given.copy_(images, non_blocking=True)
         graph.replay()
         return dataclasses.replace(result)
@@ -54,7 +53,7 @@ class GraphedForward:
         self._seen: set[torch.Size] = set()
         self._replays: dict[torch.Size, Forward] = {}
 
-    def __call__(self, images: Tensor) -> Result:
+    def __call__(self, images: Tensor) -> Any:
         """images [B, 3, H, W] -> Result, valid until the next call."""
         shape = images.shape
         if self.enabled and shape in self._seen and shape not in self._replays:

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from builders import build_dense, restore_model
 from datasets import Data
-from decisions import write_csv
 from drawing import plots
-from evaluation import device_name, forward_speeds
+from evaluation.summary import forward_speeds
+from models.build import build_dense, restore_model
 from models.weights import load_weights
 from utils.checkpoint import BEST, load_checkpoint
 from utils.distributed import Distributed
-from utils.environment import describe_environment
+from utils.environment import describe_environment, device_name
 from utils.errors import UserError
-from utils.files import atomic_file, sha256_of, write_json
+from utils.files import atomic_file, sha256_of, write_csv, write_json
 
 if TYPE_CHECKING:
-    from ablation import PlannedRun
+    from evaluation.ablation_table import PlannedRun
 
 DENSE = "dense"
 RECORD = "ablation.json"
@@ -342,3 +341,17 @@ def _document(
             "",
         ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training; `flags` are the words behind main.py, `args` what they mean."""
+
+    variant: str
+    seed: int
+    folder: Path
+    flags: list[str]
+    args: argparse.Namespace
+
+    def __str__(self) -> str:
+        return f"{self.variant}/seed{self.seed}"

@@ -13,15 +13,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from builders import build_dense
 from datasets import Data
-from decisions import write_csv
 from drawing import plots
 from engine import evaluate
-from evaluation import column, device_name, forward_speeds
+from evaluation.summary import column, forward_speeds
 from models import DynamicVisionMamba, VisionMamba
+from models.build import build_dense
 from utils.distributed import Distributed
-from utils.files import sha256_of, write_json
+from utils.environment import device_name
+from utils.files import sha256_of, write_csv, write_json
 from utils.logging import Progress
 
 NAME = "sweep.json"

@@ -18,24 +18,25 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 import options
-from builders import recorded_arguments, restore_model
-from datasets import list_images
-from engine import autocast
-from loading.images import FileImages, printable
+from loading.folders import list_images
+from loading.images import FileImages
 from loading.loaders import BadImages, Batch, EvalLoader
 from loading.transforms import eval_transform
 from models import Result, VisionMamba
+from models.build import recorded_arguments, restore_model
+from utils import arguments
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.logging import Progress
+from utils.precision import autocast
 
 _logger = logging.getLogger(__name__)
 
 
-def build_parser(prog: str, description: str) -> options.OneLineParser:
+def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     """The flags that every tool for a checkpoint and images has."""
-    parser = options.OneLineParser(
+    parser = arguments.OneLineParser(
         prog=prog,
         description=description,
         allow_abbrev=False,
@@ -48,7 +49,7 @@ def build_parser(prog: str, description: str) -> options.OneLineParser:
         help="names of the classes by their index: a name a line, or "
         "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)",
     )
-    group.add_argument("--batch-size", type=options.positive, default=32)
+    group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
         "--num-workers",
         type=int,
@@ -57,10 +58,10 @@ def build_parser(prog: str, description: str) -> options.OneLineParser:
     )
     group.add_argument(
         "--input-size",
-        type=options.positive,
+        type=arguments.positive,
         help="size of the model's images (default: as trained)",
     )
-    group.add_argument("--eval-crop-ratio", type=options.ratio, default=0.875)
+    group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -122,7 +123,7 @@ class Classifier:
         ]
 
 
-def load_classifier(parser: options.OneLineParser, argv: Sequence[str]) -> Classifier:
+def load_classifier(parser: arguments.OneLineParser, argv: Sequence[str]) -> Classifier:
     """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the
     flags' defaults.
     """

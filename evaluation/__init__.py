@@ -1,0 +1,1 @@
+"""What `--eval` reports: scores, decisions, operations, throughput, budgets; a checkpoint on images of the user."""

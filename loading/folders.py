@@ -1,0 +1,101 @@
+"""Image sets out of folders: a folder per class, and iNaturalist's listings."""
+
+import json
+import os
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils.errors import UserError, printable
+
+from .images import FileImages, ImageSet
+
+
+def image_folders(path: Path, split: str) -> ImageSet:
+    """A folder per split and in it a folder per class; classes and images in the order of
+    torchvision's ImageFolder.
+    """
+    root = path / split
+    if not root.is_dir():
+        there = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in path.iterdir())[:5]
+        raise UserError(
+            f"{printable(str(path))}: no folder {split}/ in it (there is "
+            f"{', '.join(there) or 'nothing'})"
+        )
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        raise UserError(f"{printable(str(root))}: no class folders in it")
+    paths, targets, empty = [], [], []
+    for label, name in enumerate(classes):
+        found = list_images(root / name)
+        if not found:
+            empty.append(printable(name))
+        paths += [os.path.relpath(file, root) for file in found]
+        targets += [label] * len(found)
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise UserError(f"{printable(str(root))}: no images in class {', '.join(empty[:5])}{more}")
+    return FileImages(str(root), paths, targets, classes)
+
+
+def list_images(top: Path) -> list[str]:
+    """Image files below `top`. Links are followed, each folder once: a link to a folder above it
+    ends nothing.
+    """
+    seen, found = set(), []
+    for root, folders, names in os.walk(top, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return [os.path.join(root, name) for root, name in sorted(found)]
+
+
+def inaturalist(year: int, path: Path, split: str) -> ImageSet:
+    """DeiT's layout (train2018.json, val2018.json, ...), or folders per split and class where there
+    is no such file.
+
+    As in DeiT, classes are numbered in the order in which the training annotations first name them.
+    """
+    listing, train_listing = path / f"{split}{year}.json", path / f"train{year}.json"
+    if not listing.is_file():
+        return image_folders(path, split)
+    content, train_content = _read_json(listing), _read_json(train_listing)
+    try:
+        categories = dict.fromkeys(entry["category_id"] for entry in train_content["annotations"])
+        order = {category: label for label, category in enumerate(categories)}
+        names = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        labelled = [
+            (files[entry["image_id"]], order[entry["category_id"]])
+            for entry in content["annotations"]
+        ]
+        paths = [_inaturalist_file(path, file) for file, _ in labelled]
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"not iNaturalist's listing of this set, or at odds with {train_listing.name}"
+        raise UserError(f"{printable(str(listing))}: {reason} ({error!r})") from None
+    if not labelled:
+        raise UserError(f"{printable(str(listing))}: it lists no images")
+    return FileImages(
+        str(path),
+        paths,
+        [label for _, label in labelled],
+        [str(names.get(key, key)) for key in order],
+    )
+
+
+def _inaturalist_file(path: Path, name: str) -> str:
+    """DeiT keeps the images without the folder of the super-category: train_val2018/Aves/2820/x.jpg
+    loses Aves.
+    """
+    parts = name.split("/")
+    return name if len(parts) < 4 or (path / name).exists() else "/".join([parts[0], *parts[2:]])
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(str(file))}: cannot be read as JSON ({error})") from None

@@ -1,0 +1,1 @@
+"""What several test files share: recorded cases, processes, a browser, data made on the spot."""

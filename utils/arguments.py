@@ -1,0 +1,76 @@
+"""Types of command-line flags, and a parser whose errors are one line."""
+
+import argparse
+import ast
+from typing import Any
+
+from .errors import UsageError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are raised as UsageError, in one line and without the usage text."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see python {self.prog} --help)")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number of at least 0")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A fraction in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return value
+
+
+def probability(text: str) -> float:
+    """A number in [0, 1]."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
+    return value
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    if probability(text) == 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    return float(text)
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`name=value` with a Python literal, such as embed_dim=96."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=VALUE with a Python literal"
+        ) from None
