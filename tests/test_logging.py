@@ -210,5 +210,8 @@ class TestRunMain:
             run_main(lambda: 1 // 0)
 
     def test_does_not_import_torch(self):
-        script = "import sys; from utils.program import run_main; assert 'torch' not in sys.modules; run_main(lambda: 3)"
+        script = (
+            "import sys; from utils.program import run_main; "
+            "assert 'torch' not in sys.modules; run_main(lambda: 3)"
+        )
         assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 3

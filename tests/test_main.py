@@ -13,7 +13,7 @@ import torch
 import engine
 import main
 import options
-from models.build import build_dense, build_model
+from models.build import build_dense, build_model, check_classes, recorded_arguments
 from report import main as write_report
 from utils import preemption
 from utils.errors import UsageError, UserError
@@ -421,21 +421,21 @@ def test_a_teacher_that_has_changed_is_noticed(dense, tmp_path, capsys):
     teacher.write_bytes((dense / "best_checkpoint.pth").read_bytes())
     run(tmp_path / "run", *DYNAMIC, "--model-path", teacher, "--epochs", "1")
     checkpoint = main.load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    assert builders.recorded_arguments(checkpoint)["dense_path"] == str(teacher)
+    assert recorded_arguments(checkpoint)["dense_path"] == str(teacher)
     teacher.write_bytes((dense / "checkpoint_prev.pth").read_bytes())
-    assert builders.recorded_arguments(checkpoint)["dense_path"] is None
+    assert recorded_arguments(checkpoint)["dense_path"] is None
     assert "is not the teacher any more" in capsys.readouterr().out
 
 
 def test_other_classes_are_refused(dense):
     checkpoint = main.load_checkpoint(dense / "checkpoint.pth")
     names = checkpoint["class_names"]
-    builders.check_classes(checkpoint, names, "x.pth")
-    builders.check_classes({"model": {}}, ["anything"], "official.pth")
+    check_classes(checkpoint, names, "x.pth")
+    check_classes({"model": {}}, ["anything"], "official.pth")
     with pytest.raises(UserError, match="class 3 was '3', here it is 'three'"):
-        builders.check_classes(checkpoint, [*names[:3], "three", *names[4:]], "x.pth")
+        check_classes(checkpoint, [*names[:3], "three", *names[4:]], "x.pth")
     with pytest.raises(UserError, match="10 classes, the data set has 2"):
-        builders.check_classes(checkpoint, names[:2], "x.pth")
+        check_classes(checkpoint, names[:2], "x.pth")
 
 
 @pytest.mark.parametrize(
