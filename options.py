@@ -13,7 +13,7 @@ from typing import Any
 from timm.optim import list_optimizers
 
 from datasets import TIMM_PREFIXES, add_data_arguments
-from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
+from models.reduction import SCORER_INPUTS, TOKEN_STRATEGIES
 from utils.arguments import (
     OneLineParser,
     below_one,

@@ -156,7 +156,7 @@ def check_classes(checkpoint: dict[str, Any], class_names: list[str], source: st
 
 def model_image_size(args: argparse.Namespace) -> int:
     with torch.device("meta"):
-        return build_model(args, num_classes=1).patch_embed.img_size
+        return build_model(args, num_classes=1).patch_embed.img_size[0]
 
 
 def restore_threshold(

@@ -40,7 +40,7 @@ with torch.no_grad():
 with sampling.replay(noise):
     result = parallel(images[share])
 if dynamic:
-    assert 0 < result.gates.mean() < 1 and 0 < result.keep.mean() < 1
+    assert 0 < result.gates.mean() < 1 and 0 < result.alive.mean() < 1
 loss, _ = criterion(result, targets[share], taught)
 loss.backward()
 optimizer.step()

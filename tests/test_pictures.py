@@ -138,7 +138,7 @@ def test_overlapping_patches_share_the_image_by_their_centres():
 def test_class_marks_stand_where_the_class_tokens_stand_in_the_sequence(family, registers):
     model = small(32, family, **registers)
     kept = np.array([0, 2, 3, 5, 7, 8, 11, 13, 14])
-    positions = model.layout.positions(len(kept))
+    positions = model.layout.class_slots(len(kept))
     sequence = insert(torch.from_numpy(kept)[None], torch.full((1, len(positions)), -1), positions)[
         0
     ].tolist()
