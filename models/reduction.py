@@ -8,25 +8,31 @@ B images, M patches, m slots that enter a stage, L = m + n with the n class toke
 leave it, d width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sampling
 from .layouts import TokenLayout, extract, insert, reordered, take
 from .pruning import best_in_order, kept_first
 from .tokens import Tokens
 
-if TYPE_CHECKING:
-    from .backbone import DynamicVisionMamba
-
 SCORER_INPUTS = ("hidden", "B", "delta")
+
+
+class Staged(Protocol):
+    """What a reduction asks of its model."""
+
+    training: bool
+    layers: nn.ModuleList
+    layout: TokenLayout
+    num_patches: int
+    pruning_layers: tuple[int, ...]
+    score_predictors: nn.ModuleList
 
 
 class Reduction:
@@ -42,9 +48,7 @@ class Reduction:
         """Of so many original patches, how many each stage leaves at evaluation."""
         return [int(ratio * patches) for ratio in self.token_keep]
 
-    def __call__(
-        self, stage: int, tokens: Tokens, model: DynamicVisionMamba, images: Tensor
-    ) -> Tokens:
+    def __call__(self, stage: int, tokens: Tokens, model: Staged, images: Tensor) -> Tokens:
         """The sequence that leaves a stage; its hidden state is then part of the residual."""
         drop_path = model.layers[model.pruning_layers[stage]].drop_path
         mixed = tokens.residual + drop_path(tokens.hidden)
@@ -54,7 +58,7 @@ class Reduction:
         return gather(tokens, mixed, self.choose(stage, tokens, mixed, model, images), model.layout)
 
     def decide(
-        self, stage: int, tokens: Tokens, mixed: Tensor, model: DynamicVisionMamba, images: Tensor
+        self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
     ) -> Tensor:
         """In training: cumulative decision [B, m], 1 or 0, with gradient; a token once dropped
         stays so. mixed [B, L, d]: hidden + residual.
@@ -62,7 +66,7 @@ class Reduction:
         raise NotImplementedError
 
     def choose(
-        self, stage: int, tokens: Tokens, mixed: Tensor, model: DynamicVisionMamba, images: Tensor
+        self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
     ) -> Tensor:
         """At evaluation: slots that stay, ascending [B, k]."""
         raise NotImplementedError
@@ -83,7 +87,7 @@ class LearnedScores(Reduction):
         self.scorer_input = scorer_input
 
     def scores(
-        self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: DynamicVisionMamba
+        self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: Staged
     ) -> Tensor:
         """Log-probabilities (keep, drop) [B, m, 2] of the patch tokens that enter a stage.
 

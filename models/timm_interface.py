@@ -7,45 +7,52 @@ B images, n class tokens, d width; h, w the grid of patches; C classes.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .embedding import PatchEmbed
 from .initialization import initialize
+from .layouts import TokenLayout
 from .tokens import FeatureMaps, Result
-
-if TYPE_CHECKING:
-    from .backbone import VisionMamba
 
 POOLS = ("token", "avg")
 
 
 class TimmInterface:
-    """Mixed into `VisionMamba`."""
+    """Mixed into `VisionMamba`, which has the attributes named here, `depth`, `run` and `finish`."""
+
+    family: Any
+    embed_dim: int
+    global_pool: str
+    layout: TokenLayout
+    layers: nn.ModuleList
+    patch_embed: PatchEmbed
+    pos_embed: nn.Parameter
 
     @property
-    def num_features(self: "VisionMamba") -> int:
+    def num_features(self) -> int:
         return self.embed_dim
 
     @property
-    def head_hidden_size(self: "VisionMamba") -> int:
+    def head_hidden_size(self) -> int:
         """Width of what the classifier reads."""
         return self.norm_neck.weight.numel() if self.family.registers else self.embed_dim
 
     @property
-    def num_prefix_tokens(self: "VisionMamba") -> int:
+    def num_prefix_tokens(self) -> int:
         """Class or register tokens; timm's name, although they need not stand in front."""
         return self.layout.num_tokens
 
     @property
-    def has_class_token(self: "VisionMamba") -> bool:
+    def has_class_token(self) -> bool:
         return self.layout.num_tokens > 0
 
     @property
-    def feature_info(self: "VisionMamba") -> list[dict[str, Any]]:
+    def feature_info(self) -> list[dict[str, Any]]:
         """Name, channels and reduction of each layer's output."""
         reduction = max(self.patch_embed.stride)
         return [
@@ -54,7 +61,7 @@ class TimmInterface:
         ]
 
     @torch.jit.ignore
-    def no_weight_decay(self: "VisionMamba") -> set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters that the optimizer must not decay, beside biases and norms (which are
         one-dimensional).
         """
@@ -74,17 +81,15 @@ class TimmInterface:
         )
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self: "VisionMamba", enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each layer in the backward pass instead of keeping its inner values."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def get_classifier(self: "VisionMamba") -> nn.Module:
+    def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(
-        self: "VisionMamba", num_classes: int, global_pool: str | None = None
-    ) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head of `num_classes`; 0: none, and `logits` are what the head would read.
 
         global_pool: "token" (the class token) or "avg" (the mean of the patch tokens). Raises
@@ -96,7 +101,7 @@ class TimmInterface:
         self.head = self.make_head(num_classes).to(self.pos_embed)
         initialize(self.head)
 
-    def check_pool(self: "VisionMamba", global_pool: str) -> str:
+    def check_pool(self, global_pool: str) -> str:
         if global_pool not in POOLS:
             raise ValueError(f"global_pool {global_pool!r} must be one of {', '.join(POOLS)}")
         if global_pool == "token" and not self.has_class_token:
@@ -105,12 +110,12 @@ class TimmInterface:
             raise ValueError("global_pool 'avg': MambaReg's head reads its registers; give 'token'")
         return global_pool
 
-    def make_head(self: "VisionMamba", num_classes: int) -> nn.Module:
+    def make_head(self, num_classes: int) -> nn.Module:
         """A classifier, not initialised; without classes what passes on its input."""
         return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def forward_intermediates(
-        self: "VisionMamba",
+        self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
@@ -155,7 +160,7 @@ class TimmInterface:
     def _with_features(self, result: dict[str, Any], tokens, gates) -> dict[str, Any]:
         return {"image_features": self.finish(tokens, gates)} | result
 
-    def _normed(self: "VisionMamba", values: Tensor, norm: bool) -> Tensor:
+    def _normed(self, values: Tensor, norm: bool) -> Tensor:
         if not norm:
             return values
         return F.rms_norm(values, (self.embed_dim,), self.norm_f.weight, self.norm_f.eps)
@@ -168,10 +173,7 @@ class TimmInterface:
         return rows.transpose(1, 2).unflatten(2, self.patch_embed.grid).contiguous()
 
     def prune_intermediate_layers(
-        self: "VisionMamba",
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the layers behind the last one of `indices`, the last norm and the head.
 

@@ -121,7 +121,7 @@ def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
 
 
 def test_overlapping_patches_share_the_image_by_their_centres():
-    edges = patch_edges(PatchEmbed(32, patch_size=16, stride=8, in_chans=3, embed_dim=4))
+    edges = patch_edges(PatchEmbed(32, patch_size=16, stride=8, in_chans=3, embed_dim=4), axis=0)
     assert edges.tolist() == [0, 12, 20, 32]
     patch_of = patch_of_pixels(
         PatchEmbed(36, patch_size=16, stride=8, in_chans=3, embed_dim=4), (36, 36)
