@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ops.rms_norm import add_rms_norm
 
-from .embedding import PatchEmbed, Size, check_positive
+from .embedding import PatchEmbed, Size, check_patches, check_positive
 from .initialization import initialize, initialize_router
 from .layouts import NoClassToken, TokenLayout, extract, insert
 from .mixer import BidirectionalMamba, Layer
@@ -103,6 +103,7 @@ class VisionMamba(TimmInterface, nn.Module):
             d_state=d_state,
             num_registers=num_registers,
         )
+        check_patches(img_size, patch_size, stride)
         self._check_registers(family, class_token, num_registers, register_reduction, embed_dim)
         self.family, self.embed_dim, self.d_state = family, embed_dim, d_state
         self.num_classes = num_classes

@@ -19,25 +19,19 @@ def check_positive(**sizes) -> None:
             raise ValueError(f"{name} must be a positive integer, not {size!r}")
 
 
-def grid_of(img_size: Size, patch_size: Size, stride: Size) -> tuple[int, int]:
-    """Patches (h, w) of an image.
-
-    Raises ValueError when a side is smaller than a patch, or leaves pixels that no patch sees.
+def check_patches(img_size: Size, patch_size: Size, stride: Size) -> None:
+    """Raise ValueError when a side of the images is smaller than a patch, or leaves pixels that no
+    patch sees.
     """
-    sides = zip(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(stride), strict=True)
-    return tuple(_patches_along(*side) for side in sides)
-
-
-def _patches_along(side: int, patch: int, stride: int) -> int:
-    if side < patch:
-        raise ValueError(f"image size {side} is smaller than the patch size {patch}")
-    rest = (side - patch) % stride
-    if rest:
-        raise ValueError(
-            f"image size {side} leaves {rest} pixels that no patch of {patch} at stride {stride} "
-            f"sees; {side - rest} and {side - rest + stride} fit"
-        )
-    return (side - patch) // stride + 1
+    for side, patch, step in zip(*map(to_2tuple, (img_size, patch_size, stride)), strict=True):
+        if side < patch:
+            raise ValueError(f"image size {side} is smaller than the patch size {patch}")
+        rest = (side - patch) % step
+        if rest:
+            raise ValueError(
+                f"image size {side} leaves {rest} pixels that no patch of {patch} at stride {step} "
+                f"sees; {side - rest} and {side - rest + step} fit"
+            )
 
 
 class PatchEmbed(nn.Module):
@@ -51,7 +45,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
         self.stride = to_2tuple(stride)
-        self.grid = grid_of(img_size, patch_size, stride)
+        sides = zip(self.img_size, self.patch_size, self.stride, strict=True)
+        self.grid = tuple((side - patch) // step + 1 for side, patch, step in sides)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
 
     def forward(self, images: Tensor) -> Tensor:

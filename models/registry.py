@@ -37,10 +37,10 @@ def register(family: Family, sizes: dict[str, dict[str, Any]], aliases: dict[str
 
 def _config(img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, Any]:
     """What timm's `resolve_model_data_config` and its kin read of a model."""
-    height, width = to_2tuple(img_size)
-    small = max(height, width) <= SMALL_IMAGE
+    sides = to_2tuple(img_size)[:2]  # the model refuses what is no pair
+    small = max(sides) <= SMALL_IMAGE
     return dict(
-        input_size=(in_chans, height, width),
+        input_size=(in_chans, *sides),
         fixed_input_size=True,
         interpolation="bicubic",
         crop_pct=1.0 if small else 0.875,

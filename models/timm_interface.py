@@ -76,7 +76,7 @@ class TimmInterface:
         matches nothing (head, score predictors) comes last.
         """
         return dict(
-            stem=r"^(cls_token|pos_embed|pos_embed_cls)$|^patch_embed\.",
+            stem=r"^(?:cls_token|pos_embed|pos_embed_cls)$|^patch_embed\.",
             blocks=[(r"^layers\.(\d+)\.", None), (r"^norm_f\.", (99999,))],
         )
 
