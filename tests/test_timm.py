@@ -214,7 +214,7 @@ def test_layer_decay(name):
     }
     scales = {name: groups[id(p)] for name, p in model.named_parameters()}
     assert {scales[key][0] for key in scales if key.startswith(("patch_embed", "pos_embed"))} == {
-        0.5**6
+        0.5**5
     }
     for i in range(4):
         found = {scale for key, (scale, _) in scales.items() if key.startswith(f"layers.{i}.")}
