@@ -25,7 +25,9 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-from .reference import BranchParams, branch_inputs
+from . import cpu, reference, torch_lean  # noqa: F401 (register their operators)
+from .params import BranchParams
+from .reference import branch_inputs
 
 __all__ = [
     "BackendError",
