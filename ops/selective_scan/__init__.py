@@ -22,6 +22,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from utils.errors import UserError
 
@@ -59,6 +60,11 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"cannot be imported ({error})"
 
 
+@torch.compiler.assume_constant_result
+def _module(name: str) -> ModuleType:
+    return _load(name)[0]
+
+
 @lru_cache(maxsize=None)
 def _unavailable(name: str) -> str | None:
     """Why the backend cannot run on this machine; asked once, since the answer may take a build."""
@@ -83,9 +89,38 @@ def runs_on(name: str, device: str) -> bool:
 def backend_for(xz: Tensor, params: BranchParams) -> str:
     """Name of the backend that runs these arguments.
 
+    In a program that is compiled or exported the choice is made while it is traced.
+
     Raises BackendError when `DYVM_BACKEND` names one that is unknown, unavailable or does not take
     them.
     """
+    if torch.compiler.is_compiling():
+        dtypes = tuple(tensor.dtype for tensor in params)
+        shapes = tuple(tuple(tensor.shape) for tensor in params)
+        return _backend_while_tracing(xz.device, xz.dtype, dtypes, shapes)
+    return _choose(xz, params)
+
+
+@torch.compiler.assume_constant_result
+def _backend_while_tracing(
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...],
+) -> str:
+    """`backend_for` as a constant of the traced program, from what a backend may ask of tensors."""
+    with unset_fake_temporarily():
+        params = BranchParams(
+            *(
+                torch.empty(shape, dtype=d, device=device)
+                for shape, d in zip(shapes, dtypes, strict=True)
+            )
+        )
+        channels = params.A.shape[0]
+        return _choose(torch.empty(1, 1, 2 * channels, dtype=dtype, device=device), params)
+
+
+def _choose(xz: Tensor, params: BranchParams) -> str:
     forced = os.environ.get("DYVM_BACKEND")
     if forced:
         if forced not in PREFERENCE:
@@ -205,7 +240,7 @@ def ssm_branch(
         BackendError: see `backend_for`.
     """
     _check(xz, params, mask, active, lengths, ())
-    backend, _ = _load(backend_for(xz, params))
+    backend = _module(backend_for(xz, params))
     return backend.ssm_branch(
         xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
     )
@@ -247,7 +282,7 @@ def bidirectional_ssm(
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
-    backend, _ = _load(backend_for(xz, forward))
+    backend = _module(backend_for(xz, forward))
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(
             xz,
