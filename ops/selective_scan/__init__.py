@@ -45,6 +45,7 @@ _MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
+_chosen: dict[str, ModuleType] = {}
 
 
 class BackendError(UserError, RuntimeError):
@@ -58,11 +59,6 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"), None
     except ImportError as error:
         return None, f"cannot be imported ({error})"
-
-
-@torch.compiler.assume_constant_result
-def _module(name: str) -> ModuleType:
-    return _load(name)[0]
 
 
 @lru_cache(maxsize=None)
@@ -133,6 +129,7 @@ def _choose(xz: Tensor, params: BranchParams) -> str:
         chosen = forced
     else:
         chosen = next(name for name in PREFERENCE if _refusal(name, xz, params) is None)
+    _chosen[chosen], _ = _load(chosen)
     if chosen not in _reported:
         _reported.add(chosen)
         _logger.info("selective scan on %s runs on the '%s' backend", xz.device, chosen)
@@ -240,7 +237,7 @@ def ssm_branch(
         BackendError: see `backend_for`.
     """
     _check(xz, params, mask, active, lengths, ())
-    backend = _module(backend_for(xz, params))
+    backend = _chosen[backend_for(xz, params)]
     return backend.ssm_branch(
         xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
     )
@@ -282,7 +279,7 @@ def bidirectional_ssm(
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
-    backend = _module(backend_for(xz, forward))
+    backend = _chosen[backend_for(xz, forward)]
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(
             xz,
