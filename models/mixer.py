@@ -82,6 +82,7 @@ class BidirectionalMamba(nn.Module):
             and not torch.is_grad_enabled()
             and mask is None
             and not self.training
+            and not torch.compiler.is_compiling()  # groups depend on the images
         ):
             return self._infer_in_groups(hidden, class_slots)
         xz = self.in_proj(hidden)
