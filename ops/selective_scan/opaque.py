@@ -34,9 +34,7 @@ def opaque(name: str) -> Callable:
         def chosen(xz, params, *, reverse=False, mask=None, active=None, lengths=None):
             if torch.compiler.is_compiling():
                 return operator(xz, *params, mask, active, lengths, reverse)
-            return branch(
-                xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
-            )
+            return branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
 
         return chosen
 
@@ -62,9 +60,7 @@ def _register(name: str, branch: Callable) -> torch._ops.OpOverload:
         return [t.new_empty(t.shape) for t in given]
 
     back = register(
-        f"{name}_branch_backward(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
-        gradients,
-        fake_gradients,
+        f"{name}_branch_backward(Tensor grad, {_ARGUMENTS}) -> Tensor[]", gradients, fake_gradients
     )
 
     def setup_context(ctx, inputs, output):
