@@ -283,3 +283,13 @@ def test_ablation_fits_the_teacher(at_home):
     runs = ablation.plan(args)
     assert ablation.check_inputs(runs, args.dense_path).class_names == ["cat", "dog"]
     assert {run.variant for run in runs} == {*ablation.VARIANTS, "half"} and len(runs) == 3 * 8
+
+
+def test_the_guarantees_name_tests_that_exist():
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)((?:::\w+)*)`", text)
+    assert len(named) > 15
+    for file, names in named:
+        source = (ROOT / "tests" / file).read_text()
+        for name in filter(None, names.split("::")):
+            assert re.search(rf"^\s*(def|class) {name}\b", source, re.M), f"{file} has no {name}"
