@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 
 from . import sampling
@@ -165,12 +166,12 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, embed_dim))
             self.pos_embed_cls = nn.Parameter(torch.zeros(1, count, embed_dim))
             reduced = embed_dim // register_reduction
-            self.neck = nn.Linear(embed_dim, reduced, bias=False)
+            self.neck = Linear(embed_dim, reduced, bias=False)
             self.norm_neck = nn.RMSNorm(count * reduced, eps=1e-5)
-            self.head = nn.Linear(count * reduced, num_classes)
+            self.head = Linear(count * reduced, num_classes)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim))
-            self.head = nn.Linear(embed_dim, num_classes)
+            self.head = Linear(embed_dim, num_classes)
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
         self.layers = nn.ModuleList(self._block(i, rates[i]) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate)
