@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
+_ROWS = 521, 4099  # the fewest and the most that a trial has
+_TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
 _Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -69,7 +71,8 @@ def _choice(
 
     threads: of PyTorch; they share the rows out, so that another number asks again.
     """
-    x, weight = _numbers(521, inputs), _numbers(outputs, inputs)
+    rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
+    x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
     for product in (_onednn, F.linear) if onednn and _onednn_works() else (F.linear,):
         fewest = _fewest_rows(product, x, weight, shift)
@@ -94,7 +97,8 @@ def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | No
         part = slice(begin, begin + rows)
         return torch.equal(product(x[part], weight, bias), whole[part])
 
-    if not all(same(*part) for part in ((0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394))):
+    parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
+    if not all(same(*part) for part in parts):
         return None
     for fewest in _FEWEST:
         if all(same(3, fewest + more) for more in (0, 1, 2, 3, 5, 7, 10, 17, 18, 19, 26, 31)):
