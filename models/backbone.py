@@ -16,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 
 from .embedding import PatchEmbed, Size, check_patches, check_positive
@@ -148,7 +149,7 @@ class VisionMamba(TimmInterface, nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, width))
             self.pos_embed_cls = nn.Parameter(torch.zeros(1, count, width))
             reduced = width // register_reduction
-            self.neck = nn.Linear(width, reduced, bias=False)
+            self.neck = Linear(width, reduced, bias=False)
             self.norm_neck = nn.RMSNorm(count * reduced, eps=1e-5)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + count, width))

@@ -47,7 +47,7 @@ class BidirectionalMamba(nn.Module):
         states = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
         self.A_log = nn.Parameter(states)
         self.A_b_log = nn.Parameter(states.clone())
-        self.block_head = nn.Linear(2 * inner, 2) if router else None
+        self.block_head = Linear(2 * inner, 2) if router else None
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
 

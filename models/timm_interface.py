@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ops.linear import Linear
+
 from .embedding import PatchEmbed
 from .initialization import initialize
 from .layouts import TokenLayout
@@ -112,7 +114,7 @@ class TimmInterface:
 
     def make_head(self, num_classes: int) -> nn.Module:
         """A classifier, not initialised; without classes what passes on its input."""
-        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        return Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def forward_intermediates(
         self,

@@ -1,36 +1,59 @@
-"""Matrix products without gradient on a CPU: oneDNN's, where PyTorch's eager mode would call MKL.
+"""Matrix products without gradient on a CPU whose rows do not depend on those beside them.
 
-PyTorch ships oneDNN and uses it for float32 convolutions, and for float32 matrix products only in
-compiled programs. Side by side on an AMD EPYC with AVX-512, at the sizes of Vim, it is 5 to 30 %
-faster than MKL. Products that autograd has to see, other types and other devices go PyTorch's way.
+An image's logits must not depend on its batch, and the libraries do not promise as much: each may
+sum the rows at the end of a product in another order, or all of them when they are few. On an AMD
+EPYC with AVX2 oneDNN does so at any number of rows and MKL below 4 to 64 rows, the more threads the
+more. So the first product of each size tries the libraries on numbers of its own, in the order of
+their speed, and takes one that gives each row the same bits in all that was tried:
+
+1. oneDNN, which PyTorch's eager mode does not use for float32. With AVX-512 it is 5 to 30 % faster
+   than MKL at the sizes of Vim, with AVX2 as fast.
+2. `torch.nn.functional.linear`: MKL, or what PyTorch was built with.
+3. The same in blocks of one size, which needs no promise beyond that equal calls give equal bits
+   and that a row's place in its block does not matter; slower.
+
+Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
+way.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FEWEST = 32, 64, 128  # rows that a product may be filled up to
+_ROWS = 521, 4099  # the fewest and the most that a trial has
+_TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
+_BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
+
+_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] -> x weight^T + bias [..., out], as
     `torch.nn.functional.linear`.
     """
-    # The choice must not depend on the number of rows: an image's logits would depend on its batch.
     if (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and x.numel()
-        and x.shape[-1] == weight.shape[-1]
-        and torch.backends.mkldnn.enabled
-        and _onednn()
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or not x.dtype == weight.dtype == torch.float32
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or not x.numel()
+        or x.shape[-1] != weight.shape[-1]
     ):
-        return _product(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+    # The choice must not depend on the number of rows: an image's logits would depend on its batch.
+    product, fewest = _choice(
+        *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    missing = max(0, fewest - len(rows))
+    out = product(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight, bias)
+    return out[: len(rows)].view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
@@ -40,23 +63,71 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@lru_cache(maxsize=None)
+def _choice(
+    outputs: int, inputs: int, bias: bool, threads: int, onednn: bool
+) -> tuple[_Product, int]:
+    """The product for weights of this size, and the fewest rows that it may be given.
+
+    threads: of PyTorch; they share the rows out, so that another number asks again.
+    """
+    rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
+    x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
+    shift = _numbers(outputs) if bias else None
+    for product in (_onednn, F.linear) if onednn and _onednn_works() else (F.linear,):
+        fewest = _fewest_rows(product, x, weight, shift)
+        if fewest is not None:
+            return product, fewest
+    return _blocks, 1
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Some float32 numbers, without touching the state of the random ones."""
+    count = math.prod(shape)
+    return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
+
+
+def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
+    """The number of rows from which on each has the same bits in all products tried; None where
+    there is none.
+    """
+    whole = product(x, weight, bias)
+
+    def same(begin: int, rows: int) -> bool:
+        part = slice(begin, begin + rows)
+        return torch.equal(product(x[part], weight, bias), whole[part])
+
+    parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
+    if not all(same(*part) for part in parts):
+        return None
+    for fewest in _FEWEST:
+        if all(same(3, fewest + more) for more in (0, 1, 2, 3, 5, 7, 10, 17, 18, 19, 26, 31)):
+            return fewest
+    return None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @lru_cache(maxsize=None)
-def _onednn() -> bool:
+def _onednn_works() -> bool:
     """Whether oneDNN's product is there and right. It is no documented part of PyTorch: a release
     may move it.
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight, bias = (
-        torch.arange(math.prod(shape)).sin().view(shape) for shape in ((3, 5, 20), (7, 20), (7,))
-    )
+    given = _numbers(3, 20), _numbers(7, 20), _numbers(7)
     try:
-        return torch.allclose(
-            _product(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4
-        )
+        return torch.allclose(_onednn(*given), F.linear(*given), rtol=1e-4, atol=1e-4)
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Blocks of one size, two at least: a single one would be shared out to the threads."""
+    rows = len(x)
+    blocks = max(2, -(-rows // _BLOCK))
+    x = F.pad(x, (0, 0, 0, blocks * _BLOCK - rows)).view(blocks, _BLOCK, -1)
+    out = torch.bmm(x, weight.t().expand(blocks, -1, -1)).flatten(0, 1)[:rows]
+    return out if bias is None else out.add_(bias)

@@ -35,26 +35,52 @@ def test_the_product(shape, width, bias):
         )
 
 
-def test_a_row_does_not_depend_on_those_beside_it():
-    """An image's tokens are more rows than these; below about 40 rows oneDNN and MKL both sum in
-    another order.
-    """
-    x, weight, bias = tensors(500, 96)
+@pytest.mark.parametrize("shape, width", [((1100, 96), 44), ((1100, 192), 768), ((700, 30), 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_does_not_depend_on_those_beside_it(shape, width, bias):
+    x, weight, shift = tensors(*shape, width=width, bias=bias)
     with torch.no_grad():
-        whole = linear(x, weight, bias)
-        for rows in (65, 196, 499):
-            assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
+        whole = linear(x, weight, shift)
+        for rows in (*range(1, 70), 128, 196, 197, 257, 499):
+            assert torch.equal(linear(x[:rows], weight, shift), whole[:rows]), rows
+        for begin in (1, 6, 39):
+            assert torch.equal(linear(x[begin:], weight, shift), whole[begin:]), begin
+
+
+torch_linear = F.linear
+
+
+def ends_in_another_order(x, weight, bias):
+    """A library's product whose last row is summed backwards where the rows are odd."""
+    out = torch_linear(x, weight, bias)
+    if len(x) % 2:
+        out[-1] = torch_linear(x.flip(1), weight.flip(1), bias)[-1]
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_whose_rows_depend_on_others_is_not_taken(monkeypatch, bias):
+    monkeypatch.setattr(module, "_onednn", ends_in_another_order)
+    monkeypatch.setattr(module, "_onednn_works", lambda: True)
+    module._choice.cache_clear()
+    try:
+        assert module._choice(44, 96, bias, 1, True)[0] is not ends_in_another_order
+        monkeypatch.setattr(module.F, "linear", ends_in_another_order)
+        module._choice.cache_clear()
+        assert module._choice(44, 96, bias, 1, True)[0] is module._blocks
+        test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
+    finally:
+        module._choice.cache_clear()
 
 
 def test_what_onednn_does_not_get(monkeypatch):
-    """Products for autograd, of other types and under autocast are PyTorch's own, and so are all
-    without oneDNN.
-    """
+    """Products for autograd, of other types and under autocast are PyTorch's own."""
 
     def refuse(*_):
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(module, "_product", refuse)
+    monkeypatch.setattr(module, "_onednn", refuse)
+    monkeypatch.setattr(module, "_choice", refuse)
     layer, x = Linear(20, 7), torch.randn(3, 20, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
@@ -62,23 +88,39 @@ def test_what_onednn_does_not_get(monkeypatch):
         assert linear(x.double(), layer.weight.double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-        monkeypatch.setattr(module, "_onednn", lambda: False)
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_a_release_of_pytorch_without_the_product(monkeypatch):
     def missing(*_):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(module, "_product", missing)
-    module._onednn.cache_clear()
+    monkeypatch.setattr(module, "_onednn", missing)
+    module._onednn_works.cache_clear()
+    module._choice.cache_clear()
     try:
-        assert not module._onednn()
-        x, weight, bias = tensors(3, 20)
+        assert not module._onednn_works()
+        x, weight, bias = tensors(50, 20)
         with torch.no_grad():
-            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+            torch.testing.assert_close(
+                linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
+            )
     finally:
-        module._onednn.cache_clear()
+        module._onednn_works.cache_clear()
+        module._choice.cache_clear()
+
+
+def test_without_onednn(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("oneDNN was called")
+
+    monkeypatch.setattr(module, "_onednn", refuse)
+    monkeypatch.setattr(module, "_onednn_works", refuse)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    x, weight, bias = tensors(50, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("router", [True, False])

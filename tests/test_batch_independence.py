@@ -1,0 +1,69 @@
+"""An image's logits, tokens and router decisions do not depend on its batch, whatever a CPU can do.
+
+The libraries choose their kernels by the CPU's instruction set, and differ in the order in which
+they sum; their own variables cap it, so that one machine stands for others. Where a variable says
+nothing to the CPU at hand, its case repeats the plain one.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, clean_environment
+
+CAPS = [
+    {},
+    {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    {"ONEDNN_MAX_CPU_ISA": "AVX", "MKL_CBWR": "COMPATIBLE"},
+]
+
+CHECK = """
+import torch
+from timm import create_model
+
+import models
+from ops.linear import linear
+
+torch.manual_seed(0)
+sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "pruning_layers": (1,), "token_keep": (0.7,)}
+names = "dyvm_vim_micro", "dyvm_mambareg_small", "dyvm_videomamba_tiny"
+dynamic = [create_model(name, **sizes).eval() for name in names]
+for model in dynamic:
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.mixer.block_head.weight, std=3)
+        torch.nn.init.zeros_(layer.mixer.block_head.bias)
+images, rows, weight = torch.randn(23, 3, 32, 32), torch.randn(1400, 192), torch.randn(768, 192)
+with torch.no_grad():
+    for threads in 1, 2:
+        torch.set_num_threads(threads)
+        product = linear(rows, weight)
+        for count in 1, 2, 5, 11, 31, 33, 67, 197, 257, 1379:
+            assert torch.equal(linear(rows[:count], weight), product[:count]), (threads, count)
+        routed = set()
+        for name, model in zip(names, dynamic, strict=True):
+            whole = model(images)
+            routed |= set(whole.gates.flatten().tolist())
+            for part in slice(0, 1), slice(0, 3), slice(5, 12), slice(3, 22), slice(22, 23):
+                found = model(images[part])
+                for key in "logits", "tokens", "positions":
+                    assert torch.equal(getattr(found, key), getattr(whole, key)[part]), (
+                        threads, name, part, key
+                    )
+                assert torch.equal(found.gates, whole.gates[:, part]), (threads, name, part)
+        assert routed == {0.0, 1.0}  # or the decisions show nothing
+"""
+
+
+@pytest.mark.parametrize("caps", CAPS, ids=lambda caps: ",".join(caps.values()) or "none")
+def test_an_image_does_not_depend_on_its_batch(caps):
+    child = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        cwd=ROOT,
+        env=clean_environment(**caps),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert child.returncode == 0, child.stderr
