@@ -232,7 +232,7 @@ def test_random_access_readers_are_used_like_folders(monkeypatch):
     monkeypatch.setattr(readers, "_open", lambda args, split, training: Reader())
     args = options("--data-set", "hfds/stub", "--bad-images", "skip", "--no-repeated-aug")
     data = build_data(args, 32)
-    assert data.class_names == ["ant", "cat"] and np.bincount(data.train.targets).tolist() == [6, 6]
+    assert data.class_names == ["ant", "cat"] and np.bincount(data.train.labels).tolist() == [6, 6]
     seen = torch.cat([batch.indices for batch in data.train_batches(0)])
     assert torch.bincount(seen).tolist() == [1, 1, 1, 1, 1, 0, 2, 1, 1, 1, 1, 1]
     assert list(data.bad_images.found) == ["hfds/stub train image 5"]
