@@ -183,18 +183,20 @@ def build_data(
     world_size: int = 1,
     train: bool = True,
     transforms: Transforms | None = None,
+    eval_batch_size: int | None = None,
 ) -> Data:
     """Builds the data set named by `args.data_set` for images of [3, H, W] of size `img_size`.
 
     `args` has the flags of `add_data_arguments` and `seed`. Without `train` the training images are
-    neither looked for nor read, and `train_batches` is not available. `transforms` are those of the
-    task; by default classification's.
+    neither looked for nor read, and `train_batches` is not available. A task whose examples are not
+    classified images gives its own `transforms`, and `eval_batch_size` if it must evaluate fewer of
+    them at once than `--batch-size`.
 
     Raises:
         UsageError: an unknown name, a missing path, a flag that does not fit the data set.
         UserError: data that is missing, empty or contradicts itself.
     """
-    options = DataOptions.from_args(args, rank, world_size)
+    options = DataOptions.from_args(args, rank, world_size, eval_batch_size)
     if transforms is None:
         transforms = classification_transforms(args, img_size, train)
     if options.data_set.lower().startswith(TIMM_PREFIXES):

@@ -239,7 +239,10 @@ class EvalLoader:
         self.loader = DataLoader(
             Samples(images, transform, replace=False),
             batch_sampler=EvalBatchSampler(
-                len(images), options.batch_size, options.rank, options.world_size
+                len(images),
+                options.eval_batch_size or options.batch_size,
+                options.rank,
+                options.world_size,
             ),
             num_workers=options.num_workers,
             persistent_workers=options.num_workers > 0,

@@ -11,11 +11,13 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The flags of the group "data" under their names and with their defaults, and the share of
-    this process.
+    """The flags of the group "data" under their names and with their defaults, and what a task and
+    the processes add.
 
     `seed` decides on the order of the training images and on their augmentation. `subset` is a
     fraction (float) or a number of images (int). `rank` of `world_size` processes.
+    `eval_batch_size` is for a task that cannot evaluate `batch_size` at once, such as one whose
+    images differ in size.
     """
 
     data_set: str = "DIGITS"
@@ -31,11 +33,16 @@ class DataOptions:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    eval_batch_size: int | None = None
 
     @classmethod
     def from_args(
-        cls, args: argparse.Namespace, rank: int = 0, world_size: int = 1
+        cls,
+        args: argparse.Namespace,
+        rank: int = 0,
+        world_size: int = 1,
+        eval_batch_size: int | None = None,
     ) -> "DataOptions":
-        share = {"rank": rank, "world_size": world_size}
-        flags = {f.name: getattr(args, f.name) for f in fields(cls) if f.name not in share}
-        return cls(**flags, **share)
+        added = {"rank": rank, "world_size": world_size, "eval_batch_size": eval_batch_size}
+        flags = {f.name: getattr(args, f.name) for f in fields(cls) if f.name not in added}
+        return cls(**flags, **added)

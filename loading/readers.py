@@ -83,6 +83,9 @@ class Stream(IterableDataset):
         self.options, self.name = options, options.data_set
         self.reader, self.transform, self.num_classes = reader, transform, num_classes
         self.training = training
+        self.batch_size = options.batch_size
+        if not training:
+            self.batch_size = options.eval_batch_size or options.batch_size
         self.epoch = 0
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -90,7 +93,7 @@ class Stream(IterableDataset):
         for sample in self._samples(get_worker_info().id):
             batch.append(sample)
             usable += sample.image is not None
-            if usable == self.options.batch_size:
+            if usable == self.batch_size:
                 yield batch
                 batch, usable = [], 0
         if batch and self.training:
@@ -171,7 +174,7 @@ class StreamTrainLoader:
     def __init__(self, stream: Stream, bad_images: BadImages):
         self.stream, self.bad_images = stream, bad_images
         self.loader = _stream_loader(stream)
-        self.steps_per_epoch = len(stream.reader) // stream.options.batch_size
+        self.steps_per_epoch = len(stream.reader) // stream.batch_size
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:

@@ -15,6 +15,7 @@ from helpers.data import options, photo
 
 from datasets import build_data
 from loading import readers
+from loading.transforms import Transforms
 from utils.errors import UsageError, UserError
 
 
@@ -213,6 +214,19 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         UserError, match="--data-set tfds/x needs a package that is not installed: .*tensorflow"
     ):
         build_data(options("--data-set", "tfds/x"), 32)
+
+
+def test_a_task_transforms_the_labels_of_a_stream_too(tmp_path):
+    def one_hot(image, label):
+        return torch.full((3, 2, 2), float(label)), torch.eye(3)[label]
+
+    root, transforms = make_shards(tmp_path), Transforms(one_hot, one_hot)
+    data = build_data(shard_options(root), 32, transforms=transforms, eval_batch_size=2)
+    trained, evaluated = list(data.train_batches(0)), list(data.val_batches())
+    assert {len(batch.targets) for batch in trained} == {4} and len(trained) == 6
+    assert sorted(len(batch.targets) for batch in evaluated) == [1, 1, 2, 2, 2, 2]
+    for batch in trained + evaluated:
+        assert torch.equal(batch.targets.argmax(dim=1).float(), batch.images[:, 0, 0, 0])
 
 
 def test_random_access_readers_are_used_like_folders(monkeypatch):
