@@ -48,18 +48,27 @@ class DataSet:
 
 
 _FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
+_CIFAR = "the folder that holds {}/"
+_LISTINGS = "the folder with train{0}.json and val{0}.json"
 DATA_SETS: dict[str, DataSet] = {
-    name: DataSet(name, CLASSIFICATION, load, path_holds)
-    for name, load, path_holds in (
-        ("DIGITS", digits, None),
-        ("FMNIST", fashion_mnist, None),
-        ("CIFAR10", partial(cifar, CIFAR10), f"the folder that holds {CIFAR10.base_folder}/"),
-        ("CIFAR100", partial(cifar, CIFAR100), f"the folder that holds {CIFAR100.base_folder}/"),
-        ("IMNET", image_folders, _FOLDERS),
-        ("IMNET_100", image_folders, _FOLDERS),
-        ("INAT", partial(inaturalist, 2018), "the folder with train2018.json and val2018.json"),
-        ("INAT19", partial(inaturalist, 2019), "the folder with train2019.json and val2019.json"),
-        ("FOLDER", image_folders, _FOLDERS),
+    row.name: row
+    for row in (
+        DataSet("DIGITS", CLASSIFICATION, digits),
+        DataSet("FMNIST", CLASSIFICATION, fashion_mnist),
+        DataSet(
+            "CIFAR10", CLASSIFICATION, partial(cifar, CIFAR10), _CIFAR.format(CIFAR10.base_folder)
+        ),
+        DataSet(
+            "CIFAR100",
+            CLASSIFICATION,
+            partial(cifar, CIFAR100),
+            _CIFAR.format(CIFAR100.base_folder),
+        ),
+        DataSet("IMNET", CLASSIFICATION, image_folders, _FOLDERS),
+        DataSet("IMNET_100", CLASSIFICATION, image_folders, _FOLDERS),
+        DataSet("INAT", CLASSIFICATION, partial(inaturalist, 2018), _LISTINGS.format(2018)),
+        DataSet("INAT19", CLASSIFICATION, partial(inaturalist, 2019), _LISTINGS.format(2019)),
+        DataSet("FOLDER", CLASSIFICATION, image_folders, _FOLDERS),
     )
 }
 

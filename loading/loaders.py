@@ -86,7 +86,10 @@ class Samples(Dataset):
                 problems.append((self.images.describe(index), str(error)))
                 continue
             return Sample(image, target, index, problems)
-        failure = f"{len(problems)} images in a row cannot be decoded, the last one is {': '.join(problems[-1])}"
+        failure = (
+            f"{len(problems)} images in a row cannot be decoded, the last one is "
+            f"{': '.join(problems[-1])}"
+        )
         return Sample(None, problems=problems, failure=failure if self.replace else None)
 
 
