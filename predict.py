@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from evaluation.inference import Classifier, build_parser, find_images, load_classifier
+from loading.bad_images import BadImages
 from loading.images import FileImages
-from loading.loaders import BadImages
 from utils.arguments import positive
 from utils.errors import UserError
 from utils.program import run_main

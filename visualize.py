@@ -17,8 +17,8 @@ from drawing.pictures import Decisions, draw_strip
 from drawing.sheets import ContactSheets
 from evaluation.inference import Classifier, build_parser, find_images, load_classifier
 from evaluation.samples import explain, save_picture
+from loading.bad_images import BadImages
 from loading.images import FileImages
-from loading.loaders import BadImages
 from loading.transforms import seen_region
 from models import DynamicVisionMamba
 from utils.errors import UsageError, UserError
@@ -66,7 +66,7 @@ def draw_all(
         for index, said in zip(
             batch.indices.tolist(), explain(classifier, result, files), strict=True
         ):
-            image = images.load(index)
+            image = images.load_image(index)
             region = seen_region(image.size, classifier.args, classifier.img_size)
             picture = names.name(said.name)
             save_picture(draw_strip(image, region, classifier.model, said), output / picture)

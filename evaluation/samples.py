@@ -8,8 +8,8 @@ from PIL import Image
 
 from drawing.pictures import Decisions, draw_strip
 from evaluation.inference import Classifier
+from loading.data import Data
 from loading.images import BadImageError
-from loading.loaders import Data
 from loading.transforms import eval_transform, seen_region
 from models import DynamicVisionMamba, Result
 from models.build import build_dense
@@ -64,10 +64,10 @@ def draw_samples(classifier: Classifier, data: Data, output: Path, count: int = 
     for number in range(count):
         index = (2 * number + 1) * len(data.val) // (2 * count)
         try:
-            image = data.val.load(index)
+            image, label = data.val.load(index)
         except BadImageError:  # the evaluation has named it, or ended there
             continue
-        name = f"sample {number + 1}: {data.class_names[data.val.targets[index]]}"
+        name = f"sample {number + 1}: {data.class_names[label]}"
         [said] = explain(classifier, classifier.forward(transform(image)[None]), [name])
         region = seen_region(image.size, classifier.args, classifier.img_size)
         save_picture(

@@ -46,8 +46,10 @@ import json, torch, options
 from models.build import build_model
 from datasets import build_data
 from engine import evaluate
+from loading.data import assemble
 from loading.images import SubsetImages
-from loading.loaders import assemble
+from loading.options import DataOptions
+from loading.transforms import classification_transforms
 from utils.distributed import init_distributed
 
 distributed = init_distributed("cpu")
@@ -56,7 +58,8 @@ torch.manual_seed(0)
 model, data = build_model(args, 10), build_data(args, 16, train=False)
 for count in (1, 7, 359, 360):
     val = SubsetImages(data.val, torch.arange(count).numpy())
-    part = assemble(args, 16, None, val, distributed.rank, distributed.world_size)
+    given = DataOptions.from_args(args, distributed.rank, distributed.world_size)
+    part = assemble(given, classification_transforms(args, 16), None, val)
     metrics = evaluate(model, part, args, distributed)
     print("metrics", json.dumps([metrics.images, metrics.top1, metrics.top5, metrics.loss]))
 distributed.shutdown()
