@@ -16,7 +16,7 @@ from torch import Tensor
 from datasets import Data
 from drawing.pictures import decision_picture
 from engine import Metrics, evaluate, evaluation_forward
-from evaluation import throughput
+from evaluation.summary import throughput
 from loading.loaders import Batch
 from models import DynamicVisionMamba, Result, VisionMamba
 from models.build import build_dense, sigmoid

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, clean_environment
+from helpers.processes import ROOT, clean_environment
 
 CAPS = [
     {},

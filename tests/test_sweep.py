@@ -11,7 +11,7 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 import main
 import options
 from drawing.plots import pareto_front
-from evaluation import sweep, throughput
+from evaluation.summary import sweep, throughput
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]
