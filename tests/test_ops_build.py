@@ -15,7 +15,7 @@ import torch
 from scan_helpers import params_of
 
 from ops import selective_scan
-from ops.selective_scan import BackendError, BranchParams, cpu, ssm_branch
+from ops.selective_scan import BackendError, BranchParams, ssm_branch
 from ops.selective_scan.cpu import build, library
 
 ROOT = Path(__file__).resolve().parent.parent

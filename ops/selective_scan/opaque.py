@@ -34,9 +34,7 @@ def opaque(name: str) -> Callable:
         def chosen(xz, params, *, reverse=False, mask=None, active=None, lengths=None):
             if torch.compiler.is_compiling():
                 return operator(xz, *params, mask, active, lengths, reverse)
-            return branch(
-                xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
-            )
+            return branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
 
         return chosen
 

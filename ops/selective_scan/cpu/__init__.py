@@ -102,9 +102,7 @@ def _scan_backward(grad_out: Tensor, *rest) -> tuple[Tensor, ...]:
     """The tensors of `Gradients`, of the gates instead of the factor."""
     saved, arguments = rest[:_SAVED], rest[_SAVED:]
     with torch.autocast("cpu", enabled=False):
-        grads = passes.backward(
-            grad_out.contiguous(), _call(*arguments), Saved.unflatten(saved)
-        )
+        grads = passes.backward(grad_out.contiguous(), _call(*arguments), Saved.unflatten(saved))
     return grads._replace(factor=grads.factor * arguments[-1]).flatten()
 
 

@@ -139,7 +139,10 @@ def infer(call: Call) -> Tensor:
     library, problem, xz = kernels(), _problem(call), call.xz
     images, tokens, channels, states, rank = call.sizes
     columns = padded(rank + 2 * states)
-    out, extent = xz.new_empty(images, tokens, channels), xz.new_empty(6 * images + 4, dtype=torch.int64)
+    out, extent = (
+        xz.new_empty(images, tokens, channels),
+        xz.new_empty(6 * images + 4, dtype=torch.int64),
+    )
     weights, kept = [None, None], []
     for which in _given(call):
         weights[which] = xz.new_empty(CONV_WIDTH + 3 + states + rank, problem.padded)
