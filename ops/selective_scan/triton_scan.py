@@ -18,7 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .params import BranchParams
+from ops.operators import needs_gradient, register
+
+from .params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, flatten, unflatten
 from .triton_backward import SMALLEST_GROUP, conv_backward, gate_backward, scan_backward
 from .triton_forward import CHUNK, conv_forward, scan_forward
 
@@ -104,7 +106,8 @@ def ssm_branch(
 ) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     active = None if active is None else active.unsqueeze(1)
-    return _run(_Call((reverse,), active, lengths, 1.0), xz, mask, None, (params,))
+    directions = (None, params) if reverse else (params, None)
+    return _run(xz, directions, mask, None, active, lengths, 1.0)
 
 
 def bidirectional_ssm(
@@ -119,37 +122,28 @@ def bidirectional_ssm(
     scale: float = 1.0,
 ) -> Tensor:
     """Both directions; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
-    return _run(_Call((False, True), active, lengths, scale), xz, mask, gates, (forward, backward))
+    return _run(xz, (forward, backward), mask, gates, active, lengths, scale)
 
 
 def _run(
-    call: _Call,
     xz: Tensor,
+    directions: Directions,
     mask: Tensor | None,
     gates: Tensor | None,
-    params: tuple[BranchParams, ...],
+    active: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
 ) -> Tensor:
+    """The general form of both public functions; active [B, G]."""
     if xz.numel() == 0:
-        return xz.chunk(2, dim=-1)[0] * call.scale
-    xz = xz if xz.stride(2) == 1 else xz.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    gates = None if gates is None else gates.contiguous()
-    call = call._replace(lengths=None if call.lengths is None else call.lengths.contiguous())
-    tensors = (xz, mask, gates, *(tensor for branch in params for tensor in branch))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _SelectiveScan.apply(call, *tensors)
-    with torch.autocast(xz.device.type, enabled=False), _device(xz):
-        return _forward(call, xz, mask, gates, params, save=False)[0]
+        return xz.chunk(2, dim=-1)[0] * scale
+    arguments = (xz, mask, gates, active, lengths, *flatten(directions), scale)
+    return _operator(*arguments, needs_gradient(arguments[:-1]))[0]
 
 
 def _device(tensor: Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
-def _branches(tensors: tuple[Tensor, ...]) -> tuple[BranchParams, ...]:
-    size = len(BranchParams._fields)
-    return tuple(BranchParams(*tensors[i : i + size]) for i in range(0, len(tensors), size))
 
 
 def _stack(params: tuple[BranchParams, ...], field: str, dtype: torch.dtype) -> Tensor:
@@ -214,8 +208,8 @@ def _forward(
     params: tuple[BranchParams, ...],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, L, E]; for the backward pass: (step, B, C) [G, B, L, R + 2N], the sum before the gate
-    [B, L, E] and the states [G, B, chunks - 1, N, E].
+    """out [B, L, E]; for the backward pass, and without elements unless `save`: (step, B, C) [G, B,
+    L, R + 2N], the sum before the gate [B, L, E] and the states [G, B, chunks - 1, N, E].
     """
     B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
@@ -252,37 +246,9 @@ def _forward(
         SAVE=save,
         CHUNK=CHUNK,
     )
+    if not save:
+        return out, xz.new_empty(0), xz.new_empty(0), states
     return out, projected.view(len(params), B, L, R + 2 * N), part, states
-
-
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, call: _Call, xz: Tensor, mask: Tensor | None, gates: Tensor | None, *tensors: Tensor
-    ):
-        with torch.autocast(xz.device.type, enabled=False), _device(xz):
-            out, *kept = _forward(call, xz, mask, gates, _branches(tensors), save=True)
-        ctx.call = call
-        ctx.save_for_backward(xz, mask, gates, *tensors, *kept)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        xz, mask, gates, *tensors, projected, part, states = ctx.saved_tensors
-        with torch.autocast(xz.device.type, enabled=False), _device(xz):
-            grads = _backward(
-                ctx.call,
-                xz,
-                mask,
-                gates,
-                _branches(tuple(tensors)),
-                projected,
-                part,
-                states,
-                grad_out.contiguous(),
-            )
-        return None, *grads
 
 
 def _backward(
@@ -295,8 +261,11 @@ def _backward(
     part: Tensor,
     states: Tensor,
     grad_out: Tensor,
-) -> tuple:
-    """Gradients of xz, mask, gates and every tensor of `params`."""
+) -> tuple[Tensor, ...]:
+    """Gradients of xz, mask [B, L] and gates [G, B] (without elements where there are none); of the
+    convolutions [G, 5, E] (taps, bias), x_proj_weight [G, R + 2N, E], dt_proj_weight [G, E, R], A
+    [G, N, E], and of D and the step bias [G, 2, E].
+    """
     G, B, L, E = len(params), xz.shape[0], xz.shape[1], xz.shape[2] // 2
     R = params[0].dt_proj_weight.shape[1]
     x_weight, dt_weight = (
@@ -340,25 +309,23 @@ def _backward(
     grad_u.flatten(1, 2).baddbmm_(grad_projected, x_weight)
 
     grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
-    grads = []
-    for d, branch in enumerate(params):
-        values = BranchParams(
-            grad_weights[d, :4].t(),
-            grad_weights[d, 4],
-            grad_x_weight[d],
-            grad_dt_weight[d],
-            grad_channel[d, 1],
-            grad_A[d].t(),
-            grad_channel[d, 0],
-        )
-        grads += [value.to(tensor.dtype) for value, tensor in zip(values, branch, strict=True)]
-    grad_gates = None if gates is None else grad_gate.sum(-1).t().to(gates.dtype)
-    return grad_xz, None if mask is None else _as_gradient(grad_mask, mask), grad_gates, *grads
+    nothing = grad_weights.new_empty
+    return (
+        grad_xz,
+        nothing(0) if mask is None else grad_mask,
+        nothing(0) if gates is None else grad_gate.sum(-1),
+        grad_weights,
+        grad_x_weight,
+        grad_dt_weight,
+        grad_A,
+        grad_channel,
+    )
 
 
-def _as_gradient(grad: Tensor, tensor: Tensor) -> Tensor | None:
+def _as_gradient(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
     """A mask of booleans or integers has no gradient."""
-    return grad.to(tensor.dtype) if tensor.is_floating_point() else None
+    given = tensor is not None and tensor.is_floating_point()
+    return grad.to(tensor.dtype) if given else None
 
 
 def _scan_backward(
@@ -451,3 +418,119 @@ def _convolve_backward(
         num_warps=1,
     )
     return grad_weights.sum(1), None if mask is None else grad_mask.sum(0)
+
+
+_ARGUMENTS = (
+    "Tensor xz, Tensor? mask, Tensor? gates, Tensor? active, Tensor? lengths, "
+    f"{DIRECTIONS_SCHEMA}, float scale"
+)
+_LEAVES = 5 + 2 * COUNT  # tensors among the arguments
+
+
+class _Arguments(NamedTuple):
+    """An operator's arguments as the passes take them."""
+
+    call: _Call
+    xz: Tensor
+    mask: Tensor | None
+    gates: Tensor | None
+    params: tuple[BranchParams, ...]
+
+
+def _arguments(xz, mask, gates, active, lengths, *rest) -> _Arguments:
+    *tensors, scale = rest
+    directions = unflatten(tuple(tensors))
+    reverse = tuple(d == 1 for d, params in enumerate(directions) if params is not None)
+    return _Arguments(
+        _Call(reverse, active, None if lengths is None else lengths.contiguous(), scale),
+        xz if xz.stride(2) == 1 else xz.contiguous(),
+        None if mask is None else mask.contiguous(),
+        None if gates is None else gates.contiguous(),
+        tuple(params for params in directions if params is not None),
+    )
+
+
+def _scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, save = given
+    with torch.autocast(given[0].device.type, enabled=False), _device(given[0]):
+        return _forward(*_arguments(*given), save)
+
+
+def _fake_scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, save = given
+    _, xz, _, _, params = _arguments(*given)
+    (B, L, width), (E, N), G = xz.shape, params[0].A.shape, len(params)
+    K, saved = params[0].x_proj_weight.shape[0], -(-L // CHUNK) - 1
+    sizes = ((G, B, L, K), (B, L, E), (G, B, saved, N, E)) if save else ((0,), (0,), (0,))
+    projected, part, states = sizes
+    return (
+        xz.new_empty(B, L, width // 2),
+        xz.new_empty(projected),
+        xz.new_empty(part),
+        xz.new_empty(states, dtype=torch.float32),
+    )
+
+
+def _gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[Tensor, ...]:
+    with torch.autocast(grad_out.device.type, enabled=False), _device(grad_out):
+        return _backward(*_arguments(*given), projected, part, states, grad_out.contiguous())
+
+
+def _fake_gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[Tensor, ...]:
+    _, xz, mask, gates, params = _arguments(*given)
+    (E, N), (B, L, _), G = params[0].A.shape, xz.shape, len(params)
+    K, R = params[0].x_proj_weight.shape[0], params[0].dt_proj_weight.shape[1]
+    full = states.new_empty
+    return (
+        xz.new_empty(xz.shape),
+        full(0 if mask is None else (B, L)),
+        full(0 if gates is None else (G, B)),
+        full(G, 5, E),
+        xz.new_empty(G, K, E),
+        xz.new_empty(G, E, R),
+        full(G, N, E),
+        full(G, 2, E),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, _ = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *saved)
+
+
+def _differentiate(ctx, grad_out: Tensor, *_) -> tuple[Tensor | None, ...]:
+    kept = ctx.saved_tensors
+    tensors, saved = kept[:_LEAVES], kept[_LEAVES:]
+    grad_xz, grad_mask, grad_gates, *packed = _backward_operator(
+        grad_out, *saved, *tensors, ctx.scale
+    )
+    _, mask, gates, _, _, *weights = tensors
+    grads, which = [], 0
+    for params in unflatten(tuple(weights)):
+        if params is None:
+            grads += [None] * COUNT
+            continue
+        conv, x_weight, dt_weight, A, channel = (tensor[which] for tensor in packed)
+        which += 1
+        values = (conv[:4].t(), conv[4], x_weight, dt_weight, channel[1], A.t(), channel[0])
+        grads += [value.to(tensor.dtype) for value, tensor in zip(values, params, strict=True)]
+    grad_gates = None if gates is None else grad_gates.t().to(gates.dtype)
+    return grad_xz, _as_gradient(grad_mask, mask), grad_gates, None, None, *grads, None, None
+
+
+_backward_operator = register(
+    "triton_scan_backward(Tensor grad_out, Tensor projected, Tensor part, Tensor states, "
+    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})",
+    _gradients,
+    _fake_gradients,
+)
+_operator = register(
+    f"triton_scan({_ARGUMENTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scan,
+    _fake_scan,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)

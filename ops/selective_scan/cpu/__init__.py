@@ -119,11 +119,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
-    tensors, saved = ctx.saved_tensors[:_LEAVES], ctx.saved_tensors[_LEAVES:]
+    kept = ctx.saved_tensors  # once: checkpointing gives them out a single time
+    tensors, saved = kept[:_LEAVES], kept[_LEAVES:]
     xz, mask, gates, *rest = _scan_backward_operator(grad_out, *saved, *tensors, ctx.scale)
-    given = tensors[5:]
     channels, weights = tensors[0].shape[2] // 2, []
-    for which, params in enumerate(unflatten(given)):
+    for which, params in enumerate(unflatten(tensors[5:])):
         if params is None:
             weights += [None] * COUNT
             continue
