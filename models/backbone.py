@@ -101,6 +101,12 @@ class VisionMamba(nn.Module):
     token.
     """
 
+    # A dense model drops no tokens and routes nothing.
+    pruning_layers: tuple[int, ...] = ()
+    token_keep: tuple[float, ...] = ()
+    route_blocks = False
+    gate_threshold: float | None = None
+
     def __init__(
         self,
         family: Family,
