@@ -134,6 +134,11 @@ def build_data(
     )
 
 
+def task_of(data_set: str) -> str:
+    """The task that a data set is for."""
+    return getattr(DATA_SETS.get(data_set), "task", "classification")
+
+
 def _data_path(name: str, path: str | None) -> Path | None:
     if path is None:
         if name in NEEDS_PATH:
