@@ -1,35 +1,101 @@
-"""Named data sets, the flags that choose and augment them, and `build_data`, which turns both into
-batches.
+"""The table of data sets of all tasks, the flags that choose and augment them, and `build_data`,
+which turns both into batches.
 
 `--data-set` takes a name out of `DATA_SETS` or one that timm reads (`wds/...`, `hfds/...`,
 `hfids/...`, `tfds/...`; see readers.py). The classes always follow from the data.
+
+A new data set, of any task, is a function that gives an `ImageSet` for "train" and for "val", and a
+row:
+
+    register_data_set(DataSet("STARS", "regression", read_stars, "the folder with stars.csv"))
 """
 
 import argparse
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from loading.arrays import cifar, digits, fashion_mnist
+from loading.data import Data, assemble
 from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
-from loading.loaders import Data, assemble
+from loading.options import DataOptions, default_workers
+from loading.transforms import ImageSize, Transforms, classification_transforms
 from utils.arguments import not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
 
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
+CLASSIFICATION = "classification"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of the table.
+
+    task: name of the task that its targets are for.
+    load: (value of --data-path, "train" or "val") -> that split; raises UserError where the data
+        are missing or make no sense.
+    path_holds: what --data-path must hold, to complete a sentence; None if it may be left out.
+    """
+
+    name: str
+    task: str
+    load: Callable[[Path | None, str], ImageSet]
+    path_holds: str | None = None
+
+
+_FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
+_CIFAR = "the folder that holds {}/"
+_LISTINGS = "the folder with train{0}.json and val{0}.json"
+DATA_SETS: dict[str, DataSet] = {
+    row.name: row
+    for row in (
+        DataSet("DIGITS", CLASSIFICATION, digits),
+        DataSet("FMNIST", CLASSIFICATION, fashion_mnist),
+        DataSet(
+            "CIFAR10", CLASSIFICATION, partial(cifar, CIFAR10), _CIFAR.format(CIFAR10.base_folder)
+        ),
+        DataSet(
+            "CIFAR100",
+            CLASSIFICATION,
+            partial(cifar, CIFAR100),
+            _CIFAR.format(CIFAR100.base_folder),
+        ),
+        DataSet("IMNET", CLASSIFICATION, image_folders, _FOLDERS),
+        DataSet("IMNET_100", CLASSIFICATION, image_folders, _FOLDERS),
+        DataSet("INAT", CLASSIFICATION, partial(inaturalist, 2018), _LISTINGS.format(2018)),
+        DataSet("INAT19", CLASSIFICATION, partial(inaturalist, 2019), _LISTINGS.format(2019)),
+        DataSet("FOLDER", CLASSIFICATION, image_folders, _FOLDERS),
+    )
+}
+
+
+def register_data_set(data_set: DataSet) -> None:
+    """Adds a row to the table. Raises ValueError for a name that is taken or would be timm's."""
+    if data_set.name in DATA_SETS or data_set.name.lower().startswith(TIMM_PREFIXES):
+        raise ValueError(f"there is a data set called {data_set.name!r} already")
+    DATA_SETS[data_set.name] = data_set
+
+
+def task_of(name: str) -> str:
+    """The task that a data set is for, by the name that --data-set takes; timm's readers give
+    classes. Raises UsageError for an unknown name.
+    """
+    return CLASSIFICATION if name.lower().startswith(TIMM_PREFIXES) else _row_of(name).task
+
+
+def _row_of(name: str) -> DataSet:
+    if name not in DATA_SETS:
+        raise UsageError(f"--data-set {name!r} is unknown; known are {_known_names()}")
+    return DATA_SETS[name]
 
 
 def _subset(text: str) -> int | float:
     """'0.1' or '1.0' is a fraction of the training set, '100' a number of images."""
     return positive(text) if text.isdecimal() else ratio(text)
-
-
-def _default_workers() -> int:
-    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _known_names() -> str:
@@ -42,16 +108,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("data")
     on_off = argparse.BooleanOptionalAction
-    group.add_argument("--data-set", default="DIGITS", metavar="NAME", help=_known_names())
+    group.add_argument(
+        "--data-set", default=DataOptions.data_set, metavar="NAME", help=_known_names()
+    )
     group.add_argument(
         "--data-path", metavar="DIR", help="folder of the data set; DIGITS needs none"
     )
     group.add_argument(
-        "--train-split", default="train", help="split or shards to train on (timm's readers only)"
+        "--train-split",
+        default=DataOptions.train_split,
+        help="split or shards to train on (timm's readers only)",
     )
     group.add_argument(
         "--val-split",
-        default="validation",
+        default=DataOptions.val_split,
         help="split or shards to validate on (timm's readers only)",
     )
     group.add_argument(
@@ -60,12 +130,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION|N",
         help="train on this stratified, fixed part only",
     )
-    group.add_argument("--batch-size", type=positive, default=64, help="per process")
     group.add_argument(
-        "--num-workers", "--num_workers", type=whole, default=_default_workers(), help="per process"
+        "--batch-size", type=positive, default=DataOptions.batch_size, help="per process"
     )
     group.add_argument(
-        "--pin-mem", action=on_off, default=True, help="pin CPU memory for faster copies to the GPU"
+        "--num-workers", "--num_workers", type=whole, default=default_workers(), help="per process"
+    )
+    group.add_argument(
+        "--pin-mem",
+        action=on_off,
+        default=DataOptions.pin_mem,
+        help="pin CPU memory for faster copies to the GPU",
     )
     group.add_argument(
         "--input-size", type=positive, help="image size in pixels (default: the model's)"
@@ -74,13 +149,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeated-aug",
         action=on_off,
-        default=True,
+        default=DataOptions.repeated_aug,
         help="show each image three times, as DeiT does",
     )
     group.add_argument(
         "--bad-images",
         choices=("stop", "skip"),
-        default="stop",
+        default=DataOptions.bad_images,
         help="an image that cannot be decoded ends the run",
     )
 
@@ -110,63 +185,45 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_data(
-    args, img_size: int, *, rank: int = 0, world_size: int = 1, train: bool = True
+    args: argparse.Namespace,
+    img_size: ImageSize,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    train: bool = True,
+    transforms: Transforms | None = None,
+    eval_batch_size: int | None = None,
 ) -> Data:
-    """Builds the data set named by `args.data_set` for images of [3, img_size, img_size].
+    """Builds the data set named by `args.data_set` for images of [3, H, W] of size `img_size`.
 
     `args` has the flags of `add_data_arguments` and `seed`. Without `train` the training images are
-    neither looked for nor read, and `train_batches` is not available.
+    neither looked for nor read, and `train_batches` is not available. A task whose examples are not
+    classified images gives its own `transforms`, and `eval_batch_size` if it must evaluate fewer of
+    them at once than `--batch-size`.
 
     Raises:
         UsageError: an unknown name, a missing path, a flag that does not fit the data set.
         UserError: data that is missing, empty or contradicts itself.
     """
-    if args.data_set.lower().startswith(TIMM_PREFIXES):
+    options = DataOptions.from_args(args, rank, world_size, eval_batch_size)
+    if transforms is None:
+        transforms = classification_transforms(args, img_size, train)
+    if options.data_set.lower().startswith(TIMM_PREFIXES):
         from loading.readers import build_timm_data
 
-        return build_timm_data(args, img_size, rank, world_size, train)
-    if args.data_set not in DATA_SETS:
-        raise UsageError(f"--data-set {args.data_set!r} is unknown; known are {_known_names()}")
-    path = _data_path(args.data_set, args.data_path)
-    load = DATA_SETS[args.data_set]
+        return build_timm_data(options, transforms, train)
+    row = _row_of(options.data_set)
+    path = _data_path(row, options.data_path)
     return assemble(
-        args, img_size, load(path, "train") if train else None, load(path, "val"), rank, world_size
+        options, transforms, row.load(path, "train") if train else None, row.load(path, "val")
     )
 
 
-def task_of(data_set: str) -> str:
-    """The task that a data set is for."""
-    return getattr(DATA_SETS.get(data_set), "task", "classification")
-
-
-def _data_path(name: str, path: str | None) -> Path | None:
+def _data_path(row: DataSet, path: str | None) -> Path | None:
     if path is None:
-        if name in NEEDS_PATH:
-            raise UsageError(f"--data-set {name} needs --data-path: {NEEDS_PATH[name]}")
+        if row.path_holds is not None:
+            raise UsageError(f"--data-set {row.name} needs --data-path: {row.path_holds}")
         return None
     if not Path(path).is_dir():
         raise UserError(f"--data-path {printable(path)}: no such folder")
     return Path(path)
-
-
-DATA_SETS: dict[str, Callable[[Path | None, str], ImageSet]] = {
-    "DIGITS": digits,
-    "FMNIST": fashion_mnist,
-    "CIFAR10": partial(cifar, CIFAR10),
-    "CIFAR100": partial(cifar, CIFAR100),
-    "IMNET": image_folders,
-    "IMNET_100": image_folders,
-    "INAT": partial(inaturalist, 2018),
-    "INAT19": partial(inaturalist, 2019),
-    "FOLDER": image_folders,
-}
-_FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
-NEEDS_PATH = {
-    "CIFAR10": f"the folder that holds {CIFAR10.base_folder}/",
-    "CIFAR100": f"the folder that holds {CIFAR100.base_folder}/",
-    "IMNET": _FOLDERS,
-    "IMNET_100": _FOLDERS,
-    "INAT": "the folder with train2018.json and val2018.json",
-    "INAT19": "the folder with train2019.json and val2019.json",
-    "FOLDER": _FOLDERS,
-}

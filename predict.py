@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from evaluation.inference import Predictor, build_parser, find_images, load_predictor
+from loading.bad_images import BadImages
 from loading.images import FileImages
-from loading.loaders import BadImages
 from tasks.classification import CLASSIFICATION, likeliest
 from utils.arguments import positive
 from utils.errors import UserError

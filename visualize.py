@@ -17,8 +17,8 @@ from drawing.pictures import ImageReport, draw_strip
 from drawing.sheets import ContactSheets
 from evaluation.inference import Predictor, build_parser, find_images, load_predictor
 from evaluation.samples import explain, save_picture
+from loading.bad_images import BadImages
 from loading.images import FileImages
-from loading.loaders import BadImages
 from loading.transforms import seen_region
 from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, write_csv
@@ -65,7 +65,7 @@ def draw_all(
         for index, report in zip(
             batch.indices.tolist(), explain(predictor, result, files), strict=True
         ):
-            image = images.load(index)
+            image = images.load_image(index)
             region = seen_region(image.size, predictor.args, predictor.img_size)
             picture = names.name(report.name)
             save_picture(draw_strip(image, region, predictor.model, report), output / picture)

@@ -28,7 +28,8 @@ import torch
 import options
 from benchmarks import flags, records
 from engine import Training, accumulate_gradients, build_training, gradient_norm
-from loading.loaders import Batch, Data
+from loading.data import Data
+from loading.loaders import Batch
 from tasks import Experiment
 from utils import arguments, resume
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint

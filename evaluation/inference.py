@@ -18,10 +18,12 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 import options
+from loading.bad_images import BadImages
 from loading.folders import list_images
 from loading.images import FileImages
-from loading.loaders import BadImages, Batch, EvalLoader
-from loading.transforms import eval_transform
+from loading.loaders import Batch, EvalLoader
+from loading.options import DataOptions, default_workers
+from loading.transforms import ImageOnly, eval_transform
 from models import Result, VisionMamba
 from models.build import ModelSpec, recorded_arguments, restore
 from tasks import Experiment, Task, task_of_checkpoint
@@ -54,7 +56,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument(
         "--num-workers",
         type=int,
-        default=min(4, len(os.sched_getaffinity(0))),
+        default=default_workers(),
         help="processes that read images, where there is more than one batch of them",
     )
     group.add_argument(
@@ -69,7 +71,6 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument(
         "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
     )
-    parser.set_defaults(pin_mem=False)
     options.add_model_arguments(parser)
     return parser
 
@@ -100,15 +101,18 @@ class Predictor:
         """What the model makes of images, batch by batch; files that cannot be used are reported to
         `bad_images`.
         """
-        args = self.args
-        if len(images) <= args.batch_size:
-            args = argparse.Namespace(**vars(args) | {"num_workers": 0})
+        batch_size = self.args.batch_size
         loader = EvalLoader(
-            images, eval_transform(args, self.img_size), args, bad_images, rank=0, world_size=1
+            images,
+            ImageOnly(eval_transform(self.args, self.img_size)),
+            DataOptions(
+                batch_size=batch_size,
+                num_workers=self.args.num_workers if len(images) > batch_size else 0,
+                pin_mem=False,
+            ),
+            bad_images,
         )
-        batches = Progress(
-            loader.batches(), "images", total=-(-len(images) // args.batch_size), shown=shown
-        )
+        batches = Progress(loader.batches(), "images", total=len(loader), shown=shown)
         for batch in batches:
             yield batch, self.forward(batch.images)
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from drawing.pictures import ImageReport, draw_strip
 from evaluation.inference import Predictor
+from loading.data import Data
 from loading.images import BadImageError
-from loading.loaders import Data
 from loading.transforms import eval_transform, seen_region
 from models import Result
 from models.build import ModelSpec
@@ -60,11 +60,11 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
     for number in range(count):
         index = (2 * number + 1) * len(data.val) // (2 * count)
         try:
-            image = data.val.load(index)
+            image, target = data.val.load(index)
         except BadImageError:  # the evaluation has named it, or ended there
             continue
         name = f"sample {number + 1}"
-        label = predictor.task.name_of(data.val.targets[index], data.class_names)
+        label = predictor.task.name_of(target, data.class_names)
         title = f"{name}: {label}" if label else name
         [report] = explain(predictor, predictor.forward(transform(image)[None]), [title])
         region = seen_region(image.size, predictor.args, predictor.img_size)

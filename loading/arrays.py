@@ -22,25 +22,25 @@ def digits(_path: Path | None, split: str) -> ImageSet:
     """
     from sklearn.datasets import load_digits
 
-    pixels, targets = load_digits(return_X_y=True)
+    pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    chosen = stratified_choice(targets, math.ceil(len(targets) / 5))
+    chosen = stratified_choice(labels, math.ceil(len(labels) / 5))
     if split == "train":
-        chosen = np.setdiff1d(np.arange(len(targets)), chosen)
-    names = [str(digit) for digit in np.unique(targets)]
-    return ArrayImages(pixels[chosen], targets[chosen], names, f"DIGITS {split}")
+        chosen = np.setdiff1d(np.arange(len(labels)), chosen)
+    names = [str(digit) for digit in np.unique(labels)]
+    return ArrayImages(pixels[chosen], labels[chosen], names, f"DIGITS {split}")
 
 
 def fashion_mnist(path: Path | None, split: str) -> ImageSet:
     prefix = "train" if split == "train" else "t10k"
     pixels = _read_idx(path, f"{prefix}-images-idx3-ubyte")
-    targets = _read_idx(path, f"{prefix}-labels-idx1-ubyte")
-    if len(pixels) != len(targets) or not len(pixels) or targets.max() >= len(FashionMNIST.classes):
+    labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte")
+    if len(pixels) != len(labels) or not len(pixels) or labels.max() >= len(FashionMNIST.classes):
         raise UserError(
-            f"FMNIST: images ({len(pixels)}) and labels ({len(targets)}) of {split} do not fit "
+            f"FMNIST: images ({len(pixels)}) and labels ({len(labels)}) of {split} do not fit "
             "together"
         )
-    return ArrayImages(pixels, targets, FashionMNIST.classes, f"FMNIST {split}")
+    return ArrayImages(pixels, labels, FashionMNIST.classes, f"FMNIST {split}")
 
 
 def _read_idx(path: Path | None, name: str) -> np.ndarray:

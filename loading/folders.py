@@ -25,17 +25,17 @@ def image_folders(path: Path, split: str) -> ImageSet:
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise UserError(f"{printable(str(root))}: no class folders in it")
-    paths, targets, empty = [], [], []
+    paths, labels, empty = [], [], []
     for label, name in enumerate(classes):
         found = list_images(root / name)
         if not found:
             empty.append(printable(name))
         paths += [os.path.relpath(file, root) for file in found]
-        targets += [label] * len(found)
+        labels += [label] * len(found)
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise UserError(f"{printable(str(root))}: no images in class {', '.join(empty[:5])}{more}")
-    return FileImages(str(root), paths, targets, classes)
+    return FileImages(str(root), paths, labels, classes)
 
 
 def list_images(top: Path) -> list[str]:

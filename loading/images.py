@@ -1,15 +1,15 @@
-"""Images by number, and the careful opening of image files.
+"""Examples by number, and the careful opening of image files.
 
-An image set holds what the training needs to know of one split: how many images, their classes, how
-to load one as RGB, and what to call it in a message. A file that cannot be used raises
-`BadImageError` and nothing else.
+An image set holds what the training needs to know of one split: how many examples, how to load one,
+and what to call it in a message. A file that cannot be used raises `BadImageError` and nothing else.
 """
 
 import io
 import os
 import stat
 import warnings
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -103,68 +103,93 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class ImageSet:
-    """One split of a data set: `targets` [N] int64, `classes` (names by class index), and
-    `load(i)`.
+class Example(NamedTuple):
+    """What a transform is called with: an image (or clip), and the target in any form that the
+    transforms of its task take, such as an int, a tensor or a `torchvision.tv_tensors.Mask`.
     """
 
-    def __init__(self, targets, classes: list[str]):
-        self.targets = np.asarray(targets, dtype=np.int64)
+    image: Any
+    target: Any
+
+
+class ImageSet:
+    """One split of a data set. Subclasses load and describe its examples.
+
+    `labels` [N] int64 serve to choose parts that hold every class in its share, and are None where
+    examples have no class. `classes` names the classes by index; a set without classes has none.
+    """
+
+    def __init__(self, labels=None, classes: Sequence[str] = ()):
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = [printable(str(name)) for name in classes]
 
     def __len__(self) -> int:
-        return len(self.targets)
+        """The number of examples; a set without labels must say it itself."""
+        if self.labels is None:
+            raise NotImplementedError
+        return len(self.labels)
 
-    def load(self, index: int) -> Image.Image:
-        """The image as 8-bit RGB. Raises `BadImageError`."""
+    def load(self, index: int) -> Example:
+        """Raises `BadImageError`. Random numbers drawn here are repeatable, as in a transform."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:
-        """The name of an image in a message, on one line."""
+        """The name of an example in a message, on one line."""
         raise NotImplementedError
 
 
-class ArrayImages(ImageSet):
+class LabelledImages(ImageSet):
+    """Images of one class each, which is their target: an int. Subclasses load the image alone."""
+
+    def load_image(self, index: int) -> Image.Image:
+        """The image as 8-bit RGB. Raises `BadImageError`."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Example:
+        return Example(self.load_image(index), int(self.labels[index]))
+
+
+class ArrayImages(LabelledImages):
     """Images held in memory: `pixels` [N, H, W] or [N, H, W, 3], uint8."""
 
-    def __init__(self, pixels: np.ndarray, targets, classes: list[str], name: str):
-        super().__init__(targets, classes)
+    def __init__(self, pixels: np.ndarray, labels, classes: list[str], name: str):
+        super().__init__(labels, classes)
         self.pixels, self.name = pixels, name
 
-    def load(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
 
 
-class FileImages(ImageSet):
+class FileImages(LabelledImages):
     """Images in files below `root`; `paths` are relative to it.
 
     The paths are kept in one array of bytes: a list of a million strings would be copied to every
     worker, as each look at a string writes its reference count.
     """
 
-    def __init__(self, root: str, paths: list[str], targets, classes: list[str]):
-        super().__init__(targets, classes)
+    def __init__(self, root: str, paths: list[str], labels, classes: list[str]):
+        super().__init__(labels, classes)
         self.root = os.fsencode(root)
         self.paths = np.array([os.fsencode(path) for path in paths])
 
-    def load(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         return read_image(os.path.join(self.root, self.paths[index]))
 
     def describe(self, index: int) -> str:
         return printable(os.fsdecode(os.path.join(self.root, self.paths[index])))
 
 
-class ReaderImages(ImageSet):
+class ReaderImages(LabelledImages):
     """Images behind a timm reader with random access (`hfds/...`)."""
 
-    def __init__(self, reader, targets, classes: list[str], name: str):
-        super().__init__(targets, classes)
+    def __init__(self, reader, labels, classes: list[str], name: str):
+        super().__init__(labels, classes)
         self.reader, self.name = reader, name
 
-    def load(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         try:
             with self.reader[int(index)][0] as file:
                 content = file.read()
@@ -177,27 +202,47 @@ class ReaderImages(ImageSet):
 
 
 class SubsetImages(ImageSet):
-    """The images `indices` of another set."""
+    """The examples `indices` of another set."""
 
     def __init__(self, images: ImageSet, indices: np.ndarray):
-        super().__init__(images.targets[indices], images.classes)
+        labels = None if images.labels is None else images.labels[indices]
+        super().__init__(labels, images.classes)
         self.images, self.indices = images, indices
 
-    def load(self, index: int) -> Image.Image:
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Example:
         return self.images.load(self.indices[index])
 
     def describe(self, index: int) -> str:
         return self.images.describe(self.indices[index])
 
 
-def stratified_choice(targets: np.ndarray, count: int) -> np.ndarray:
-    """`count` sorted indices in which every class has its share of `targets` [N]; the same ones on
+def fixed_part(images: ImageSet, count: int) -> SubsetImages:
+    """`count` examples, the same ones on every machine: of every class its share, or without labels
+    spread evenly over the set.
+    """
+    if images.labels is None:
+        return SubsetImages(images, spread_choice(len(images), count))
+    return SubsetImages(images, stratified_choice(images.labels, count))
+
+
+def spread_choice(total: int, count: int) -> np.ndarray:
+    """`count` sorted indices below `total`, a random one out of each of as many equal stretches."""
+    edges = np.arange(count + 1) * total // count
+    draws = np.random.RandomState(0).random_sample(count)
+    return edges[:-1] + np.floor(draws * np.diff(edges)).astype(np.int64)
+
+
+def stratified_choice(labels: np.ndarray, count: int) -> np.ndarray:
+    """`count` sorted indices in which every class has its share of `labels` [N]; the same ones on
     every machine.
 
     Shares are rounded by largest remainder, ties going to the smaller class index.
     """
-    classes, sizes = np.unique(targets, return_counts=True)
-    shares = sizes * count / len(targets)
+    classes, sizes = np.unique(labels, return_counts=True)
+    shares = sizes * count / len(labels)
     taken = np.floor(shares).astype(np.int64)
     by_remainder = np.argsort(taken - shares, kind="stable")
     taken[by_remainder[: count - taken.sum()]] += 1
@@ -205,7 +250,7 @@ def stratified_choice(targets: np.ndarray, count: int) -> np.ndarray:
         0
     )  # the one generator of numpy whose sequence is promised to stay
     chosen = [
-        generator.permutation(np.flatnonzero(targets == label))[:number]
+        generator.permutation(np.flatnonzero(labels == label))[:number]
         for label, number in zip(classes, taken, strict=True)
     ]
     return np.sort(np.concatenate(chosen))

@@ -32,47 +32,38 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from utils.errors import UsageError, UserError, first_line, printable
 from utils.seeding import derive_seed, random_state
 
+from .bad_images import BadImages
+from .data import Data, assemble
 from .images import ReaderImages
-from .loaders import BadImages, Batch, Data, Sample, assemble, loader_options, read_batches
-from .transforms import eval_transform, train_transform
+from .loaders import Batch, Sample, loader_arguments, read_batches, transformed
+from .options import DataOptions
+from .transforms import Transform, Transforms
 
 
-def build_timm_data(args, img_size: int, rank: int, world_size: int, train: bool) -> Data:
+def build_timm_data(options: DataOptions, transforms: Transforms, train: bool) -> Data:
     """`datasets.build_data` for the names that timm reads."""
-    if args.data_set.lower().startswith("hfds/"):
-        splits = [
-            _random_access(args, split)
-            for split in ([args.train_split] if train else []) + [args.val_split]
-        ]
-        return assemble(args, img_size, splits[0] if train else None, splits[-1], rank, world_size)
-    if args.subset is not None:
-        raise UsageError(
-            f"--subset: {args.data_set} is read as a stream, of which no part can be chosen"
+    name = options.data_set
+    if name.lower().startswith("hfds/"):
+        train_images = _random_access(options, options.train_split) if train else None
+        return assemble(
+            options, transforms, train_images, _random_access(options, options.val_split)
         )
-    bad_images = BadImages(args.bad_images)
-    val_reader = _open(args, args.val_split, training=False)
-    train_reader = _open(args, args.train_split, training=True) if train else None
+    if options.subset is not None:
+        raise UsageError(f"--subset: {name} is read as a stream, of which no part can be chosen")
+    bad_images = BadImages(options.bad_images)
+    val_reader = _open(options, options.val_split, training=False)
+    train_reader = _open(options, options.train_split, training=True) if train else None
     classes = _class_names(
-        args, [reader for reader in (train_reader, val_reader) if reader is not None]
+        options, [reader for reader in (train_reader, val_reader) if reader is not None]
     )
     train_loader = None
     if train_reader is not None:
-        train_reader.dist_rank, train_reader.dist_num_replicas = rank, world_size
-        stream = Stream(
-            args,
-            train_reader,
-            train_transform(args, img_size),
-            len(classes),
-            rank,
-            world_size,
-            True,
-        )
-        train_loader = StreamTrainLoader(args, stream, bad_images)
+        train_reader.dist_rank, train_reader.dist_num_replicas = options.rank, options.world_size
+        stream = Stream(options, train_reader, transforms.train, len(classes), training=True)
+        train_loader = StreamTrainLoader(stream, bad_images)
     val_reader.dist_rank, val_reader.dist_num_replicas = 0, 1
-    stream = Stream(
-        args, val_reader, eval_transform(args, img_size), len(classes), rank, world_size, False
-    )
-    val_loader = StreamEvalLoader(args, stream, bad_images)
+    stream = Stream(options, val_reader, transforms.eval, len(classes), training=False)
+    val_loader = StreamEvalLoader(stream, bad_images)
     return Data(
         classes, None, None, val_reader.num_samples or None, train_loader, val_loader, bad_images
     )
@@ -87,11 +78,14 @@ class Stream(IterableDataset):
     """
 
     def __init__(
-        self, args, reader, transform, num_classes: int, rank: int, world_size: int, training: bool
+        self, options: DataOptions, reader, transform: Transform, num_classes: int, training: bool
     ):
-        self.name, self.seed, self.batch_size = args.data_set, args.seed, args.batch_size
+        self.options, self.name = options, options.data_set
         self.reader, self.transform, self.num_classes = reader, transform, num_classes
-        self.rank, self.world_size, self.training = rank, world_size, training
+        self.training = training
+        self.batch_size = options.batch_size
+        if not training:
+            self.batch_size = options.eval_batch_size or options.batch_size
         self.epoch = 0
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -109,19 +103,23 @@ class Stream(IterableDataset):
 
     def _samples(self, worker: int) -> Iterator[Sample]:
         skipped = _Skipped(f"{self.name}, worker {worker}")
+        rank, world_size = self.options.rank, self.options.world_size
         place = 0
         try:
-            for place, (image, target) in enumerate(self.reader):
+            for place, (image, label) in enumerate(self.reader):
                 problems = skipped.take(place)
-                if not 0 <= int(target) < self.num_classes:
+                if not 0 <= int(label) < self.num_classes:
                     yield Sample(
                         None,
-                        failure=f"{self.name}: label {target} is outside the {self.num_classes} "
+                        failure=f"{self.name}: label {label} is outside the {self.num_classes} "
                         "classes",
                     )
-                elif self.training or place % self.world_size == self.rank:
-                    with random_state(derive_seed(self.seed, self.epoch, self.rank, worker, place)):
-                        yield Sample(self.transform(image), int(target), problems=problems)
+                elif self.training or place % world_size == rank:
+                    seed = derive_seed(self.options.seed, self.epoch, rank, worker, place)
+                    with random_state(seed):
+                        yield Sample(
+                            *transformed(self.transform, image, int(label)), problems=problems
+                        )
                 elif problems:
                     yield Sample(None, problems=problems)
         except Exception as error:  # whatever a reader raises has to leave the worker as one line
@@ -154,28 +152,29 @@ class _Skipped(logging.Handler):
         return problems
 
 
-def _stream_loader(args, stream: Stream) -> DataLoader:
+def _stream_loader(stream: Stream) -> DataLoader:
     """At least one worker, and new ones for each epoch: timm's readers keep their shuffling from
     one to the next.
     """
-    workers = max(1, args.num_workers)
+    options = stream.options
+    workers = max(1, options.num_workers)
     if hasattr(stream.reader, "split_info") and hasattr(stream.reader.split_info, "filenames"):
-        ranks = stream.world_size if stream.training else 1
+        ranks = options.world_size if stream.training else 1
         shards = len(stream.reader.split_info.filenames)
         if shards < ranks:
             raise UserError(f"{stream.name}: {shards} shards are too few for {ranks} processes")
         workers = min(workers, shards // ranks)
     stream.reader.set_loader_cfg(num_workers=workers)
-    return DataLoader(stream, batch_size=None, num_workers=workers, **loader_options(args))
+    return DataLoader(stream, batch_size=None, num_workers=workers, **loader_arguments(options))
 
 
 class StreamTrainLoader:
     """`loaders.TrainLoader` for a stream."""
 
-    def __init__(self, args, stream: Stream, bad_images: BadImages):
+    def __init__(self, stream: Stream, bad_images: BadImages):
         self.stream, self.bad_images = stream, bad_images
-        self.loader = _stream_loader(args, stream)
-        self.steps_per_epoch = len(stream.reader) // args.batch_size
+        self.loader = _stream_loader(stream)
+        self.steps_per_epoch = len(stream.reader) // stream.batch_size
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -184,7 +183,8 @@ class StreamTrainLoader:
             )
         self.stream.epoch = epoch
         self.stream.reader.set_epoch(epoch)
-        self.loader.generator.manual_seed(derive_seed(self.stream.seed, epoch, self.stream.rank))
+        options = self.stream.options
+        self.loader.generator.manual_seed(derive_seed(options.seed, epoch, options.rank))
         step = 0
         for batch in itertools.islice(
             read_batches(self.loader, self.bad_images), self.steps_per_epoch
@@ -202,17 +202,17 @@ class StreamTrainLoader:
 class StreamEvalLoader:
     """`loaders.EvalLoader` for a stream."""
 
-    def __init__(self, args, stream: Stream, bad_images: BadImages):
+    def __init__(self, stream: Stream, bad_images: BadImages):
         self.bad_images = bad_images
-        self.loader = _stream_loader(args, stream)
+        self.loader = _stream_loader(stream)
 
     def batches(self) -> Iterator[Batch]:
         return read_batches(self.loader, self.bad_images)
 
 
-def _open(args, split: str, training: bool):
+def _open(options: DataOptions, split: str, training: bool):
     """timm's reader of one split."""
-    name, path = args.data_set, args.data_path
+    name, path = options.data_set, options.data_path
     webdataset = name.lower().startswith("wds/")
     if webdataset and path is None:
         raise UsageError(f"--data-set {name} needs --data-path: the folder of the shards")
@@ -227,8 +227,8 @@ def _open(args, split: str, training: bool):
             path,
             split=split,
             is_training=training,
-            batch_size=args.batch_size,
-            seed=args.seed,
+            batch_size=options.batch_size,
+            seed=options.seed,
         )
     except ImportError as error:
         raise UserError(
@@ -246,7 +246,7 @@ def _open(args, split: str, training: bool):
     return reader
 
 
-def _class_names(args, readers: list) -> list[str]:
+def _class_names(options: DataOptions, readers: list) -> list[str]:
     reader = readers[0]
     info = getattr(reader, "info", None)
     if isinstance(info, dict) and isinstance(info.get("class_names"), list):
@@ -258,18 +258,19 @@ def _class_names(args, readers: list) -> list[str]:
             printable(str(name))
             for name in sorted(reader.class_to_idx, key=reader.class_to_idx.get)
         ]
-    if not args.data_set.lower().startswith("wds/"):
-        raise UserError(f"{args.data_set}: the number of classes is unknown")
+    if not options.data_set.lower().startswith("wds/"):
+        raise UserError(f"{options.data_set}: the number of classes is unknown")
     return [
-        str(label) for label in range(1 + max(_largest_label(args, reader) for reader in readers))
+        str(label)
+        for label in range(1 + max(_largest_label(options, reader) for reader in readers))
     ]
 
 
-def _largest_label(args, reader) -> int:
+def _largest_label(options: DataOptions, reader) -> int:
     """The largest label in the .cls members of a reader's shards."""
     largest = -1
     for shard in reader.split_info.filenames:
-        path = Path(args.data_path) / shard
+        path = Path(options.data_path) / shard
         try:
             with tarfile.open(path) as archive:
                 for member in archive:
@@ -283,18 +284,18 @@ def _largest_label(args, reader) -> int:
             ) from None
     if largest < 0:
         raise UserError(
-            f"{args.data_set}: no .cls labels in the shards; write num_classes into _info.json"
+            f"{options.data_set}: no .cls labels in the shards; write num_classes into _info.json"
         )
     return largest
 
 
-def _random_access(args, split: str) -> ReaderImages:
-    reader = _open(args, split, training=False)
-    targets = np.fromiter(reader.iter_targets(), dtype=np.int64)
-    if not len(targets):
-        raise UserError(f"{args.data_set}: split {split!r} has no images")
-    names = reader.class_to_idx or {str(label): label for label in range(1 + targets.max())}
-    return ReaderImages(reader, targets, sorted(names, key=names.get), f"{args.data_set} {split}")
+def _random_access(options: DataOptions, split: str) -> ReaderImages:
+    reader = _open(options, split, training=False)
+    labels = np.fromiter(reader.iter_targets(), dtype=np.int64)
+    if not len(labels):
+        raise UserError(f"{options.data_set}: split {split!r} has no images")
+    names = reader.class_to_idx or {str(label): label for label in range(1 + labels.max())}
+    return ReaderImages(reader, labels, sorted(names, key=names.get), f"{options.data_set} {split}")
 
 
 def _let_timm_import_hugging_face(name: str) -> None:

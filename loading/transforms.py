@@ -1,10 +1,20 @@
-"""What happens to an image between its file and the model: timm's transforms with DeiT's choices."""
+"""What happens to an example between its file and the model.
+
+A transform is called with (image, target) and returns both, the image as a tensor [3, H, W] (a clip:
+[3, T, H, W]), the target as a tensor of any shape or a number: the convention of a
+`torchvision.transforms.v2.Compose`, which can be used as it is. Those below are classification's:
+timm's, with DeiT's choices. They look at the image alone, and `ImageOnly` gives them this form.
+"""
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.layers import to_2tuple
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -16,8 +26,41 @@ MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 SMALL_IMAGE = 32
 
 
-def train_transform(args, img_size: int):
-    """RGB image -> [3, img_size, img_size], augmented and normalised.
+ImageSize = int | tuple[int, int]  # pixels: of a square, or (height, width)
+Transform = Callable[[Any, Any], tuple[Tensor, Any]]
+
+
+class Transforms(NamedTuple):
+    """What a task does to its examples; `train` may be None where nothing is trained."""
+
+    train: Transform | None
+    eval: Transform
+
+
+class ImageOnly:
+    """A transform of the image, which leaves the target alone, as one of the example."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Any]:
+        return self.transform(image), target
+
+
+def classification_transforms(args, img_size: ImageSize, train: bool = True) -> Transforms:
+    """The transforms that the flags of the group "augmentation" ask for.
+
+    Raises:
+        UsageError: as in `train_transform`.
+    """
+    return Transforms(
+        ImageOnly(train_transform(args, img_size)) if train else None,
+        ImageOnly(eval_transform(args, img_size)),
+    )
+
+
+def train_transform(args, img_size: ImageSize):
+    """RGB image -> [3, H, W] of the given size, augmented and normalised.
 
     Raises:
         UsageError: timm does not know the policy given by --aa.
@@ -41,14 +84,18 @@ def train_transform(args, img_size: int):
         raise UsageError(f"--aa {args.aa!r} is not a policy that timm knows ({error})") from None
     for step in transform.transforms:
         _allow_zero_bits(step)
-    if img_size <= SMALL_IMAGE:
+    if _is_small(img_size):
         transform.transforms[0] = transforms.Compose(
             [
-                transforms.Resize((img_size, img_size), InterpolationMode.BICUBIC),
+                transforms.Resize(to_2tuple(img_size), InterpolationMode.BICUBIC),
                 transforms.RandomCrop(img_size, padding=args.crop_padding),
             ]
         )
     return transform
+
+
+def _is_small(img_size: ImageSize) -> bool:
+    return max(to_2tuple(img_size)) <= SMALL_IMAGE
 
 
 def _allow_zero_bits(step) -> None:
@@ -69,11 +116,11 @@ def _posterize(image: Image.Image, bits: int, **_unused) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def eval_transform(args, img_size: int):
-    """RGB image -> [3, img_size, img_size], normalised; the centre crop, or the whole image if it
-    is small.
+def eval_transform(args, img_size: ImageSize):
+    """RGB image -> [3, H, W] of the given size, normalised; the centre crop, or the whole image if
+    it is small.
     """
-    whole = img_size <= SMALL_IMAGE
+    whole = _is_small(img_size)
     return create_transform(
         img_size,
         is_training=False,
@@ -85,19 +132,28 @@ def eval_transform(args, img_size: int):
     )
 
 
-def seen_region(size: tuple[int, int], args, img_size: int) -> tuple[float, float, float, float]:
+def seen_region(
+    size: tuple[int, int], args, img_size: ImageSize
+) -> tuple[float, float, float, float]:
     """The part of an image of `size` (width, height) that `eval_transform` shows: left, top, right,
     bottom in pixels.
 
-    The shorter side is resized to img_size / crop ratio and the centre cut out; torchvision's
-    rounding is followed.
+    The image is resized until it just covers `img_size` / crop ratio, and the centre cut out;
+    torchvision's rounding is followed, and timm's where the size is not square.
     """
     width, height = size
-    if img_size <= SMALL_IMAGE:
+    if _is_small(img_size):
         return 0.0, 0.0, float(width), float(height)
-    shorter = math.floor(img_size / args.eval_crop_ratio)
-    longer = int(shorter * max(size) / min(size))
-    resized = (shorter, longer) if width <= height else (longer, shorter)
-    left, top = (int(round((side - img_size) / 2)) for side in resized)
+    rows, columns = to_2tuple(img_size)
+    least = [math.floor(side / args.eval_crop_ratio) for side in (columns, rows)]
+    if rows == columns:
+        longer = int(least[0] * max(size) / min(size))
+        resized = (least[0], longer) if width <= height else (longer, least[0])
+    else:
+        ratio = min(width / least[0], height / least[1])
+        resized = round(width / ratio), round(height / ratio)
+    left, top = (
+        int(round((side - crop) / 2)) for side, crop in zip(resized, (columns, rows), strict=True)
+    )
     x, y = width / resized[0], height / resized[1]  # original pixels per resized pixel
-    return left * x, top * y, (left + img_size) * x, (top + img_size) * y
+    return left * x, top * y, (left + columns) * x, (top + rows) * y

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from datasets import build_data
-from loading.loaders import Batch, Data
+from loading.data import Data
+from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
 from utils.distributed import Distributed

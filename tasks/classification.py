@@ -13,7 +13,8 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from loading.loaders import Batch, Data
+from loading.data import Data
+from loading.loaders import Batch
 from losses import logits_terms
 from models import Result
 from utils.arguments import below_one, not_negative, probability

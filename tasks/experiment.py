@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from datasets import task_of
-from loading.loaders import Data
+from loading.data import Data
 from models import VisionMamba
 from models.build import ModelSpec, image_size
 from utils.distributed import Distributed

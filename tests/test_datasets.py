@@ -31,12 +31,10 @@ def one_line(error) -> str:
 def test_digits_are_split_evenly_and_always_the_same():
     data = build_data(options(), 32)
     assert (len(data.train), len(data.val), data.num_val, data.num_classes) == (1437, 360, 360, 10)
-    assert np.bincount(data.val.targets).min() >= 35 and np.bincount(data.val.targets).max() <= 37
-    assert (
-        data.val.targets[:12].tolist() == build_data(options(seed=5), 32).val.targets[:12].tolist()
-    )
-    together = {data.train.load(i).tobytes() for i in range(1437)} | {
-        data.val.load(i).tobytes() for i in range(360)
+    assert np.bincount(data.val.labels).min() >= 35 and np.bincount(data.val.labels).max() <= 37
+    assert data.val.labels[:12].tolist() == build_data(options(seed=5), 32).val.labels[:12].tolist()
+    together = {data.train.load(i).image.tobytes() for i in range(1437)} | {
+        data.val.load(i).image.tobytes() for i in range(360)
     }
     assert len(together) == 1797
     images, targets, indices = next(data.val_batches())
@@ -69,7 +67,7 @@ def test_fashion_mnist_is_found_in_either_layout(tmp_path, folder, ending):
     data = build_data(options("--data-set", "FMNIST", "--data-path", str(tmp_path)), 32)
     assert (len(data.train), len(data.val), data.class_names) == (30, 30, FashionMNIST.classes)
     assert np.array_equal(
-        np.asarray(data.train.load(7)), np.repeat(pixels[7][..., None], 3, axis=2)
+        np.asarray(data.train.load(7).image), np.repeat(pixels[7][..., None], 3, axis=2)
     )
 
     file = target / f"train-images-idx3-ubyte{ending}"
@@ -85,7 +83,7 @@ def test_fashion_mnist_is_found_in_either_layout(tmp_path, folder, ending):
 def test_fashion_mnist_of_debian():
     data = build_data(options("--data-set", "FMNIST"), 28)
     assert (len(data.train), len(data.val), data.num_classes) == (60_000, 10_000, 10)
-    assert np.bincount(data.val.targets).tolist() == [1000] * 10
+    assert np.bincount(data.val.labels).tolist() == [1000] * 10
 
 
 def test_an_error_without_words_is_told_by_its_type(tmp_path, monkeypatch):
@@ -121,7 +119,7 @@ def test_cifar_is_read_but_never_fetched(tmp_path, monkeypatch):
     )
     data = build_data(flags, 32)
     assert (len(data.train), len(data.val), data.class_names) == (20, 20, names)
-    assert np.array_equal(np.asarray(data.val.load(3))[..., 1].ravel(), pixels[3, 1024:2048])
+    assert np.array_equal(np.asarray(data.val.load(3).image)[..., 1].ravel(), pixels[3, 1024:2048])
 
 
 @pytest.mark.parametrize("name", ["FOLDER", "IMNET", "IMNET_100", "INAT"])
@@ -134,11 +132,11 @@ def test_folders_agree_with_torchvision(tmp_path, name):
     for split, images in (("train", data.train), ("val", data.val)):
         expected = ImageFolder(tmp_path / split)
         assert data.class_names == expected.classes
-        assert images.targets.tolist() == expected.targets
+        assert images.labels.tolist() == expected.targets
         assert [images.describe(i) for i in range(len(images))] == [
             path for path, _ in expected.samples
         ]
-        assert np.array_equal(np.asarray(images.load(3)), np.asarray(expected[3][0]))
+        assert np.array_equal(np.asarray(images.load(3).image), np.asarray(expected[3][0]))
 
 
 def test_links_are_followed_and_a_circle_of_links_ends(tmp_path):
@@ -154,8 +152,8 @@ def test_links_are_followed_and_a_circle_of_links_ends(tmp_path):
         tmp_path / "a" / "train" / "cat" / "0.jpg"
     )
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(data_folder)), 32)
-    assert np.bincount(data.train.targets).tolist() == [8, 9]
-    assert all(data.train.load(i).size == (40, 30) for i in range(17))
+    assert np.bincount(data.train.labels).tolist() == [8, 9]
+    assert all(data.train.load(i).image.size == (40, 30) for i in range(17))
 
 
 def test_names_in_any_alphabet_and_undecodable_ones(tmp_path):
@@ -164,14 +162,14 @@ def test_names_in_any_alphabet_and_undecodable_ones(tmp_path):
     for name in (b"\xff\xfe.jpg", "žluťoučký.jpg".encode(), b"line\nbreak.jpg"):
         shutil.copy(folder + b"/0.jpg", folder + b"/" + name)
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(tmp_path)), 32)
-    assert data.class_names == ["кошка", "犬 🐕"] and np.bincount(data.train.targets).tolist() == [
+    assert data.class_names == ["кошка", "犬 🐕"] and np.bincount(data.train.labels).tolist() == [
         11,
         8,
     ]
     names = "\n".join(data.describe(range(len(data.train)))).encode().decode()
     assert len(names.splitlines()) == 19 and "žluťoučký.jpg" in names
     assert "line\\nbreak.jpg" in names and "\\udcff\\udcfe.jpg" in names
-    assert all(data.train.load(i) for i in range(len(data.train)))
+    assert all(data.train.load(i).image for i in range(len(data.train)))
 
 
 @pytest.mark.parametrize("super_category", [True, False])
@@ -193,8 +191,8 @@ def test_inaturalist_of_deit(tmp_path, super_category):
         (tmp_path / f"{split}2018.json").write_text(json.dumps(listing))
     data = build_data(options("--data-set", "INAT", "--data-path", str(tmp_path)), 32)
     assert data.class_names == ["bird 7", "bird 3", "bird 5"]
-    assert (data.train.targets.tolist(), data.val.targets.tolist()) == ([0, 1, 0, 2], [2, 1])
-    assert all(data.train.load(i).size == (40, 30) for i in range(4))
+    assert (data.train.labels.tolist(), data.val.labels.tolist()) == ([0, 1, 0, 2], [2, 1])
+    assert all(data.train.load(i).image.size == (40, 30) for i in range(4))
     with pytest.raises(UserError, match="no folder train/"):
         build_data(options("--data-set", "INAT19", "--data-path", str(tmp_path)), 32)
     for content, message in (
@@ -319,7 +317,7 @@ def test_flags_have_deits_defaults():
 
 def test_subset_is_stratified_and_fixed():
     tenth = build_data(options("--subset", "0.1"), 32).train
-    assert len(tenth) == 144 and np.bincount(tenth.targets).min() >= 14
+    assert len(tenth) == 144 and np.bincount(tenth.labels).min() >= 14
     assert (
         tenth.indices.tolist()
         == build_data(options("--subset", "144", seed=9), 32).train.indices.tolist()
@@ -369,7 +367,7 @@ def test_transforms_crop_as_deit_does(tmp_path, size):
     """
     root = make_folders(tmp_path)
     data = build_data(options("--data-set", "FOLDER", "--data-path", str(root)), size)
-    image = data.val.load(0)
+    image = data.val.load(0).image
     if size == 32:
         expected = image.resize((32, 32), 3)
     else:
@@ -394,7 +392,10 @@ def test_transforms_crop_as_deit_does(tmp_path, size):
         options("--data-set", "FOLDER", "--data-path", str(root), *plain, *padding), size
     )
     first = next(data.train_batches(0))
-    whole = torch.from_numpy(np.array(data.train.load(first.indices[0]).resize((32, 32), 3))) / 255
+    whole = (
+        torch.from_numpy(np.array(data.train.load(first.indices[0]).image.resize((32, 32), 3)))
+        / 255
+    )
     assert first.images.shape == (4, 3, size, size)
     same = size == 32 and torch.allclose(
         first.images[0], ((whole - mean) / std).permute(2, 0, 1), atol=1e-6

@@ -252,7 +252,8 @@ def test_skip_gives_up_after_a_bounded_number(monkeypatch):
         def describe(self, index):
             return f"image {index}"
 
-    monkeypatch.setitem(datasets.DATA_SETS, "X", lambda path, split: Unreadable([0] * 999, ["a"]))
+    row = datasets.DataSet("X", "classification", lambda path, split: Unreadable([0] * 999, ["a"]))
+    monkeypatch.setitem(datasets.DATA_SETS, "X", row)
     data = build_data(options("--data-set", "X", "--bad-images", "skip"), 32)
     with pytest.raises(UserError, match=f"^{MAX_REPLACEMENTS} images in a row"):
         next(data.train_batches(0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.seeing import planted
 from PIL import Image
+from timm.layers import to_2tuple
 
 from drawing import pictures
 from drawing.pictures import (
@@ -98,7 +99,19 @@ def test_dimmed_patches_are_those_that_were_dropped(img_size, size):
 
 
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (97, 250), (64, 64)])
-@pytest.mark.parametrize("img_size, ratio", [(64, 0.875), (64, 1.0), (100, 0.9), (32, 0.875)])
+@pytest.mark.parametrize(
+    "img_size, ratio",
+    [
+        (64, 0.875),
+        (64, 1.0),
+        (100, 0.9),
+        (32, 0.875),
+        ((64, 96), 0.875),
+        ((90, 48), 0.9),
+        ((64, 64), 0.875),
+        ((16, 32), 0.875),
+    ],
+)
 def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
     """An image whose pixels hold their own coordinates comes out of the preprocessing with those of
     the region.
@@ -108,14 +121,15 @@ def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
     image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
     left, top, right, bottom = seen_region(size, args, img_size)
     pixels = pictures.to_pixels(eval_transform(args, img_size)(image)[None])[0].astype(float)
-    centres = (np.arange(img_size) + 0.5) / img_size
+    rows, columns = to_2tuple(img_size)
+    across, down = (np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows
     inner = slice(4, -4)  # the bicubic filter bends the gradient at the borders of the image
     assert (
-        np.abs(pixels[inner, inner, 0] - (left + centres * (right - left) - 0.5)[None, inner]).max()
+        np.abs(pixels[inner, inner, 0] - (left + across * (right - left) - 0.5)[None, inner]).max()
         < 1.5
     )
     assert (
-        np.abs(pixels[inner, inner, 1] - (top + centres * (bottom - top) - 0.5)[inner, None]).max()
+        np.abs(pixels[inner, inner, 1] - (top + down * (bottom - top) - 0.5)[inner, None]).max()
         < 1.5
     )
 

@@ -15,6 +15,7 @@ from helpers.data import options, photo
 
 from datasets import build_data
 from loading import readers
+from loading.transforms import Transforms
 from utils.errors import UsageError, UserError
 
 
@@ -215,6 +216,19 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         build_data(options("--data-set", "tfds/x"), 32)
 
 
+def test_a_task_transforms_the_labels_of_a_stream_too(tmp_path):
+    def one_hot(image, label):
+        return torch.full((3, 2, 2), float(label)), torch.eye(3)[label]
+
+    root, transforms = make_shards(tmp_path), Transforms(one_hot, one_hot)
+    data = build_data(shard_options(root), 32, transforms=transforms, eval_batch_size=2)
+    trained, evaluated = list(data.train_batches(0)), list(data.val_batches())
+    assert {len(batch.targets) for batch in trained} == {4} and len(trained) == 6
+    assert sorted(len(batch.targets) for batch in evaluated) == [1, 1, 2, 2, 2, 2]
+    for batch in trained + evaluated:
+        assert torch.equal(batch.targets.argmax(dim=1).float(), batch.images[:, 0, 0, 0])
+
+
 def test_random_access_readers_are_used_like_folders(monkeypatch):
     """A stand-in for timm's Hugging Face reader, which needs a package that is not among the
     requirements.
@@ -232,7 +246,7 @@ def test_random_access_readers_are_used_like_folders(monkeypatch):
     monkeypatch.setattr(readers, "_open", lambda args, split, training: Reader())
     args = options("--data-set", "hfds/stub", "--bad-images", "skip", "--no-repeated-aug")
     data = build_data(args, 32)
-    assert data.class_names == ["ant", "cat"] and np.bincount(data.train.targets).tolist() == [6, 6]
+    assert data.class_names == ["ant", "cat"] and np.bincount(data.train.labels).tolist() == [6, 6]
     seen = torch.cat([batch.indices for batch in data.train_batches(0)])
     assert torch.bincount(seen).tolist() == [1, 1, 1, 1, 1, 0, 2, 1, 1, 1, 1, 1]
     assert list(data.bad_images.found) == ["hfds/stub train image 5"]

@@ -47,9 +47,11 @@ from pathlib import Path
 from models.build import ModelSpec, build_model
 from datasets import build_data
 from engine import validate
+from loading.data import assemble
 from tasks import CLASSIFICATION, Experiment
 from loading.images import SubsetImages
-from loading.loaders import assemble
+from loading.options import DataOptions
+from loading.transforms import classification_transforms
 from utils.distributed import init_distributed
 
 distributed = init_distributed("cpu")
@@ -58,7 +60,8 @@ torch.manual_seed(0)
 model, data = build_model(ModelSpec.from_args(args), 10), build_data(args, 16, train=False)
 for count in (1, 7, 359, 360):
     val = SubsetImages(data.val, torch.arange(count).numpy())
-    part = assemble(args, 16, None, val, distributed.rank, distributed.world_size)
+    given = DataOptions.from_args(args, distributed.rank, distributed.world_size)
+    part = assemble(given, classification_transforms(args, 16), None, val)
     values = validate(model, Experiment(args, CLASSIFICATION, part, distributed, Path()))
     print("metrics", json.dumps([values[key] for key in ("images", "top1", "top5", "loss")]))
 distributed.shutdown()

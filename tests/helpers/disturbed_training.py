@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import main
-from loading.loaders import Data
+from loading.data import Data
 from utils.program import run_main
 
 RANK = int(os.environ.get("RANK", 0))
