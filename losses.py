@@ -32,7 +32,7 @@ def batch_statistics(result: Result) -> Tensor:
     """
     stages = [decision.detach().mean() for decision in result.decisions]
     return torch.stack(
-        [result.gates.detach().mean().float(), result.keep.detach().sum().float(), *stages]
+        [result.gates.detach().mean().float(), result.alive.detach().sum().float(), *stages]
     )
 
 
@@ -91,13 +91,13 @@ def token_distance(
     teacher_tokens [B, M, d] in raster order. "mse": mean over d too; "kl": KL over the feature
     axis. `kept`: how many are kept, as a mean over the parts of the whole batch.
     """
-    student, teacher = result.tokens.float(), take(teacher_tokens, result.positions).float()
+    student, teacher = result.tokens.float(), take(teacher_tokens, result.origin).float()
     if distance == "mse":
         per_token = (student - teacher).square().mean(dim=-1)
     else:
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    keep = result.keep.detach()
+    keep = result.alive.detach()
     kept = keep.sum() if kept is None else kept
     return (per_token * keep).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
 

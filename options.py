@@ -14,7 +14,7 @@ from timm.optim import list_optimizers
 
 from datasets import TIMM_PREFIXES, add_data_arguments, task_of
 from models import canonical_name, model_names
-from models.backbone import SCORER_INPUTS, TOKEN_STRATEGIES
+from models.reduction import SCORER_INPUTS, TOKEN_STRATEGIES
 from tasks import Task, task_named
 from utils.arguments import (
     OneLineParser,

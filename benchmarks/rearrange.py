@@ -45,7 +45,7 @@ def by_image(policy, sequence, origin, middle):
 def by_batch(policy, sequence, origin, middle):
     """As `DynamicVisionMamba` does it."""
     order, kept = kept_first(policy)
-    index = reordered(order, (middle,), MiddleClassToken().positions(kept))
+    index = reordered(order, (middle,), MiddleClassToken().class_slots(kept))
     return take(sequence, index), take(policy, order), take(origin, order)
 
 

@@ -37,7 +37,7 @@ from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
 from losses import Budgets, Distillation, Objective
-from models import DynamicVisionMamba, VisionMamba, backbone, sampling
+from models import DynamicVisionMamba, VisionMamba, reduction, sampling
 from ops import selective_scan
 from tasks.classification import ClassificationTerms
 from utils import arguments
@@ -111,8 +111,8 @@ def release_like(name: str) -> Iterator[None]:
     """
     with (
         checking.backend(name),
-        mock.patch.object(backbone, "kept_first", kept_first_by_image),
-        mock.patch.object(backbone, "take", take_by_image),
+        mock.patch.object(reduction, "kept_first", kept_first_by_image),
+        mock.patch.object(reduction, "take", take_by_image),
     ):
         yield
 
@@ -170,7 +170,7 @@ def dyvm_part(args: argparse.Namespace) -> Part:
     """Ours first, then the release-like step."""
     torch.manual_seed(0)
     model, teacher = build_pair(args)
-    images = random_images(args.batch, model.patch_embed.img_size, args.device)
+    images = random_images(args.batch, model.patch_embed.img_size[0], args.device)
     targets = torch.softmax(torch.randn(args.batch, model.num_classes, device=args.device), dim=1)
     noise = draw_noise(model, args.batch, args.device)
     objective = Objective(

@@ -1,7 +1,7 @@
 """Pictures of what the model decided for an image, exact to the pixel: which patches are left after
 each stage.
 
-M patches on a square grid, k kept patches, S stages, n class or register tokens, B images; H, W
+M patches on a grid, k kept patches, S stages, n class or register tokens, B images; H, W
 pixels.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from models.backbone import PatchEmbed
+from models.embedding import PatchEmbed
 
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
@@ -40,14 +40,14 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return (pixels * 255).round().to(torch.uint8).numpy()
 
 
-def patch_edges(patches: PatchEmbed) -> np.ndarray:
-    """Borders [grid + 1] of the columns (and rows) of patches in the model's pixels.
+def patch_edges(patches: PatchEmbed, axis: int) -> np.ndarray:
+    """Borders [grid + 1] of the rows (axis 0) or columns (1) of patches in the model's pixels.
 
     Where patches overlap, a pixel belongs to the patch whose centre is nearest.
     """
-    size, stride = patches.proj.kernel_size[0], patches.proj.stride[0]
-    inner = np.arange(1, patches.grid) * stride + (size - stride) / 2
-    return np.concatenate([[0.0], inner, [(patches.grid - 1) * stride + size]])
+    size, stride, count = patches.patch_size[axis], patches.stride[axis], patches.grid[axis]
+    inner = np.arange(1, count) * stride + (size - stride) / 2
+    return np.concatenate([[0.0], inner, [(count - 1) * stride + size]])
 
 
 def patch_of_pixels(
@@ -63,15 +63,15 @@ def patch_of_pixels(
     """
     width, height = size
     left, top, right, bottom = region or (0, 0, width, height)
-    edges = patch_edges(patches)
 
-    def cells(pixels: int, low: float, high: float) -> np.ndarray:
-        seen = (np.arange(pixels) + 0.5 - low) / (high - low) * patches.img_size
+    def cells(axis: int, pixels: int, low: float, high: float) -> np.ndarray:
+        edges = patch_edges(patches, axis)
+        seen = (np.arange(pixels) + 0.5 - low) / (high - low) * patches.img_size[axis]
         index = np.searchsorted(edges, seen, side="right") - 1
         return np.where((seen >= 0) & (seen < edges[-1]), index, -1)
 
-    rows, columns = cells(height, top, bottom)[:, None], cells(width, left, right)[None]
-    return np.where((rows >= 0) & (columns >= 0), rows * patches.grid + columns, -1)
+    rows, columns = cells(0, height, top, bottom)[:, None], cells(1, width, left, right)[None]
+    return np.where((rows >= 0) & (columns >= 0), rows * patches.grid[1] + columns, -1)
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
@@ -243,7 +243,7 @@ def class_marks(kept: np.ndarray, model) -> list[float]:
     """
     ends = np.append(kept, model.num_patches)
     return [
-        float(ends[position - i]) for i, position in enumerate(model.layout.positions(len(kept)))
+        float(ends[position - i]) for i, position in enumerate(model.layout.class_slots(len(kept)))
     ]
 
 

@@ -204,9 +204,9 @@ def costs(flops: np.ndarray) -> Figure:
 
 
 @styled
-def keep_maps(keep: np.ndarray) -> Figure:
-    """Maps of how often each patch is kept, one a stage: [S, M] on a square grid."""
-    side = round(keep.shape[1] ** 0.5)
+def keep_maps(keep: np.ndarray, grid: tuple[int, int] | None = None) -> Figure:
+    """Maps of how often each patch is kept, one a stage: [S, M] on a grid (h, w), by default square."""
+    grid = grid or (round(keep.shape[1] ** 0.5),) * 2
     columns = max(3, len(keep))  # fewer would be drawn larger than the other plots of a page
     figure, [panels] = _figure(0.8 + 1.2 * columns, 1.8, columns=columns)
     for axes in panels[len(keep) :]:
@@ -214,7 +214,7 @@ def keep_maps(keep: np.ndarray) -> Figure:
     for stage, (axes, values) in enumerate(zip(panels, keep, strict=False)):
         axes.grid(False)
         image = axes.imshow(
-            values.reshape(side, side), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest"
+            values.reshape(grid), cmap=SHARE, vmin=0, vmax=1, interpolation="nearest"
         )
         axes.set_title(f"stage {stage + 1}: {100 * values.mean():.0f} %")
         axes.set_xticks([])

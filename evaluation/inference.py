@@ -93,7 +93,7 @@ class Predictor:
 
     @property
     def img_size(self) -> int:
-        return self.model.patch_embed.img_size
+        return self.model.patch_embed.img_size[0]
 
     def results(
         self, images: FileImages, bad_images: BadImages, shown: bool = True

@@ -102,7 +102,7 @@ def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
         "device": device_name(experiment.device),
         "precision": experiment.precision,
         "batch_size": args.batch_size,
-        "gate_threshold": model.gate_threshold,
+        "gate_threshold": model.gate_threshold if model.route_blocks else None,
     }
     path = experiment.output / NAME
     if experiment.is_main and path.exists():

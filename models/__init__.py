@@ -1,8 +1,9 @@
 """Vision Mamba backbones, dense and dynamic. Importing this package registers them in timm."""
 
 from . import mambareg, videomamba, vim
-from .backbone import DynamicVisionMamba, Family, Result, VisionMamba, cumulative_keep
+from .backbone import DynamicVisionMamba, Family, VisionMamba, cumulative_keep
 from .registry import canonical_name, model_names
+from .tokens import Result
 
 FAMILIES = {family.name: family for family in (vim.VIM, videomamba.VIDEOMAMBA, mambareg.MAMBAREG)}
 

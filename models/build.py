@@ -144,7 +144,7 @@ def image_size(spec: ModelSpec) -> int:
     arguments before any data is read.
     """
     with torch.device("meta"):
-        return build_model(spec, num_classes=1).patch_embed.img_size
+        return build_model(spec, num_classes=1).patch_embed.img_size[0]
 
 
 def restore(

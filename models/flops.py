@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backbone import DynamicVisionMamba, VisionMamba
+from .backbone import VisionMamba
 from .mixer import CONV_WIDTH
 
 
@@ -29,17 +29,11 @@ class Flops(NamedTuple):
 def sequence_lengths(model: VisionMamba) -> list[int]:
     """Tokens that each layer sees at evaluation, class tokens included."""
     patches, lengths = model.num_patches, []
-    stages = (
-        dict(zip(model.pruning_layers, model.kept_counts(), strict=True)) if _prunes(model) else {}
-    )
+    stages = dict(zip(model.pruning_layers, model.kept_counts(), strict=True))
     for index in range(model.depth):
         patches = stages.get(index, patches)
         lengths.append(patches + model.layout.num_tokens)
     return lengths
-
-
-def _prunes(model: VisionMamba) -> bool:
-    return isinstance(model, DynamicVisionMamba) and bool(model.pruning_layers)
 
 
 def _linear(module: torch.nn.Module, tokens: int) -> int:

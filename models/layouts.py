@@ -2,7 +2,7 @@
 
 A layout is a rule: given how many patch tokens an image has, where do its class tokens stand? The
 same rule holds at the input, after each pruning stage at evaluation (as many patches as were kept)
-and in training (as many as that image kept; its dropped tokens stand behind). Positions are a tuple
+and in training (as many as that image kept; its dropped tokens stand behind). Slots are a tuple
 of ints when all images agree, else [B, n].
 
 B images, M patch tokens, n class or register tokens, L = M + n tokens, d width.
@@ -14,27 +14,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Positions = tuple[int, ...] | Tensor
+ClassSlots = tuple[int, ...] | Tensor
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Rule for `num_tokens` class tokens; `positions` works alike for an int and for a tensor of
+    """Rule for `num_tokens` class tokens; `class_slots` works alike for an int and for a tensor of
     counts [B].
     """
 
     num_tokens: int
 
-    def _position(self, index: int, patches):
+    def _slot(self, index: int, patches):
         raise NotImplementedError
 
-    def positions(self, patches: int | Tensor) -> Positions:
+    def class_slots(self, patches: int | Tensor) -> ClassSlots:
         """Ascending sequence indexes of the class tokens: a tuple for an int, [B, n] for counts
         [B].
         """
         if isinstance(patches, int):
-            return tuple(self._position(i, patches) for i in range(self.num_tokens))
-        return torch.stack([self._position(i, patches) for i in range(self.num_tokens)], dim=-1)
+            return tuple(self._slot(i, patches) for i in range(self.num_tokens))
+        if not self.num_tokens:
+            return patches.new_zeros(len(patches), 0)
+        return torch.stack([self._slot(i, patches) for i in range(self.num_tokens)], dim=-1)
 
 
 class MiddleClassToken(TokenLayout):
@@ -43,7 +45,7 @@ class MiddleClassToken(TokenLayout):
     def __init__(self):
         super().__init__(1)
 
-    def _position(self, index: int, patches):
+    def _slot(self, index: int, patches):
         return patches // 2
 
 
@@ -53,14 +55,21 @@ class HeadClassToken(TokenLayout):
     def __init__(self):
         super().__init__(1)
 
-    def _position(self, index: int, patches):
+    def _slot(self, index: int, patches):
         return patches * 0
 
 
-class SpreadRegisters(TokenLayout):
-    """MambaReg: n registers spread evenly; with q = M // (n + 1), register i at (q + 1)(i + 1) - 1."""
+class NoClassToken(TokenLayout):
+    """Patches alone, as for dense prediction."""
 
-    def _position(self, index: int, patches):
+    def __init__(self):
+        super().__init__(0)
+
+
+class SpreadRegisters(TokenLayout):
+    """MambaReg: n registers spread evenly; register i at (q + 1)(i + 1) - 1, q = M // (n + 1)."""
+
+    def _slot(self, index: int, patches):
         return (patches // (self.num_tokens + 1) + 1) * (index + 1) - 1
 
 
@@ -80,58 +89,82 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     )
 
 
-def read(sequence: Tensor, positions: Positions) -> Tensor:
-    """The class tokens of a sequence [B, L, d] -> [B, n, d], without touching the other tokens."""
-    if isinstance(positions, Tensor):
-        return take(sequence, positions)
-    return torch.stack([sequence[:, p] for p in positions], dim=1)
+def read(sequence: Tensor, class_slots: ClassSlots, mask: Tensor | None = None) -> Tensor:
+    """What a router reads of a sequence [B, L, d]: its class tokens [B, n, d], without touching the
+    other tokens; where there are none, the mean of all tokens [B, 1, d].
+
+    mask [B, L]: tokens to average, with gradient. The divisor is then their number + 1, which is
+    never 0 (as in the segmentation code of DyVM's release).
+    """
+    if class_count(class_slots):
+        return class_tokens_of(sequence, class_slots)
+    if mask is None:
+        return sequence.mean(dim=1, keepdim=True)
+    weight = mask.unsqueeze(-1)
+    total = (sequence * weight).sum(dim=1, keepdim=True)
+    return (total / (weight.sum(dim=1, keepdim=True) + 1)).to(sequence.dtype)
 
 
-def insert(patches: Tensor, class_tokens: Tensor, positions: Positions) -> Tensor:
+def class_count(class_slots: ClassSlots) -> int:
+    """Number of class tokens."""
+    return class_slots.shape[-1] if isinstance(class_slots, Tensor) else len(class_slots)
+
+
+def class_tokens_of(sequence: Tensor, class_slots: ClassSlots) -> Tensor:
+    """The class tokens [B, n, d] of a sequence [B, L, d]; n may be 0."""
+    if isinstance(class_slots, Tensor):
+        return take(sequence, class_slots)
+    if not class_slots:
+        return sequence[:, :0]
+    return torch.stack([sequence[:, slot] for slot in class_slots], dim=1)
+
+
+def insert(patches: Tensor, class_tokens: Tensor, class_slots: ClassSlots) -> Tensor:
     """patches [B, M, d] (or [B, M]) and class tokens [B, n, d] ([B, n]) -> sequence [B, L, d] ([B,
     L]).
     """
-    if isinstance(positions, Tensor):
+    if isinstance(class_slots, Tensor):
         slots = torch.arange(patches.shape[1] + class_tokens.shape[1], device=patches.device)
-        before = (positions.unsqueeze(-2) < slots.unsqueeze(-1)).sum(-1)
-        is_class = (positions.unsqueeze(-2) == slots.unsqueeze(-1)).any(-1)
+        before = (class_slots.unsqueeze(-2) < slots.unsqueeze(-1)).sum(-1)
+        is_class = (class_slots.unsqueeze(-2) == slots.unsqueeze(-1)).any(-1)
         index = torch.where(is_class, patches.shape[1] + before, slots - before)
         return take(torch.cat([patches, class_tokens], dim=1), index)
     pieces, start = [], 0
-    for i, position in enumerate(positions):
-        pieces += [patches[:, start : position - i], class_tokens[:, i : i + 1]]
-        start = position - i
+    for i, slot in enumerate(class_slots):
+        pieces += [patches[:, start : slot - i], class_tokens[:, i : i + 1]]
+        start = slot - i
     return torch.cat([*pieces, patches[:, start:]], dim=1)
 
 
-def extract(sequence: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+def extract(sequence: Tensor, class_slots: ClassSlots) -> tuple[Tensor, Tensor]:
     """Undo `insert`: sequence [B, L, d] -> patches [B, M, d], class tokens [B, n, d]."""
-    if isinstance(positions, Tensor):
-        return take(sequence, patch_slots(positions, sequence.shape[1])), take(sequence, positions)
-    bounds = [-1, *positions, sequence.shape[1]]
+    if isinstance(class_slots, Tensor):
+        patches = take(sequence, patch_slots(class_slots, sequence.shape[1]))
+        return patches, take(sequence, class_slots)
+    bounds = [-1, *class_slots, sequence.shape[1]]
     pieces = [
         sequence[:, left + 1 : right] for left, right in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    return torch.cat(pieces, dim=1), read(sequence, positions)
+    return torch.cat(pieces, dim=1), class_tokens_of(sequence, class_slots)
 
 
-def reordered(order: Tensor, positions: Positions, new_positions: Tensor) -> Tensor:
+def reordered(order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor) -> Tensor:
     """Where each slot of a re-arranged sequence comes from.
 
     order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from
-    `positions` to `new_positions` [B, n]. -> index [B, L] into the old sequence, for `take`.
+    `class_slots` to `new_class_slots` [B, n]. -> index [B, L] into the old sequence, for `take`.
     """
-    length = order.shape[1] + new_positions.shape[1]
+    length = order.shape[1] + new_class_slots.shape[1]
     slots = torch.arange(length, device=order.device).expand(len(order), -1)
-    patch_slots, class_slots = extract(slots, positions)
-    return insert(take(patch_slots, order), class_slots, new_positions)
+    from_patches, from_class_tokens = extract(slots, class_slots)
+    return insert(take(from_patches, order), from_class_tokens, new_class_slots)
 
 
-def patch_slots(positions: Tensor, length: int) -> Tensor:
-    """Sequence indexes of the patch tokens: class positions [B, n] -> [B, length - n], ascending."""
-    count = positions.shape[-1]
-    patches = torch.arange(length - count, device=positions.device)
+def patch_slots(class_slots: Tensor, length: int) -> Tensor:
+    """Sequence indexes of the patch tokens: class_slots [B, n] -> [B, length - n], ascending."""
+    count = class_slots.shape[-1]
+    patches = torch.arange(length - count, device=class_slots.device)
     # Patch p has class token i before it when fewer than p + 1 patches stand before that class
     # token.
-    patches_before = positions - torch.arange(count, device=positions.device)
+    patches_before = class_slots - torch.arange(count, device=class_slots.device)
     return patches + (patches_before.unsqueeze(-2) <= patches.unsqueeze(-1)).sum(-1)

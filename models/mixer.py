@@ -15,7 +15,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
-from .layouts import Positions, read
+from .layouts import ClassSlots, read
 
 CONV_WIDTH = 4
 ROUTER_BIAS = 5.0  # a fresh router keeps nearly every scan
@@ -74,7 +74,7 @@ class BidirectionalMamba(nn.Module):
         return (logits > self.gate_threshold).float()
 
     def forward(
-        self, hidden: Tensor, class_positions: Positions, mask: Tensor | None = None
+        self, hidden: Tensor, class_slots: ClassSlots, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] or None without a router."""
         if (
@@ -82,12 +82,13 @@ class BidirectionalMamba(nn.Module):
             and not torch.is_grad_enabled()
             and mask is None
             and not self.training
+            and not torch.compiler.is_compiling()  # groups depend on the images
         ):
-            return self._infer_in_groups(hidden, class_positions)
+            return self._infer_in_groups(hidden, class_slots)
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
-            gates = self.route(read(xz, class_positions))
+            gates = self.route(read(xz, class_slots, mask))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
             xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing
@@ -95,7 +96,7 @@ class BidirectionalMamba(nn.Module):
         return self.out_proj(y), gates
 
     def _infer_in_groups(
-        self, hidden: Tensor, class_positions: Positions
+        self, hidden: Tensor, class_slots: ClassSlots
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the
         cache, and without those whose scans are both off, of which only the class tokens are
@@ -110,7 +111,7 @@ class BidirectionalMamba(nn.Module):
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active = None, None
         if self.block_head is not None:
-            gates = self.route(self.in_proj(read(hidden, class_positions)))
+            gates = self.route(self.in_proj(read(hidden, class_slots)))
             active = gates > 0.5
             running = active.any(dim=1)
             if not running.all():
@@ -137,7 +138,7 @@ class BidirectionalMamba(nn.Module):
         return (B + B_b) / 2, (step + step_b) / 2
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """Prenorm residual block: residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)).
 
     The residual stays in float32.
@@ -153,14 +154,14 @@ class Block(nn.Module):
         self,
         hidden: Tensor | None,
         residual: Tensor,
-        class_positions: Positions,
+        class_slots: ClassSlots,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next block,
+        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next layer,
         gates [B, 2].
         """
         if hidden is not None:
             hidden = self.drop_path(hidden)
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)
-        hidden, gates = self.mixer(normed, class_positions, mask)
+        hidden, gates = self.mixer(normed, class_slots, mask)
         return hidden, residual, gates

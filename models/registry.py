@@ -3,39 +3,71 @@ timm.create_model.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from torch import nn
 
 from .backbone import DynamicVisionMamba, Family, VisionMamba
 
-# What timm.create_model hands to every entry point and these models have no use for.
-_TIMM_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+SMALL_IMAGE = 32  # up to this size whole images are shown, larger ones are cropped
+
 _ALIASES: dict[str, str] = {}
 _NAMES: list[str] = []
 
 
 def register(family: Family, sizes: dict[str, dict[str, Any]], aliases: dict[str, str]) -> None:
     """Register each size of a family, dense and dynamic; `aliases` are the release's spellings."""
-    module = sys._getframe(1).f_globals["__name__"]
-    for name, size in sizes.items():
-        dense = {key: value for key, value in size.items() if key != "pruning_layers"}
-        _entry_point(module, name, VisionMamba, family, dense)
-        _entry_point(module, f"dyvm_{name}", DynamicVisionMamba, family, size)
+    module = sys.modules[sys._getframe(1).f_globals["__name__"]]
+    entries = {name: (VisionMamba, size) for name, size in sizes.items()}
+    entries |= {f"dyvm_{name}": (DynamicVisionMamba, size) for name, size in sizes.items()}
+    module.default_cfgs = generate_default_cfgs(
+        {name: _config(size.get("img_size", 224)) for name, (_, size) in entries.items()}
+    )
+    for name, (model, size) in entries.items():
+        if model is VisionMamba:
+            size = {key: value for key, value in size.items() if key != "pruning_layers"}
+        _entry_point(module.__name__, name, partial(model, family), size)
     _ALIASES.update(aliases)
 
 
-def _entry_point(
-    module: str, name: str, model: type[VisionMamba], family: Family, size: dict[str, Any]
-) -> None:
-    def create(pretrained: bool = False, **kwargs) -> VisionMamba:
+def _config(img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, Any]:
+    """What timm's `resolve_model_data_config` and its kin read of a model."""
+    sides = to_2tuple(img_size)[:2]  # the model refuses what is no pair
+    small = max(sides) <= SMALL_IMAGE
+    return dict(
+        input_size=(in_chans, *sides),
+        fixed_input_size=True,
+        interpolation="bicubic",
+        crop_pct=1.0 if small else 0.875,
+        crop_mode="squash" if small else "center",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        num_classes=1000,
+        first_conv="patch_embed.proj",
+        classifier="head",
+    )
+
+
+def _entry_point(module: str, name: str, model: partial, size: dict[str, Any]) -> None:
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
         if pretrained:
             raise ValueError(
                 f"{name}: no weights can be downloaded; give a checkpoint with --model-path"
             )
-        for argument in _TIMM_ARGUMENTS:
-            kwargs.pop(argument, None)
-        return model(family, **(size | kwargs))
+        arguments = size | kwargs
+        truth = _config(arguments.get("img_size", 224), arguments.get("in_chans", 3))
+        truth["num_classes"] = arguments.get("num_classes", 1000)
+        arguments["pretrained_cfg_overlay"] = truth | (
+            arguments.get("pretrained_cfg_overlay") or {}
+        )
+        return build_model_with_cfg(
+            model, name, False, feature_cfg=dict(out_indices=4, feature_cls="getter"), **arguments
+        )
 
     create.__name__, create.__module__ = name, module
     setattr(sys.modules[module], name, create)

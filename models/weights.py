@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from utils.errors import UserError
@@ -24,35 +25,31 @@ _LISTED = 8  # keys named in an error before the rest is counted
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, patches: int, class_row: int | None, new_class_row: int | None
+    pos_embed: Tensor, grid: tuple[int, int], class_row: int | None, new_class_row: int | None
 ) -> Tensor:
-    """Resample a position embedding [1, rows, d] to `patches` patches (square grids, bicubic).
+    """Resample a position embedding [1, rows, d] of a square grid to `grid` (h, w), bicubic.
 
     class_row: row of the class token in it, None without one; it is taken out where it stands and
-    put back, unchanged, at `new_class_row`. Raises ValueError when the patch rows are no square
-    grid.
+    put back, unchanged, at `new_class_row`. Raises ValueError when the patch rows are no square.
     """
-    rows = pos_embed.shape[1]
     if class_row is None:
-        grid, class_token = pos_embed, pos_embed[:, :0]
+        patches, class_token = pos_embed, pos_embed[:, :0]
     else:
-        grid = torch.cat([pos_embed[:, :class_row], pos_embed[:, class_row + 1 :]], dim=1)
+        patches = torch.cat([pos_embed[:, :class_row], pos_embed[:, class_row + 1 :]], dim=1)
         class_token = pos_embed[:, class_row : class_row + 1]
-    side, new_side = math.isqrt(grid.shape[1]), math.isqrt(patches)
-    if side**2 != grid.shape[1] or new_side**2 != patches:
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
         raise ValueError(
-            f"position embedding with {rows} rows cannot be resized to {patches} patches: no "
-            "square grid"
+            f"position embedding with {pos_embed.shape[1]} rows cannot be resized to "
+            f"{math.prod(grid)} patches: no square grid"
         )
-    if side != new_side:
-        grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(
-            grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False
-        )
-        grid = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    if (side, side) != tuple(grid):
+        table = rearrange(patches, "1 (h w) d -> 1 d h w", h=side).float()
+        table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
+        patches = rearrange(table, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)
     if class_row is None:
-        return grid
-    return torch.cat([grid[:, :new_class_row], class_token, grid[:, new_class_row:]], dim=1)
+        return patches
+    return torch.cat([patches[:, :new_class_row], class_token, patches[:, new_class_row:]], dim=1)
 
 
 def is_new_part(key: str) -> bool:
@@ -164,8 +161,8 @@ def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) ->
         return
     try:
         patches = table.shape[1] - (new_row is not None)
-        row = None if new_row is None else model.layout.positions(patches)[0]
-        state["pos_embed"] = resize_pos_embed(table, model.num_patches, row, new_row)
+        row = None if new_row is None else model.layout.class_slots(patches)[0]
+        state["pos_embed"] = resize_pos_embed(table, model.patch_embed.grid, row, new_row)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     _logger.info(

@@ -1,5 +1,5 @@
-"""Residual add + RMSNorm, the prologue of every block: the plain definition, and the choice of a
-faster one.
+"""Residual add + RMSNorm, the prologue of every block: an operator, computed by PyTorch or, on a
+GPU, by fused kernels.
 
 B images, L tokens, d model width.
 Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .operators import needs_gradient, register
+
 
 def add_rms_norm(
     hidden: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float = 1e-5
@@ -25,7 +27,7 @@ def add_rms_norm(
         weight: [d].
 
     Returns:
-        normed [B, L, d] in the type of autocast where that is on, else in hidden's (residual's
+        normed [B, L, d] in the type of autocast where that is on, else in hidden's (the weight's
         without hidden), and new_residual [B, L, d] float32 (float64 for float64).
 
     Raises:
@@ -43,17 +45,20 @@ def add_rms_norm(
             f"weight must have shape {list(given.shape[-1:])}, not {list(weight.shape)}"
         )
     device = given.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given.dtype
-    # A scan backend asked for by name is measured as it is, without the fused kernel of another.
-    fast = (
-        _triton()
-        if device == "cuda" and os.environ.get("DYVM_BACKEND") in (None, "", "triton")
-        else None
-    )
-    if fast is not None and fast.takes(hidden, residual, weight):
-        return fast.add_rms_norm(hidden, residual, weight, eps, dtype)
-    with torch.autocast(device, enabled=False):
-        return _add_rms_norm(hidden, residual, weight, eps, dtype)
+    like = weight if hidden is None else hidden
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    return _add_rms_norm(hidden, residual, weight, eps, dtype)
+
+
+def _add_rms_norm(
+    hidden: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        hidden, residual = None, hidden
+    residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    traced = torch.compiler.is_compiling() or needs_gradient((hidden, residual, weight))
+    normed, total, _ = (_operator if traced else _forward)(hidden, residual, weight, eps, dtype)
+    return normed, residual if hidden is None else total
 
 
 @lru_cache(maxsize=None)
@@ -65,24 +70,123 @@ def _triton() -> ModuleType | None:
         return None
 
 
-def _add_rms_norm(
-    hidden: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The definition."""
-    compute = (
-        torch.float64
-        if (residual if hidden is None else hidden).dtype == torch.float64
-        else torch.float32
-    )
-    if hidden is None or residual is None:
-        total = (residual if hidden is None else hidden).to(compute)
-    else:
-        total = residual.to(compute) + hidden.to(compute)
-    if not torch.is_grad_enabled():
-        # The same with one pass over the tokens instead of two and without the tensors between,
-        # which autograd needs.
+def _fused(hidden: Tensor | None, residual: Tensor, weight: Tensor) -> ModuleType | None:
+    """The fused kernels where they take these tensors."""
+    # A scan backend asked for by name is measured as it is, without the fused kernel of another.
+    if os.environ.get("DYVM_BACKEND") not in (None, "", "triton"):
+        return None
+    if not weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    kernels = _triton()
+    return kernels if kernels is not None and kernels.takes(hidden, residual, weight) else None
+
+
+def _forward(
+    hidden: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """normed, their sum (without elements when there is no hidden: it would be the residual
+    itself), and 1 / rms [B, L, 1].
+    """
+    kernels = _fused(hidden, residual, weight)
+    if kernels is not None:
+        return kernels.forward(hidden, residual, weight, eps, dtype)
+    with torch.autocast(residual.device.type, enabled=False):
+        total = residual if hidden is None else residual + hidden
+        # One pass over the tokens, where the mean of squares takes two.
         norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
         scale = norm.square_().div_(total.shape[-1]).add_(eps).rsqrt_()
-        return (total * scale).mul_(weight).to(dtype), total
-    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return (total * scale * weight.to(compute)).to(dtype), total
+        normed = (total * scale).mul_(weight).to(dtype)
+    return normed, total.new_empty(0) if hidden is None else total, scale
+
+
+def _fake_forward(
+    hidden: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual.new_empty(0) if hidden is None else residual.new_empty(residual.shape)
+    scale = residual.new_empty(*residual.shape[:-1], 1)
+    return residual.new_empty(residual.shape, dtype=dtype), total, scale
+
+
+def _backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the residual, of hidden (without elements where it is the same tensor) and of
+    the weight.
+    """
+    kernels = _fused(None, total, weight)
+    if kernels is not None:
+        return kernels.backward(grad_normed, grad_total, total, scale, weight, hidden_dtype)
+    with torch.autocast(total.device.type, enabled=False):
+        unit, grad = total * scale, grad_normed.to(total.dtype)
+        grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        grad = grad.sub_(unit.mul_((grad * unit).mean(-1, keepdim=True))).mul_(scale)
+        if grad_total is not None:
+            grad += grad_total
+        same = hidden_dtype == grad.dtype
+        return grad, grad.new_empty(0) if same else grad.to(hidden_dtype), grad_weight
+
+
+def _fake_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_shape = (0,) if hidden_dtype == total.dtype else total.shape
+    return (
+        total.new_empty(total.shape),
+        total.new_empty(hidden_shape, dtype=hidden_dtype),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, residual, weight, _, _ = inputs
+    _, total, scale = output
+    ctx.set_materialize_grads(False)
+    if hidden is None:
+        ctx.mark_non_differentiable(total, scale)
+    else:
+        ctx.mark_non_differentiable(scale)
+    ctx.hidden_dtype = None if hidden is None else hidden.dtype
+    ctx.save_for_backward(residual if hidden is None else total, scale, weight)
+
+
+def _differentiate(
+    ctx, grad_normed: Tensor | None, grad_total: Tensor | None, _
+) -> tuple[Tensor | None, ...]:
+    total, scale, weight = ctx.saved_tensors
+    if grad_normed is None:
+        known = grad_total is not None and ctx.hidden_dtype is not None
+        return grad_total.to(ctx.hidden_dtype) if known else None, grad_total, None, None, None
+    hidden_dtype = ctx.hidden_dtype or total.dtype
+    grad, grad_hidden, grad_weight = _backward_operator(
+        grad_normed, grad_total, total, scale, weight, hidden_dtype
+    )
+    if hidden_dtype == total.dtype:
+        grad_hidden = None if ctx.hidden_dtype is None else grad
+    return grad_hidden, grad, grad_weight, None, None
+
+
+_backward_operator = register(
+    "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor scale, "
+    "Tensor weight, ScalarType hidden_dtype) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_operator = register(
+    "add_rms_norm(Tensor? hidden, Tensor residual, Tensor weight, float eps, ScalarType dtype)"
+    " -> (Tensor normed, Tensor total, Tensor scale)",
+    _forward,
+    _fake_forward,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)

@@ -42,7 +42,7 @@ with torch.no_grad():
 with sampling.replay(noise):
     result = parallel(images[share])
 if dynamic:
-    assert 0 < result.gates.mean() < 1 and 0 < result.keep.mean() < 1
+    assert 0 < result.gates.mean() < 1 and 0 < result.alive.mean() < 1
 loss, _ = objective(result, targets[share], teacher_result)
 loss.backward()
 optimizer.step()

@@ -131,8 +131,8 @@ def test_dynamic_training(name, device):
         teacher_result = teacher(t["input.images"])
     for s, decision in enumerate(result.decisions):
         assert torch.equal(decision.detach(), t[f"out.decision.stage{s}"]), f"stage {s}"
-    assert torch.equal(result.positions, t["out.current_pos"])
-    assert torch.equal(result.keep.unsqueeze(-1), t["out.token_policy"])
+    assert torch.equal(result.origin, t["out.current_pos"])
+    assert torch.equal(result.alive.unsqueeze(-1), t["out.token_policy"])
     assert torch.equal(result.gates.detach().unsqueeze(2), t["out.block_policy"])
     assert recorder.compare(case) >= model.depth + len(model.pruning_layers)
     golden.close(result.tokens, t["out.other_tokens"], 1e-4, 1e-4, "tokens")
@@ -211,10 +211,10 @@ def test_losses(name):
 class Layout(TokenLayout):
     """The layout of a re-arrangement case: one class token in the middle, several spread."""
 
-    def _position(self, index, patches):
+    def _slot(self, index, patches):
         if self.num_tokens == 1:
             return patches // 2
-        return SpreadRegisters(self.num_tokens)._position(index, patches)
+        return SpreadRegisters(self.num_tokens)._slot(index, patches)
 
 
 @pytest.mark.parametrize("name", golden.names("rearrange_"))
@@ -229,7 +229,7 @@ def test_rearrangement(name):
         outputs = [t[f"out.{key}"] for key in ("policy", "tokens", "residual", "current_pos")]
         for given, expected in zip(inputs, outputs, strict=True):
             assert torch.equal(take(given, order), expected)
-        positions = layout.positions(kept)
+        positions = layout.class_slots(kept)
         assert torch.equal(positions, t["out.cls_pos"].reshape(positions.shape))
         combined = insert(t["out.tokens"], t["in.cls_tokens"], positions)
         assert torch.equal(combined, t["out.combined"])
@@ -237,7 +237,7 @@ def test_rearrangement(name):
         assert torch.equal(patches, t["out.tokens"]) and torch.equal(
             class_tokens, t["in.cls_tokens"]
         )
-        before = layout.positions(policy.shape[1])
+        before = layout.class_slots(policy.shape[1])
         sequence = insert(t["in.tokens"], t["in.cls_tokens"], before)
         assert torch.equal(take(sequence, reordered(order, before, positions)), combined), (
             "in one step, as the model"
@@ -248,7 +248,7 @@ def test_rearrangement(name):
 def test_register_layout(name):
     for info, t in golden.subcases(golden.load(name)):
         patches, registers = info["grid"][0] * info["grid"][1], info["class_tokens"]
-        positions = SpreadRegisters(registers).positions(patches)
+        positions = SpreadRegisters(registers).class_slots(patches)
         assert torch.equal(torch.tensor(positions), t["cls_positions"])
         index = insert(
             torch.arange(patches)[None], patches + torch.arange(registers)[None], positions
@@ -262,12 +262,12 @@ def test_pos_embed(name):
     what we use.
     """
     for info, t in golden.subcases(golden.load(name)):
-        patches, row = info["grid_to"] ** 2, 0 if info["extra_tokens"] else None
-        golden.close(resize_pos_embed(t["in"], patches, row, row), t["out"], 1e-5, 0, name)
+        grid, row = (info["grid_to"],) * 2, 0 if info["extra_tokens"] else None
+        golden.close(resize_pos_embed(t["in"], grid, row, row), t["out"], 1e-5, 0, name)
         if row is None:
             continue
-        middle, new_middle = info["grid_from"] ** 2 // 2, patches // 2
-        ours = resize_pos_embed(t["in"], patches, middle, new_middle)
+        middle, new_middle = info["grid_from"] ** 2 // 2, info["grid_to"] ** 2 // 2
+        ours = resize_pos_embed(t["in"], grid, middle, new_middle)
         assert torch.equal(ours[:, new_middle], t["in"][:, middle]), (
             "the class row is carried over untouched"
         )

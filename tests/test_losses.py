@@ -106,17 +106,17 @@ def test_distance_compares_the_same_patches():
     r = result()
     teacher = torch.empty(3, 6, 4)
     for image in range(3):
-        teacher[image, r.positions[image]] = r.tokens.detach()[image]
+        teacher[image, r.origin[image]] = r.tokens.detach()[image]
     assert token_distance(r, teacher).item() == 0
-    dropped = r.keep[0].argmin()
-    teacher[0, r.positions[0, dropped]] += 10
-    assert r.keep[0, dropped] == 0 and token_distance(r, teacher).item() == 0
+    dropped = r.alive[0].argmin()
+    teacher[0, r.origin[0, dropped]] += 10
+    assert r.alive[0, dropped] == 0 and token_distance(r, teacher).item() == 0
 
 
 @pytest.mark.parametrize("distance", ["mse", "kl"])
 def test_no_token_kept_gives_no_distance_and_no_gradient(distance):
     r = result()
-    r.keep.zero_()
+    r.alive.zero_()
     value = token_distance(r, torch.randn(3, 6, 4), distance)
     value.backward()
     assert value.item() == 0 and not r.tokens.grad.any()

@@ -11,8 +11,8 @@ from models import (
     DynamicVisionMamba,
     Result,
     VisionMamba,
-    backbone,
     cumulative_keep,
+    reduction,
     sampling,
 )
 from models.flops import count_flops
@@ -141,8 +141,8 @@ def test_wrong_image_size():
 @pytest.mark.parametrize("layout", [MiddleClassToken(), HeadClassToken(), SpreadRegisters(4)])
 def test_insert_and_extract_undo_each_other(layout):
     patches, class_tokens = torch.randn(3, 11, 2), torch.randn(3, layout.num_tokens, 2)
-    same = layout.positions(11)
-    each = layout.positions(torch.tensor([11, 6, 0]))
+    same = layout.class_slots(11)
+    each = layout.class_slots(torch.tensor([11, 6, 0]))
     assert tuple(each[0].tolist()) == same
     for positions in (same, each):
         sequence = insert(patches, class_tokens, positions)
@@ -194,11 +194,11 @@ def masked_and_pruned(
         )
         trained = model.train()(images)
         left = list(slots)
-        patch.setattr(model, "kept_counts", lambda: list(counts))
-        patch.setattr(backbone, "best_in_order", lambda scores, count: left.pop(0))
+        patch.setattr(model.reduction, "kept_counts", lambda patches: list(counts))
+        patch.setattr(reduction, "best_in_order", lambda scores, count: left.pop(0))
         with torch.no_grad():
             pruned = model.eval()(images)
-    assert pruned.tokens.shape[1] == counts[1] and (trained.keep.sum(1) == counts[1]).all()
+    assert pruned.tokens.shape[1] == counts[1] and (trained.alive.sum(1) == counts[1]).all()
     return trained, pruned
 
 
@@ -236,7 +236,7 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
         assert torch.equal(trained.gates, pruned.gates)
         torch.testing.assert_close(trained.logits, pruned.logits, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained.tokens[:, : counts[1]], pruned.tokens, atol=1e-5, rtol=0)
-        assert torch.equal(trained.positions[:, : counts[1]], pruned.positions)
+        assert torch.equal(trained.origin[:, : counts[1]], pruned.origin)
         gates.append(pruned.gates)
     if routed:
         assert 0 < torch.stack(gates).mean() < 1
@@ -289,13 +289,11 @@ def test_baseline_strategies_keep_the_budget_and_are_nested(strategy):
     for outer, inner in zip(*evaluated.kept, strict=True):
         assert set(inner.tolist()) <= set(outer.tolist())
     if strategy == "static":
-        assert torch.equal(trained.positions[:, :6], evaluated.positions)
+        assert torch.equal(trained.origin[:, :6], evaluated.origin)
     else:
-        alone = torch.cat([model(image[None]).positions for image in images])
-        assert torch.equal(alone, evaluated.positions), (
-            "an image keeps the same tokens in any batch"
-        )
-        assert len({tuple(kept.tolist()) for kept in evaluated.positions}) > 1
+        alone = torch.cat([model(image[None]).origin for image in images])
+        assert torch.equal(alone, evaluated.origin), "an image keeps the same tokens in any batch"
+        assert len({tuple(kept.tolist()) for kept in evaluated.origin}) > 1
 
 
 @pytest.mark.parametrize("scorer_input", ["B", "delta"])

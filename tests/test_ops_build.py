@@ -15,8 +15,8 @@ import torch
 from helpers.scans import params_of
 
 from ops import selective_scan
-from ops.selective_scan import BackendError, BranchParams, cpu, ssm_branch
-from ops.selective_scan.cpu import build
+from ops.selective_scan import BackendError, BranchParams, ssm_branch
+from ops.selective_scan.cpu import build, library
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +115,7 @@ def test_smaller_instruction_sets(monkeypatch, flags):
     expected = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
     monkeypatch.setenv("DYVM_BACKEND", "cpu")
     ssm_branch(xz, params)  # loads the library that is replaced now
-    monkeypatch.setattr(cpu, "_library", ctypes.CDLL(str(build.library_path(flags))))
+    monkeypatch.setattr(library, "_held", ctypes.CDLL(str(build.library_path(flags))))
     actual = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
     for name, a, e in zip(("xz", *BranchParams._fields), actual, expected, strict=True):
         torch.testing.assert_close(

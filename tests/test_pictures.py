@@ -135,7 +135,7 @@ def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
 
 
 def test_overlapping_patches_share_the_image_by_their_centres():
-    edges = patch_edges(PatchEmbed(32, patch_size=16, stride=8, in_chans=3, embed_dim=4))
+    edges = patch_edges(PatchEmbed(32, patch_size=16, stride=8, in_chans=3, embed_dim=4), axis=0)
     assert edges.tolist() == [0, 12, 20, 32]
     patch_of = patch_of_pixels(
         PatchEmbed(36, patch_size=16, stride=8, in_chans=3, embed_dim=4), (36, 36)
@@ -152,7 +152,7 @@ def test_overlapping_patches_share_the_image_by_their_centres():
 def test_class_marks_stand_where_the_class_tokens_stand_in_the_sequence(family, registers):
     model = small(32, family, **registers)
     kept = np.array([0, 2, 3, 5, 7, 8, 11, 13, 14])
-    positions = model.layout.positions(len(kept))
+    positions = model.layout.class_slots(len(kept))
     sequence = insert(torch.from_numpy(kept)[None], torch.full((1, len(positions)), -1), positions)[
         0
     ].tolist()

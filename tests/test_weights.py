@@ -119,7 +119,7 @@ def test_another_image_size_resizes_the_position_embedding(family, caplog):
         load_weights(large, {"model": small.state_dict()}, "small.pth")
     assert "resized from 16 to 36 patches" in caplog.text
     row, new_row = small.class_row(), large.class_row()
-    expected = resize_pos_embed(small.pos_embed.detach(), 36, row, new_row)
+    expected = resize_pos_embed(small.pos_embed.detach(), (6, 6), row, new_row)
     assert torch.equal(large.pos_embed, expected) and expected.shape[1] == 36 + (row is not None)
     if row is not None:
         assert torch.equal(large.pos_embed[:, new_row], small.pos_embed[:, row])
@@ -128,7 +128,7 @@ def test_another_image_size_resizes_the_position_embedding(family, caplog):
 def test_the_class_row_does_not_leak_into_the_grid():
     table = torch.zeros(1, 17, 4)
     table[:, 8] = 100.0
-    resized = resize_pos_embed(table, 36, 8, 18)
+    resized = resize_pos_embed(table, (6, 6), 8, 18)
     assert (resized[:, 18] == 100).all() and resized.sum() == 400
 
 

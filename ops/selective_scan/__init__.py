@@ -22,10 +22,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from utils.errors import UserError
 
-from .reference import BranchParams, branch_inputs
+from . import cpu, reference, torch_lean  # noqa: F401 (register their operators)
+from .params import BranchParams
+from .reference import branch_inputs
 
 __all__ = [
     "BackendError",
@@ -42,6 +45,7 @@ _MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
+_chosen: dict[str, ModuleType] = {}
 
 
 class BackendError(UserError, RuntimeError):
@@ -81,9 +85,38 @@ def runs_on(name: str, device: str) -> bool:
 def backend_for(xz: Tensor, params: BranchParams) -> str:
     """Name of the backend that runs these arguments.
 
+    In a program that is compiled or exported the choice is made while it is traced.
+
     Raises BackendError when `DYVM_BACKEND` names one that is unknown, unavailable or does not take
     them.
     """
+    if torch.compiler.is_compiling():
+        dtypes = tuple(tensor.dtype for tensor in params)
+        shapes = tuple(tuple(tensor.shape) for tensor in params)
+        return _backend_while_tracing(xz.device, xz.dtype, dtypes, shapes)
+    return _choose(xz, params)
+
+
+@torch.compiler.assume_constant_result
+def _backend_while_tracing(
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...],
+) -> str:
+    """`backend_for` as a constant of the traced program, from what a backend may ask of tensors."""
+    with unset_fake_temporarily():
+        params = BranchParams(
+            *(
+                torch.empty(shape, dtype=d, device=device)
+                for shape, d in zip(shapes, dtypes, strict=True)
+            )
+        )
+        channels = params.A.shape[0]
+        return _choose(torch.empty(1, 1, 2 * channels, dtype=dtype, device=device), params)
+
+
+def _choose(xz: Tensor, params: BranchParams) -> str:
     forced = os.environ.get("DYVM_BACKEND")
     if forced:
         if forced not in PREFERENCE:
@@ -96,6 +129,7 @@ def backend_for(xz: Tensor, params: BranchParams) -> str:
         chosen = forced
     else:
         chosen = next(name for name in PREFERENCE if _refusal(name, xz, params) is None)
+    _chosen[chosen], _ = _load(chosen)
     if chosen not in _reported:
         _reported.add(chosen)
         _logger.info("selective scan on %s runs on the '%s' backend", xz.device, chosen)
@@ -203,7 +237,7 @@ def ssm_branch(
         BackendError: see `backend_for`.
     """
     _check(xz, params, mask, active, lengths, ())
-    backend, _ = _load(backend_for(xz, params))
+    backend = _chosen[backend_for(xz, params)]
     return backend.ssm_branch(
         xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
     )
@@ -245,7 +279,7 @@ def bidirectional_ssm(
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
-    backend, _ = _load(backend_for(xz, forward))
+    backend = _chosen[backend_for(xz, forward)]
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(
             xz,

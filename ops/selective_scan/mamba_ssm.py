@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import BranchParams
+from .opaque import opaque
+from .params import BranchParams
 
 _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,7 @@ def takes(xz: Tensor, params: BranchParams) -> str | None:
     return None
 
 
+@opaque("mamba_ssm")
 def ssm_branch(
     xz: Tensor,
     params: BranchParams,

@@ -6,23 +6,12 @@ Source: Gu & Dao, "Mamba" (arXiv 2312.00752), algorithm 2; the masks are those o
 "Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class BranchParams(NamedTuple):
-    """The weights of one scan direction."""
-
-    conv_weight: Tensor  # [E, W]
-    conv_bias: Tensor  # [E]
-    x_proj_weight: Tensor  # [R + 2 N, E], rows: step, B, C
-    dt_proj_weight: Tensor  # [E, R]
-    dt_proj_bias: Tensor  # [E]
-    A: Tensor  # [E, N], negative
-    D: Tensor  # [E]
+from .opaque import opaque
+from .params import BranchParams
 
 
 def available() -> str | None:
@@ -108,6 +97,7 @@ def branch_inputs(
     return u, F.linear(dt, params.dt_proj_weight), B, C
 
 
+@opaque("reference")
 def ssm_branch(
     xz: Tensor,
     params: BranchParams,

@@ -13,9 +13,10 @@ B images, L tokens, E inner channels, N states, R step rank, T steps of a chunk.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .reference import BranchParams
+from ops.operators import needs_gradient, register
+
+from .params import BranchParams
 
 CHUNK = 8  # T; a chunk's buffers, [T, B, N, E] each, should stay in the processor's cache
 
@@ -60,62 +61,117 @@ def _chunk_states(
         state = states[step].addcmul_(decays[step], state)
 
 
-class _Scan(torch.autograd.Function):
+def _scan(
+    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool, save: bool
+) -> tuple[Tensor, Tensor]:
     """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + inputs_t B_t, along the first dimension.
 
-    delta, inputs [L, B, E]; A [N, E]; B, C [L, B, N] -> y [L, B, E].
+    delta, inputs [L, B, E]; A [N, E]; B, C [L, B, N] -> y [L, B, E] and, for the backward pass, the
+    states at the chunks' heads [chunks, B, N, E] in scan order; none of them unless `save`.
     """
-
-    @staticmethod
-    def forward(ctx, delta, inputs, A, B, C, reverse, save):
-        length, images, channels = delta.shape
-        states_count = A.shape[0]
-        y = torch.empty_like(inputs)
-        buffers = delta.new_empty(2, min(CHUNK, length), images, states_count, channels)
-        state = delta.new_zeros(images, states_count, channels)
-        heads = []
-        for span, order in _chunks(length, reverse):
-            if save:
-                heads.append(state.clone())
-            decays, states = buffers[:, : len(order)]
-            _chunk_states(state, delta[span], inputs[span], A, B[span], order, decays, states)
-            torch.matmul(C[span].unsqueeze(2), states, out=y[span].unsqueeze(2))
-            state = states[order[-1]].clone()
+    y, heads = _scan_results(delta, inputs, A, B, C, reverse, save)
+    length, (images, states_count, channels) = delta.shape[0], heads.shape[1:]
+    buffers = delta.new_empty(2, min(CHUNK, length), images, states_count, channels)
+    state = delta.new_zeros(images, states_count, channels)
+    for index, (span, order) in enumerate(_chunks(length, reverse)):
         if save:
-            ctx.save_for_backward(delta, inputs, A, B, C, *heads)
-            ctx.reverse = reverse
-        return y
+            heads[index] = state
+        decays, states = buffers[:, : len(order)]
+        _chunk_states(state, delta[span], inputs[span], A, B[span], order, decays, states)
+        torch.matmul(C[span].unsqueeze(2), states, out=y[span].unsqueeze(2))
+        state = states[order[-1]].clone()
+    return y, heads
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        delta, inputs, A, B, C, *heads = ctx.saved_tensors
-        grad_delta, grad_inputs, grad_B, grad_C = (
-            torch.empty_like(t) for t in (delta, inputs, B, C)
-        )
-        grad_A = torch.zeros_like(A)
-        buffers = delta.new_empty(3, min(CHUNK, delta.shape[0]), *heads[0].shape) if heads else None
-        carried = 0  # decay_{t+1} dL/dh_{t+1}
-        for (span, order), head in zip(
-            reversed(_chunks(delta.shape[0], ctx.reverse)), reversed(heads), strict=True
-        ):
-            decays, states, grads = buffers[:, : len(order)]
-            _chunk_states(head, delta[span], inputs[span], A, B[span], order, decays, states)
-            torch.mul(grad_y[span].unsqueeze(2), C[span].unsqueeze(3), out=grads)
-            grad_C[span] = torch.matmul(states, grad_y[span].unsqueeze(3)).squeeze(3)
-            for position in range(len(order) - 1, -1, -1):
-                step = order[position]
-                grads[step] += carried
-                before = states[order[position - 1]] if position else head
-                # `states` now turns into dL/d(delta_t A) = dL/dh_t * decay_t * h_{t-1}
-                carried = decays[step].mul_(grads[step])
-                torch.mul(carried, before, out=states[step])
-            carried = carried.clone()  # its buffer is written by the next chunk
-            grad_inputs[span] = torch.matmul(B[span].unsqueeze(2), grads).squeeze(2)
-            grad_B[span] = torch.matmul(grads, inputs[span].unsqueeze(3)).squeeze(3)
-            grad_delta[span] = (states * A).sum(2)
-            grad_A += states.mul_(delta[span].unsqueeze(2)).sum((0, 1))
-        return grad_delta, grad_inputs, grad_A, grad_B, grad_C, None, None
+
+def _scan_results(
+    delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    """y and heads as `_scan` fills them."""
+    length, images, channels = delta.shape
+    chunks = -(-length // CHUNK) if save else 0
+    return torch.empty_like(inputs), delta.new_empty(chunks, images, A.shape[0], channels)
+
+
+def _scan_backward(
+    grad_y: Tensor,
+    delta: Tensor,
+    inputs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    heads: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of delta, inputs, A, B and C."""
+    grad_delta, grad_inputs, grad_A, grad_B, grad_C = _scan_gradients(
+        grad_y, delta, inputs, A, B, C, heads, reverse
+    )
+    grad_A.zero_()
+    buffers = delta.new_empty(3, min(CHUNK, delta.shape[0]), *heads.shape[1:])
+    carried = 0  # decay_{t+1} dL/dh_{t+1}
+    for (span, order), head in zip(
+        reversed(_chunks(delta.shape[0], reverse)), reversed(heads.unbind()), strict=True
+    ):
+        decays, states, grads = buffers[:, : len(order)]
+        _chunk_states(head, delta[span], inputs[span], A, B[span], order, decays, states)
+        torch.mul(grad_y[span].unsqueeze(2), C[span].unsqueeze(3), out=grads)
+        grad_C[span] = torch.matmul(states, grad_y[span].unsqueeze(3)).squeeze(3)
+        for position in range(len(order) - 1, -1, -1):
+            step = order[position]
+            grads[step] += carried
+            before = states[order[position - 1]] if position else head
+            # `states` now turns into dL/d(delta_t A) = dL/dh_t * decay_t * h_{t-1}
+            carried = decays[step].mul_(grads[step])
+            torch.mul(carried, before, out=states[step])
+        carried = carried.clone()  # its buffer is written by the next chunk
+        grad_inputs[span] = torch.matmul(B[span].unsqueeze(2), grads).squeeze(2)
+        grad_B[span] = torch.matmul(grads, inputs[span].unsqueeze(3)).squeeze(3)
+        grad_delta[span] = (states * A).sum(2)
+        grad_A += states.mul_(delta[span].unsqueeze(2)).sum((0, 1))
+    return grad_delta, grad_inputs, grad_A, grad_B, grad_C
+
+
+def _scan_gradients(
+    grad_y: Tensor,
+    delta: Tensor,
+    inputs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    heads: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as `_scan_backward` fills them."""
+    return tuple(torch.empty_like(t) for t in (delta, inputs, A, B, C))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.reverse, _ = inputs
+    _, heads = output
+    ctx.mark_non_differentiable(heads)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, heads)
+
+
+def _differentiate(ctx, grad_y, _):
+    grads = _scan_backward_operator(grad_y, *ctx.saved_tensors, ctx.reverse)
+    return (*grads, None, None)
+
+
+_SCANNED = "Tensor delta, Tensor inputs, Tensor A, Tensor B, Tensor C"
+_scan_backward_operator = register(
+    f"torch_scan_backward(Tensor grad_y, {_SCANNED}, Tensor heads, bool reverse)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward,
+    _scan_gradients,
+)
+_scan_operator = register(
+    f"torch_scan({_SCANNED}, bool reverse, bool save) -> (Tensor y, Tensor heads)",
+    _scan,
+    _scan_results,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)
 
 
 def _conv_silu(x: Tensor, params: BranchParams, reverse: bool) -> Tensor:
@@ -141,8 +197,7 @@ def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Tensor | None
     dt, B, C = F.linear(u, params.x_proj_weight).split([rank, states, states], dim=-1)
     delta = F.softplus(F.linear(dt, params.dt_proj_weight, params.dt_proj_bias))
     scan_arguments = (delta, delta * u, params.A.t().contiguous(), B, C)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in scan_arguments)
-    y = _Scan.apply(*scan_arguments, reverse, save)
+    y, _ = _scan_operator(*scan_arguments, reverse, needs_gradient(scan_arguments))
     return torch.addcmul(y, params.D, u) * F.silu(z)
 
 
@@ -159,9 +214,9 @@ def ssm_branch(
     dtype, (images, length, _), channels = xz.dtype, xz.shape, params.D.shape[0]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     rows = None
-    if (
-        active is not None and xz.device.type == "cpu"
-    ):  # elsewhere, choosing rows would make the host wait
+    # Elsewhere, choosing rows would make the host wait; a compiled program has one shape for all.
+    chooses = xz.device.type == "cpu" and not torch.compiler.is_compiling()
+    if active is not None and chooses:
         rows = active.nonzero().squeeze(1)
         xz = xz.index_select(0, rows)
         mask, lengths = (None if t is None else t.index_select(0, rows) for t in (mask, lengths))

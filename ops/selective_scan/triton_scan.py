@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .reference import BranchParams
+from .params import BranchParams
 from .triton_backward import SMALLEST_GROUP, conv_backward, gate_backward, scan_backward
 from .triton_forward import CHUNK, conv_forward, scan_forward
 

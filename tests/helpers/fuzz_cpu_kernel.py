@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ops.selective_scan import BranchParams, bidirectional_ssm, cpu, ssm_branch  # noqa: E402
-from ops.selective_scan.cpu import build  # noqa: E402
+from ops.selective_scan.cpu import build, library  # noqa: E402
 
 
 def random_params(channels: int, states: int, rank: int) -> BranchParams:
@@ -147,7 +147,7 @@ def main() -> None:
                 "library": path.name,
                 "errors": 0,
                 "seconds": round(time.time() - start),
-                "lanes": cpu._library.lanes(),
+                "lanes": library.kernels().lanes(),
                 "torch": torch.__version__,
                 "calls with": dict(sorted(counts.items())),
             },

@@ -1,5 +1,6 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
 // In training PyTorch multiplies the matrices between them: projected = u x_proj^T, and the gradients' counterparts.
+#include "extent.h"
 #include "infer.h"
 #include "pack.h"
 
@@ -31,6 +32,13 @@ void pack(const Problem* p) {
     for (int64_t block = 0; block < p->blocks(); ++block)
       if (p->direction[which].weights) pack_block(*p, which, block);
 }
+
+void measure(Problem* p, const int64_t* lengths, const bool* active, int64_t masked, int64_t* table) {
+  measure_extent(*p, lengths, active, masked, table);
+  read_extent(*p, table);
+}
+
+void attach(Problem* p, const int64_t* table) { read_extent(*p, table); }
 
 void convolve(const Problem* p) {
   parallel_over(*p, p->blocks(), [] { return 0; }, [p](int64_t image, int64_t block, int) {

@@ -1,4 +1,4 @@
-// What Python hands over: sizes and data pointers, mirrored field by field by the ctypes structures in __init__.py.
+// What Python hands over: sizes and data pointers, mirrored field by field by the ctypes structures in library.py.
 //
 // Letters: B images, L tokens, E inner channels, N states, R step rank, W lanes of a vector, P = E rounded up to a
 // multiple of W, G groups of channel blocks. A channel block is W channels, the work of one vector.
@@ -42,7 +42,7 @@ struct Direction {
 };
 
 struct Problem {
-  int64_t images, tokens, channels, padded, states, rank, rows[2], groups, threads;
+  int64_t images, tokens, channels, padded, states, rank, rows[2], chunks[2], groups, threads;
   const float* xz;         // [B, L, 2E]
   const float* mask;       // [B, L]
   const float* factor;     // [B, 2], multiplies the output of each direction

@@ -1,0 +1,211 @@
+"""What becomes of the patch tokens at a stage: one class for each strategy.
+
+A reduction is asked before each pruning layer. In training it decides which tokens go, keeps all
+slots and re-arranges them: kept tokens in front, dropped ones behind and masked. At evaluation it
+gathers the tokens that stay. It also says how many stay, from which operations are counted.
+
+B images, M patches, m slots that enter a stage, L = m + n with the n class tokens, k slots that
+leave it, d width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import sampling
+from .layouts import TokenLayout, extract, insert, reordered, take
+from .pruning import best_in_order, kept_first
+from .tokens import Tokens
+
+SCORER_INPUTS = ("hidden", "B", "delta")
+
+
+class Staged(Protocol):
+    """What a reduction asks of its model."""
+
+    training: bool
+    layers: nn.ModuleList
+    layout: TokenLayout
+    num_patches: int
+    pruning_layers: tuple[int, ...]
+    score_predictors: nn.ModuleList
+
+
+class Reduction:
+    """Drops tokens, each stage down to a fixed fraction of the original patches at evaluation.
+
+    Subclasses say which: `decide` in training, `choose` at evaluation.
+    """
+
+    def __init__(self, token_keep: Sequence[float] = ()):
+        self.token_keep = tuple(token_keep)  # fraction of the original patches after each stage
+
+    def kept_counts(self, patches: int) -> list[int]:
+        """Of so many original patches, how many each stage leaves at evaluation."""
+        return [int(ratio * patches) for ratio in self.token_keep]
+
+    def __call__(self, stage: int, tokens: Tokens, model: Staged, images: Tensor) -> Tokens:
+        """The sequence that leaves a stage; its hidden state is then part of the residual."""
+        drop_path = model.layers[model.pruning_layers[stage]].drop_path
+        mixed = tokens.residual + drop_path(tokens.hidden)
+        if model.training:
+            decision = self.decide(stage, tokens, mixed, model, images)
+            return rearrange(tokens, mixed, decision, model.layout)
+        return gather(tokens, mixed, self.choose(stage, tokens, mixed, model, images), model.layout)
+
+    def decide(
+        self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
+    ) -> Tensor:
+        """In training: cumulative decision [B, m], 1 or 0, with gradient; a token once dropped
+        stays so. mixed [B, L, d]: hidden + residual.
+        """
+        raise NotImplementedError
+
+    def choose(
+        self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
+    ) -> Tensor:
+        """At evaluation: slots that stay, ascending [B, k]."""
+        raise NotImplementedError
+
+
+class LearnedScores(Reduction):
+    """The paper's: a predictor scores each token; a noisy decision in training, the best k after.
+
+    scorer_input: what the predictor reads, see `scores`.
+    """
+
+    def __init__(self, token_keep: Sequence[float] = (), scorer_input: str = "hidden"):
+        super().__init__(token_keep)
+        if scorer_input not in SCORER_INPUTS:
+            raise ValueError(
+                f"scorer_input {scorer_input!r} must be one of {', '.join(SCORER_INPUTS)}"
+            )
+        self.scorer_input = scorer_input
+
+    def scores(
+        self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: Staged
+    ) -> Tensor:
+        """Log-probabilities (keep, drop) [B, m, 2] of the patch tokens that enter a stage.
+
+        They are read from the hidden state with its residual, or from B or the raw step that the
+        layer before computed. policy [B, m]: 1 for tokens that are still alive.
+        """
+        predictor = model.score_predictors[stage]
+        if self.scorer_input == "hidden":
+            return predictor(extract(mixed, tokens.class_slots)[0], policy)
+        previous = model.layers[model.pruning_layers[stage] - 1]
+        norm = previous.norm
+        normed = F.rms_norm(tokens.residual, norm.weight.shape, norm.weight, norm.eps)
+        B, step = previous.mixer.scan_inputs(normed, tokens.mask)
+        features, _ = extract(B if self.scorer_input == "B" else step, tokens.class_slots)
+        return predictor(features, policy)
+
+    def decide(self, stage, tokens, mixed, model, images):
+        log_probs = self.scores(stage, tokens, mixed, tokens.alive, model)
+        return sampling.keep_decision(log_probs, f"token.stage{stage}") * tokens.alive
+
+    def choose(self, stage, tokens, mixed, model, images):
+        log_probs = self.scores(stage, tokens, mixed, mixed.new_ones(tokens.alive.shape), model)
+        return best_in_order(log_probs[..., 0], self.kept_counts(model.num_patches)[stage])
+
+
+class FixedBudget(Reduction):
+    """Baselines that keep the budget in training too: the same number of tokens of every image."""
+
+    def decide(self, stage, tokens, mixed, model, images):
+        counts = [model.num_patches, *self.kept_counts(model.num_patches)]
+        chosen = self.slots(stage, images, counts[stage], counts[stage + 1], fresh=True)
+        # The alive tokens stand in front.
+        return torch.zeros_like(tokens.alive).scatter_(1, chosen, 1.0)
+
+    def choose(self, stage, tokens, mixed, model, images):
+        count = self.kept_counts(model.num_patches)[stage]
+        return self.slots(stage, images, tokens.alive.shape[1], count, fresh=False)
+
+    def slots(self, stage: int, images: Tensor, alive: int, count: int, fresh: bool) -> Tensor:
+        """`count` of the first `alive` slots, ascending [B, count]; `fresh` in training."""
+        raise NotImplementedError
+
+
+class RandomTokens(FixedBudget):
+    """Keeps a random choice: a new one in training, one that follows from the image afterwards."""
+
+    def slots(self, stage, images, alive, count, fresh):
+        return best_in_order(sampling.image_noise(images, alive, stage, fresh=fresh), count)
+
+
+class StaticTokens(FixedBudget):
+    """Keeps evenly spread tokens."""
+
+    def slots(self, stage, images, alive, count, fresh):
+        slots = torch.arange(count, device=images.device) * alive // max(count, 1)
+        return slots.expand(len(images), -1)
+
+
+STRATEGIES: dict[str, type[Reduction]] = {
+    "learned": LearnedScores,
+    "random": RandomTokens,
+    "static": StaticTokens,
+}
+TOKEN_STRATEGIES = tuple(STRATEGIES)
+
+
+def make_reduction(strategy: str, scorer_input: str) -> Reduction:
+    """The reduction that `--token-strategy` names. Raises ValueError for an unknown one."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"token_strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if strategy == "learned":
+        return LearnedScores(scorer_input=scorer_input)
+    return STRATEGIES[strategy]()
+
+
+def rearrange(tokens: Tokens, mixed: Tensor, decision: Tensor, layout: TokenLayout) -> Tokens:
+    """Training: kept tokens to the front, dropped ones behind them and masked.
+
+    mixed [B, L, d]; decision [B, m], 1 or 0, with gradient.
+    """
+    order, kept = kept_first(decision.detach())
+    class_slots = layout.class_slots(kept)
+    alive = take(decision, order)
+    slots = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    moved = torch.where(decision > 0.5, torch.empty_like(order).scatter_(1, order, slots), -1)
+    return replace(
+        tokens,
+        hidden=None,
+        residual=take(mixed, reordered(order, tokens.class_slots, class_slots)),
+        class_slots=class_slots,
+        origin=take(tokens.origin, order),
+        alive=alive,
+        owner=follow(tokens.owner, moved),
+        mask=insert(alive, alive.new_ones(class_slots.shape), class_slots),
+        decisions=(*tokens.decisions, decision),
+    )
+
+
+def gather(tokens: Tokens, mixed: Tensor, chosen: Tensor, layout: TokenLayout) -> Tokens:
+    """Evaluation: the chosen slots [B, k], ascending, of mixed [B, L, d]; the others are gone."""
+    patches, class_tokens = extract(mixed, tokens.class_slots)
+    class_slots = layout.class_slots(chosen.shape[1])
+    origin = take(tokens.origin, chosen)
+    slots = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    moved = torch.full_like(tokens.origin, -1).scatter_(1, chosen, slots)
+    return replace(
+        tokens,
+        hidden=None,
+        residual=insert(take(patches, chosen), class_tokens, class_slots),
+        class_slots=class_slots,
+        origin=origin,
+        alive=tokens.alive[:, : chosen.shape[1]],
+        owner=follow(tokens.owner, moved),
+        kept=(*tokens.kept, origin),
+    )
+
+
+def follow(owner: Tensor, moved: Tensor) -> Tensor:
+    """Owners [B, M] after their slots moved: moved [B, m] says where to, -1 for a dropped one."""
+    moved = F.pad(moved, (0, 1), value=-1)  # where an owner of -1 looks
+    return take(moved, owner % moved.shape[1])

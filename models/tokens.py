@@ -1,0 +1,108 @@
+"""What flows between the layers of a backbone, and what a forward pass gives.
+
+B images, M patches, m slots for patches (M, or the k that are left), n class tokens, L = m + n,
+d width, C classes; h, w the grid of patches.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layouts import ClassSlots, extract, take
+
+
+@dataclass
+class Tokens:
+    """The state of the sequence between two layers.
+
+    `owner` names the slot that speaks for each original patch: its own at first, that of the token
+    it was merged into, -1 once it is dropped.
+    """
+
+    hidden: Tensor | None  # [B, L, d], the last mixer's output; None: it is in the residual already
+    residual: Tensor  # [B, L, d]
+    class_slots: ClassSlots  # where the class tokens stand
+    origin: Tensor  # [B, m], original patch of each slot
+    alive: Tensor  # [B, m], 1 where the slot is alive; with the decisions' gradient in training
+    owner: Tensor  # [B, M]
+    mask: Tensor | None = None  # [B, L], what the scans multiply with; None: every token counts
+    decisions: tuple[Tensor, ...] = ()  # per stage, training: [B, m], with gradient
+    kept: tuple[Tensor, ...] = ()  # per stage, evaluation: [B, k], original patches
+
+    @classmethod
+    def first(cls, sequence: Tensor, class_slots: ClassSlots, patches: int) -> "Tokens":
+        """All patches of a sequence [B, L, d], alive and in raster order."""
+        origin = torch.arange(patches, device=sequence.device).expand(len(sequence), -1)
+        alive = sequence.new_ones(origin.shape)
+        return cls(None, sequence, class_slots, origin, alive, owner=origin)
+
+
+@dataclass
+class Result:
+    """What a forward pass gives, dense or dynamic, training or evaluation.
+
+    A pytree (`torch.utils._pytree`), so that compiled and exported programs may return it.
+    """
+
+    logits: Tensor | None  # [B, C]; None from `forward_features`
+    tokens: Tensor  # [B, m, d], patch tokens after norm_f in slot order
+    origin: Tensor  # [B, m], original patch of each slot
+    alive: Tensor  # [B, m], 1 where the slot is alive
+    gates: Tensor  # [depth, B, 2], forward and backward; ones where nothing is routed
+    decisions: list[Tensor] = field(default_factory=list)  # see Tokens
+    kept: list[Tensor] = field(default_factory=list)
+    owner: Tensor | None = None  # [B, M], see Tokens
+    class_tokens: Tensor | None = None  # [B, n, d] after norm_f
+    maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, those asked for
+
+
+torch.export.register_dataclass(Result)
+
+
+def spread(values: Tensor, owner: Tensor, before: Tensor | None) -> Tensor:
+    """Values of slots [B, m, d] -> of all original patches [B, M, d], each its owner's.
+
+    A dropped patch keeps what it has in `before` [B, M, d], which is None while all are alive.
+    """
+    if values.shape[1] == 0:
+        return before
+    found = take(values, owner.clamp_min(0))
+    return found if before is None else torch.where(owner.unsqueeze(-1) >= 0, found, before)
+
+
+class FeatureMaps:
+    """Maps of the patches after chosen layers: the dropped patches' last values stay in them.
+
+    Args:
+        layers: after which layers.
+        kind: "hidden", the mixer's output before it is added, or "residual", the stream with it.
+    """
+
+    KINDS = ("hidden", "residual")
+
+    def __init__(self, layers: tuple[int, ...], kind: str, grid: tuple[int, ...]):
+        if kind not in self.KINDS:
+            raise ValueError(f"features {kind!r} must be one of {', '.join(self.KINDS)}")
+        self.layers, self.kind, self.grid = layers, kind, grid
+        self.maps: dict[int, Tensor] = {}
+        self.class_tokens: dict[int, Tensor] = {}  # {layer: [B, n, d]}
+        self._canvas: Tensor | None = None
+
+    def look(self, tokens: Tokens) -> None:
+        """Take note of the patches, of which a stage is about to drop some."""
+        if self.layers:
+            self._update(tokens)
+
+    def after_layer(self, layer: int, tokens: Tokens) -> None:
+        """Keep the map of a layer that was asked for."""
+        if layer in self.layers:
+            self.class_tokens[layer] = self._update(tokens)
+            self.maps[layer] = self._canvas.transpose(1, 2).unflatten(2, self.grid)
+
+    def _update(self, tokens: Tokens) -> Tensor:
+        """Bring the canvas up to date; -> class tokens [B, n, d]."""
+        values = tokens.hidden if self.kind == "hidden" else tokens.residual + tokens.hidden
+        patches, class_tokens = extract(values, tokens.class_slots)
+        self._canvas = spread(patches, tokens.owner, self._canvas)
+        return class_tokens

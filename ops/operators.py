@@ -1,0 +1,71 @@
+"""Registers operators with PyTorch, under the name `dyvm`.
+
+torch.compile and torch.export take a registered operator as one node: they ask its fake kernel for
+the sizes of its results, and its backward formula for its gradient, and never look inside.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_NAMESPACE = "dyvm"
+# Not torch.library.custom_op, whose wrapper costs more time at every call.
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+_DispatchKey = torch._C.DispatchKey
+_AUTOGRAD_KEYS = (
+    _DispatchKey.AutogradFunctionality,
+    _DispatchKey.AutogradCPU,
+    _DispatchKey.AutogradCUDA,
+    _DispatchKey.ADInplaceOrView,
+)
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define an operator and return it.
+
+    Args:
+        schema: name, arguments and results in PyTorch's notation. No result may be a view of an
+            argument or of another result.
+        implementation: computes the results, on any device; called below autograd.
+        fake: gives results of the same sizes, types and strides without values.
+        setup_context, backward: as in `torch.library.register_autograd`; the backward formula is
+            not differentiable itself.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"{_NAMESPACE}::{name}",
+            once_differentiable(backward),
+            setup_context=setup_context,
+            lib=_library,
+        )
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd will ask for a gradient of what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@contextmanager
+def recording():
+    """Autograd within an operator's implementation, which PyTorch calls with autograd cut off."""
+    with ExitStack() as stack:
+        for key in _AUTOGRAD_KEYS:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield

@@ -1,0 +1,94 @@
+"""The C++ kernels as Python calls them: the library, and ctypes mirrors of its structures."""
+
+import ctypes
+
+from torch import Tensor
+
+from ..params import BranchParams
+from .build import load_library
+
+_held: ctypes.CDLL | None = None
+
+
+class Given(ctypes.Structure):
+    """Given of problem.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in BranchParams._fields]
+
+
+class Direction(ctypes.Structure):
+    """Direction of problem.h."""
+
+    _fields_ = [("given", Given)]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in (
+            "start",
+            "weights",
+            "u",
+            "projected",
+            "checkpoints",
+            "chunk",
+            "projection",
+            "grad_u",
+            "grad_delta",
+            "grad_BC",
+            "grad_weights",
+        )
+    ]
+
+
+class Problem(ctypes.Structure):
+    """Problem of problem.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("images", "tokens", "channels", "padded", "states", "rank")
+    ]
+    _fields_ += [
+        ("rows", ctypes.c_int64 * 2),
+        ("chunks", ctypes.c_int64 * 2),
+        ("groups", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    ]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in (
+            "xz",
+            "mask",
+            "factor",
+            "length",
+            "limit",
+            "out",
+            "grad_out",
+            "grad_xz",
+            "grad_mask",
+            "grad_factor",
+        )
+    ]
+    _fields_ += [("direction", Direction * 2)]
+
+
+def kernels() -> ctypes.CDLL:
+    """The library, built and loaded when it is first asked for.
+
+    Raises BuildError where that is not possible.
+    """
+    global _held
+    if _held is None:
+        library = load_library()
+        if library.problem_bytes() != ctypes.sizeof(Problem):
+            raise AssertionError("problem.h and its ctypes mirror disagree")
+        _held = library
+    return _held
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of the first element; the tensor must outlive its use."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def padded(channels: int) -> int:
+    """P: channels rounded up to whole vectors."""
+    lanes = kernels().lanes()
+    return -(-channels // lanes) * lanes

@@ -1,0 +1,321 @@
+"""Inference, forward and backward pass of the scan by the C++ kernels.
+
+B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to whole vectors.
+"""
+
+import ctypes
+import threading
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.linear import linear
+
+from ..params import BranchParams, Directions
+from .library import Given, Problem, kernels, padded, pointer
+
+CONV_WIDTH = 4
+_scratch = threading.local()
+
+
+class Call(NamedTuple):
+    """What a pass reads; all floating-point tensors are float32 and all tensors contiguous."""
+
+    xz: Tensor  # [B, L, 2E]
+    mask: Tensor  # [B, L]
+    factor: Tensor  # [B, 2], multiplies the directions' outputs
+    masked: bool  # False: the mask is all ones
+    active: Tensor | None  # [B, 2] bool
+    lengths: Tensor | None  # [B] int64
+    directions: Directions
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, L, E, N, R."""
+        params = next(p for p in self.directions if p is not None)
+        images, tokens, width = self.xz.shape
+        return images, tokens, width // 2, params.A.shape[1], params.dt_proj_weight.shape[1]
+
+
+class Saved(NamedTuple):
+    """Tensors of a forward pass; two of each that belongs to a direction, without elements for one
+    that was not asked for. They have room for all tokens of all images; the rows and chunks that
+    were worked on come first.
+    """
+
+    extent: Tensor  # [6 B + 4], see extent.h
+    weights: tuple[Tensor, Tensor]  # [W + 3 + N + R, P], see problem.h
+    u: tuple[Tensor, Tensor]  # [B L, P]
+    projected: tuple[Tensor, Tensor]  # [B L, R + 2N]
+    checkpoints: tuple[Tensor, Tensor]  # [B ceil(L / tile), P, N]
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        return (self.extent, *self.weights, *self.u, *self.projected, *self.checkpoints)
+
+    @classmethod
+    def unflatten(cls, tensors: tuple[Tensor, ...]) -> "Saved":
+        extent, *rest = tensors
+        return cls(extent, *(tuple(rest[i : i + 2]) for i in range(0, len(rest), 2)))
+
+    @classmethod
+    def empty(cls, call: Call) -> "Saved":
+        images, tokens, channels, states, rank = call.sizes
+        width, chunks = padded(channels), images * -(-tokens // kernels().tile_steps())
+
+        def pair(*size: int) -> tuple[Tensor, Tensor]:
+            return tuple(
+                call.xz.new_empty((0,) if params is None else size) for params in call.directions
+            )
+
+        return cls(
+            call.xz.new_empty(6 * images + 4, dtype=torch.int64),
+            pair(CONV_WIDTH + 3 + states + rank, width),
+            pair(images * tokens, width),
+            pair(images * tokens, rank + 2 * states),
+            pair(chunks, width, states),
+        )
+
+
+def _problem(call: Call) -> Problem:
+    """The structure with what all passes share filled in."""
+    images, tokens, channels, states, rank = call.sizes
+    return Problem(
+        images=images,
+        tokens=tokens,
+        channels=channels,
+        padded=padded(channels),
+        states=states,
+        rank=rank,
+        threads=torch.get_num_threads(),
+        xz=pointer(call.xz),
+        mask=pointer(call.mask),
+        factor=pointer(call.factor),
+    )
+
+
+def _given(call: Call) -> list[int]:
+    """Indexes of the directions that were asked for."""
+    return [which for which, params in enumerate(call.directions) if params is not None]
+
+
+def _pack(problem: Problem, call: Call, weights: tuple[Tensor, ...]) -> None:
+    """Writes the weights as the kernels read them."""
+    for which in _given(call):
+        direction = problem.direction[which]
+        direction.given = Given(*map(pointer, call.directions[which]))
+        direction.weights = pointer(weights[which])
+    kernels().pack(ctypes.byref(problem))
+
+
+def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None:
+    """Which tokens are worked on, written to `extent`, and from there to the problem."""
+    kernels().measure(
+        ctypes.byref(problem),
+        ctypes.c_void_p(pointer(call.lengths)),
+        ctypes.c_void_p(pointer(call.active)),
+        ctypes.c_int64(masked),
+        ctypes.c_void_p(pointer(extent)),
+    )
+
+
+def _scratch_rows(which: int, rows: int, width: int) -> Tensor:
+    """[rows, P] of this thread, overwritten by the next call: memory fresh from the system costs as
+    much as the convolution that writes it.
+    """
+    name, size = f"u{which}", rows * width
+    held = getattr(_scratch, name, None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=torch.float32, device="cpu")
+        setattr(_scratch, name, held)
+    return held[:size].view(rows, width)
+
+
+def infer(call: Call) -> Tensor:
+    """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the
+    threads.
+    """
+    library, problem, xz = kernels(), _problem(call), call.xz
+    images, tokens, channels, states, rank = call.sizes
+    columns = padded(rank + 2 * states)
+    out, extent = (
+        xz.new_empty(images, tokens, channels),
+        xz.new_empty(6 * images + 4, dtype=torch.int64),
+    )
+    weights, kept = [None, None], []
+    for which in _given(call):
+        weights[which] = xz.new_empty(CONV_WIDTH + 3 + states + rank, problem.padded)
+        kept.append(xz.new_empty(channels, columns))
+        problem.direction[which].projection = pointer(kept[-1])
+    _pack(problem, call, weights)
+    _measure(problem, call, extent, call.masked)
+    problem.out = pointer(out)
+    # Whole images to each thread is faster, unless threads would stand idle.
+    if images % problem.threads == 0 or images >= 4 * problem.threads:
+        library.infer(ctypes.byref(problem))
+        return out
+    for which in _given(call):
+        rows, direction = problem.rows[which], problem.direction[which]
+        kept.append(xz.new_empty(rows, rank + 2 * states))
+        direction.u = pointer(_scratch_rows(which, rows, problem.padded))
+        direction.projected = pointer(kept[-1])
+    for run in (library.convolve, library.project_images, library.scan):
+        run(ctypes.byref(problem))
+    return out
+
+
+def _run_forward(problem: Problem, call: Call, saved: Saved, out: Tensor) -> Saved:
+    """The passes behind `_measure`; the result's `projected` has the rows that were worked on."""
+    channels, projected = call.xz.shape[2] // 2, list(saved.projected)
+    for which in _given(call):
+        direction = problem.direction[which]
+        direction.u, direction.checkpoints = map(
+            pointer, (saved.u[which], saved.checkpoints[which])
+        )
+    kernels().convolve(ctypes.byref(problem))
+    for which in _given(call):
+        u = saved.u[which][: problem.rows[which], :channels]
+        projected[which] = linear(u, call.directions[which].x_proj_weight)
+        problem.direction[which].projected = pointer(projected[which])
+    problem.out = pointer(out)
+    kernels().scan(ctypes.byref(problem))
+    return saved._replace(projected=tuple(projected))
+
+
+def forward(call: Call) -> tuple[Tensor, Saved]:
+    """y [B, L, E] and what the backward pass needs."""
+    problem, saved = _problem(call), Saved.empty(call)
+    out = call.xz.new_empty(*call.xz.shape[:2], call.xz.shape[2] // 2)
+    _pack(problem, call, saved.weights)
+    _measure(problem, call, saved.extent, call.masked)
+    saved = _run_forward(problem, call, saved, out)
+    projected = list(saved.projected)
+    for which in _given(call):
+        # One size whatever the mask says, and nothing undefined behind the rows that count.
+        rest = len(saved.u[which]) - problem.rows[which]
+        projected[which] = F.pad(projected[which], (0, 0, 0, rest)) if rest else projected[which]
+        saved.u[which][problem.rows[which] :].zero_()
+        saved.checkpoints[which][problem.chunks[which] :].zero_()
+    return out, saved._replace(projected=tuple(projected))
+
+
+class Gradients(NamedTuple):
+    """Two of each that belongs to a direction, without elements for one that was not asked for."""
+
+    xz: Tensor  # [B, L, 2E]
+    mask: Tensor  # [B, L]
+    factor: Tensor  # [B, 2]
+    weights: tuple[Tensor, Tensor]  # [W + 2 + N, P], the head of the packed weights
+    x_proj: tuple[Tensor, Tensor]  # [R + 2N, E]
+    dt_proj: tuple[Tensor, Tensor]  # [E, R]
+    dt_bias: tuple[Tensor, Tensor]  # [E]
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        pairs = self.weights, self.x_proj, self.dt_proj, self.dt_bias
+        return (self.xz, self.mask, self.factor, *(t for pair in pairs for t in pair))
+
+    @classmethod
+    def empty(cls, call: Call) -> "Gradients":
+        images, _, channels, states, rank = call.sizes
+
+        def pair(*size: int) -> tuple[Tensor, Tensor]:
+            return tuple(
+                call.xz.new_empty((0,) if params is None else size) for params in call.directions
+            )
+
+        return cls(
+            torch.empty_like(call.xz),
+            torch.empty_like(call.mask),
+            torch.empty_like(call.factor),
+            pair(CONV_WIDTH + 2 + states, padded(channels)),
+            pair(rank + 2 * states, channels),
+            pair(channels, rank),
+            pair(channels),
+        )
+
+
+class _Written(NamedTuple):
+    """What the kernels write for one direction in the backward pass; see problem.h."""
+
+    grad_u: Tensor
+    grad_delta: Tensor
+    grad_BC: Tensor
+    grad_weights: Tensor
+
+    @classmethod
+    def empty(cls, problem: Problem, rows: int) -> "_Written":
+        width, states = problem.padded, problem.states
+        return cls(
+            torch.empty(rows, width, device="cpu"),
+            torch.empty(rows, width, device="cpu"),
+            torch.empty(problem.groups, rows, 2 * states, device="cpu"),
+            torch.zeros(problem.images, CONV_WIDTH + 2 + states, width, device="cpu"),
+        )
+
+
+def _projection_gradients(
+    grads: _Written, u: Tensor, projected: Tensor, params: BranchParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the projections of one direction: completes grads.grad_u.
+
+    Returns the gradients of x_proj_weight, dt_proj_weight and dt_proj_bias.
+    """
+    channels, rank = params.dt_proj_weight.shape
+    rows = len(grads.grad_u)
+    grad_delta, u = grads.grad_delta[:, :channels], u[:rows, :channels]
+    grad_projected = torch.cat((grad_delta @ params.dt_proj_weight, grads.grad_BC.sum(0)), dim=1)
+    grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
+    grad_dt_proj = grad_delta.t() @ projected[:rows, :rank]
+    return grad_projected.t() @ u, grad_dt_proj, grad_delta.sum(0)
+
+
+def _saved_problem(call: Call, saved: Saved, grad_out: Tensor) -> Problem:
+    """The problem as the forward pass left it."""
+    problem = _problem(call)
+    for which in _given(call):
+        direction = problem.direction[which]
+        for name in ("weights", "u", "projected", "checkpoints"):
+            setattr(direction, name, pointer(getattr(saved, name)[which]))
+    kernels().attach(ctypes.byref(problem), ctypes.c_void_p(pointer(saved.extent)))
+    problem.grad_out = pointer(grad_out)
+    return problem
+
+
+def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
+    """grad_out [B, L, E] contiguous."""
+    library, problem = kernels(), _saved_problem(call, saved, grad_out)
+    if library.gradient_behind(ctypes.byref(problem)):
+        # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
+        saved = Saved.empty(call)._replace(weights=saved.weights)
+        _measure(problem, call, saved.extent, masked=False)
+        saved = _run_forward(problem, call, saved, torch.empty_like(grad_out))
+    blocks = problem.padded // library.lanes()
+    # enough tasks for all threads when there are few images
+    problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(problem.images, 1))))
+    grad_xz = torch.empty_like(call.xz)
+    grad_mask = call.xz.new_empty(blocks, *call.mask.shape)
+    grad_factor = call.xz.new_zeros(blocks, *call.factor.shape)
+    problem.grad_xz, problem.grad_mask, problem.grad_factor = map(
+        pointer, (grad_xz, grad_mask, grad_factor)
+    )
+    written = {which: _Written.empty(problem, problem.rows[which]) for which in _given(call)}
+    for which, tensors in written.items():
+        for name, tensor in tensors._asdict().items():
+            setattr(problem.direction[which], name, pointer(tensor))
+    library.scan_backward(ctypes.byref(problem))
+    weights = {
+        which: _projection_gradients(
+            tensors, saved.u[which], saved.projected[which], call.directions[which]
+        )
+        for which, tensors in written.items()
+    }
+    library.convolve_backward(ctypes.byref(problem))
+    for which in (0, 1):
+        weights[which] = (
+            (written[which].grad_weights.sum(0), *weights[which])
+            if which in written
+            else (grad_xz.new_empty(0) for _ in range(4))
+        )
+    pairs = zip(weights[0], weights[1], strict=True)
+    return Gradients(grad_xz, grad_mask.sum(0), grad_factor.sum(0), *pairs)
