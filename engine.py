@@ -270,7 +270,7 @@ def validate(
     share = -(-data.num_val // whole_batch) if data.num_val else None
     batches = Progress(data.val_batches(), description, total=share, shown=distributed.is_main)
     own = [
-        experiment.task.meter(data, distributed.device),
+        experiment.task.meter(experiment.args, data, distributed.device),
         ReductionMeter(model, distributed.device),
     ]
     forward = evaluation_forward(model, experiment)

@@ -75,11 +75,11 @@ def train(experiment: Experiment) -> int:
         log.resume_at(training.epoch)
     tensorboard = tensorboard_writer(experiment.output, distributed, purge_step=training.epoch)
     _logger.info(
-        "%s: %s parameters, %s of %d classes, %d steps an epoch",
+        "%s: %s parameters, %s%s, %d steps an epoch",
         args.model,
         f"{sum(p.numel() for p in training.model.parameters()):,}",
         args.data_set,
-        data.num_classes,
+        f" of {data.num_classes} classes" if data.num_classes else "",
         data.steps_per_epoch,
     )
     while training.epoch < args.epochs:

@@ -109,7 +109,7 @@ def measure_speeds(
     models = {DENSE: dense}
     for name, outcome in first.items():
         checkpoint, threshold = load_checkpoint(outcome.checkpoint), outcome.run.args.gate_threshold
-        model = experiment.model(ModelSpec.from_args(outcome.run.args))
+        model = experiment.model(ModelSpec.from_checkpoint(checkpoint, files[name]))
         models[name] = restore(model, checkpoint, files[name], threshold=threshold)
     images_per_s = forward_speeds(models, experiment, seconds / 2 * len(models))
     return {"conditions": conditions, "images_per_s": images_per_s}

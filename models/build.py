@@ -95,10 +95,12 @@ class ModelSpec:
         return cls._from_record(vars(args))
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ModelSpec | None":
-        """The model that a checkpoint of ours records; None for a foreign one."""
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any], source: str) -> "ModelSpec":
+        """The model that a checkpoint of ours records. Raises UserError for a foreign one."""
         recorded = checkpoint.get("args")
-        return cls._from_record(recorded) if _is_ours(recorded) else None
+        if not _is_ours(recorded):
+            raise UserError(f"{source} does not record which model it is of")
+        return cls._from_record(recorded)
 
     @classmethod
     def _from_record(cls, record: Mapping[str, Any]) -> "ModelSpec":
@@ -171,13 +173,6 @@ def restore(
     load_weights(model, checkpoint, source)
     restore_threshold(model, checkpoint, threshold, "ema" if ema else "model", source)
     return model
-
-
-def restore_model(
-    spec: ModelSpec, checkpoint: Mapping[str, Any], num_classes: int, source: str, **choices
-) -> VisionMamba:
-    """A model of `spec` with the weights of a checkpoint; `choices` are those of `restore`."""
-    return restore(build_model(spec, num_classes), checkpoint, source, **choices)
 
 
 def _is_ours(recorded: Any) -> bool:

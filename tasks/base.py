@@ -14,6 +14,7 @@ from torch import Tensor
 from datasets import build_data
 from loading.data import Data
 from loading.loaders import Batch
+from loading.transforms import ImageSize, Transforms
 from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
 from utils.distributed import Distributed
@@ -102,12 +103,27 @@ class Task:
     def check(self, args: argparse.Namespace) -> None:
         """Raise UsageError for flags that cannot work together."""
 
+    def transforms(
+        self, args: argparse.Namespace, img_size: ImageSize, train: bool
+    ) -> Transforms | None:
+        """What becomes of an image and its target; None: that of classified images."""
+        return None
+
     def data(
-        self, args: argparse.Namespace, img_size: int, distributed: Distributed, train: bool = True
+        self,
+        args: argparse.Namespace,
+        img_size: ImageSize,
+        distributed: Distributed,
+        train: bool = True,
     ) -> Data:
-        """The data set that the flags name, for images of [3, img_size, img_size]."""
+        """The data set that the flags name, for images of a size in pixels."""
         return build_data(
-            args, img_size, rank=distributed.rank, world_size=distributed.world_size, train=train
+            args,
+            img_size,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
+            train=train,
+            transforms=self.transforms(args, img_size, train),
         )
 
     def check_checkpoint(
@@ -116,12 +132,10 @@ class Task:
         """Raise UserError for a checkpoint that was trained on something else."""
 
     def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
-        """The number with which `model` was called for a checkpoint. Raises UserError where it does
-        not say.
+        """The number with which `model` was called for a checkpoint. Raises UserError where that
+        cannot be known.
         """
-        if not checkpoint.get("class_names"):
-            raise UserError(f"{source} names no classes")
-        return len(checkpoint["class_names"])
+        return len(checkpoint.get("class_names") or ())
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
         """A model with fresh weights."""
@@ -145,7 +159,7 @@ class Task:
         """The forward pass of an evaluation; a window that slides, or a mean over views."""
         return model(images)
 
-    def meter(self, data: Data, device: torch.device) -> Meter:
+    def meter(self, args: argparse.Namespace, data: Data, device: torch.device) -> Meter:
         """A meter that computes all `measures`."""
         raise NotImplementedError
 

@@ -119,7 +119,9 @@ class Classification(Task):
     def distillation(self, result: Result, teacher_result: Result) -> dict[str, Tensor]:
         return logits_terms(result, teacher_result)
 
-    def meter(self, data: Data, device: torch.device) -> ClassificationMeter:
+    def meter(
+        self, args: argparse.Namespace, data: Data, device: torch.device
+    ) -> ClassificationMeter:
         return ClassificationMeter(device)
 
     def labels(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ import main
 import options
 from engine import validate
 from evaluation.calibration import calibrate, quantile_above
-from models.build import recorded_arguments, restore_model
+from models.build import build_model, recorded_arguments, restore
 from tasks import Experiment
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
@@ -30,8 +30,8 @@ def loaded(path: Path, *flags: str):
     argv = ["--eval", "--model-path", str(path), "--num-workers", "0", "--device", "cpu", *flags]
     args = options.parse(argv, recorded_arguments(checkpoint))
     experiment = Experiment.prepare(args, ALONE)
-    choices = dict(threshold=args.gate_threshold)
-    return experiment, restore_model(experiment.spec, checkpoint, 10, str(path), **choices)
+    model = build_model(experiment.spec, 10)
+    return experiment, restore(model, checkpoint, str(path), threshold=args.gate_threshold)
 
 
 def evaluated(path: Path, output: Path, *flags: str) -> dict:
@@ -122,9 +122,8 @@ def test_the_threshold_of_the_checkpoint_and_others(tmp_path, caplog):
     checkpoint = load_checkpoint(path)
     save_checkpoint(checkpoint | {"ema": checkpoint["model"]}, path)
     assert loaded(path)[1].gate_threshold == 1.25
-    spec = loaded(path)[0].spec
-    restored = restore_model(spec, load_checkpoint(path), 10, str(path), ema=True)
-    assert restored.gate_threshold == -2.0
+    _, model = loaded(path)
+    assert restore(model, load_checkpoint(path), str(path), ema=True).gate_threshold == -2.0
     assert loaded(path, "--gate-threshold", "0.5")[1].gate_threshold == 0
     assert loaded(path, "--gate-threshold", "0.9")[1].gate_threshold == pytest.approx(math.log(9))
     assert "no calibrated" not in caplog.text
