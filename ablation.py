@@ -203,8 +203,8 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
         "after --", [*args.common], {**SET_HERE, "--method": '--variant NAME "--method ..."'}
     )
     dense = str(Path(args.dense_path).resolve())
-    given = ["--model-path", dense, "--resume", "auto", "--throughput-seconds", "0"]
-    shared = _parse_flags("after --", ["--method", "dyvm", *args.common, *given])
+    fixed = ["--model-path", dense, "--resume", "auto", "--throughput-seconds", "0"]
+    shared = _parse_flags("after --", ["--method", "dyvm", *args.common, *fixed])
     runs = []
     for seed in args.seeds:
         for name, flags in args.variants.items():
@@ -216,7 +216,7 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
                 "dyvm",
                 *args.common,
                 *flags,
-                *given,
+                *fixed,
                 "--seed",
                 str(seed),
                 "--output_dir",

@@ -101,9 +101,9 @@ def measure_speeds(
         "precision": experiment.precision,
         "seconds": seconds,
     }
-    known = _recorded_speeds(experiment.output / RECORD)
-    if known.get("conditions") == conditions:
-        return known
+    recorded = _recorded_speeds(experiment.output / RECORD)
+    if recorded.get("conditions") == conditions:
+        return recorded
     dense = experiment.model(experiment.spec.dense())
     load_weights(dense, load_checkpoint(dense_path), dense_path)
     models = {DENSE: dense}

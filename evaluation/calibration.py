@@ -98,11 +98,11 @@ def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
     """Logits of all gates on the calibration images of all ranks, in one long row on rank 0;
     elsewhere empty.
     """
-    distributed, seen = experiment.distributed, []
+    distributed, recorded = experiment.distributed, []
     routers = [layer.mixer.block_head for layer in model.layers]
     handles = [
         router.register_forward_hook(
-            lambda _module, _inputs, logits: seen.append(logits.float().cpu())
+            lambda _module, _inputs, logits: recorded.append(logits.float().cpu())
         )
         for router in routers
     ]
@@ -117,7 +117,7 @@ def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
-    own = torch.cat([logits.flatten() for logits in seen]) if seen else torch.empty(0)
+    own = torch.cat([logits.flatten() for logits in recorded]) if recorded else torch.empty(0)
     return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
 
 

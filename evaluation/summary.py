@@ -39,7 +39,7 @@ def evaluate_all(
     meters: Sequence[Meter] = (),
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Evaluate a model, the average of its weights and its dense counterpart; -> the content of
-    eval.json on rank 0, all that was found out about the model.
+    eval.json on rank 0, all values of the model.
 
     Args:
         model: dense or dynamic.
@@ -80,8 +80,8 @@ def column(
 ) -> dict[str, Any]:
     """What is reported of one model; without `values` what is known without its weights."""
     flops = count_flops(model, values["gates"] if values else None)
-    known = {m.key: values[m.key] for m in task.measures} if values else {}
-    return known | {
+    scores = {m.key: values[m.key] for m in task.measures} if values else {}
+    return scores | {
         "flops": flops._asdict(),
         "images_per_s": images_per_s,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -104,8 +104,7 @@ class ModelSpec:
 
     @classmethod
     def _from_record(cls, record: Mapping[str, Any]) -> "ModelSpec":
-        known = {name: record[flag] for name, flag in FLAG_OF.items() if flag in record}
-        return cls(**known)
+        return cls(**{name: record[flag] for name, flag in FLAG_OF.items() if flag in record})
 
     @property
     def dynamic(self) -> bool:
@@ -184,12 +183,12 @@ def recorded_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     recorded = checkpoint.get("args")
     if not _is_ours(recorded):
         return {}
-    known = {name: recorded[name] for name in IDENTITY if name in recorded}
-    known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
-    known["dense_path"] = _recorded_teacher(
+    defaults = {name: recorded[name] for name in IDENTITY if name in recorded}
+    defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
+    defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")
     )
-    return known
+    return defaults
 
 
 def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:

@@ -14,9 +14,9 @@ import engine
 import main
 from models.build import ModelSpec, build_model, recorded_arguments
 from report import main as write_report
-from tasks import Experiment
+from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
 from tasks.classification import check_classes
-from utils import preemption
+from utils import preemption, resume
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -369,6 +369,16 @@ def test_resume_refuses_what_would_alter_the_run(student, dense, tmp_path):
     assert main.main([*arguments, *resume, "--lr", "0.5", "--resume-override"]) == 0, (
         "it was finished: evaluated again"
     )
+
+
+def test_checkpoints_of_earlier_versions_name_no_task(student):
+    path = student / "checkpoint.pth"
+    checkpoint = main.load_checkpoint(path)
+    keys = ("args", "world_size", "class_names", "steps_per_epoch", "teacher_sha256", "task")
+    record = {key: checkpoint[key] for key in keys}
+    assert checkpoint.pop("task") == "classification"
+    assert task_of_checkpoint(checkpoint) is CLASSIFICATION
+    assert resume.check_agreement(checkpoint, path, record, override=False)
 
 
 def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
