@@ -11,13 +11,12 @@ was interrupted.
 
 import os
 
-from evaluation.ablation_table import PlannedRun
-
 # Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
 # shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import dataclasses
 import fcntl
 import logging
 import re
@@ -34,13 +33,21 @@ from typing import Any
 import torch
 
 import options
-from datasets import Data, build_data
-from evaluation.ablation_table import DENSE, Outcome, measure_speeds, summarise, table, write
-from models.build import build_model, check_classes, model_image_size
+from evaluation.ablation_table import (
+    DENSE,
+    Outcome,
+    PlannedRun,
+    measure_speeds,
+    summarise,
+    table,
+    write,
+)
+from models.build import ModelSpec
 from models.weights import load_weights
+from tasks import Experiment, Measure
 from utils import arguments, preemption
 from utils.checkpoint import BEST, load_checkpoint, load_newest
-from utils.distributed import init_distributed
+from utils.distributed import Distributed, init_distributed
 from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, sha256_of
 from utils.logging import Progress, setup_logging
@@ -196,8 +203,8 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
         "after --", [*args.common], {**SET_HERE, "--method": '--variant NAME "--method ..."'}
     )
     dense = str(Path(args.dense_path).resolve())
-    given = ["--model-path", dense, "--resume", "auto", "--throughput-seconds", "0"]
-    shared = _parse_flags("after --", ["--method", "dyvm", *args.common, *given])
+    fixed = ["--model-path", dense, "--resume", "auto", "--throughput-seconds", "0"]
+    shared = _parse_flags("after --", ["--method", "dyvm", *args.common, *fixed])
     runs = []
     for seed in args.seeds:
         for name, flags in args.variants.items():
@@ -209,7 +216,7 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
                 "dyvm",
                 *args.common,
                 *flags,
-                *given,
+                *fixed,
                 "--seed",
                 str(seed),
                 "--output_dir",
@@ -244,22 +251,21 @@ def _parse_flags(where: str, words: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"{where}: {error}") from None
 
 
-def check_inputs(runs: Sequence[PlannedRun], dense_path: str) -> Data:
+def check_inputs(runs: Sequence[PlannedRun], dense_path: str, output: Path) -> Experiment:
     """Prove that data, teacher and variants fit each other, before any time is spent on training;
-    -> the data.
+    -> what the runs have in common, on the CPU.
     """
-    first = runs[0].args
+    alone = Distributed(torch.device("cpu"))
+    experiment = dataclasses.replace(Experiment.prepare(runs[0].args, alone), output=output)
     dense = load_checkpoint(dense_path)
-    data = build_data(first, model_image_size(first))
-    check_classes(dense, data.class_names, dense_path)
+    experiment.task.check_checkpoint(dense, experiment.data.class_names, dense_path)
     for run in {run.variant: run for run in runs}.values():
         try:
-            load_weights(
-                build_model(run.args, data.num_classes), dense, dense_path, from_dense=True
-            )
+            model = experiment.model(ModelSpec.from_args(run.args))
+            load_weights(model, dense, dense_path, from_dense=True)
         except UserError as error:
             raise type(error)(f"variant {run.variant}: {error}") from None
-    return data
+    return experiment
 
 
 def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
@@ -267,14 +273,14 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
     checkpoint.
     """
     evaluated = (run.folder / "eval.json").exists() and (run.folder / BEST).exists()
-    found = (
+    newest = (
         (load_checkpoint(run.folder / BEST), run.folder / BEST)
         if evaluated
         else load_newest(run.folder)
     )
-    if found is None:
+    if newest is None:
         return False
-    checkpoint, path = found
+    checkpoint, path = newest
     different = flag_differences(checkpoint.get("args", {}), vars(run.args))
     threshold = checkpoint.get("args", {}).get(
         "gate_threshold"
@@ -378,7 +384,7 @@ def why_it_failed(run: PlannedRun, code: int) -> str:
 
 
 def train_missing(
-    runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int
+    runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int, measure: Measure
 ) -> dict[str, str]:
     """Train what is not complete; -> {run: why it failed}."""
     missing = [run for run in runs if not is_complete(run, teacher_sha256)]
@@ -387,7 +393,8 @@ def train_missing(
     with closing(train_all(missing, jobs, lock)) as ended:
         for run, code in Progress(ended, "runs", total=len(missing)):
             if code == 0:
-                _logger.info("%s: top-1 %.2f %%", run, Outcome.read(run).top1)
+                value = measure.with_unit(Outcome.read(run).dynamic[measure.key])
+                _logger.info("%s: %s %s", run, measure.name, value)
             elif not preemption.requested():
                 failed[str(run)] = why_it_failed(run, code)
                 _logger.error(
@@ -420,12 +427,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     runs = plan(args)
     setup_logging()
-    data = check_inputs(runs, args.dense_path)
-    output = prepare_output_dir(args.output_dir)
+    experiment = check_inputs(runs, args.dense_path, Path(args.output_dir))
+    best, output = experiment.task.best, prepare_output_dir(args.output_dir)
     preemption.install()
     teacher = sha256_of(args.dense_path)
     with locked(output) as lock:
-        failed = train_missing(runs, teacher, args.jobs, lock)
+        failed = train_missing(runs, teacher, args.jobs, lock, best)
         if preemption.requested():
             _logger.warning(
                 "told to leave by %s; the runs have saved, the same command goes on",
@@ -435,19 +442,14 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = [Outcome.read(run) for run in runs if str(run) not in failed]
         if not outcomes:
             raise UserError(f"all {len(runs)} runs failed; {runs[0]}: {failed[str(runs[0])]}")
-        speeds = measure_speeds(
-            outcomes,
-            args.dense_path,
-            data,
-            init_distributed(runs[0].args.device),
-            args.throughput_seconds,
-            output,
-        )
-        summary = summarise(args.variants, outcomes, speeds)
-        write(
-            summary, outcomes, failed, describe(args, argv, runs[0].args, teacher), speeds, output
-        )
-    print(table(summary, "simple"))
+        # Only now: until here a GPU is the trainings' own.
+        device = init_distributed(runs[0].args.device)
+        experiment = dataclasses.replace(experiment, distributed=device)
+        speeds = measure_speeds(outcomes, args.dense_path, experiment, args.throughput_seconds)
+        summary = summarise(args.variants, outcomes, speeds, best)
+        about = describe(args, argv, runs[0].args, teacher)
+        write(summary, outcomes, failed, about, speeds, experiment.task, output)
+    print(table(summary, best, "simple"))
     for run, reason in failed.items():
         print(f"missing: {run}: {reason}")
     _logger.info("written to %s", output / "ablation.md")

@@ -1,4 +1,4 @@
-"""One epoch of training, one pass of evaluation.
+"""Training and how it is built, one epoch of training, one pass of evaluation.
 
 Every random number of a step follows from (seed, epoch, step, rank): a run that is interrupted
 anywhere goes on with the numbers that it would have drawn.
@@ -6,28 +6,24 @@ anywhere goes on with the numbers that it would have drawn.
 B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.04787).
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from datasets import Data
 from loading.loaders import Batch
-from losses import batch_statistics, mean_over_ranks
-from models import DynamicVisionMamba, Result, VisionMamba
-from models.build import build_dense, build_model, check_classes
+from losses import Budgets, Distillation, Objective
+from models import Result, VisionMamba
 from models.weights import load_weights
-from tasks.classification import build_criterion
+from tasks import Experiment, Meter, ReductionMeter
+from tasks.base import BatchTransform
 from utils.checkpoint import load_checkpoint
 from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
@@ -38,20 +34,6 @@ from utils.precision import autocast
 from utils.seeding import seed_everything
 
 
-def evaluation_forward(
-    model: Callable[[Tensor], Result], device: torch.device, amp: str
-) -> Callable[[Tensor], Result]:
-    """A model's forward pass under `--amp`; each call enters autocast anew, so that a CUDA graph
-    can hold it.
-    """
-
-    def forward(images: Tensor) -> Result:
-        with autocast(device, amp):
-            return model(images)
-
-    return forward
-
-
 @dataclass
 class Training:
     """Everything that a run changes as it goes, and what it needs to go on."""
@@ -59,18 +41,16 @@ class Training:
     model: VisionMamba
     parallel: nn.Module  # the model, wrapped for several processes
     teacher: VisionMamba | None
-    criterion: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    mixup: Mixup | None
+    batch_transform: BatchTransform | None
     guard: NonFiniteSteps
     epoch: int = 0
-    step: int = (
-        0  # the next step of this epoch; after the last one, the epoch awaits its evaluation
-    )
-    best: float = 0.0
+    step: int = 0  # the next one of this epoch; after the last one, the epoch awaits its evaluation
+    best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -95,33 +75,33 @@ class Training:
 
 
 def train_one_epoch(
-    run: Training,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
+    training: Training,
+    experiment: Experiment,
     averages: Averages,
     after_step: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from `run.step` to the last step of epoch `run.epoch`; -> whether it came to the end.
+    """Train from `training.step` to the last step of epoch `training.epoch`; -> whether it came to
+    the end.
 
-    A step is one batch of the loader; the weights change every `--accum-steps` of them. A rest is
-    left out.
+    A step is one batch of the loader; the weights change every `--accum-steps` of them. An
+    incomplete last group is dropped.
 
     averages: gets the means of the loss terms and rates; those of the steps done before, when
         resumed.
     after_step: called when the weights have changed; True stops here.
     """
-    run.parallel.train()
+    args, data = experiment.args, experiment.data
+    training.parallel.train()
     steps = data.steps_per_epoch // args.accum_steps * args.accum_steps
     if not args.sched_on_updates:
-        run.scheduler.step(run.epoch)
+        training.scheduler.step(training.epoch)
     bar = Progress(
-        data.train_batches(run.epoch, run.step),
-        f"epoch {run.epoch + 1}/{args.epochs}",
+        data.train_batches(training.epoch, training.step),
+        f"epoch {training.epoch + 1}/{args.epochs}",
         total=steps,
-        initial=run.step,
+        initial=training.step,
         status=lambda: _one_line(averages.means()),
-        shown=distributed.is_main,
+        shown=experiment.is_main,
     )
     parts: list[Batch] = []
     for batch in bar:
@@ -129,24 +109,25 @@ def train_one_epoch(
         if len(parts) < args.accum_steps:
             continue
         if args.sched_on_updates:
-            run.scheduler.step_update((run.epoch * steps + run.step) // args.accum_steps)
-        measured = accumulate_gradients(run, parts, args, distributed)
-        norm = gradient_norm(run, args.clip_grad)
-        skipped = run.guard.step(
+            done = training.epoch * steps + training.step
+            training.scheduler.step_update(done // args.accum_steps)
+        measured = accumulate_gradients(training, parts, experiment)
+        norm = gradient_norm(training, args.clip_grad)
+        skipped = training.guard.step(
             norm, measured["loss"], torch.cat([part.indices for part in parts])
         )
-        if run.ema is not None:
-            run.ema.update(run.model)
-        lr = run.optimizer.param_groups[0]["lr"]
+        if training.ema is not None:
+            training.ema.update(training.model)
+        lr = training.optimizer.param_groups[0]["lr"]
         averages.update(
             sum(len(part.images) for part in parts), **measured, skipped_steps=skipped, lr=lr
         )
-        run.step, parts = run.step + len(parts), []
+        training.step, parts = training.step + len(parts), []
         if after_step():
             return False
-        if run.step == steps:
+        if training.step == steps:
             break
-    run.guard.look()
+    training.guard.look()
     return True
 
 
@@ -154,71 +135,72 @@ def _one_line(means: dict[str, float]) -> str:
     return " ".join(f"{name} {value:.4g}" for name, value in means.items())
 
 
-def gradient_norm(run: Training, clip: float | None) -> Tensor:
+def gradient_norm(training: Training, clip: float | None) -> Tensor:
     """The norm of the whole gradient, which is clipped to `clip` if that is given."""
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    training.scaler.unscale_(training.optimizer)
+    parameters = [p for p in training.model.parameters() if p.grad is not None]
     if clip:
         return torch.nn.utils.clip_grad_norm_(parameters, clip)
     return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 def accumulate_gradients(
-    run: Training, parts: Sequence[Batch], args: argparse.Namespace, distributed: Distributed
+    training: Training, parts: Sequence[Batch], experiment: Experiment
 ) -> dict[str, Tensor]:
     """Gradients of the loss on the joined parts; -> means of the loss, its terms and the measured
     rates.
 
-    The budget terms look at the joined batch. With several parts these statistics need a forward
-    pass of their own, without gradient, which the same seeds make equal to the one that follows.
+    Some terms look at the joined batch. With several parts its statistics need a forward pass of
+    their own, without gradient, which the same seeds make equal to the one that follows.
     """
     whole = None
-    if len(parts) > 1 and run.teacher is not None:
-        with torch.no_grad():
-            seen = [
-                batch_statistics(_forward(run, run.model, part, i, args, distributed)[0])
-                for i, part in enumerate(parts)
-            ]
-        whole = mean_over_ranks(torch.stack(seen).mean(dim=0))
-    run.optimizer.zero_grad(set_to_none=True)
+    if len(parts) > 1:
+        whole = training.objective.whole_batch(
+            _forward(training, training.model, part, i, experiment)[0]
+            for i, part in enumerate(parts)
+        )
+    training.optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
-        with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
-            result, images, targets = _forward(run, run.parallel, part, i, args, distributed)
-            with autocast(distributed.device, args.amp):
-                taught = None
-                if run.teacher is not None:
+        alone = training.parallel is training.model
+        with nullcontext() if last or alone else training.parallel.no_sync():
+            result, images, targets = _forward(training, training.parallel, part, i, experiment)
+            with autocast(experiment.device, experiment.args.amp):
+                teacher_result = None
+                if training.teacher is not None:
                     with torch.no_grad():
-                        taught = run.teacher(images)
-                loss, terms = run.criterion(result, targets, taught, whole)
+                        teacher_result = training.teacher(images)
+                loss, terms = training.objective(result, targets, teacher_result, whole)
             # A loss that is not finite can have a finite gradient. This makes the gradient tell, on
             # every rank.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-            run.scaler.scale(loss / len(parts)).backward()
+            training.scaler.scale(loss / len(parts)).backward()
         for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
             totals[name] = totals.get(name, 0) + value.detach() / len(parts)
     return totals
 
 
 def _forward(
-    run: Training,
-    model: nn.Module,
-    part: Batch,
-    index: int,
-    args: argparse.Namespace,
-    distributed: Distributed,
+    training: Training, model: nn.Module, part: Batch, index: int, experiment: Experiment
 ) -> tuple[Result, Tensor, Tensor]:
     """The model on the `index`-th part of a step, mixed up; -> result, images, targets. Seeds every
     random number.
     """
-    seed_everything(args.seed, run.epoch, run.step + index, distributed.rank)
-    images = part.images.to(distributed.device, non_blocking=True)
-    targets = part.targets.to(distributed.device, non_blocking=True)
-    if run.mixup is not None:
-        images, targets = run.mixup(images, targets)
-    with autocast(distributed.device, args.amp):
+    seed = experiment.args.seed
+    seed_everything(seed, training.epoch, training.step + index, experiment.distributed.rank)
+    part = to_device(part, experiment.device)
+    images, targets = part.images, part.targets
+    if training.batch_transform is not None:
+        images, targets = training.batch_transform(images, targets)
+    with autocast(experiment.device, experiment.args.amp):
         return model(images), images, targets
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Images and targets on the device; the indices stay on the host."""
+    images, targets = (part.to(device, non_blocking=True) for part in (batch.images, batch.targets))
+    return batch._replace(images=images, targets=targets)
 
 
 def measured_rates(result: Result) -> dict[str, Tensor]:
@@ -238,110 +220,103 @@ class Interrupted(Exception):
     """An evaluation was asked to end early; what was trained is saved already."""
 
 
-@dataclass
-class Metrics:
-    """What an evaluation pass measures; percentages as 0 - 100."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    keep: list[float]  # S, fraction of the patches left after each stage
-    gates: list[list[float]]  # depth x (forward, backward)
-
-
 @torch.no_grad()
 def evaluate(
-    model: VisionMamba,
-    data: Data,
-    args: argparse.Namespace,
+    forward: Callable[[Tensor], Result],
+    batches: Iterable[Batch],
+    meters: Sequence[Meter],
     distributed: Distributed,
-    description: str = "evaluation",
     interrupted: Callable[[], bool] = lambda: False,
-    observe: Callable[[Batch, Result], None] | None = None,
-) -> Metrics:
-    """Every validation image once, over all ranks. Raises Interrupted on all of them when
-    `interrupted` says so on one.
+) -> dict[str, Any]:
+    """Show the meters every batch of this rank; -> `images`, their number on all ranks, and what
+    the meters compute.
 
-    observe: sees each batch of this rank and what the model made of it, which the next batch may
-        overwrite.
+    Raises Interrupted on all ranks when `interrupted` says so on one, UserError without any image.
     """
-    model.eval()
-    device = distributed.device
-    forward = graphed(evaluation_forward(model, device, args.amp), device, args.cuda_graph)
-    # images, correct in 1, correct in 5, summed loss, then summed gates and kept patches
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    gates = torch.zeros(model.depth, 2, dtype=torch.float64, device=device)
-    kept: list[int] = []
-    leaving = False
-    share = -(-data.num_val // (args.batch_size * distributed.world_size)) if data.num_val else None
-    for batch in Progress(data.val_batches(), description, total=share, shown=distributed.is_main):
-        images = batch.images.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
-        result = forward(images)
-        logits = result.logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        # Multiples of 2^-24: their float64 sum is exact, so that no number of processes changes the
-        # last digit.
-        loss = (
-            F.cross_entropy(logits, targets, reduction="none").double() * 2**24
-        ).round().sum() / 2**24
-        totals += torch.stack(
-            [totals.new_tensor(len(images)), ranked[:, 0].sum(), ranked.sum(), loss]
-        ).double()
-        gates += result.gates.double().sum(dim=1)
-        kept = [stage.shape[1] for stage in result.kept]
-        if observe is not None:
-            observe(batch, result)
+    count, leaving = 0, False
+    for batch in batches:
+        batch = to_device(batch, distributed.device)
+        result = forward(batch.images)
+        count += len(batch.images)
+        for meter in meters:
+            meter.update(batch, result)
         leaving = interrupted()
         if leaving:
             break
     # Ranks differ in their number of batches, so that they can agree only here.
     if distributed.agree_any(leaving):
         raise Interrupted
-    totals = distributed.all_reduce_sum(totals)
-    gates = distributed.all_reduce_sum(gates)
-    count = int(totals[0])
-    if count == 0:
+    images = int(distributed.all_reduce_sum([count]).item())
+    if images == 0:
         raise UserError("no validation image could be used")
-    top1, top5 = (100 * totals[1:3] / count).tolist()
-    keep = [number / model.num_patches for number in kept]
-    return Metrics(top1, top5, totals[3].item() / count, count, keep, (gates / count).tolist())
+    values: dict[str, Any] = {"images": images}
+    for meter in meters:
+        values |= meter.compute(distributed)
+    return values
 
 
-def ema_decay(args: argparse.Namespace, updates: int) -> float:
+def validate(
+    model: VisionMamba,
+    experiment: Experiment,
+    description: str = "evaluation",
+    meters: Sequence[Meter] = (),
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Evaluate a model on the validation images; -> the task's measures, `images`, `keep`, `gates`
+    (see `ReductionMeter`) and what further `meters` compute.
+    """
+    data, distributed = experiment.data, experiment.distributed
+    whole_batch = experiment.args.batch_size * distributed.world_size
+    share = -(-data.num_val // whole_batch) if data.num_val else None
+    batches = Progress(data.val_batches(), description, total=share, shown=distributed.is_main)
+    own = [
+        experiment.task.meter(experiment.args, data, distributed.device),
+        ReductionMeter(model, distributed.device),
+    ]
+    forward = evaluation_forward(model, experiment)
+    return evaluate(forward, batches, [*own, *meters], distributed, interrupted)
+
+
+def evaluation_forward(
+    model: Callable[[Tensor], Result], experiment: Experiment
+) -> Callable[[Tensor], Result]:
+    """How the task predicts with a model, under `--amp` and in CUDA graphs; a result is valid until
+    the next call.
+    """
+    if isinstance(model, nn.Module):
+        model.eval()
+
+    def forward(images: Tensor) -> Result:
+        # Each call enters autocast anew, so that a CUDA graph can hold it.
+        with autocast(experiment.device, experiment.args.amp):
+            return experiment.task.predict(model, images)
+
+    return graphed(forward, experiment.device, experiment.args.cuda_graph)
+
+
+def ema_decay(decay: float | None, updates: int) -> float:
     """`--model-ema-decay`, for `updates` of the average in the whole run.
 
     The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of
     mostly random weights; there the default is less, so that the initial weights count for e^-5 =
     0.7 % of the average at the end.
     """
-    if args.model_ema_decay is not None:
-        return args.model_ema_decay
+    if decay is not None:
+        return decay
     return min(0.99996, max(0.0, 1 - 5 / updates))
 
 
-def build_training(args: argparse.Namespace, data: Data, distributed: Distributed) -> Training:
-    """Model, teacher, loss, optimizer, schedule, EMA and mixup of a fresh run."""
-    device = distributed.device
+def build_training(experiment: Experiment) -> Training:
+    """Model, teacher, objective, optimizer, schedule and EMA of a fresh run."""
+    args, data, device = experiment.args, experiment.data, experiment.device
     if args.amp == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     seed_everything(args.seed)
-    model, teacher = build_model(args, data.num_classes).to(device), None
-    if args.model_path:
-        dense_weights = load_checkpoint(args.model_path)
-        dynamic = isinstance(model, DynamicVisionMamba)
-        if dynamic:
-            check_classes(dense_weights, data.class_names, args.model_path)
-        load_weights(
-            model, dense_weights, args.model_path, from_dense=dynamic, new_head=not dynamic
-        )
-        if dynamic:
-            teacher = build_dense(args, data.num_classes).to(device).eval().requires_grad_(False)
-            load_weights(teacher, dense_weights, args.model_path)
+    model = experiment.model(experiment.spec)
+    teacher = load_start(model, experiment) if args.model_path else None
     model.grad_checkpointing = args.grad_checkpointing
     parallel: nn.Module = model
-    if distributed.world_size > 1:
+    if experiment.distributed.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     updates = data.steps_per_epoch // args.accum_steps
@@ -349,21 +324,7 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         raise UsageError(
             f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches"
         )
-    whole_batch = args.batch_size * args.accum_steps * distributed.world_size
-    lr = args.lr if args.unscale_lr else args.lr * whole_batch / 512
-    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            eps=args.opt_eps,
-            betas=tuple(args.opt_betas),
-            **fused,
-        )
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None
+    optimizer = build_optimizer(model, experiment)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -374,30 +335,78 @@ def build_training(args: argparse.Namespace, data: Data, distributed: Distribute
         step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=updates,
     )
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            args.mixup,
-            args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            label_smoothing=args.smoothing,
-            num_classes=data.num_classes,
-        )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=ema_decay(args.model_ema_decay, args.epochs * updates))
+    stop = args.nonfinite == "stop"
     return Training(
         model,
         parallel,
         teacher,
-        build_criterion(args, model),
+        build_objective(model, teacher, experiment),
         optimizer,
         scheduler,
         scaler,
-        ema=ModelEmaV3(model, decay=ema_decay(args, args.epochs * updates))
-        if args.model_ema
-        else None,
-        mixup=mixup,
-        guard=NonFiniteSteps(
-            optimizer, scaler, distributed, data.describe, stop=args.nonfinite == "stop"
-        ),
+        ema,
+        batch_transform=experiment.task.batch_transform(args, data.num_classes),
+        guard=NonFiniteSteps(optimizer, scaler, experiment.distributed, data.describe, stop=stop),
     )
+
+
+def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None:
+    """Load the weights of `--model-path` into a fresh model; -> the teacher that they make, None
+    where nothing is distilled.
+    """
+    source, spec = experiment.args.model_path, experiment.spec
+    dense_weights = load_checkpoint(source)
+    if not spec.dynamic:
+        load_weights(model, dense_weights, source, new_head=True)
+        return None
+    experiment.task.check_checkpoint(dense_weights, experiment.data.class_names, source)
+    load_weights(model, dense_weights, source, from_dense=True)
+    if not experiment.task.distils:
+        return None
+    teacher = experiment.model(spec.dense()).eval().requires_grad_(False)
+    load_weights(teacher, dense_weights, source)
+    return teacher
+
+
+def build_objective(
+    model: VisionMamba, teacher: VisionMamba | None, experiment: Experiment
+) -> Objective:
+    """The task's terms; for a dynamic model its budgets, and distillation where it has a teacher."""
+    args, task = experiment.args, experiment.task
+    budgets = distillation = None
+    if experiment.spec.dynamic:
+        learned = model.token_keep and experiment.spec.token_strategy == "learned"
+        budgets = Budgets(
+            token_keep=model.token_keep if learned else None,
+            block_keep=args.block_keep_ratio if model.route_blocks else None,
+            token_weight=args.token_pruning_weight,
+            block_weight=args.block_pruning_weight,
+        )
+    if teacher is not None:
+        distillation = Distillation(
+            task.distillation, tokens=bool(model.token_keep), weight=args.distill_weight
+        )
+    return Objective(task.criterion(args), budgets, distillation)
+
+
+def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.Optimizer:
+    """timm's optimizer of the name `--opt`; `--lr` is scaled by the whole batch."""
+    args = experiment.args
+    whole_batch = args.batch_size * args.accum_steps * experiment.distributed.world_size
+    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=args.lr if args.unscale_lr else args.lr * whole_batch / 512,
+            weight_decay=args.weight_decay,
+            eps=args.opt_eps,
+            betas=tuple(args.opt_betas),
+            **fused,
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"--opt {args.opt} cannot be used: {error}") from None

@@ -1,25 +1,28 @@
 """The loss of DyVM and its named terms.
 
-total = w_cls CE + w_tok token ratio + w_blk block ratio + w_distill (KL of logits + distance of
-kept tokens)
+total = task terms + w_tok token ratio + w_blk block ratio + w_distill (distance of the answers +
+distance of kept tokens)
+
+The task's terms are cross entropy in classification, the distance of the answers is the KL
+divergence of the logits.
 
 B images, M patches, S stages, d width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section
 3.4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Result
 from models.layouts import take
+from utils.distributed import mean_over_ranks
 
 TOKEN_DISTANCES = ("mse", "kl")
 RATIO_SCOPES = ("image", "batch")
-TERMS = ("cls", "token_ratio", "block_ratio", "cls_kl", "token_distill")
 
 
 def batch_statistics(result: Result) -> Tensor:
@@ -31,15 +34,6 @@ def batch_statistics(result: Result) -> Tensor:
     return torch.stack(
         [result.gates.detach().mean().float(), result.alive.detach().sum().float(), *stages]
     )
-
-
-def mean_over_ranks(statistics: Tensor) -> Tensor:
-    """Statistics of a part of the batch -> their mean over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return statistics
-    total = statistics.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _with_value(local: Tensor, value: Tensor) -> Tensor:
@@ -83,6 +77,11 @@ def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
+def logits_terms(result: Result, teacher_result: Result) -> dict[str, Tensor]:
+    """`cls_kl`: the teacher's class probabilities as a target."""
+    return {"cls_kl": logits_distance(result.logits, teacher_result.logits)}
+
+
 def token_distance(
     result: Result, teacher_tokens: Tensor, distance: str = "mse", kept: Tensor | None = None
 ) -> Tensor:
@@ -103,92 +102,144 @@ def token_distance(
     return (per_token * keep).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
 
 
-class DynamicLoss(nn.Module):
-    """Classification, budget and distillation terms; a term is left out where its part of the model
-    is missing.
+@dataclass(frozen=True)
+class Budgets:
+    """The terms that hold a dynamic model to what it may keep.
 
     Args:
-        criterion: classification loss of (logits, targets).
-        token_keep: target of each stage, as fractions of the original patches; None: no token terms
-            (block-only).
-        block_keep: target of the mean gate; None: no block term (token-only).
-        token_budget: False leaves out the ratio term alone (random and static pruning meet their
-            budget anyway).
+        token_keep: target of each stage, as fractions of the original patches; None: no such term
+            (nothing is dropped, or a fixed number of tokens, which meets its budget anyway).
+        block_keep: target of the mean gate; None: no such term (nothing is routed).
+        ratio_scope: whether each "image" meets the targets of the stages, or the "batch".
+    """
+
+    token_keep: Sequence[float] | None = None
+    block_keep: float | None = None
+    token_weight: float = 10.0
+    block_weight: float = 10.0
+    ratio_scope: str = "image"
+
+    def __post_init__(self):
+        _check_choice("ratio_scope", self.ratio_scope, RATIO_SCOPES)
+
+    @property
+    def reads_whole_batch(self) -> bool:
+        return self.block_keep is not None or (
+            self.token_keep is not None and self.ratio_scope == "batch"
+        )
+
+    def terms(self, result: Result, whole: Tensor | None) -> dict[str, Tensor]:
+        """`token_ratio` and `block_ratio`, weighted; whole: `batch_statistics` of the batch."""
+        terms = {}
+        if self.token_keep is not None:
+            means = whole[2:] if self.ratio_scope == "batch" else None
+            ratio = token_ratio(result.decisions, self.token_keep, means)
+            terms["token_ratio"] = self.token_weight * ratio
+        if self.block_keep is not None:
+            ratio = block_ratio(result.gates, self.block_keep, whole[0])
+            terms["block_ratio"] = self.block_weight * ratio
+        return terms
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The terms that pull a dynamic model to its dense teacher.
+
+    Args:
+        answers: the task's unweighted terms by name, of (result, teacher's result).
+        tokens: with the distance of the kept tokens, for models that drop any.
+        token_distance: "mse" or "kl".
+    """
+
+    answers: Callable[[Result, Result], dict[str, Tensor]] = logits_terms
+    tokens: bool = True
+    weight: float = 0.5
+    token_distance: str = "mse"
+
+    def __post_init__(self):
+        _check_choice("token_distance", self.token_distance, TOKEN_DISTANCES)
+
+    @property
+    def reads_whole_batch(self) -> bool:
+        return self.tokens
+
+    def terms(
+        self, result: Result, teacher_result: Result, whole: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The task's terms and `token_distill`, weighted; whole: `batch_statistics` of the batch."""
+        terms = dict(self.answers(result, teacher_result))
+        if self.tokens:
+            terms["token_distill"] = token_distance(
+                result, teacher_result.tokens, self.token_distance, whole[1]
+            )
+        return {name: self.weight * term for name, term in terms.items()}
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+
+
+class Objective(nn.Module):
+    """The task's terms, the budgets and the distillation; each is left out where its part is
+    missing.
+
+    Args:
+        criterion: (result, targets) -> the task's weighted terms by name.
     """
 
     def __init__(
         self,
-        criterion: nn.Module,
-        *,
-        token_keep: Sequence[float] | None,
-        block_keep: float | None,
-        token_weight: float = 10.0,
-        block_weight: float = 10.0,
-        distill_weight: float = 0.5,
-        cls_weight: float = 1.0,
-        token_distance: str = "mse",
-        ratio_scope: str = "image",
-        token_budget: bool = True,
+        criterion: Callable[[Result, Tensor], dict[str, Tensor]],
+        budgets: Budgets | None = None,
+        distillation: Distillation | None = None,
     ):
         super().__init__()
-        if token_distance not in TOKEN_DISTANCES:
-            raise ValueError(
-                f"token_distance {token_distance!r} must be one of {', '.join(TOKEN_DISTANCES)}"
-            )
-        if ratio_scope not in RATIO_SCOPES:
-            raise ValueError(
-                f"ratio_scope {ratio_scope!r} must be one of {', '.join(RATIO_SCOPES)}"
-            )
-        self.criterion, self.token_keep, self.block_keep = criterion, token_keep, block_keep
-        self.token_weight, self.block_weight = token_weight, block_weight
-        self.distill_weight, self.cls_weight = distill_weight, cls_weight
-        self.token_distance, self.ratio_scope, self.token_budget = (
-            token_distance,
-            ratio_scope,
-            token_budget,
-        )
+        self.criterion, self.budgets, self.distillation = criterion, budgets, distillation
 
-    def forward(
-        self, result: Result, targets: Tensor, teacher: Result, whole: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> total, the weighted terms by name (their sum is the total).
-
-        whole: `batch_statistics`, mean over the parts of the whole batch; by default this batch on
-            all ranks.
+    @property
+    def reads_whole_batch(self) -> bool:
+        """Whether a term is no mean over images, and needs `batch_statistics` of all parts of a
+        batch.
         """
-        whole = mean_over_ranks(batch_statistics(result)) if whole is None else whole
-        mean_gate, kept, stage_means = whole[0], whole[1], whole[2:]
-        terms = {"cls": self.cls_weight * self.criterion(result.logits.float(), targets)}
-        if self.token_keep is not None and self.token_budget:
-            batch_means = stage_means if self.ratio_scope == "batch" else None
-            terms["token_ratio"] = self.token_weight * token_ratio(
-                result.decisions, self.token_keep, batch_means
-            )
-        if self.block_keep is not None:
-            terms["block_ratio"] = self.block_weight * block_ratio(
-                result.gates, self.block_keep, mean_gate
-            )
-        terms["cls_kl"] = self.distill_weight * logits_distance(result.logits, teacher.logits)
-        if self.token_keep is not None:
-            distance = token_distance(result, teacher.tokens, self.token_distance, kept)
-            terms["token_distill"] = self.distill_weight * distance
-        return torch.stack(list(terms.values())).sum(), terms
+        parts = (self.budgets, self.distillation)
+        return any(part is not None and part.reads_whole_batch for part in parts)
 
+    def statistics(self, result: Result) -> Tensor | None:
+        """What the terms need to know of the whole batch, from this part of it; None: nothing."""
+        return batch_statistics(result) if self.reads_whole_batch else None
 
-class DenseLoss(nn.Module):
-    """Classification alone, with the same signature as `DynamicLoss`."""
-
-    def __init__(self, criterion: nn.Module):
-        super().__init__()
-        self.criterion = criterion
+    @torch.no_grad()
+    def whole_batch(self, results: Iterable[Result]) -> Tensor | None:
+        """Statistics of the parts of a batch that are accumulated, mean over parts and ranks; None
+        where no term needs them, and then no result is computed.
+        """
+        if not self.reads_whole_batch:
+            return None
+        return mean_over_ranks(torch.stack([batch_statistics(r) for r in results]).mean(dim=0))
 
     def forward(
         self,
         result: Result,
         targets: Tensor,
-        teacher: Result | None = None,
+        teacher_result: Result | None = None,
         whole: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> total, {"cls": total}."""
-        total = self.criterion(result.logits.float(), targets)
-        return total, {"cls": total}
+        """-> total, the weighted terms by name, whose sum it is.
+
+        teacher_result: needed with distillation.
+        whole: of `whole_batch`; by default this batch on all ranks is the whole one.
+        """
+        statistics = self.statistics(result) if whole is None else None
+        if statistics is not None:
+            whole = mean_over_ranks(statistics)
+        terms = dict(self.criterion(result, targets))
+        if self.budgets is not None:
+            terms |= self.budgets.terms(result, whole)
+        if self.distillation is not None:
+            terms |= self.distillation.terms(result, teacher_result, whole)
+        return _sum(list(terms.values())), terms
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()

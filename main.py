@@ -11,8 +11,6 @@
 
 import os
 
-from evaluation.summary import draw_decisions, report_evaluation
-
 # Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
 # shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,29 +19,23 @@ import argparse
 import functools
 import logging
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import options
-from datasets import Data, build_data
-from engine import Interrupted, Training, build_training, evaluate, train_one_epoch
+from datasets import task_of
+from engine import Interrupted, Training, build_training, train_one_epoch, validate
 from evaluation.calibration import calibrate
+from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
 from loading.loaders import WORKER_DIED
 from models import VisionMamba
-from models.build import (
-    STORED,
-    build_dense,
-    check_classes,
-    model_image_size,
-    recorded_arguments,
-    restore_model,
-    set_threshold,
-)
+from models.build import STORED, recorded_arguments, restore, set_threshold
 from models.weights import load_weights
+from tasks import Experiment, task_of_checkpoint
 from utils import preemption, resume
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
-from utils.distributed import Distributed, init_distributed
+from utils.distributed import init_distributed
 from utils.environment import describe_environment
 from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, write_json
@@ -56,59 +48,64 @@ CALIBRATED = "calibrated_checkpoint.pth"
 _logger = logging.getLogger("dyvm")
 
 
-def train(args: argparse.Namespace, data: Data, distributed: Distributed) -> int:
-    """Train to the last epoch and evaluate; -> exit code, that of preemption when told to leave."""
+def train(experiment: Experiment) -> int:
+    """Train to the last epoch and evaluate; -> exit code, that of preemption when asked to leave."""
+    args, data, distributed = experiment.args, experiment.data, experiment.distributed
     preemption.install()
-    run = build_training(args, data, distributed)
+    training = build_training(experiment)
     record = resume.identity(
-        args, distributed.world_size, data.class_names, data.steps_per_epoch, run.model.family.name
+        args,
+        distributed.world_size,
+        data.class_names,
+        data.steps_per_epoch,
+        training.model.family.name,
+        experiment.task.name,
     )
-    averages = resume.start_or_resume(run, record, args, distributed)
+    averages = resume.start_or_resume(training, record, args, distributed)
 
     def before_save() -> None:
-        run.guard.look()
-        data.list_bad_images(args.output_dir, distributed.rank)
+        training.guard.look()
+        data.list_bad_images(experiment.output, distributed.rank)
 
-    saver = resume.Saver(run, record, args, distributed, before_save)
-    log = EpochLog(args.output_dir)
+    saver = resume.Saver(training, record, args, distributed, before_save)
+    log = EpochLog(experiment.output)
     if distributed.is_main:
-        write_args(args.output_dir, args)
-        write_json(Path(args.output_dir) / "environment.json", describe_environment())
-        log.resume_at(run.epoch)
-    tensorboard = tensorboard_writer(args.output_dir, distributed, purge_step=run.epoch)
+        write_args(experiment.output, args, task=experiment.task.name)
+        write_json(experiment.output / "environment.json", describe_environment())
+        log.resume_at(training.epoch)
+    tensorboard = tensorboard_writer(experiment.output, distributed, purge_step=training.epoch)
     _logger.info(
-        "%s: %s parameters, %s of %d classes, %d steps an epoch",
+        "%s: %s parameters, %s%s, %d steps an epoch",
         args.model,
-        f"{sum(p.numel() for p in run.model.parameters()):,}",
+        f"{sum(p.numel() for p in training.model.parameters()):,}",
         args.data_set,
-        data.num_classes,
+        f" of {data.num_classes} classes" if data.num_classes else "",
         data.steps_per_epoch,
     )
-    while run.epoch < args.epochs:
+    while training.epoch < args.epochs:
         after_step = functools.partial(saver.after_step, averages)
         try:
-            finished = train_one_epoch(run, data, args, distributed, averages, after_step)
+            finished = train_one_epoch(training, experiment, averages, after_step)
         except NonFiniteError as error:
             raise saver.save_for_inspection(averages, error) from None
         if not finished:
             return _leave(saver)
         saver.save(averages)
         try:
-            epoch_record, best = evaluate_epoch(run, data, args, distributed, averages)
+            epoch_record, best = evaluate_epoch(training, experiment, averages)
         except Interrupted:
             return _leave(saver)
-        if (
-            distributed.is_main
-        ):  # before the checkpoint that says the epoch is done; resuming drops lines too many
+        # Before the checkpoint that says the epoch is done; resuming drops lines too many.
+        if distributed.is_main:
             log.append(epoch_record)
-            show_epoch(tensorboard, run, data, epoch_record, distributed)
-        run.epoch, run.step, averages = run.epoch + 1, 0, Averages()
+            show_epoch(tensorboard, training.model, epoch_record, experiment)
+        training.epoch, training.step, averages = training.epoch + 1, 0, Averages()
         saver.save(averages, best=best)
     saver.close()
     if tensorboard is not None:
         tensorboard.close()
     distributed.barrier()
-    evaluate_best(run, data, args, distributed)
+    evaluate_best(training, experiment)
     return 0
 
 
@@ -121,65 +118,71 @@ def _leave(saver: resume.Saver) -> int:
 
 
 def evaluate_epoch(
-    run: Training,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
-    averages: Averages,
+    training: Training, experiment: Experiment, averages: Averages
 ) -> tuple[dict[str, Any], bool]:
     """Evaluate after an epoch; -> its line of log.txt, whether it is the best so far."""
-    trained = averages.means(distributed)
+    args, data, task = experiment.args, experiment.data, experiment.task
+    trained = averages.means(experiment.distributed)
     trained["skipped_steps"] = round(
         trained["skipped_steps"] * (data.steps_per_epoch // args.accum_steps)
     )
-    metrics = evaluate(run.model, data, args, distributed, interrupted=preemption.requested)
+    values = validate(training.model, experiment, interrupted=preemption.requested)
     record = {f"train_{name}": value for name, value in trained.items()}
-    record |= {"test_loss": metrics.loss, "test_acc1": metrics.top1, "test_acc5": metrics.top5}
-    if run.ema is not None:
-        record["test_ema_acc1"] = evaluate(
-            run.ema.module, data, args, distributed, "evaluation (EMA)", preemption.requested
-        ).top1
+    record |= {f"test_{measure.log_name}": values[measure.key] for measure in task.measures}
+    decisive = task.best
+    if training.ema is not None:
+        record[f"test_ema_{decisive.log_name}"] = validate(
+            training.ema.module, experiment, "evaluation (EMA)", interrupted=preemption.requested
+        )[decisive.key]
     if args.bad_images == "skip":
-        listed = distributed.gather_objects(data.list_bad_images(args.output_dir, distributed.rank))
+        rank = experiment.distributed.rank
+        listed = experiment.distributed.gather_objects(
+            data.list_bad_images(experiment.output, rank)
+        )
         record["bad_images"] = len(set().union(*listed or []))
-    best = metrics.top1 >= run.best
-    run.best = max(run.best, metrics.top1)
+    value = values[decisive.key]
+    best = decisive.improves(value, training.best)
+    if best:
+        training.best = value
     _logger.info(
-        "epoch %d/%d: loss %.4f, top-1 %.2f (best %.2f)",
-        run.epoch + 1,
+        "epoch %d/%d: loss %.4f, %s %s (best %s)",
+        training.epoch + 1,
         args.epochs,
         trained["loss"],
-        metrics.top1,
-        run.best,
+        decisive.name,
+        decisive.text(value),
+        decisive.text(training.best),
     )
-    parameters = sum(p.numel() for p in run.model.parameters())
-    return record | {"best_acc1": run.best, "epoch": run.epoch, "n_parameters": parameters}, best
+    return record | {
+        f"best_{decisive.log_name}": training.best,
+        "epoch": training.epoch,
+        "n_parameters": sum(p.numel() for p in training.model.parameters()),
+    }, best
 
 
-def evaluate_best(
-    run: Training, data: Data, args: argparse.Namespace, distributed: Distributed
-) -> None:
+def evaluate_best(training: Training, experiment: Experiment) -> None:
     """The full report on the best checkpoint of a run; on its last weights if the best were left in
     another folder.
     """
-    best = Path(args.output_dir) / BEST
-    ema, weights = None if run.ema is None else run.ema.module, None
+    best = experiment.output / BEST
+    model, ema = training.model, None if training.ema is None else training.ema.module
+    weights = None
     if best.exists():
         weights = load_checkpoint(best)
-        run.model.load_state_dict(weights["model"])
+        model.load_state_dict(weights["model"])
         if ema is not None:
             ema.load_state_dict(weights["ema"])
-    thresholds = calibrate({"model": run.model, "ema": ema}, data, args, distributed)
-    if thresholds and weights and distributed.is_main:
+    thresholds = calibrate({"model": model, "ema": ema}, experiment)
+    if thresholds and weights and experiment.is_main:
         save_checkpoint(weights | {STORED: thresholds}, best)
-    if args.gate_threshold != "calibrated":
-        for model in (run.model, ema):
-            set_threshold(model, args.gate_threshold)
-    report_evaluation(run.model, ema, run.teacher, data, args, distributed)
+    if experiment.args.gate_threshold != "calibrated":
+        for each in (model, *([] if ema is None else [ema])):
+            set_threshold(each, experiment.args.gate_threshold)
+    report_evaluation(model, ema, training.teacher, experiment)
 
 
 def show_epoch(
-    tensorboard, run: Training, data: Data, record: dict[str, Any], distributed: Distributed
+    tensorboard, model: VisionMamba, record: dict[str, Any], experiment: Experiment
 ) -> None:
     """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation
     images.
@@ -188,68 +191,69 @@ def show_epoch(
     for name, value in record.items():
         if name not in ("epoch", "n_parameters"):
             tensorboard.add_scalar(name, value, epoch)
-    picture = draw_decisions(run.model, data, distributed.device)
+    picture = draw_decisions(model, experiment)
     if picture is not None:
         tensorboard.add_image("kept_patches", picture, epoch, dataformats="HWC")
 
 
-def evaluate_checkpoint(
-    args: argparse.Namespace, checkpoint: dict[str, Any], data: Data, distributed: Distributed
-) -> None:
+def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> None:
     """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is
     known.
     """
-    device = distributed.device
-    check_classes(checkpoint, data.class_names, args.model_path)
-    model = restore_model(args, checkpoint, data.num_classes).to(device)
-    dense = None
-    if args.dense_path and args.method != "dense":
-        dense = build_dense(args, data.num_classes).to(device)
+    args, spec = experiment.args, experiment.spec
+    experiment.task.check_checkpoint(checkpoint, experiment.data.class_names, args.model_path)
+
+    def restored(ema: bool) -> VisionMamba:
+        model = experiment.model(spec)
+        return restore(model, checkpoint, args.model_path, ema=ema, threshold=args.gate_threshold)
+
+    model, dense = restored(ema=False), None
+    if args.dense_path and spec.dynamic:
+        dense = experiment.model(spec.dense())
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
-    environment = Path(args.output_dir) / "environment.json"
-    if (
-        distributed.is_main and not environment.exists()
-    ):  # that of the training, if it wrote to this folder, stays
+    # That of the training, if it wrote to this folder, stays.
+    environment = experiment.output / "environment.json"
+    if experiment.is_main and not environment.exists():
         write_json(environment, describe_environment())
-    ema = (
-        restore_model(args, checkpoint, data.num_classes, ema=True).to(device)
-        if checkpoint.get("ema")
-        else None
-    )
+    ema = restored(ema=True) if checkpoint.get("ema") else None
     if args.calibrate:
-        thresholds = calibrate({"model": model, "ema": ema}, data, args, distributed)
-        if distributed.is_main:
-            save_calibrated(checkpoint, thresholds, model, args)
+        thresholds = calibrate({"model": model, "ema": ema}, experiment)
+        if experiment.is_main:
+            save_calibrated(checkpoint, thresholds, model, experiment)
     if args.sweep:
-        run_sweep(
-            model,
-            dense,
-            recorded_arguments(checkpoint).get("token_keep_ratio"),
-            data,
-            args,
-            distributed,
-        )
+        trained = recorded_arguments(checkpoint).get("token_keep_ratio")
+        run_sweep(model, dense, trained, experiment)
         return
-    report_evaluation(model, ema, dense, data, args, distributed)
+    report_evaluation(model, ema, dense, experiment)
 
 
 def save_calibrated(
     checkpoint: dict[str, Any],
     thresholds: dict[str, float],
     model: VisionMamba,
-    args: argparse.Namespace,
+    experiment: Experiment,
 ) -> None:
     """`--calibrate`: the checkpoint with thresholds and the budgets they are for; of a foreign one
     its weights.
     """
-    known = {"model": checkpoint["model"], "family": model.family.name}
+    content = {"model": checkpoint["model"], "family": model.family.name}
     if recorded_arguments(checkpoint):
         budgets = {
-            "block_keep_ratio": args.block_keep_ratio,
-            "token_keep_ratio": args.token_keep_ratio,
+            "block_keep_ratio": experiment.args.block_keep_ratio,
+            "token_keep_ratio": experiment.args.token_keep_ratio,
         }
-        known = checkpoint | {"args": checkpoint["args"] | budgets}
-    save_checkpoint(known | {STORED: thresholds}, Path(args.output_dir) / CALIBRATED)
+        content = checkpoint | {"args": checkpoint["args"] | budgets}
+    save_checkpoint(content | {STORED: thresholds}, experiment.output / CALIBRATED)
+
+
+def check_task(checkpoint: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Raise UsageError when a checkpoint was trained for another task than its data set is for."""
+    trained, wanted = task_of_checkpoint(checkpoint).name, task_of(args.data_set)
+    if trained != wanted:
+        raise UsageError(
+            f"{args.model_path} was trained for {trained}; --data-set {args.data_set} is of "
+            f"{wanted}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -261,26 +265,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.eval:
         checkpoint = load_checkpoint(args.model_path)
         args = options.parse(argv, recorded_arguments(checkpoint))
-    data = build_data(
-        args,
-        model_image_size(args),
-        rank=distributed.rank,
-        world_size=distributed.world_size,
-        train=not args.eval or args.calibrate,
-    )
-    if args.calibrate and data.calibration_loader is None:
+        check_task(checkpoint, args)
+    experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
+    if args.calibrate and experiment.data.calibration_loader is None:
         raise UsageError(
             f"--calibrate: {args.data_set} is read as a stream, of which no fixed part can be "
-            "shown; "
-            "choose a threshold with --gate-threshold P"
+            "shown; choose a threshold with --gate-threshold P"
         )
     prepare_output_dir(args.output_dir)
     code = 0
     try:
         if args.eval:
-            evaluate_checkpoint(args, checkpoint, data, distributed)
+            evaluate_checkpoint(checkpoint, experiment)
         else:
-            code = train(args, data, distributed)
+            code = train(experiment)
     except RuntimeError as error:
         if not str(error).startswith(WORKER_DIED):
             raise

@@ -12,15 +12,16 @@ from typing import Any
 
 from timm.optim import list_optimizers
 
-from datasets import TIMM_PREFIXES, add_data_arguments
+from datasets import TIMM_PREFIXES, add_data_arguments, task_of
+from models import canonical_name, model_names
 from models.reduction import SCORER_INPUTS, TOKEN_STRATEGIES
+from tasks import Task, task_named
 from utils.arguments import (
     OneLineParser,
     below_one,
     key_value,
     not_negative,
     positive,
-    probability,
     ratio,
     whole,
 )
@@ -198,7 +199,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        help="dense: classification alone; dyvm: tokens and blocks; token, "
+        help="dense: the task alone; dyvm: tokens and blocks; token, "
         "block: one of them (default: dyvm for dyvm_* models, else dense)",
     )
     group.add_argument(
@@ -232,8 +233,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags in their groups."""
+def task_for(argv: Sequence[str], recorded: Mapping[str, Any]) -> Task:
+    """The task of the data set that the flags name, or else an earlier run's."""
+    parser = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
+    add_data_arguments(parser)
+    parser.set_defaults(**{name: recorded[name] for name in ("data_set",) if name in recorded})
+    return task_named(task_of(parser.parse_known_args(argv)[0].data_set))
+
+
+def build_parser(task: Task) -> argparse.ArgumentParser:
+    """All flags in their groups, those of a task among them."""
     parser = OneLineParser(
         prog="main.py",
         description="Train and evaluate Vision Mamba and DyVM.",
@@ -245,12 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_data_arguments(parser)
 
-    group = parser.add_argument_group("mixup")
-    group.add_argument("--mixup", type=not_negative, default=0.8)
-    group.add_argument("--cutmix", type=not_negative, default=1.0)
-    group.add_argument("--mixup-prob", type=probability, default=1.0)
-    group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
-    group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
+    task.add_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive, default=30)
@@ -372,16 +376,20 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
         name = argument.split("=")[0]
         if name in REPLACED:
             raise UsageError(f"{name} is not a flag here; use {REPLACED[name]}")
-    parser = build_parser()
+    task = task_for(argv, recorded or {})
+    parser = build_parser(task)
     if recorded:
         parser.set_defaults(**recorded)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    # Which task's flags a checkpoint's evaluation has is known once the checkpoint is read.
+    if unknown and not (args.eval and recorded is None):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs // 2)
     if args.eval and recorded is None:
         if not args.model_path:
             raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
-        return args  # the checkpoint has its word before the flags are judged
+        return args  # flags are checked again once the checkpoint's own are known
     if (
         recorded
         and args.data_set != recorded["data_set"]
@@ -390,7 +398,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
         args.data_path = None  # that of another data set
     settle_model(args)
     _check_read(argv, args)
-    _check(args)
+    _check(args, task)
     if args.lr is None:
         args.lr = 1e-3 if args.method == "dense" else 5e-5
     return args
@@ -400,8 +408,6 @@ def settle_model(args: argparse.Namespace) -> None:
     """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense
     model's name.
     """
-    from models import canonical_name, model_names
-
     args.model_kwargs = dict(args.model_kwargs)
     name = canonical_name(args.model)
     if name not in model_names():
@@ -416,7 +422,7 @@ def settle_model(args: argparse.Namespace) -> None:
     args.model = name if dynamic or args.method == "dense" else f"dyvm_{name}"
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, task: Task) -> None:
     """Combinations that cannot work."""
     if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != (
         "learned",
@@ -443,14 +449,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--calibrate chooses the threshold; leave out --gate-threshold {args.gate_threshold}"
         )
     _check_overwriting(args)
-    if not args.eval and args.method != "dense" and not args.model_path:
+    if task.distils and not args.eval and args.method != "dense" and not args.model_path:
         raise UsageError(
             f"--method {args.method} needs --model-path, the checkpoint of its dense teacher"
         )
-    if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
-        raise UsageError(
-            f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 --cutmix 0"
-        )
+    task.check(args)
     if args.opt.lower() not in list_optimizers():
         raise UsageError(
             f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}"
@@ -470,9 +473,9 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     behind them.
     """
     given = {argument.split("=")[0] for argument in argv}
-    for flag, (is_read, told) in READ_IF.items():
+    for flag, (is_read, where) in READ_IF.items():
         if flag in given and not is_read(args):
-            raise UsageError(f"{flag} has no meaning {told.format_map(vars(args))}")
+            raise UsageError(f"{flag} has no meaning {where.format_map(vars(args))}")
     if args.eval:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

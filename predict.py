@@ -11,15 +11,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from evaluation.inference import Classifier, build_parser, find_images, load_classifier
+from evaluation.inference import Predictor, build_parser, find_images, load_predictor
 from loading.bad_images import BadImages
 from loading.images import FileImages
+from tasks.classification import CLASSIFICATION, likeliest
 from utils.arguments import positive
 from utils.errors import UserError
 from utils.program import run_main
 
 
-def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterator[dict[str, Any]]:
+def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[dict[str, Any]]:
     """One entry an image, in the order of the files: its classes, or why it could not be read."""
     bad_images = BadImages("skip")
     names = iter(range(len(images)))
@@ -34,9 +35,9 @@ def predictions(classifier: Classifier, images: FileImages, top: int) -> Iterato
             name = images.describe(index)
             yield {"file": name, "error": bad_images.found[name]}
 
-    for batch, result in classifier.results(images, bad_images):
-        likeliest = classifier.likeliest(result.logits, top)
-        for index, classes in zip(batch.indices.tolist(), likeliest, strict=True):
+    for batch, result in predictor.results(images, bad_images):
+        answers = likeliest(result.logits, predictor.class_names, top)
+        for index, classes in zip(batch.indices.tolist(), answers, strict=True):
             yield from unreadable(index)
             label, name, probability = classes[0]
             yield {
@@ -62,22 +63,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--top", type=positive, default=5, help="likeliest classes to list in --json"
     )
-    classifier = load_classifier(parser, sys.argv[1:] if argv is None else argv)
-    images = find_images(classifier.args.files)
+    predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
+    if predictor.task is not CLASSIFICATION:
+        raise UserError(
+            f"{predictor.args.model_path} is a model for {predictor.task.name}; predict.py names "
+            "the classes of images"
+        )
+    images = find_images(predictor.args.files)
     read = failed = 0
-    if classifier.args.json:
+    if predictor.args.json:
         print("[", end="")
-    for entry in predictions(classifier, images, classifier.args.top):
+    for entry in predictions(predictor, images, predictor.args.top):
         if "error" in entry:
             failed += 1
             print(f"{entry['file']}: {entry['error']}", file=sys.stderr)
         else:
             read += 1
-        if classifier.args.json:
+        if predictor.args.json:
             print(",\n" if read + failed > 1 else "\n", json.dumps(entry), sep="", end="")
         elif "error" not in entry:
             print(f"{entry['file']}\t{entry['name']}\t{100 * entry['probability']:.1f} %")
-    if classifier.args.json:
+    if predictor.args.json:
         print("\n]")
     if not read:
         raise UserError(

@@ -17,9 +17,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
+from datasets import task_of
 from drawing import plots
 from drawing.pictures import flops_text
-from drawing.runs import Run, read_run, run_names
+from drawing.runs import RunFolder, read_run, run_names
+from evaluation.columns import EXACT, PAPER, PARAMETERS, SPEED, Row, measure_row, measure_rows
+from evaluation.sweep import named_points
+from tasks import TASKS, Measure, Task
 from utils.arguments import OneLineParser
 from utils.files import atomic_file, read_csv
 from utils.program import run_main
@@ -29,7 +33,7 @@ PNG_BYTES = 300_000  # pictures that take more as PNG are photographs, and becom
 NOT_PLOTTED = ("epoch", "n_parameters")
 
 
-def argument_rows(runs: list[Run]) -> list[dict[str, Any]]:
+def argument_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:
     """Every argument with its value in each run, those that differ first."""
     names = sorted({name for run in runs for name in run.args})
     rows = []
@@ -49,19 +53,19 @@ def _argument(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def environment_rows(runs: list[Run]) -> list[dict[str, Any]]:
+def environment_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:
     """Versions and hardware of the training, and what the evaluation ran on."""
     rows: dict[str, list[str]] = {}
     for run in sorted(
         runs, key=lambda run: -len(run.environment)
     ):  # the most complete one sets the order
         evaluated = run.evaluation or {}
-        told = run.environment | {
+        facts = run.environment | {
             f"evaluation: {key}": evaluated[key]
             for key in ("device", "backend", "precision")
             if key in evaluated
         }
-        for key, value in told.items():
+        for key, value in facts.items():
             rows.setdefault(key, ["–"] * len(runs))[run.position] = str(value)
     return [
         {"name": name, "values": values, "differs": len(set(values) - {"–"}) > 1}
@@ -69,13 +73,13 @@ def environment_rows(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-GROUPS = ("Accuracy", "Loss terms", "Tokens kept and gates", "Optimisation")
+GROUPS = ("Validation", "Loss terms", "Tokens kept and gates", "Optimisation")
 
 
 def group_of(name: str) -> str:
     """The section in which a quantity of log.txt is drawn."""
     if not name.startswith("train_"):
-        return "Accuracy"
+        return "Validation"
     if name.startswith(("train_keep", "train_gate")):
         return "Tokens kept and gates"
     return (
@@ -85,14 +89,14 @@ def group_of(name: str) -> str:
     )
 
 
-def time_charts(runs: list[Run]) -> dict[str, list[Markup]]:
+def time_charts(runs: list[RunFolder]) -> dict[str, list[Markup]]:
     """Plots over the epochs of every number in log.txt, by section; each is named as it is there."""
     names = dict.fromkeys(
         name for run in runs for record in run.log for name in record if name not in NOT_PLOTTED
     )
     charts: dict[str, list[Markup]] = {group: [] for group in GROUPS}
     for name in names:
-        curves, told = {}, []
+        curves, ranges = {}, []
         for run in runs:
             points = [
                 (record["epoch"] + 1, record[name])
@@ -101,114 +105,120 @@ def time_charts(runs: list[Run]) -> dict[str, list[Markup]]:
             ]
             if points:
                 curves[run.position] = tuple(zip(*points, strict=True))
-                told.append(f"{run.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+                ranges.append(f"{run.name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
         if curves:
-            alt = f"{name} over the epochs: {'; '.join(told)}"
+            alt = f"{name} over the epochs: {'; '.join(ranges)}"
             charts[group_of(name)].append(Markup(plots.svg(plots.over_epochs(name, curves), alt)))
-    return {group: found for group, found in charts.items() if found}
+    return {group: drawn for group, drawn in charts.items() if drawn}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def evaluation_table(runs: list[Run]) -> dict[str, Any] | None:
+def task_of_run(run: RunFolder) -> Task | None:
+    """The task that a run records, or that its data set is for; None, with a note, if it is unknown
+    here.
+    """
+    data_set = (run.evaluation or {}).get("data_set") or run.args.get("data_set", "")
+    name = run.args.get("task") or task_of(data_set)
+    if name not in TASKS:
+        note = f"task {name!r} is unknown here: its measures are left out"
+        run.notes += [] if note in run.notes else [note]
+    return TASKS.get(name)
+
+
+def tasks_of(runs: list[RunFolder]) -> list[Task]:
+    """The tasks of the runs, each once."""
+    return [task for task in dict.fromkeys(map(task_of_run, runs)) if task is not None]
+
+
+def evaluation_table(runs: list[RunFolder]) -> dict[str, Any] | None:
     """Rows of measures; columns of each run's dense and dynamic model."""
+    evaluated = [run for run in runs if run.evaluation]
     columns = [
-        (run, kind, run.evaluation[kind])
-        for run in runs
-        if run.evaluation
+        (run, kind, _with_savings(run.evaluation, kind))
+        for run in evaluated
         for kind in ("dense", "dynamic")
         if run.evaluation.get(kind)
     ]
     if not columns:
         return None
-    measures = [
-        ("top-1, %", lambda r, c: c.get("top1"), "{:.2f}"),
-        ("top-1 of the EMA, %", lambda r, c: c.get("ema_top1"), "{:.2f}"),
-        ("top-5, %", lambda r, c: c.get("top5"), "{:.2f}"),
-        ("loss", lambda r, c: c.get("loss"), "{:.4f}"),
-        ("MFLOPs, paper", lambda r, c: c["flops"]["paper"] / 1e6, "{:,.2f}"),
-        ("MFLOPs, exact", lambda r, c: c["flops"]["exact"] / 1e6, "{:,.2f}"),
-        (
-            "reduction, paper",
-            lambda r, c: r["reduction"]["paper"] if c is r["dynamic"] else None,
-            "{:.1%}",
-        ),
-        (
-            "reduction, exact",
-            lambda r, c: r["reduction"]["exact"] if c is r["dynamic"] else None,
-            "{:.1%}",
-        ),
-        ("images/s", lambda r, c: c.get("images_per_s"), "{:,.1f}"),
-        ("speed-up", lambda r, c: r["speedup"] if c is r["dynamic"] else None, "× {:.2f}"),
-        ("parameters", lambda r, c: c.get("parameters"), "{:,}"),
-    ]
+    measures = {row.label: row for task in tasks_of(evaluated) for row in measure_rows(task)}
+    wanted = [*measures.values(), PAPER, EXACT, *REDUCTIONS, SPEED, SPEED_UP, PARAMETERS]
     rows = [
-        {
-            "name": name,
-            "values": [_shown(read(run.evaluation, column), form) for run, _, column in columns],
-        }
-        for name, read, form in measures
+        {"name": row.label, "values": [row.cell(column, "–") for _, _, column in columns]}
+        for row in wanted
     ]
     rows = [row for row in rows if set(row["values"]) != {"–"}]
     return {"columns": [{"run": run, "kind": kind} for run, kind, _ in columns], "rows": rows}
 
 
-def _shown(value: Any, form: str) -> str:
-    return "–" if value is None else form.format(value)
+def _with_savings(evaluation: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A column of eval.json, that of the dynamic model with what it saves."""
+    if kind == "dense":
+        return evaluation[kind]
+    return evaluation[kind] | {key: evaluation.get(key) for key in ("reduction", "speedup")}
 
 
-def sweep_section(runs: list[Run]) -> dict[str, Any] | None:
-    """Curves of all runs in common plots, and a table for each."""
+def _reduction(kind: str) -> Row:
+    return Row(f"reduction, {kind}", lambda column: column.get("reduction", {}).get(kind), "{:.1%}")
+
+
+REDUCTIONS = [_reduction(kind) for kind in ("paper", "exact")]
+SPEED_UP = Row("speed-up", lambda column: column.get("speedup"), "× {:.2f}")
+
+
+def sweep_section(runs: list[RunFolder]) -> dict[str, Any] | None:
+    """For each task the curves of its runs in common plots; a table for each run."""
     swept = [run for run in runs if run.sweep and run.sweep.get("dense")]
     if not swept:
         return None
-    curves = {run.position: run.sweep["points"] for run in swept}
-    dense = {run.position: run.sweep["dense"] for run in swept}
+    charts = [
+        chart
+        for task in tasks_of(swept)
+        for chart in sweep_charts([run for run in swept if task_of_run(run) is task], task.best)
+    ]
+    return {"charts": charts, "tables": [sweep_table(run) for run in swept]}
+
+
+def sweep_charts(runs: list[RunFolder], measure: Measure) -> list[Markup]:
+    """Curves of a measure against operations and against speed, as far as these were measured."""
+    curves = {run.position: run.sweep["points"] for run in runs}
+    dense = {run.position: run.sweep["dense"] for run in runs}
+    budgets = "; ".join(f"{run.name}: {_budgets_text(run, measure)}" for run in runs)
     charts = []
     for axis, against in (("exact", "operations (exact)"), ("images_per_s", "measured images/s")):
-        figure = plots.budget_curve(curves, axis, dense)
+        figure = plots.budget_curve(curves, axis, dense, measure)
         if figure is not None:
-            told = "; ".join(
-                f"{run.name}: "
-                + ", ".join(
-                    f"ratio {point['token_keep_ratio']:g} gives {point['top1']:.2f} %"
-                    for point in run.sweep["points"]
-                )
-                for run in swept
-            )
-            charts.append(
-                Markup(
-                    plots.svg(figure, f"top-1 against {against} at each token keep ratio: {told}")
-                )
-            )
-    tables = []
-    for run in swept:
-        named = [(f"{p['token_keep_ratio']:g}", p) for p in run.sweep["points"]] + [
-            ("dense", run.sweep["dense"])
-        ]
-        tables.append(
-            {
-                "run": run,
-                "rows": [
-                    {
-                        "name": name,
-                        "trained": point.get("trained", False),
-                        "values": [
-                            _shown(point.get("top1"), "{:.2f}"),
-                            f"{point['flops']['exact'] / 1e6:,.2f}",
-                            _shown(point.get("images_per_s"), "{:,.1f}"),
-                        ],
-                    }
-                    for name, point in named
-                ],
-            }
-        )
-    return {"charts": charts, "tables": tables}
+            alt = f"{measure.name} against {against} at each token keep ratio: {budgets}"
+            charts.append(Markup(plots.svg(figure, alt)))
+    return charts
 
 
-def decision_charts(run: Run) -> list[Markup]:
+def _budgets_text(run: RunFolder, measure: Measure) -> str:
+    return ", ".join(
+        f"ratio {point['token_keep_ratio']:g} gives {measure.with_unit(point[measure.key])}"
+        for point in run.sweep["points"]
+    )
+
+
+def sweep_table(run: RunFolder) -> dict[str, Any]:
+    """A row for each budget of a run and for the dense model."""
+    task = task_of_run(run)
+    columns = [*([measure_row(task.best)] if task else []), EXACT, SPEED]
+    rows = [
+        {
+            "name": name,
+            "trained": point.get("trained", False),
+            "values": [column.cell(point, "–") for column in columns],
+        }
+        for name, point in named_points(run.sweep)
+    ]
+    return {"run": run, "columns": [column.label for column in columns], "rows": rows}
+
+
+def decision_charts(run: RunFolder) -> list[Markup]:
     """What the run's model decided over the data set, drawn from the numbers of its evaluation."""
     folder, charts = run.folder / "decisions", []
     try:
@@ -239,9 +249,9 @@ def decision_charts(run: Run) -> list[Markup]:
     return [Markup(plots.svg(figure, alt)) for figure, alt in charts]
 
 
-def sample_pictures(run: Run) -> list[dict[str, Any]]:
+def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
     """Pictures that the run's evaluation left, as data URIs with their alternative text."""
-    found = []
+    pictures = []
     for path in sorted(run.folder.glob("decisions/sample*.png")) + [
         run.folder / "kept_patches.png"
     ]:
@@ -252,10 +262,12 @@ def sample_pictures(run: Run) -> list[dict[str, Any]]:
             alt = f"{run.name}: validation images, and below each what every stage left of it, dropped patches dimmed"
         try:
             uri, size = picture_uri(path)
-            found.append({"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]})
+            pictures.append(
+                {"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]}
+            )
         except (OSError, UnidentifiedImageError) as error:
             run.notes.append(f"{path.name} cannot be read ({error})")
-    return found
+    return pictures
 
 
 def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
@@ -273,42 +285,48 @@ def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", picture.size
 
 
-def headlines(run: Run) -> list[dict[str, str]]:
+def headlines(run: RunFolder) -> list[dict[str, str]]:
     """The few numbers that a run is known by."""
+    task = task_of_run(run)
     if not run.evaluation:
-        best = max(
-            (record["best_acc1"] for record in run.log if _is_number(record.get("best_acc1"))),
-            default=None,
-        )
-        return [] if best is None else [{"value": f"{best:.2f} %", "what": "best top-1"}]
+        return [_best_so_far(run, task.best)] if task and _logged(run, task.best) else []
     dense, dynamic = run.evaluation["dense"], run.evaluation.get("dynamic")
-    shown = dynamic or dense
-    told = []
-    if _is_number(shown.get("top1")):
-        change = (
-            f", {shown['top1'] - dense['top1']:+.2f} to dense"
-            if dynamic and _is_number(dense.get("top1"))
-            else ""
-        )
-        change = change.replace("-", "−")
-        told.append({"value": f"{shown['top1']:.2f} %", "what": "top-1" + change})
-    if dynamic:
-        told.append(
-            {
-                "value": f"−{100 * run.evaluation['reduction']['exact']:.1f} %",
-                "what": "operations (exact)",
-            }
-        )
-        if _is_number(run.evaluation.get("speedup")):
-            told.append(
-                {"value": f"× {run.evaluation['speedup']:.2f}", "what": "images/s, measured"}
-            )
-    else:
-        told.append({"value": flops_text(dense["flops"]["exact"]), "what": "an image (exact)"})
-    return told
+    shown, lines = dynamic or dense, []
+    if task and _is_number(shown.get(task.best.key)):
+        lines.append(_score(shown, dense if dynamic else {}, task.best))
+    if not dynamic:
+        cost = flops_text(dense["flops"]["exact"])
+        return [*lines, {"value": cost, "what": "an image (exact)"}]
+    reduction = f"−{100 * run.evaluation['reduction']['exact']:.1f} %"
+    lines.append({"value": reduction, "what": "operations (exact)"})
+    if _is_number(run.evaluation.get("speedup")):
+        speedup = f"× {run.evaluation['speedup']:.2f}"
+        lines.append({"value": speedup, "what": "images/s, measured"})
+    return lines
 
 
-def render(runs: list[Run]) -> str:
+def _score(shown: dict[str, Any], dense: dict[str, Any], measure: Measure) -> dict[str, str]:
+    """A measure, with its change from `dense` where that is known."""
+    value, before = shown[measure.key], dense.get(measure.key)
+    change = ""
+    if _is_number(before):
+        difference = measure.text(value - before, signed=True).replace("-", "−")
+        change = f", {difference} to dense"
+    return {"value": measure.with_unit(value), "what": measure.name + change}
+
+
+def _logged(run: RunFolder, measure: Measure) -> list[float]:
+    """The best values so far, epoch by epoch."""
+    values = (record.get(f"best_{measure.log_name}") for record in run.log)
+    return [value for value in values if _is_number(value)]
+
+
+def _best_so_far(run: RunFolder, measure: Measure) -> dict[str, str]:
+    value = _logged(run, measure)[-1]
+    return {"value": measure.with_unit(value), "what": f"best {measure.name}"}
+
+
+def render(runs: list[RunFolder]) -> str:
     """The report as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "drawing"),
@@ -333,7 +351,7 @@ def render(runs: list[Run]) -> str:
     )
 
 
-def _what(run: Run) -> str:
+def _what(run: RunFolder) -> str:
     evaluated = run.evaluation or {}
     model = evaluated.get("model") or run.args.get("model", "model")
     data_set = evaluated.get("data_set") or run.args.get("data_set", "data")

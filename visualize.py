@@ -13,14 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from drawing.pictures import Decisions, draw_strip
+from drawing.pictures import ImageReport, draw_strip
 from drawing.sheets import ContactSheets
-from evaluation.inference import Classifier, build_parser, find_images, load_classifier
+from evaluation.inference import Predictor, build_parser, find_images, load_predictor
 from evaluation.samples import explain, save_picture
 from loading.bad_images import BadImages
 from loading.images import FileImages
 from loading.transforms import seen_region
-from models import DynamicVisionMamba
 from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, write_csv
 from utils.program import run_main
@@ -51,8 +50,8 @@ class PictureNames:
 
 
 def draw_all(
-    classifier: Classifier, images: FileImages, root: str, output: Path
-) -> Iterator[tuple[Decisions, str]]:
+    predictor: Predictor, images: FileImages, root: str, output: Path
+) -> Iterator[tuple[ImageReport, str]]:
     """Write the strip of each readable image; -> what was decided for it and the name of its
     picture.
 
@@ -61,38 +60,43 @@ def draw_all(
     """
     bad_images, names = BadImages("skip"), PictureNames()
     sheets = ContactSheets(output) if len(images) > 1 else None
-    for batch, result in classifier.results(images, bad_images):
+    for batch, result in predictor.results(images, bad_images):
         files = [os.path.relpath(images.describe(index), root) for index in batch.indices.tolist()]
-        for index, said in zip(
-            batch.indices.tolist(), explain(classifier, result, files), strict=True
+        for index, report in zip(
+            batch.indices.tolist(), explain(predictor, result, files), strict=True
         ):
             image = images.load_image(index)
-            region = seen_region(image.size, classifier.args, classifier.img_size)
-            picture = names.name(said.name)
-            save_picture(draw_strip(image, region, classifier.model, said), output / picture)
+            region = seen_region(image.size, predictor.args, predictor.img_size)
+            picture = names.name(report.name)
+            save_picture(draw_strip(image, region, predictor.model, report), output / picture)
             if sheets is not None:
-                sheets.add(image, region, classifier.model, said)
-            yield said, picture
+                sheets.add(image, region, predictor.model, report)
+            yield report, picture
     if sheets is not None:
         sheets.close()
     for name, reason in bad_images.found.items():
         _logger.warning("%s: %s; left out", name, reason)
 
 
-def tell_what_is_missing(classifier: Classifier) -> None:
+def tell_what_is_missing(predictor: Predictor) -> None:
     """One line on what cannot be shown of this model."""
-    model = classifier.model
-    if not isinstance(model, DynamicVisionMamba):
+    model = predictor.model
+    if not (model.pruning_layers or model.route_blocks):
         _logger.info(
             "%s is a dense model: it drops no tokens and has no gates to show",
-            classifier.args.model_path,
+            predictor.args.model_path,
         )
     elif not model.pruning_layers:
         _logger.info(
-            "%s routes blocks alone: it drops no tokens to show", classifier.args.model_path
+            "%s routes blocks alone: it drops no tokens to show", predictor.args.model_path
         )
     elif not model.route_blocks:
-        _logger.info("%s prunes tokens alone: it has no gates to show", classifier.args.model_path)
+        _logger.info("%s prunes tokens alone: it has no gates to show", predictor.args.model_path)
+
+
+def _first_answer(report: ImageReport) -> tuple[str, str]:
+    """The likeliest class and its probability; empty for a task without classes."""
+    return next(((name, f"{share:.6f}") for name, share in report.classes), ("", ""))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser("visualize.py", "Draw the tokens kept, the gates and the cost of images.")
     parser.add_argument("--images", required=True, metavar="FILE|FOLDER")
     parser.add_argument("--output_dir", "--output-dir", required=True, metavar="DIR")
-    classifier = load_classifier(parser, sys.argv[1:] if argv is None else argv)
-    source, output = classifier.args.images, Path(classifier.args.output_dir)
+    predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
+    source, output = predictor.args.images, Path(predictor.args.output_dir)
     root = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(
@@ -111,17 +115,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     images = find_images([source])
     prepare_output_dir(output)
-    tell_what_is_missing(classifier)
+    tell_what_is_missing(predictor)
     rows = [
-        (
-            said.name,
-            picture,
-            said.classes[0][0],
-            f"{said.classes[0][1]:.6f}",
-            int(said.flops),
-            int(said.dense_flops),
-        )
-        for said, picture in draw_all(classifier, images, root or ".", output)
+        (report.name, picture, *_first_answer(report), int(report.flops), int(report.dense_flops))
+        for report, picture in draw_all(predictor, images, root or ".", output)
     ]
     if not rows:
         raise UserError(f"--images {source}: nothing in it could be read as an image")

@@ -11,7 +11,6 @@ and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and at t
 the losses; it is printed only if every save, read back, is whole and equals what was saved.
 """
 
-import argparse
 import os
 import random
 import statistics
@@ -28,10 +27,10 @@ import torch
 
 import options
 from benchmarks import flags, records
-from datasets import Data, build_data
 from engine import Training, accumulate_gradients, build_training, gradient_norm
+from loading.data import Data
 from loading.loaders import Batch
-from models.build import model_image_size
+from tasks import Experiment
 from utils import arguments, resume
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed
@@ -51,19 +50,17 @@ def endless(data: Data) -> Iterator[Batch]:
         epoch += 1
 
 
-def stepper(
-    run: Training, data: Data, args: argparse.Namespace, alone: Distributed
-) -> Callable[[], float]:
+def stepper(training: Training, experiment: Experiment) -> Callable[[], float]:
     """A function that does one training step; -> its seconds."""
-    batches = endless(data)
+    batches = endless(experiment.data)
 
     def step() -> float:
         begin = time.perf_counter()
         batch = next(batches)
-        measured = accumulate_gradients(run, [batch], args, alone)
-        run.guard.step(gradient_norm(run, None), measured["loss"], batch.indices)
-        run.ema.update(run.model)
-        if alone.device.type == "cuda":
+        measured = accumulate_gradients(training, [batch], experiment)
+        training.guard.step(gradient_norm(training, None), measured["loss"], batch.indices)
+        training.ema.update(training.model)
+        if experiment.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
@@ -121,7 +118,7 @@ def measure(step: Callable[[], float], saver: resume.Saver, saves: int) -> list[
     kinds = [kind for _ in range(saves) for kind in order.sample(("save", "control"), 2)]
     before, windows = [step() for _ in range(MARGIN)], []
     for kind in Progress(kinds, "windows"):
-        blocked, expected = 0.0, copy_to_host(saver.run.state_dict())
+        blocked, expected = 0.0, copy_to_host(saver.training.state_dict())
         if kind == "save":
             blocked, steps = window_of_save(step, saver)
             expected_steps = len(steps)
@@ -193,10 +190,18 @@ def main() -> None:
             ]
         )
         alone = Distributed(torch.device(given.device))
-        data = build_data(args, model_image_size(args))
-        run = build_training(args, data, alone)
-        saver = resume.Saver(run, resume.identity(args, 1, data), data, args, alone)
-        windows = measure(stepper(run, data, args, alone), saver, given.saves)
+        experiment = Experiment.prepare(args, alone)
+        training, data = build_training(experiment), experiment.data
+        record = resume.identity(
+            args,
+            1,
+            data.class_names,
+            data.steps_per_epoch,
+            training.model.family.name,
+            experiment.task.name,
+        )
+        saver = resume.Saver(training, record, args, alone)
+        windows = measure(stepper(training, experiment), saver, given.saves)
         size = saver.writer.newest.stat().st_size
         saver.close()
     result = summary(windows)

@@ -36,9 +36,10 @@ from benchmarks import checking, flags, hotspots, records, timing
 from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
-from losses import DynamicLoss
+from losses import Budgets, Distillation, Objective
 from models import DynamicVisionMamba, VisionMamba, reduction, sampling
 from ops import selective_scan
+from tasks.classification import ClassificationTerms
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
@@ -172,8 +173,10 @@ def dyvm_part(args: argparse.Namespace) -> Part:
     images = random_images(args.batch, model.patch_embed.img_size[0], args.device)
     targets = torch.softmax(torch.randn(args.batch, model.num_classes, device=args.device), dim=1)
     noise = draw_noise(model, args.batch, args.device)
-    criterion = DynamicLoss(
-        SoftTargetCrossEntropy(), token_keep=model.token_keep, block_keep=BLOCK_KEEP
+    objective = Objective(
+        ClassificationTerms(SoftTargetCrossEntropy()),
+        Budgets(model.token_keep, BLOCK_KEEP),
+        Distillation(),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
@@ -181,8 +184,8 @@ def dyvm_part(args: argparse.Namespace) -> Part:
         with sampling.replay(noise):
             result = model(images)
         with torch.no_grad():
-            taught = teacher(images)
-        return criterion(result, targets, taught)[0]
+            teacher_result = teacher(images)
+        return objective(result, targets, teacher_result)[0]
 
     step = partial(train_step, model, loss_of, optimizer, args)
 

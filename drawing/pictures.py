@@ -117,8 +117,8 @@ def decision_picture(
     return picture[:-GAP, :-GAP]
 
 
-class Decisions(NamedTuple):
-    """What the model said of one image."""
+class ImageReport(NamedTuple):
+    """What the model decided for one image, and what it answered."""
 
     name: str
     classes: list[tuple[str, float]]  # likeliest first, with their probabilities
@@ -189,7 +189,7 @@ def within(
 
 
 def draw_strip(
-    image: Image.Image, region: tuple[float, float, float, float], model, said: Decisions
+    image: Image.Image, region: tuple[float, float, float, float], model, report: ImageReport
 ) -> Image.Image:
     """The input, the tokens left after each stage, the gates, the likeliest classes and the cost of
     one image.
@@ -202,7 +202,7 @@ def draw_strip(
     pixels = np.asarray(image).repeat(layout.scale, axis=0).repeat(layout.scale, axis=1)
     region = tuple(layout.scale * side for side in region)
     patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
-    panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in said.kept)]
+    panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in report.kept)]
     u = layout.unit
     margin, below, info_width, info_height = (
         round(12 * u),
@@ -220,20 +220,20 @@ def draw_strip(
         canvas = (max(panel_width, info_width) + 2 * margin, origin[1] + info_height + margin)
     picture = Image.new("RGB", canvas, rgb(PAPER))
     draw = ImageDraw.Draw(picture)
-    sequence = [np.arange(model.num_patches), *said.kept]
+    sequence = [np.arange(model.num_patches), *report.kept]
     for index, (panel, kept) in enumerate(zip(panels, sequence, strict=True)):
         x, y = margin + index * step[0], margin + index * step[1]
         picture.paste(Image.fromarray(panel), (x, y))
         captions = [f"input: {len(kept)} patches"]
         if index:
-            layer, left = said.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
+            layer, left = report.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
             captions = [
                 f"stage {index}, before layer {layer}: {left} patches",
                 f"stage {index}: {left} patches",
                 f"stage {index}: {left}",
             ]
         _draw_caption(draw, (x, y + layout.height), panel_width, u, captions, kept, model)
-    _draw_info(draw, origin, info_width, u, said)
+    _draw_info(draw, origin, info_width, u, report)
     return picture
 
 
@@ -281,13 +281,13 @@ def _draw_caption(
 
 
 def _draw_info(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, said: Decisions
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, report: ImageReport
 ) -> None:
     """Name, likeliest classes, gates and cost of an image."""
     x, y = corner
     bold, plain, small = font(12 * u, bold=True), font(10.5 * u), font(9 * u)
-    draw.text((x, y), fitted(draw, said.name, bold, width), rgb(INK), bold)
-    for rank, (name, probability) in enumerate(said.classes):
+    draw.text((x, y), fitted(draw, report.name, bold, width), rgb(INK), bold)
+    for rank, (name, probability) in enumerate(report.classes):
         top = y + (24 + 19 * rank) * u
         full = width - 52 * u
         draw.rectangle((x, top, x + full, top + 15 * u), rgb(FAINT))
@@ -299,16 +299,16 @@ def _draw_info(
             (x + width, top + 1 * u), f"{100 * probability:.1f} %", rgb(INK), plain, anchor="ra"
         )
     top = y + 128 * u
-    if said.gates is None:
+    if report.gates is None:
         draw.text((x, top), "no gates: this model scans every layer both ways", rgb(MUTED), small)
     else:
-        on = said.gates.mean(axis=0)
+        on = report.gates.mean(axis=0)
         text = f"scans kept by layer: forward {100 * on[0]:.0f} %, backward {100 * on[1]:.0f} %"
         draw.text((x, top), text, rgb(INK), plain)
-        _draw_gates(draw, (x, top + 18 * u), width, u, said)
+        _draw_gates(draw, (x, top + 18 * u), width, u, report)
     top = y + 194 * u
-    share = said.flops / said.dense_flops
-    draw.text((x, top), f"{flops_text(said.flops)} (exact)", rgb(INK), plain)
+    share = report.flops / report.dense_flops
+    draw.text((x, top), f"{flops_text(report.flops)} (exact)", rgb(INK), plain)
     draw.text((x + width, top), f"{100 * share:.0f} % of dense", rgb(INK), plain, anchor="ra")
     draw.rectangle((x, top + 17 * u, x + width, top + 25 * u), rgb(GRID))
     draw.rectangle((x, top + 17 * u, x + width * share, top + 25 * u), rgb(BLUE))
@@ -320,7 +320,11 @@ def _draw_info(
 
 
 def _draw_gates(
-    draw: ImageDraw.ImageDraw, corner: tuple[float, float], width: int, u: float, said: Decisions
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[float, float],
+    width: int,
+    u: float,
+    report: ImageReport,
 ) -> None:
     """Two rows of cells, forward above backward, one column a layer; a filled cell is a scan that
     ran.
@@ -328,18 +332,18 @@ def _draw_gates(
     x, y = corner
     small = font(8.5 * u)
     left = 12 * u
-    cell = (width - left) / len(said.gates)
+    cell = (width - left) / len(report.gates)
     gap = min(2 * u, 0.2 * cell)
     for direction, (arrow, colour) in enumerate((("→", BLUE), ("←", ORANGE))):
         top = y + 16 * u * direction
         draw.text((x, top), arrow, rgb(colour), small)
-        for layer, gate in enumerate(said.gates[:, direction]):
+        for layer, gate in enumerate(report.gates[:, direction]):
             box = (x + left + layer * cell, top, x + left + (layer + 1) * cell - gap, top + 12 * u)
             draw.rectangle(
                 box,
                 rgb(colour) if gate > 0.5 else rgb(PAPER),
                 rgb(colour) if gate > 0.5 else rgb(GRID),
             )
-    for layer in said.pruning_layers:  # a stage drops tokens before this layer
+    for layer in report.pruning_layers:  # a stage drops tokens before this layer
         at = x + left + layer * cell - gap / 2
         draw.line((at, y - 2 * u, at, y + 30 * u), rgb(INK), max(1, round(u)))

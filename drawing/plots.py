@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 import numpy as np
@@ -284,12 +285,31 @@ def _draw_budget(
         )
 
 
+class Scored(Protocol):
+    """What plots need to know of a task's measure."""
+
+    key: str
+    label: str
+    title: str
+    higher_is_better: bool
+
+
+def _against(axes: Axes, measure: Scored, speed: bool, convention: str) -> None:
+    """Labels of a plot of a measure against measured images/s or operations."""
+    axes.set_ylabel(measure.label)
+    axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {convention}")
+    axes.set_title(f"{measure.title} against {'speed' if speed else 'operations'}")
+
+
 @styled
 def budget_curve(
-    curves: Mapping[int, Sequence[dict]], axis: str, dense: Mapping[int, dict | None]
+    curves: Mapping[int, Sequence[dict]],
+    axis: str,
+    dense: Mapping[int, dict | None],
+    measure: Scored,
 ) -> Figure | None:
-    """Top-1 against operations (`axis` "exact" or "paper") or measured images/s; None where nothing
-    was measured.
+    """A measure against operations (`axis` "exact" or "paper") or measured images/s; None where
+    nothing was measured.
 
     curves: {position of the run: points of its sweep}; dense: the dense model's point of each run.
     """
@@ -304,41 +324,34 @@ def budget_curve(
         known = [point for point in points if place(point) is not None]
         reference = dense.get(run)
         everything = list(known)
-        if reference and reference.get("top1") is not None and place(reference) is not None:
+        if reference and reference.get(measure.key) is not None and place(reference) is not None:
             everything.append(reference)
         drawn = drawn or bool(everything)
-        where, top1 = (
-            [place(point) for point in everything],
-            [point["top1"] for point in everything],
+        where = [place(point) for point in everything]
+        values = [point[measure.key] for point in everything]
+        front = pareto_front(
+            [-x for x in where] if speed else where,
+            values if measure.higher_is_better else [-value for value in values],
         )
-        front = pareto_front([-x for x in where] if speed else where, top1)
-        axes.plot(
-            [where[i] for i in front],
-            [top1[i] for i in front],
-            color=SERIES[run % len(SERIES)],
-            zorder=1,
-        )
-        for point in everything:
+        colour = SERIES[run % len(SERIES)]
+        axes.plot([where[i] for i in front], [values[i] for i in front], color=colour, zorder=1)
+        for point, x, y in zip(everything, where, values, strict=True):
             # Among several curves there is room for the names of the ends and of the trained budget
             # only.
             named = len(curves) == 1 or point.get("trained") or point in (known[0], known[-1])
-            _draw_budget(
-                axes, (place(point), point["top1"]), point, SERIES[run % len(SERIES)], named
-            )
+            _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
-    axes.set_ylabel("top-1, %")
-    axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {axis}")
-    axes.set_title("Accuracy against speed" if speed else "Accuracy against operations")
+    _against(axes, measure, speed, axis)
     return figure if drawn else None
 
 
 @styled
-def variants(rows: Sequence[Mapping], axis: str) -> Figure | None:
-    """Top-1 of an ablation against operations (`axis` "flops") or measured images/s; None where
+def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | None:
+    """A measure of an ablation against operations (`axis` "flops") or measured images/s; None where
     nothing is known.
 
     A mark and a bar at mean and standard deviation over the seeds, a dot for each run; the first
-    row is the dense model, whose accuracy is drawn across.
+    row is the dense model, whose value is drawn across.
     """
     drawn = [row for row in rows if row["n"] and row[axis] is not None]
     if not drawn:
@@ -346,13 +359,14 @@ def variants(rows: Sequence[Mapping], axis: str) -> Figure | None:
     figure, [[axes]] = _figure(6.4, 3.4)
     scale = 1e6 if axis == "flops" else 1
     for index, row in enumerate(drawn):
-        x, dense = row[axis] / scale, row is rows[0]
+        x, dense, mean = row[axis] / scale, row is rows[0], row[measure.key]
         colour = INK if dense else SERIES[(index - 1) % len(SERIES)]
         marker = "D" if dense else "os^vPX*"[(index - 1) % 7]
-        axes.plot([x] * row["n"], row["top1_of_runs"], ".", markersize=4, color=colour, alpha=0.5)
+        values = row[f"{measure.key}_of_runs"]
+        axes.plot([x] * row["n"], values, ".", markersize=4, color=colour, alpha=0.5)
         axes.errorbar(
             x,
-            row["top1"],
+            mean,
             yerr=row["sd"],
             fmt=marker,
             markersize=6,
@@ -362,10 +376,8 @@ def variants(rows: Sequence[Mapping], axis: str) -> Figure | None:
             label=row["name"],
         )
         if dense:
-            axes.axhline(row["top1"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+            axes.axhline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.margins(0.08, 0.12)
-    axes.set_ylabel("top-1, %")
-    axes.set_xlabel("MFLOPs an image, exact" if axis == "flops" else "images/s, measured")
-    axes.set_title("Accuracy against operations" if axis == "flops" else "Accuracy against speed")
+    _against(axes, measure, axis != "flops", "exact")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

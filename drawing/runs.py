@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 @dataclass
-class Run:
+class RunFolder:
     """What a run left in its folder; parts that are not there are None or empty."""
 
     name: str
@@ -28,11 +28,11 @@ class Run:
         return f"var(--series{self.position % len(SERIES)})"
 
 
-def read_run(folder: Path, name: str, position: int) -> Run:
+def read_run(folder: Path, name: str, position: int) -> RunFolder:
     """Read a run's folder. Raises UserError for a folder that is no run's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    run = Run(name, folder, position, {}, {}, [], None, None)
+    run = RunFolder(name, folder, position, {}, {}, [], None, None)
     run.args, run.environment = (
         _read_object(run, "args.json") or {},
         _read_object(run, "environment.json") or {},
@@ -47,7 +47,7 @@ def read_run(folder: Path, name: str, position: int) -> Run:
     return run
 
 
-def _read_object(run: Run, name: str) -> dict[str, Any] | None:
+def _read_object(run: RunFolder, name: str) -> dict[str, Any] | None:
     """A JSON object of the run; None where it is missing or cannot be read, which is noted."""
     path = run.folder / name
     if not path.exists():
@@ -63,7 +63,7 @@ def _read_object(run: Run, name: str) -> dict[str, Any] | None:
     return content
 
 
-def _read_log(run: Run) -> None:
+def _read_log(run: RunFolder) -> None:
     """The epochs of log.txt in order, the last line of an epoch counting; unreadable lines are
     noted.
     """

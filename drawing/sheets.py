@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from utils.files import atomic_file
 
 from .palette import GRID, INK, MUTED, PAPER, rgb
-from .pictures import Decisions, dim_dropped, fitted, font, patch_of_pixels, within
+from .pictures import ImageReport, dim_dropped, fitted, font, patch_of_pixels, within
 
 COLUMNS, ROWS = 4, 8
 SIDE = 128  # of a thumbnail, in pixels
@@ -25,17 +25,19 @@ class ContactSheets:
         self.width, self.height = 2 * SIDE + 2 + MARGIN, SIDE + CAPTION + MARGIN
         self._page = Image.new("RGB", (0, 0))
 
-    def add(self, image: Image.Image, region: tuple[float, ...], model, said: Decisions) -> None:
+    def add(
+        self, image: Image.Image, region: tuple[float, ...], model, report: ImageReport
+    ) -> None:
         """Put an image on the page: itself, what the last stage left, its class and its cost."""
         if self.cells == 0:
             size = (COLUMNS * self.width + MARGIN, ROWS * self.height + MARGIN)
             self._page = Image.new("RGB", size, rgb(PAPER))
         row, column = divmod(self.cells, COLUMNS)
         x, y = MARGIN + column * self.width, MARGIN + row * self.height
-        for thumb in self._thumbs(image, region, model, said):
+        for thumb in self._thumbs(image, region, model, report):
             self._page.paste(thumb, (x + (SIDE - thumb.width) // 2, y + (SIDE - thumb.height) // 2))
             x += SIDE + 2
-        self._caption(MARGIN + column * self.width, y + SIDE + 4, said)
+        self._caption(MARGIN + column * self.width, y + SIDE + 4, report)
         self.cells += 1
         if self.cells == COLUMNS * ROWS:
             self._write()
@@ -51,32 +53,27 @@ class ContactSheets:
             self._write()
 
     def _thumbs(
-        self, image: Image.Image, region: tuple[float, ...], model, said: Decisions
+        self, image: Image.Image, region: tuple[float, ...], model, report: ImageReport
     ) -> list[Image.Image]:
         image, region = within(image, region, SIDE)
         scale = max(1, SIDE // max(image.size))
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        if not said.kept:
+        if not report.kept:
             return [image]
         patch_of = patch_of_pixels(
             model.patch_embed, image.size, tuple(scale * side for side in region)
         )
-        return [image, Image.fromarray(dim_dropped(np.asarray(image), patch_of, said.kept[-1]))]
+        return [image, Image.fromarray(dim_dropped(np.asarray(image), patch_of, report.kept[-1]))]
 
-    def _caption(self, x: float, y: float, said: Decisions) -> None:
+    def _caption(self, x: float, y: float, report: ImageReport) -> None:
         draw = ImageDraw.Draw(self._page)
         width = 2 * SIDE + 2
-        name, probability = said.classes[0]
+        answer = "".join(f"{name}  {100 * share:.0f} %" for name, share in report.classes[:1])
         bold, plain = font(11, bold=True), font(10)
-        share = f"{100 * said.flops / said.dense_flops:.0f} % of dense"
-        draw.text(
-            (x, y),
-            fitted(draw, f"{name}  {100 * probability:.0f} %", bold, width - 90),
-            rgb(INK),
-            bold,
-        )
+        share = f"{100 * report.flops / report.dense_flops:.0f} % of dense"
+        draw.text((x, y), fitted(draw, answer, bold, width - 90), rgb(INK), bold)
         draw.text((x + width, y), share, rgb(INK), plain, anchor="ra")
-        draw.text((x, y + 15), fitted(draw, said.name, plain, width), rgb(MUTED), plain)
+        draw.text((x, y + 15), fitted(draw, report.name, plain, width), rgb(MUTED), plain)
         draw.line((x, y + 32, x + width, y + 32), rgb(GRID))
 
     def _write(self) -> None:

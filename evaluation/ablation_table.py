@@ -8,66 +8,65 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tabulate import tabulate
 
-from datasets import Data
 from drawing import plots
+from evaluation.columns import EXACT, SPEED
 from evaluation.summary import forward_speeds
-from models.build import build_dense, restore_model
+from models.build import ModelSpec, restore
 from models.weights import load_weights
+from tasks import Experiment, Measure, Task
 from utils.checkpoint import BEST, load_checkpoint
-from utils.distributed import Distributed
 from utils.environment import describe_environment, device_name
 from utils.errors import UserError
 from utils.files import atomic_file, sha256_of, write_csv, write_json
 
-if TYPE_CHECKING:
-    from evaluation.ablation_table import PlannedRun
-
 DENSE = "dense"
 RECORD = "ablation.json"
-COLUMNS = (
-    "variant",
-    "top-1, %",
-    "change",
-    "MFLOPs, exact",
-    "change",
-    "images/s",
-    "patches kept",
-    "scans kept",
-    "n",
-)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training; `flags` are the words behind main.py, `args` what they mean."""
+
+    variant: str
+    seed: int
+    folder: Path
+    flags: list[str]
+    args: argparse.Namespace
+
+    def __str__(self) -> str:
+        return f"{self.variant}/seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a complete run says of itself in eval.json."""
 
-    variant: str
-    seed: int
-    checkpoint: Path
-    args: argparse.Namespace
+    run: PlannedRun
     dynamic: dict[str, Any]
     dense: dict[str, Any]
 
     @classmethod
-    def read(cls, run: "PlannedRun") -> "Outcome":
+    def read(cls, run: PlannedRun) -> "Outcome":
         path = run.folder / "eval.json"
         try:
             report = json.loads(path.read_bytes())
-            return cls(
-                run.variant, run.seed, run.folder / BEST, run.args, report["dynamic"], report[DENSE]
-            )
+            return cls(run, report["dynamic"], report[DENSE])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} cannot be read ({error!r}); remove it, and the same command writes it anew"
             ) from None
 
     @property
-    def top1(self) -> float:
-        return self.dynamic["top1"]
+    def variant(self) -> str:
+        return self.run.variant
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run.folder / BEST
 
     @property
     def flops(self) -> float:
@@ -85,12 +84,7 @@ class Outcome:
 
 
 def measure_speeds(
-    outcomes: Sequence[Outcome],
-    dense_path: str,
-    data: Data,
-    distributed: Distributed,
-    seconds: float,
-    output: Path,
+    outcomes: Sequence[Outcome], dense_path: str, experiment: Experiment, seconds: float
 ) -> dict[str, Any]:
     """Images/s of the dense model and of one run of each variant, all timed in turn on the same
     batch.
@@ -100,25 +94,24 @@ def measure_speeds(
     """
     first = {outcome.variant: outcome for outcome in reversed(outcomes)}
     files = {DENSE: dense_path} | {name: str(outcome.checkpoint) for name, outcome in first.items()}
-    args = outcomes[0].args
     conditions = {
         "checkpoints_sha256": {name: sha256_of(path) for name, path in files.items()},
-        "batch_size": args.batch_size,
-        "device": device_name(distributed.device),
-        "precision": "float32" if args.amp == "off" else args.amp,
+        "batch_size": experiment.args.batch_size,
+        "device": device_name(experiment.device),
+        "precision": experiment.precision,
         "seconds": seconds,
     }
-    known = _recorded_speeds(output / RECORD)
-    if known.get("conditions") == conditions:
-        return known
-    dense = build_dense(args, data.num_classes)
+    recorded = _recorded_speeds(experiment.output / RECORD)
+    if recorded.get("conditions") == conditions:
+        return recorded
+    dense = experiment.model(experiment.spec.dense())
     load_weights(dense, load_checkpoint(dense_path), dense_path)
     models = {DENSE: dense}
     for name, outcome in first.items():
-        at = argparse.Namespace(**vars(outcome.args) | {"model_path": files[name]})
-        models[name] = restore_model(at, load_checkpoint(outcome.checkpoint), data.num_classes)
-    models = {name: model.to(distributed.device) for name, model in models.items()}
-    images_per_s = forward_speeds(models, data, args, distributed, seconds / 2 * len(models))
+        checkpoint, threshold = load_checkpoint(outcome.checkpoint), outcome.run.args.gate_threshold
+        model = experiment.model(ModelSpec.from_checkpoint(checkpoint, files[name]))
+        models[name] = restore(model, checkpoint, files[name], threshold=threshold)
+    images_per_s = forward_speeds(models, experiment, seconds / 2 * len(models))
     return {"conditions": conditions, "images_per_s": images_per_s}
 
 
@@ -130,7 +123,10 @@ def _recorded_speeds(path: Path) -> dict[str, Any]:
 
 
 def summarise(
-    variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome], speeds: Mapping[str, Any]
+    variants: Mapping[str, Sequence[str]],
+    outcomes: Sequence[Outcome],
+    speeds: Mapping[str, Any],
+    measure: Measure,
 ) -> list[dict[str, Any]]:
     """A row for the dense model and for each variant; None where nothing is known."""
     teacher, speed = outcomes[0].dense, speeds["images_per_s"]
@@ -138,9 +134,9 @@ def summarise(
         {
             "name": DENSE,
             "n": 1,
-            "top1": teacher["top1"],
+            measure.key: teacher[measure.key],
             "sd": None,
-            "top1_of_runs": [teacher["top1"]],
+            f"{measure.key}_of_runs": [teacher[measure.key]],
             "flops": teacher["flops"]["exact"],
             "images_per_s": speed[DENSE],
             "patches_kept": 1.0,
@@ -149,14 +145,14 @@ def summarise(
     ]
     for name in variants:
         runs = [outcome for outcome in outcomes if outcome.variant == name]
-        top1 = [run.top1 for run in runs]
+        values = [run.dynamic[measure.key] for run in runs]
         rows.append(
             {
                 "name": name,
                 "n": len(runs),
-                "top1": _mean(top1),
-                "sd": statistics.stdev(top1) if len(runs) > 1 else None,
-                "top1_of_runs": top1,
+                measure.key: _mean(values),
+                "sd": statistics.stdev(values) if len(runs) > 1 else None,
+                f"{measure.key}_of_runs": values,
                 "flops": _mean([run.flops for run in runs]),
                 "images_per_s": speed.get(name),
                 "patches_kept": _mean([run.patches_kept for run in runs]),
@@ -170,42 +166,51 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def table(rows: Sequence[Mapping[str, Any]], form: str) -> str:
+def table(rows: Sequence[Mapping[str, Any]], measure: Measure, form: str) -> str:
     """The rows for a reader, in one of tabulate's formats; changes and speeds are against the dense
     model.
     """
     dense = rows[0]
+    headers = [
+        "variant",
+        measure.label,
+        "change",
+        EXACT.label,
+        "change",
+        SPEED.label,
+        "patches kept",
+        "scans kept",
+        "n",
+    ]
     shown = [
-        [row["name"], *_cells(row, dense), "" if row is dense else str(row["n"])] for row in rows
+        [row["name"], *_cells(row, dense, measure), "" if row is dense else str(row["n"])]
+        if row["n"]
+        else [row["name"], *["-"] * (len(headers) - 2), "0"]
+        for row in rows
     ]
     return tabulate(
         shown,
-        headers=COLUMNS,
+        headers=headers,
         tablefmt=form,
         disable_numparse=True,
-        colalign=("left", *["right"] * (len(COLUMNS) - 1)),
+        colalign=("left", *["right"] * (len(headers) - 1)),
     )
 
 
-def _cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
-    if not row["n"]:
-        return ["-"] * (len(COLUMNS) - 2)
-    top1 = f"{row['top1']:.2f}" + (f" ± {row['sd']:.2f}" if row["sd"] is not None else "")
-    flops = f"{row['flops'] / 1e6:,.2f}"
+def _cells(row: Mapping[str, Any], dense: Mapping[str, Any], measure: Measure) -> list[str]:
+    score = measure.text(row[measure.key])
+    if row["sd"] is not None:
+        score += f" ± {measure.text(row['sd'])}"
+    columns = [{**part, "flops": {"exact": part["flops"]}} for part in (dense, row)]
+    flops = EXACT.cell(columns[1])
     if row is dense:
-        speed = "-" if row["images_per_s"] is None else f"{row['images_per_s']:,.1f}"
-        return [top1, "", flops, "", speed, "100.0 %", "100.0 %"]
-    speed = (
-        "-"
-        if row["images_per_s"] is None
-        else f"x {row['images_per_s'] / dense['images_per_s']:.2f}"
-    )
+        return [score, "", flops, "", SPEED.cell(row), "100.0 %", "100.0 %"]
     return [
-        top1,
-        f"{row['top1'] - dense['top1']:+.2f}",
+        score,
+        measure.text(row[measure.key] - dense[measure.key], signed=True),
         flops,
-        f"{100 * (row['flops'] / dense['flops'] - 1):+.1f} %",
-        speed,
+        EXACT.changed(*columns),
+        SPEED.changed(*columns) or "-",
         f"{100 * row['patches_kept']:.1f} %",
         f"{100 * row['scans_kept']:.1f} %",
     ]
@@ -217,6 +222,7 @@ def write(
     failed: Mapping[str, str],
     about: Mapping[str, Any],
     speeds: Mapping[str, Any],
+    task: Task,
     output: Path,
 ) -> None:
     """`ablation.json`, `ablation.md`, a CSV file of the variants and one of the runs, and the
@@ -227,68 +233,51 @@ def write(
         output / RECORD,
         {**about, "environment": environment, "rows": rows, "missing": failed, "speeds": speeds},
     )
-    write_csv(
-        output / "ablation.csv",
-        (
-            "variant",
-            "runs",
-            "top1_mean",
-            "top1_sd",
-            "exact_flops",
-            "images_per_s",
-            "patches_kept",
-            "scans_kept",
-        ),
-        (
-            [
-                row["name"],
-                row["n"],
-                *(
-                    "" if row[key] is None else row[key]
-                    for key in ("top1", "sd", "flops", "images_per_s", "patches_kept", "scans_kept")
-                ),
-            ]
-            for row in rows
-        ),
-    )
-    write_csv(
-        output / "ablation_runs.csv",
-        (
-            "variant",
-            "seed",
-            "top1",
-            "top5",
-            "loss",
-            "ema_top1",
-            "paper_flops",
-            "exact_flops",
-            "patches_kept",
-            "scans_kept",
-        ),
-        map(_csv_row, outcomes),
-    )
+    _write_variants(rows, task.best.key, output / "ablation.csv")
+    _write_runs(outcomes, task, output / "ablation_runs.csv")
     with atomic_file(output / "ablation.md") as file:
-        file.write(_document(rows, failed, about, environment, speeds).encode())
+        file.write(_document(rows, failed, about, environment, speeds, task.best).encode())
     for axis, name in (("flops", "ablation_flops.png"), ("images_per_s", "ablation_speed.png")):
-        figure = plots.variants(rows, axis)
+        figure = plots.variants(rows, axis, task.best)
         if figure is not None:
             plots.save(figure, output / name)
 
 
-def _csv_row(run: Outcome) -> list[Any]:
-    ema = run.dynamic["ema_top1"]
-    return [
-        run.variant,
-        run.seed,
-        run.top1,
-        run.dynamic["top5"],
-        run.dynamic["loss"],
-        "" if ema is None else ema,
-        run.dynamic["flops"]["paper"],
-        run.flops,
-        run.patches_kept,
-        run.scans_kept,
-    ]
+def _write_variants(rows: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
+    columns = {
+        "variant": "name",
+        "runs": "n",
+        f"{key}_mean": key,
+        f"{key}_sd": "sd",
+        "exact_flops": "flops",
+        "images_per_s": "images_per_s",
+        "patches_kept": "patches_kept",
+        "scans_kept": "scans_kept",
+    }
+    write_csv(
+        path,
+        list(columns),
+        (["" if row[name] is None else row[name] for name in columns.values()] for row in rows),
+    )
+
+
+def _write_runs(outcomes: Sequence[Outcome], task: Task, path: Path) -> None:
+    scores = [*(measure.key for measure in task.measures), task.best.ema_key]
+    costs = ["paper_flops", "exact_flops", "patches_kept", "scans_kept"]
+
+    def row(outcome: Outcome) -> list[Any]:
+        values = [outcome.dynamic[key] for key in scores]
+        return [
+            outcome.variant,
+            outcome.run.seed,
+            *("" if value is None else value for value in values),
+            outcome.dynamic["flops"]["paper"],
+            outcome.flops,
+            outcome.patches_kept,
+            outcome.scans_kept,
+        ]
+
+    write_csv(path, ["variant", "seed", *scores, *costs], map(row, outcomes))
 
 
 def _document(
@@ -297,6 +286,7 @@ def _document(
     about: Mapping[str, Any],
     environment: Mapping[str, str],
     speeds: Mapping[str, Any],
+    measure: Measure,
 ) -> str:
     conditions = speeds["conditions"]
     subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
@@ -310,13 +300,12 @@ def _document(
     lines = [
         "# Ablation",
         "",
-        table(rows, "github"),
+        table(rows, measure, "github"),
         "",
-        "Top-1 of the best epoch's checkpoint: mean ± sample standard deviation over the n seeds. "
-        "Changes and images/s "
-        "are against the dense teacher. Patches kept: after the last stage. Scans kept: mean gate "
-        "over layers and "
-        "directions. `exact` counts both scan directions, each with its own gate, and the routers.",
+        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over the "
+        "n seeds. Changes and images/s are against the dense teacher. Patches kept: after the last "
+        "stage. Scans kept: mean gate over layers and directions. `exact` counts "
+        "both scan directions, each with its own gate, and the routers.",
         "",
         f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
         f"{about['epochs']}; seeds: "
@@ -341,17 +330,3 @@ def _document(
             "",
         ]
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One training; `flags` are the words behind main.py, `args` what they mean."""
-
-    variant: str
-    seed: int
-    folder: Path
-    flags: list[str]
-    args: argparse.Namespace
-
-    def __str__(self) -> str:
-        return f"{self.variant}/seed{self.seed}"

@@ -10,7 +10,6 @@ Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the
 project's own.
 """
 
-import argparse
 import logging
 import math
 from collections.abc import Mapping
@@ -18,10 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from datasets import Data
-from models import DynamicVisionMamba, VisionMamba
+from models import VisionMamba
 from models.build import sigmoid
-from utils.distributed import Distributed
+from tasks import Experiment
 from utils.logging import Progress
 from utils.precision import autocast
 
@@ -32,33 +30,29 @@ GIVE_UP = 0.1  # farther from the target than that, the paper's threshold stays
 _logger = logging.getLogger(__name__)
 
 
-def calibrate(
-    models: Mapping[str, VisionMamba | None],
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
-) -> dict[str, float]:
+def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) -> dict[str, float]:
     """Choose and set the threshold of each model that routes; -> logits by name, to be stored.
     Every rank must call it.
 
     models: "model", and "ema" or None.
     """
-    found = {}
+    thresholds: dict[str, float] = {}
     for name, model in models.items():
-        if model is None or not getattr(model, "route_blocks", False):
+        if model is None or not model.route_blocks:
             continue
-        if data.calibration_loader is None:
+        if experiment.data.calibration_loader is None:
             _logger.warning(
-                "the gate threshold is not calibrated: %s is read as a stream", args.data_set
+                "the gate threshold is not calibrated: %s is read as a stream",
+                experiment.args.data_set,
             )
             return {}
-        found[name], kept = calibrate_model(model, data, args, distributed)
-        probability, target = sigmoid(found[name]), args.block_keep_ratio
+        target = experiment.args.block_keep_ratio
+        thresholds[name], kept = calibrate_model(model, target, experiment)
         _logger.info(
             "gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target "
             "%.2f %%)",
             name,
-            probability,
+            sigmoid(thresholds[name]),
             100 * kept,
             100 * target,
         )
@@ -67,20 +61,20 @@ def calibrate(
                 "no threshold was found that comes closer: the routers hardly tell images and "
                 "layers apart"
             )
-    return found
+    return thresholds
 
 
 def calibrate_model(
-    model: DynamicVisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed
+    model: VisionMamba, target: float, experiment: Experiment
 ) -> tuple[float, float]:
-    """Set the threshold that comes closest to `args.block_keep_ratio`; -> its logit, the share
-    kept.
+    """Set the threshold at which the share of the scans that is kept comes closest to `target`; ->
+    its logit, the share.
     """
-    target, threshold = args.block_keep_ratio, 0.0
+    distributed, threshold = experiment.distributed, 0.0
     low, high, tried = -math.inf, math.inf, {}
     for _ in range(PASSES):
         model.set_gate_threshold(threshold)
-        logits = router_logits(model, data, args, distributed)
+        logits = router_logits(model, experiment)
         kept = (logits > threshold).double().mean().item() if distributed.is_main else 0.0
         following = quantile_above(logits, target) if distributed.is_main else 0.0
         kept, following = distributed.all_reduce_sum([kept, following]).tolist()
@@ -100,32 +94,30 @@ def calibrate_model(
 
 
 @torch.no_grad()
-def router_logits(
-    model: DynamicVisionMamba, data: Data, args: argparse.Namespace, distributed: Distributed
-) -> Tensor:
+def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
     """Logits of all gates on the calibration images of all ranks, in one long row on rank 0;
     elsewhere empty.
     """
-    seen: list[Tensor] = []
+    distributed, recorded = experiment.distributed, []
     routers = [layer.mixer.block_head for layer in model.layers]
     handles = [
         router.register_forward_hook(
-            lambda _module, _inputs, logits: seen.append(logits.float().cpu())
+            lambda _module, _inputs, logits: recorded.append(logits.float().cpu())
         )
         for router in routers
     ]
     model.eval()
     try:
-        batches = data.calibration_loader
+        loader = experiment.data.calibration_loader
         for batch in Progress(
-            batches.batches(), "calibration", total=len(batches), shown=distributed.is_main
+            loader.batches(), "calibration", total=len(loader), shown=distributed.is_main
         ):
-            with autocast(distributed.device, args.amp):
+            with autocast(distributed.device, experiment.args.amp):
                 model(batch.images.to(distributed.device))
     finally:
         for handle in handles:
             handle.remove()
-    own = torch.cat([logits.flatten() for logits in seen]) if seen else torch.empty(0)
+    own = torch.cat([logits.flatten() for logits in recorded]) if recorded else torch.empty(0)
     return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
 
 

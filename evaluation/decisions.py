@@ -4,11 +4,13 @@ of kept patches.
 C classes, B images, M patches, S stages, N images of the data set.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from drawing import plots
 from loading.loaders import Batch
@@ -36,33 +38,10 @@ class DecisionTotals:
         """The numbers as CSV and their plots as PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.gates is not None:
-            stage = {layer: number for number, layer in enumerate(self.pruning_layers, start=1)}
-            write_csv(
-                folder / "gates.csv",
-                ("layer", *DIRECTIONS, "stage_before"),
-                (
-                    (layer, *map(_short, gate), stage.get(layer, 0))
-                    for layer, gate in enumerate(self.gates)
-                ),
-            )
-            columns = [
-                f"layer{layer}_{name}" for layer in range(len(self.gates)) for name in DIRECTIONS
-            ]
-            write_csv(
-                folder / "gates_per_class.csv",
-                ("class", "images", *columns),
-                (
-                    (name, count, *map(_short, gate.ravel()))
-                    for name, count, gate in zip(
-                        self.class_names, self.images_per_class, self.gates_per_class, strict=True
-                    )
-                ),
-            )
-            plots.save(plots.gates(self.gates, self.pruning_layers), folder / "gates.png")
-            plots.save(
-                plots.gates_per_class(self.gates_per_class, self.class_names),
-                folder / "gates_per_class.png",
-            )
+            self._write_gates(folder)
+        if self.gates_per_class is not None:
+            self._write_gates_per_class(folder)
+        if self.gates is not None:
             write_csv(folder / "costs.csv", ("exact_flops",), ([cost] for cost in self.costs))
             plots.save(plots.costs(self.costs), folder / "costs.png")
         if len(self.keep):
@@ -73,57 +52,89 @@ class DecisionTotals:
             )
             plots.save(plots.keep_maps(self.keep), folder / "keep_maps.png")
 
+    def _write_gates(self, folder: Path) -> None:
+        stage = {layer: number for number, layer in enumerate(self.pruning_layers, start=1)}
+        rows = (
+            (layer, *map(_short, gate), stage.get(layer, 0))
+            for layer, gate in enumerate(self.gates)
+        )
+        write_csv(folder / "gates.csv", ("layer", *DIRECTIONS, "stage_before"), rows)
+        plots.save(plots.gates(self.gates, self.pruning_layers), folder / "gates.png")
+
+    def _write_gates_per_class(self, folder: Path) -> None:
+        columns = [
+            f"layer{layer}_{name}" for layer in range(len(self.gates)) for name in DIRECTIONS
+        ]
+        rows = (
+            (name, count, *map(_short, gate.ravel()))
+            for name, count, gate in zip(
+                self.class_names, self.images_per_class, self.gates_per_class, strict=True
+            )
+        )
+        write_csv(folder / "gates_per_class.csv", ("class", "images", *columns), rows)
+        plots.save(
+            plots.gates_per_class(self.gates_per_class, self.class_names),
+            folder / "gates_per_class.png",
+        )
+
 
 def _short(value: float) -> str:
     return f"{value:.6g}"
 
 
-class DecisionCounter:
-    """Sums up the decisions of one evaluation pass; `add` is its observer."""
+class DecisionMeter:
+    """Sums up the decisions of one evaluation pass; `compute` gives them as `decisions`, on rank 0.
 
-    def __init__(self, model: VisionMamba, class_names: list[str]):
-        self.model, self.class_names = model, class_names
-        self.routed = getattr(model, "route_blocks", False)
-        self.stages = len(getattr(model, "pruning_layers", ()))
+    labels: the class [B] of each image of a batch, None where images have none.
+    """
+
+    def __init__(
+        self, model: VisionMamba, class_names: list[str], labels: Callable[[Batch], Tensor | None]
+    ):
+        self.model, self.class_names, self.labels = model, class_names, labels
+        self.images = 0
         self.counts = torch.zeros(len(class_names), dtype=torch.float64)
-        self.gates = torch.zeros(len(class_names), model.depth, 2, dtype=torch.float64)
-        self.kept = torch.zeros(self.stages, model.num_patches, dtype=torch.float64)
+        self.class_gates = torch.zeros(len(class_names), model.depth, 2, dtype=torch.float64)
+        self.gates = torch.zeros(model.depth, 2, dtype=torch.float64)
+        self.kept = torch.zeros(len(model.pruning_layers), model.num_patches, dtype=torch.float64)
         self.costs: list[np.ndarray] = []
 
-    @property
-    def anything(self) -> bool:
-        """Whether the model decides anything; a dense one does not."""
-        return self.routed or self.stages > 0
-
-    def add(self, batch: Batch, result: Result) -> None:
-        """Count a batch: targets [B], gates [depth, B, 2], kept S x [B, k]."""
+    def update(self, batch: Batch, result: Result) -> None:
+        """gates [depth, B, 2], kept S x [B, k]."""
         gates = result.gates.double().cpu()
-        self.counts.index_add_(
-            0, batch.targets.cpu(), torch.ones(len(batch.targets), dtype=torch.float64)
-        )
-        self.gates.index_add_(0, batch.targets.cpu(), gates.transpose(0, 1))
+        self.images += len(batch.images)
+        self.gates += gates.sum(dim=1)
+        labels = self.labels(batch)
+        if labels is not None:
+            labels = labels.cpu()
+            ones = torch.ones(len(labels), dtype=torch.float64)
+            self.counts.index_add_(0, labels, ones)
+            self.class_gates.index_add_(0, labels, gates.transpose(0, 1))
         for total, stage in zip(self.kept, result.kept, strict=True):
             total += torch.bincount(stage.flatten().cpu(), minlength=self.model.num_patches)
         self.costs.append(exact_per_image(self.model, gates).round().long().numpy())
 
-    def totals(self, distributed: Distributed) -> DecisionTotals | None:
-        """Over all ranks, on rank 0; every rank must call it."""
-        sums = (self.counts, self.gates, self.kept)
-        counts, gates, kept = (distributed.all_reduce_sum(part).numpy() for part in sums)
+    def compute(self, distributed: Distributed) -> dict[str, DecisionTotals | None]:
+        sums = (self.counts, self.class_gates, self.gates, self.kept)
+        counts, class_gates, gates, kept = (
+            distributed.all_reduce_sum(part).numpy() for part in sums
+        )
+        images = distributed.all_reduce_sum([self.images]).item()
         costs = distributed.gather_objects(
             np.concatenate(self.costs) if self.costs else np.zeros(0, np.int64)
         )
         if costs is None:
-            return None
+            return {"decisions": None}
         with np.errstate(invalid="ignore"):
-            per_class = gates / counts[:, None, None]
-        images = counts.sum()
-        return DecisionTotals(
+            per_class = class_gates / counts[:, None, None]
+        routed = self.model.route_blocks
+        totals = DecisionTotals(
             self.class_names,
             counts.astype(int),
-            per_class if self.routed else None,
-            gates.sum(axis=0) / images if self.routed else None,
+            per_class if routed and counts.any() else None,
+            gates / images if routed else None,
             np.concatenate(costs),
             kept / images,
-            tuple(getattr(self.model, "pruning_layers", ())),
+            tuple(self.model.pruning_layers),
         )
+        return {"decisions": totals}

@@ -25,7 +25,8 @@ from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from loading.transforms import ImageOnly, eval_transform
 from models import Result, VisionMamba
-from models.build import recorded_arguments, restore_model
+from models.build import ModelSpec, recorded_arguments, restore
+from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
@@ -75,13 +76,20 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
 
 
 @dataclass
-class Classifier:
-    """A model in evaluation mode, with what is needed to show it images and to name what it says."""
+class Predictor:
+    """A model in evaluation mode, with what is needed to show it images and to word its answers."""
 
     model: VisionMamba
+    task: Task
     class_names: list[str]
     args: argparse.Namespace
     device: torch.device
+
+    @classmethod
+    def of(cls, model: VisionMamba, experiment: Experiment) -> "Predictor":
+        """A model of a run, for images in the same form as the run's data."""
+        names = experiment.data.class_names
+        return cls(model, experiment.task, names, experiment.args, experiment.device)
 
     @property
     def img_size(self) -> int:
@@ -90,7 +98,7 @@ class Classifier:
     def results(
         self, images: FileImages, bad_images: BadImages, shown: bool = True
     ) -> Iterator[tuple[Batch, Result]]:
-        """What the model makes of images, batch by batch; files that cannot be used are told to
+        """What the model makes of images, batch by batch; files that cannot be used are reported to
         `bad_images`.
         """
         batch_size = self.args.batch_size
@@ -111,23 +119,10 @@ class Classifier:
     @torch.no_grad()
     def forward(self, images: Tensor) -> Result:
         with autocast(self.device, self.args.amp):
-            return self.model(images.to(self.device))
-
-    def likeliest(self, logits: Tensor, count: int) -> list[list[tuple[int, str, float]]]:
-        """logits [B, C] -> for each image (class, name, probability) of the likeliest classes,
-        likeliest first.
-        """
-        probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
-        return [
-            [
-                (label, self.class_names[label], probability)
-                for label, probability in zip(*rows, strict=True)
-            ]
-            for rows in zip(classes.tolist(), probabilities.tolist(), strict=True)
-        ]
+            return self.task.predict(self.model, images.to(self.device))
 
 
-def load_classifier(parser: arguments.OneLineParser, argv: Sequence[str]) -> Classifier:
+def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Predictor:
     """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the
     flags' defaults.
     """
@@ -138,24 +133,24 @@ def load_classifier(parser: arguments.OneLineParser, argv: Sequence[str]) -> Cla
     parser.set_defaults(**recorded_arguments(checkpoint))
     args = parser.parse_args(argv)
     options.settle_model(args)
-    head = checkpoint["model"].get("head.weight")
-    if not isinstance(head, Tensor) or head.dim() != 2:
-        raise UserError(f"{args.model_path}: no head.weight in it, so that it names no classes")
+    task = task_of_checkpoint(checkpoint)
+    count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device
-    model = restore_model(args, checkpoint, len(head), ema=args.ema).to(device).eval()
-    return Classifier(model, class_names(args, checkpoint, len(head)), args, device)
+    model = task.model(ModelSpec.from_args(args), count)
+    restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
+    names = class_names(args.class_names, checkpoint, count, args.model_path)
+    return Predictor(model.to(device).eval(), task, names, args, device)
 
 
-def class_names(args: argparse.Namespace, checkpoint: dict[str, Any], count: int) -> list[str]:
+def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source: str) -> list[str]:
     """Names of the classes: of the file that the user gave, of the checkpoint, of ImageNet, or
     their numbers.
     """
-    if args.class_names:
-        names = _read_names(Path(args.class_names))
+    if file:
+        names = _read_names(Path(file))
         if len(names) != count:
             raise UserError(
-                f"--class-names {args.class_names}: {len(names)} names, and the model has {count} "
-                "classes"
+                f"--class-names {file}: {len(names)} names, and the model has {count} classes"
             )
         return names
     imagenet = ImageNetInfo("imagenet-1k")
@@ -167,12 +162,10 @@ def class_names(args: argparse.Namespace, checkpoint: dict[str, Any], count: int
             for name in names
         ]
     if count == imagenet.num_classes():
-        _logger.info(
-            "%s holds no class names; 1000 classes are taken to be ImageNet's", args.model_path
-        )
+        _logger.info("%s holds no class names; 1000 classes are taken to be ImageNet's", source)
         return [imagenet.index_to_description(label) for label in range(count)]
     _logger.warning(
-        "%s holds no class names: their numbers are shown; give --class-names FILE", args.model_path
+        "%s holds no class names: their numbers are shown; give --class-names FILE", source
     )
     return [f"class {label}" for label in range(count)]
 
@@ -208,7 +201,7 @@ def find_images(paths: Sequence[str]) -> FileImages:
     """The files named, and the images in the folders named and below. Raises UserError for a folder
     without any.
     """
-    found: list[str] = []
+    files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
             inside = list_images(Path(path))
@@ -216,7 +209,7 @@ def find_images(paths: Sequence[str]) -> FileImages:
                 raise UserError(
                     f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)"
                 )
-            found += inside
+            files += inside
         else:
-            found.append(path)
-    return FileImages("", found, np.zeros(len(found)), [])
+            files.append(path)
+    return FileImages("", files, np.zeros(len(files)), [])

@@ -1,11 +1,9 @@
-"""What `--eval` reports: accuracy, operations in both conventions, real throughput; `eval.json` and
-a table.
+"""What `--eval` reports: the task's measures, operations in both conventions, real throughput;
+`eval.json` and a table.
 """
 
-import argparse
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +11,20 @@ from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
-from datasets import Data
 from drawing.pictures import decision_picture
-from engine import Metrics, evaluate, evaluation_forward
-from evaluation.summary import throughput
-from loading.loaders import Batch
-from models import DynamicVisionMamba, Result, VisionMamba
-from models.build import build_dense, sigmoid
+from engine import evaluation_forward, validate
+from models import Result, VisionMamba
+from models.build import sigmoid
 from models.flops import count_flops
 from ops.selective_scan import backend_for
-from utils.cuda_graphs import graphed
-from utils.distributed import Distributed
+from tasks import Experiment, Meter, Task
 from utils.environment import device_name
 from utils.files import write_json
 
-from .decisions import DecisionCounter
-from .inference import Classifier
+from . import throughput
+from .columns import rows_of
+from .decisions import DecisionMeter
+from .inference import Predictor
 from .samples import draw_samples
 
 _logger = logging.getLogger(__name__)
@@ -39,104 +35,90 @@ def evaluate_all(
     ema: VisionMamba | None,
     dense: VisionMamba | None,
     dense_trained: bool,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
-    observe: Callable[[Batch, Result], None] | None = None,
-) -> dict[str, Any] | None:
+    experiment: Experiment,
+    meters: Sequence[Meter] = (),
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Evaluate a model, the average of its weights and its dense counterpart; -> the content of
-    eval.json on rank 0.
+    eval.json on rank 0, all values of the model.
 
     Args:
         model: dense or dynamic.
         dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not
             known, and only its operations, parameters and throughput are reported.
-        observe: sees each batch and what the model made of it.
+        meters: further ones that watch the model's pass.
     """
-    metrics = evaluate(model, data, args, distributed, "evaluation", observe=observe)
-    ema_top1 = (
-        evaluate(ema, data, args, distributed, "evaluation (EMA)").top1 if ema is not None else None
-    )
-    dense_metrics = (
-        evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_trained else None
-    )
-    if not distributed.is_main:
-        return None
-    dynamic = isinstance(model, DynamicVisionMamba)
-    speeds = forward_speeds(
-        {"dynamic": model, "dense": dense} if dynamic else {"dense": model},
-        data,
-        args,
-        distributed,
-        args.throughput_seconds,
-    )
+    values = validate(model, experiment, "evaluation", meters)
+    best, ema_best = experiment.task.best, None
+    if ema is not None:
+        ema_best = validate(ema, experiment, "evaluation (EMA)")[best.key]
+    dense_values = validate(dense, experiment, "evaluation (dense)") if dense_trained else None
+    if not experiment.is_main:
+        return None, values
+    task, dynamic = experiment.task, experiment.spec.dynamic
+    models = {"dynamic": model, "dense": dense} if dynamic else {"dense": model}
+    speeds = forward_speeds(models, experiment, experiment.args.throughput_seconds)
+    own = column(model, task, values, speeds["dynamic" if dynamic else "dense"])
+    own |= {best.ema_key: ema_best}
     if dynamic:
-        report = {
-            "dense": column(dense, dense_metrics, speeds["dense"]),
-            "dynamic": column(model, metrics, speeds["dynamic"]),
-        }
-        report["dynamic"] |= {"ema_top1": ema_top1, "keep": metrics.keep, "gates": metrics.gates}
-        if model.route_blocks:
-            report["dynamic"]["gate_threshold"] = sigmoid(model.gate_threshold)
-        flops, dense_flops = report["dynamic"]["flops"], report["dense"]["flops"]
-        report["reduction"] = {kind: 1 - flops[kind] / dense_flops[kind] for kind in flops}
-        report["speedup"] = speeds["dynamic"] / speeds["dense"] if speeds["dense"] else None
+        other = column(dense, task, dense_values, speeds["dense"])
+        report = _comparison(other, own | _kept(model, values))
     else:
-        report = {
-            "dense": column(model, metrics, speeds["dense"]) | {"ema_top1": ema_top1},
-            "dynamic": None,
-            "reduction": None,
-            "speedup": None,
-        }
-    return report | {
-        "model": args.model,
-        "data_set": args.data_set,
-        "images": metrics.images,
+        report = {"dense": own, "dynamic": None, "reduction": None, "speedup": None}
+    report |= {
+        "model": experiment.spec.name,
+        "data_set": experiment.args.data_set,
+        "images": values["images"],
         "backend": _backend(model),
-        "device": device_name(distributed.device),
-        "precision": "float32" if args.amp == "off" else args.amp,
+        "device": device_name(experiment.device),
+        "precision": experiment.precision,
     }
+    return report, values
 
 
 def column(
-    model: VisionMamba, metrics: Metrics | None, images_per_s: float | None
+    model: VisionMamba, task: Task, values: Mapping[str, Any] | None, images_per_s: float | None
 ) -> dict[str, Any]:
-    """What is reported of one model; without `metrics` what is known without its weights."""
-    flops = count_flops(model, metrics.gates if metrics else None)
-    known = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss} if metrics else {}
-    return known | {
+    """What is reported of one model; without `values` what is known without its weights."""
+    flops = count_flops(model, values["gates"] if values else None)
+    scores = {m.key: values[m.key] for m in task.measures} if values else {}
+    return scores | {
         "flops": flops._asdict(),
         "images_per_s": images_per_s,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
+def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dynamic model's column has beyond a dense one's."""
+    kept = {"keep": values["keep"], "gates": values["gates"]}
+    if model.route_blocks:
+        kept["gate_threshold"] = sigmoid(model.gate_threshold)
+    return kept
+
+
+def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any]:
+    speeds = dynamic["images_per_s"], dense["images_per_s"]
+    return {
+        "dense": dense,
+        "dynamic": dynamic,
+        "reduction": {
+            kind: 1 - dynamic["flops"][kind] / dense["flops"][kind] for kind in dynamic["flops"]
+        },
+        "speedup": speeds[0] / speeds[1] if speeds[1] else None,
+    }
+
+
 def forward_speeds(
-    models: Mapping[Hashable, Callable[[Tensor], Result]],
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
-    seconds: float,
+    models: Mapping[Hashable, Callable[[Tensor], Result]], experiment: Experiment, seconds: float
 ) -> dict[Hashable, float | None]:
     """Images/s of each model on the same validation images, by this process alone; None when
     `seconds` is 0.
     """
     if not seconds:
         return dict.fromkeys(models)
-    images = next(iter(data.val_batches())).images.to(distributed.device)
-
-    def forward(model: Callable[[Tensor], Result]) -> Callable[[Tensor], Result]:
-        if isinstance(model, torch.nn.Module):
-            model.eval()
-        return graphed(
-            evaluation_forward(model, distributed.device, args.amp),
-            distributed.device,
-            args.cuda_graph,
-        )
-
-    return throughput.measure(
-        {name: forward(model) for name, model in models.items()}, images, seconds
-    )
+    images = next(iter(experiment.data.val_batches())).images.to(experiment.device)
+    forwards = {name: evaluation_forward(model, experiment) for name, model in models.items()}
+    return throughput.measure(forwards, images, seconds)
 
 
 def _backend(model: VisionMamba) -> str:
@@ -147,35 +129,16 @@ def _backend(model: VisionMamba) -> str:
         )
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Mapping[str, Any], task: Task) -> str:
     """The report as a table for the screen."""
     dense, dynamic = report["dense"], report["dynamic"]
-
-    def row(name: str, read, form: str, compare=None):
-        values = [read(dense), read(dynamic) if dynamic else None]
-        change = compare(*values) if compare and None not in values else ""
-        return [name, *("-" if value is None else form.format(value) for value in values), change]
-
-    def relative(before: float, after: float) -> str:
-        return f"{100 * (after / before - 1):+.1f} %"
-
-    def points(before: float, after: float) -> str:
-        return f"{after - before:+.2f}"
-
     rows = [
-        row("top-1, %", lambda c: c.get("top1"), "{:.2f}", points),
-        row("top-1 of the EMA, %", lambda c: c.get("ema_top1"), "{:.2f}"),
-        row("top-5, %", lambda c: c.get("top5"), "{:.2f}", points),
-        row("loss", lambda c: c.get("loss"), "{:.4f}"),
-        row("MFLOPs, paper", lambda c: c["flops"]["paper"] / 1e6, "{:,.2f}", relative),
-        row("MFLOPs, exact", lambda c: c["flops"]["exact"] / 1e6, "{:,.2f}", relative),
-        row("images/s", lambda c: c["images_per_s"], "{:,.1f}", lambda a, b: f"x {b / a:.2f}"),
-        row("parameters", lambda c: c["parameters"], "{:,}"),
+        [row.label, row.cell(dense), row.cell(dynamic), row.changed(dense, dynamic)]
+        for row in rows_of(task)
     ]
     lines = [
         f"{report['model']} on {report['data_set']}, {report['images']} images; backend "
-        f"{report['backend']}, "
-        f"{report['device']}, {report['precision']}",
+        f"{report['backend']}, {report['device']}, {report['precision']}",
         tabulate(
             rows,
             headers=["", "dense", "dynamic", "change"],
@@ -183,67 +146,56 @@ def table(report: dict[str, Any]) -> str:
             colalign=("left", "right", "right", "right"),
         ),
     ]
-    if dynamic:
-        if dynamic["keep"]:
-            lines.append(
-                "patches kept after each stage: "
-                + ", ".join(f"{100 * k:.1f} %" for k in dynamic["keep"])
-            )
-        forward, backward = (
-            sum(column) / len(column) for column in zip(*dynamic["gates"], strict=True)
-        )
-        threshold = (
-            f" (gate threshold {dynamic['gate_threshold']:.3f})"
-            if "gate_threshold" in dynamic
-            else ""
-        )
-        lines.append(
-            f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + (_kept_lines(dynamic) if dynamic else []))
+
+
+def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if dynamic["keep"]:
+        shares = ", ".join(f"{100 * share:.1f} %" for share in dynamic["keep"])
+        lines.append(f"patches kept after each stage: {shares}")
+    forward, backward = (sum(gates) / len(gates) for gates in zip(*dynamic["gates"], strict=True))
+    threshold = ""
+    if "gate_threshold" in dynamic:
+        threshold = f" (gate threshold {dynamic['gate_threshold']:.3f})"
+    lines.append(
+        f"scans kept: forward {100 * forward:.1f} %, backward {100 * backward:.1f} %{threshold}"
+    )
+    return lines
 
 
 @torch.no_grad()
-def draw_decisions(model: VisionMamba, data: Data, device: torch.device, count: int = 8):
+def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops
     none.
     """
-    if not getattr(model, "pruning_layers", ()):
+    if not model.pruning_layers:
         return None
-    images = next(iter(data.val_batches())).images[:count]
-    kept = model.eval()(images.to(device)).kept
+    images = next(iter(experiment.data.val_batches())).images[:count]
+    kept = model.eval()(images.to(experiment.device)).kept
     return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 
 def report_evaluation(
-    model: VisionMamba,
-    ema: VisionMamba | None,
-    dense: VisionMamba | None,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
+    model: VisionMamba, ema: VisionMamba | None, dense: VisionMamba | None, experiment: Experiment
 ) -> None:
     """Evaluate, print the table, write eval.json and the picture of the kept patches."""
+    task, data, output = experiment.task, experiment.data, experiment.output
     dense_trained = dense is not None
-    if isinstance(model, DynamicVisionMamba) and dense is None:
-        dense = build_dense(args, data.num_classes).to(distributed.device)
-    decisions = DecisionCounter(model, data.class_names)
-    report = evaluate_all(model, ema, dense, dense_trained, data, args, distributed, decisions.add)
-    totals = decisions.totals(distributed)
-    data.list_bad_images(args.output_dir, distributed.rank)
-    if not distributed.is_main:
+    if experiment.spec.dynamic and dense is None:
+        dense = experiment.model(experiment.spec.dense())
+    decides = model.route_blocks or model.pruning_layers
+    meters = [DecisionMeter(model, data.class_names, task.labels)] if decides else []
+    report, values = evaluate_all(model, ema, dense, dense_trained, experiment, meters)
+    data.list_bad_images(output, experiment.distributed.rank)
+    if not experiment.is_main:
         return
-    output = Path(args.output_dir)
-    if decisions.anything:
-        totals.write(output / "decisions")
-        draw_samples(
-            Classifier(model, data.class_names, args, distributed.device),
-            data,
-            output / "decisions",
-        )
+    if decides:
+        values["decisions"].write(output / "decisions")
+        draw_samples(Predictor.of(model, experiment), data, output / "decisions")
     write_json(output / "eval.json", report)
-    print(table(report))
-    picture = draw_decisions(model, data, distributed.device)
+    print(table(report, task))
+    picture = draw_decisions(model, experiment)
     if picture is not None:
         Image.fromarray(picture).save(output / "kept_patches.png")
     _logger.info("written to %s", output / "eval.json")

@@ -5,7 +5,6 @@ Gates stay as trained; a budget r keeps r^j of the patches after stage j. `sweep
 after every budget, and a sweep that was interrupted goes on from there.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from datasets import Data
 from drawing import plots
-from engine import evaluate
+from engine import validate
+from evaluation.columns import EXACT, PAPER, SPEED, measure_row
 from evaluation.summary import column, forward_speeds
 from models import DynamicVisionMamba, VisionMamba
-from models.build import build_dense
-from utils.distributed import Distributed
+from tasks import Experiment, Task
 from utils.environment import device_name
 from utils.files import sha256_of, write_csv, write_json
 from utils.logging import Progress
@@ -31,14 +29,9 @@ _logger = logging.getLogger(__name__)
 
 
 def run_sweep(
-    model: VisionMamba,
-    dense: VisionMamba | None,
-    trained: float | None,
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
+    model: VisionMamba, dense: VisionMamba | None, trained: float | None, experiment: Experiment
 ) -> dict[str, Any] | None:
-    """Evaluate `model` at each token keep ratio of `args.sweep`; -> the content of sweep.json on
+    """Evaluate `model` at each token keep ratio of `--sweep`; -> the content of sweep.json on
     rank 0.
 
     Args:
@@ -46,46 +39,45 @@ def run_sweep(
             alone are reported.
         trained: the token keep ratio that the checkpoint was trained at, where that is known.
     """
-    dynamic = isinstance(model, DynamicVisionMamba)
-    ratios = args.sweep if dynamic else []
-    if not getattr(model, "pruning_layers", ()):
+    task, distributed, dynamic = experiment.task, experiment.distributed, experiment.spec.dynamic
+    ratios = experiment.args.sweep if dynamic else []
+    if not model.pruning_layers:
         ratios = ratios and [1.0]
         _logger.warning(
             "%s drops no tokens: there is no budget to sweep, its one point is reported",
-            args.model_path,
+            experiment.args.model_path,
         )
-    record = _start(model, args, distributed)
+    record = _start(model, experiment)
     # Rank 0 alone reads the file, and all ranks must skip the same budgets.
-    known = [float(distributed.is_main and point_of(record, ratio) is not None) for ratio in ratios]
-    known = distributed.all_reduce_sum(known).tolist()
-    missing = [ratio for ratio, done in zip(ratios, known, strict=True) if not done]
+    done = [float(distributed.is_main and point_of(record, ratio) is not None) for ratio in ratios]
+    done = distributed.all_reduce_sum(done).tolist()
+    missing = [ratio for ratio, is_done in zip(ratios, done, strict=True) if not is_done]
     for ratio in Progress(missing, "sweep", shown=distributed.is_main):
         model.set_token_keep(ratio)
-        metrics = evaluate(model, data, args, distributed, f"token keep ratio {ratio:g}")
+        values = validate(model, experiment, f"token keep ratio {ratio:g}")
         point = {
             "token_keep_ratio": ratio,
             "trained": ratio == trained,
-            "keep": metrics.keep,
-            **column(model, metrics, None),
+            "keep": values["keep"],
+            **column(model, task, values, None),
         }
         record["points"] = sorted([*record["points"], point], key=lambda p: p["token_keep_ratio"])
-        _save(record, args, distributed)
+        _save(record, experiment)
     if not dynamic:
         dense = model
-    dense_known = dense is not None
-    dense = dense if dense_known else build_dense(args, data.num_classes).to(distributed.device)
+    dense_trained = dense is not None
+    if dense is None:
+        dense = experiment.model(experiment.spec.dense())
     if distributed.all_reduce_sum([float(distributed.is_main and not record["dense"])]).item():
-        metrics = (
-            evaluate(dense, data, args, distributed, "evaluation (dense)") if dense_known else None
-        )
-        record["dense"] = column(dense, metrics, None)
-        _save(record, args, distributed)
+        values = validate(dense, experiment, "evaluation (dense)") if dense_trained else None
+        record["dense"] = column(dense, task, values, None)
+        _save(record, experiment)
     if not distributed.is_main:
         return None
-    _measure(record, model, dense, ratios, data, args, distributed)
+    _measure_speeds(record, model, dense, ratios, experiment)
     record["points"] = [point for point in record["points"] if point["token_keep_ratio"] in ratios]
-    _write(record, Path(args.output_dir))
-    print(table(record))
+    _write(record, task, experiment.output)
+    print(table(record, task))
     return record
 
 
@@ -94,27 +86,26 @@ def point_of(record: dict[str, Any], ratio: float) -> dict[str, Any] | None:
     return next((point for point in record["points"] if point["token_keep_ratio"] == ratio), None)
 
 
-def _start(
-    model: VisionMamba, args: argparse.Namespace, distributed: Distributed
-) -> dict[str, Any]:
+def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
     """The record of an interrupted sweep of the same checkpoint under the same conditions, or an
     empty one.
     """
+    args = experiment.args
     conditions = {
         "checkpoint_sha256": sha256_of(args.model_path),
-        "model": args.model,
+        "model": experiment.spec.name,
         "data_set": args.data_set,
         "data_path": args.data_path,
         "input_size": args.input_size,
         "eval_crop_ratio": args.eval_crop_ratio,
         "dense_sha256": sha256_of(args.dense_path) if args.dense_path else None,
-        "device": device_name(distributed.device),
-        "precision": "float32" if args.amp == "off" else args.amp,
+        "device": device_name(experiment.device),
+        "precision": experiment.precision,
         "batch_size": args.batch_size,
-        "gate_threshold": getattr(model, "gate_threshold", None),
+        "gate_threshold": model.gate_threshold if model.route_blocks else None,
     }
-    path = Path(args.output_dir) / NAME
-    if distributed.is_main and path.exists():
+    path = experiment.output / NAME
+    if experiment.is_main and path.exists():
         try:
             record = json.loads(path.read_bytes())
             if record["conditions"] == conditions:
@@ -126,14 +117,12 @@ def _start(
     return {"conditions": conditions, "points": [], "dense": None}
 
 
-def _measure(
+def _measure_speeds(
     record: dict[str, Any],
     model: VisionMamba,
     dense: VisionMamba,
     ratios: list[float],
-    data: Data,
-    args: argparse.Namespace,
-    distributed: Distributed,
+    experiment: Experiment,
 ) -> None:
     """Images/s at every budget and of the dense model, all measured in turn so that noise does not
     order them.
@@ -141,15 +130,15 @@ def _measure(
     points = {ratio: point_of(record, ratio) for ratio in ratios} | {DENSE: record["dense"]}
     if all(point["images_per_s"] for point in points.values()):
         return
-    keep = getattr(model, "token_keep", None)
+    keep = model.token_keep
     models = {ratio: _at_budget(model, ratio) for ratio in ratios} | {DENSE: dense}
-    seconds = args.throughput_seconds / 2 * len(models)
-    speeds = forward_speeds(models, data, args, distributed, seconds)
-    if keep is not None:
+    seconds = experiment.args.throughput_seconds / 2 * len(models)
+    speeds = forward_speeds(models, experiment, seconds)
+    if ratios:
         model.set_token_keep(keep)
     for name, point in points.items():
         point["images_per_s"] = speeds[name]
-    _save(record, args, distributed)
+    _save(record, experiment)
 
 
 def _at_budget(model: DynamicVisionMamba, ratio: float):
@@ -164,72 +153,55 @@ def _at_budget(model: DynamicVisionMamba, ratio: float):
     return forward
 
 
-def _save(record: dict[str, Any], args: argparse.Namespace, distributed: Distributed) -> None:
-    if distributed.is_main:
-        write_json(Path(args.output_dir) / NAME, record)
+def _save(record: dict[str, Any], experiment: Experiment) -> None:
+    if experiment.is_main:
+        write_json(experiment.output / NAME, record)
 
 
-def _write(record: dict[str, Any], output: Path) -> None:
+def _write(record: dict[str, Any], task: Task, output: Path) -> None:
     """The points as CSV and their plots."""
+    keys = [measure.key for measure in task.measures]
+    header = ["token_keep_ratio", "trained", *keys, "paper_flops", "exact_flops", "images_per_s"]
     write_csv(
         output / "sweep.csv",
-        (
-            "token_keep_ratio",
-            "trained",
-            "top1",
-            "top5",
-            "loss",
-            "paper_flops",
-            "exact_flops",
-            "images_per_s",
-        ),
-        map(_csv_row, rows_of(record)),
+        header,
+        (_csv_row(name, point, keys) for name, point in named_points(record)),
     )
     curves, dense = {0: record["points"]}, {0: record["dense"]}
     for axis, name in (("exact", "sweep_flops.png"), ("images_per_s", "sweep_speed.png")):
-        figure = plots.budget_curve(curves, axis, dense)
+        figure = plots.budget_curve(curves, axis, dense, task.best)
         if figure is not None:
             plots.save(figure, output / name)
 
 
-def rows_of(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def named_points(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """All points with their names: the token keep ratios, then the dense model."""
     return [(f"{point['token_keep_ratio']:g}", point) for point in record["points"]] + [
         (DENSE, record["dense"])
     ]
 
 
-def _csv_row(row: tuple[str, dict[str, Any]]) -> list[Any]:
-    name, point = row
+def _csv_row(name: str, point: dict[str, Any], keys: list[str]) -> list[Any]:
     return [
         name,
         int(point.get("trained", False)),
-        *(point.get(key, "") for key in ("top1", "top5", "loss")),
+        *(point.get(key, "") for key in keys),
         point["flops"]["paper"],
         point["flops"]["exact"],
         point["images_per_s"] or "",
     ]
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], task: Task) -> str:
     """The sweep as a table for the screen; the trained budget has a star."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
+    columns = [measure_row(task.best), PAPER, EXACT, SPEED]
     rows = [
-        [
-            name + " *" * point.get("trained", False),
-            cell(point.get("top1"), "{:.2f}"),
-            cell(point["flops"]["paper"] / 1e6, "{:,.2f}"),
-            cell(point["flops"]["exact"] / 1e6, "{:,.2f}"),
-            cell(point["images_per_s"], "{:,.1f}"),
-        ]
-        for name, point in rows_of(record)
+        [name + " *" * point.get("trained", False), *(row.cell(point) for row in columns)]
+        for name, point in named_points(record)
     ]
     return tabulate(
         rows,
-        headers=["token keep ratio", "top-1, %", "MFLOPs, paper", "MFLOPs, exact", "images/s"],
+        headers=["token keep ratio", *(row.label for row in columns)],
         disable_numparse=True,
-        colalign=("left", "right", "right", "right", "right"),
+        colalign=("left", *["right"] * len(columns)),
     )

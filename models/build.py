@@ -1,9 +1,11 @@
-"""Models from flags and from checkpoints."""
+"""Models from a ModelSpec, which flags and checkpoints give; their weights and gate thresholds."""
 
 import argparse
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ IDENTITY = (
     "eval_crop_ratio",
 )
 
+# The flag of each field of ModelSpec, as args and checkpoints name it.
+FLAG_OF = {
+    "name": "model",
+    "method": "method",
+    "kwargs": "model_kwargs",
+    "pruning_layers": "pruning_layers",
+    "token_keep_ratio": "token_keep_ratio",
+    "token_strategy": "token_strategy",
+    "scorer_input": "scorer_input",
+    "drop_path": "drop_path",
+    "img_size": "input_size",
+}
+
 # Arguments of the models that have a flag of their own.
 FLAGGED = {
     "num_classes": "--data-set",
@@ -52,68 +67,128 @@ STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
 _logger = logging.getLogger(__name__)
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> VisionMamba:
-    """The model that `--model` and its companions name, with fresh weights."""
-    for name in FLAGGED.keys() & args.model_kwargs.keys():
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model is, apart from its weights and its number of classes; a checkpoint records it.
+
+    Args:
+        name: as `timm.create_model` takes it; `dyvm_...` is dynamic.
+        method: dense, or which parts a dynamic model has: dyvm (both), token, block.
+        kwargs: further arguments of the model, such as embed_dim.
+        pruning_layers, img_size: None for the model's own.
+        token_keep_ratio: stage j keeps its j-th power of the patches.
+    """
+
+    name: str
+    method: str = "dense"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pruning_layers: Sequence[int] | None = None
+    token_keep_ratio: float = 0.7
+    token_strategy: str = "learned"
+    scorer_input: str = "hidden"
+    drop_path: float = 0.0
+    img_size: int | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "ModelSpec":
+        """The model that `--model` and its companions describe."""
+        return cls._from_record(vars(args))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any], source: str) -> "ModelSpec":
+        """The model that a checkpoint of ours records. Raises UserError for a foreign one."""
+        recorded = checkpoint.get("args")
+        if not _is_ours(recorded):
+            raise UserError(f"{source} does not record which model it is of")
+        return cls._from_record(recorded)
+
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any]) -> "ModelSpec":
+        return cls(**{name: record[flag] for name, flag in FLAG_OF.items() if flag in record})
+
+    @property
+    def dynamic(self) -> bool:
+        return self.method != "dense"
+
+    def dense(self) -> "ModelSpec":
+        """Its dense counterpart, which has no drop path either: it is a teacher or a reference."""
+        name = self.name.removeprefix("dyvm_")
+        return dataclasses.replace(self, name=name, method="dense", drop_path=0.0)
+
+
+def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
+    """A model with fresh weights. Raises UsageError for arguments that it does not take."""
+    for name in FLAGGED.keys() & spec.kwargs.keys():
         raise UsageError(f"--model-kwargs {name}=...: use {FLAGGED[name]}")
-    sizes: dict[str, Any] = dict(
-        args.model_kwargs, num_classes=num_classes, drop_path_rate=args.drop_path
+    arguments: dict[str, Any] = dict(
+        spec.kwargs, num_classes=num_classes, drop_path_rate=spec.drop_path
     )
-    if args.input_size:
-        sizes["img_size"] = args.input_size
-    if args.method != "dense":
-        sizes |= dict(
-            pruning_layers=args.pruning_layers,
-            token_keep=args.token_keep_ratio,
-            token_strategy=args.token_strategy,
-            scorer_input=args.scorer_input,
-            prune_tokens=args.method != "block",
-            route_blocks=args.method != "token",
+    if spec.img_size:
+        arguments["img_size"] = spec.img_size
+    if spec.dynamic:
+        arguments |= dict(
+            pruning_layers=spec.pruning_layers,
+            token_keep=spec.token_keep_ratio,
+            token_strategy=spec.token_strategy,
+            scorer_input=spec.scorer_input,
+            prune_tokens=spec.method != "block",
+            route_blocks=spec.method != "token",
         )
     try:
-        return timm.create_model(args.model, **sizes)
+        return timm.create_model(spec.name, **arguments)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--model {args.model}: {error}") from None
+        raise UsageError(f"--model {spec.name}: {error}") from None
 
 
-def build_dense(args: argparse.Namespace, num_classes: int) -> VisionMamba:
-    """The dense counterpart of a dynamic model, with fresh weights."""
-    dense = argparse.Namespace(
-        **vars(args) | dict(model=args.model.removeprefix("dyvm_"), method="dense", drop_path=0.0)
-    )
-    return build_model(dense, num_classes)
+def image_size(spec: ModelSpec) -> int:
+    """Side in pixels of the images that a model takes; building it without memory also checks its
+    arguments before any data is read.
+    """
+    with torch.device("meta"):
+        return build_model(spec, num_classes=1).patch_embed.img_size[0]
 
 
-def restore_model(
-    args: argparse.Namespace, checkpoint: dict[str, Any], num_classes: int, ema: bool = False
+def restore(
+    model: VisionMamba,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    *,
+    ema: bool = False,
+    threshold: float | str = "calibrated",
 ) -> VisionMamba:
-    """The model of `args` with weights and gate threshold of a checkpoint, or with the average of
-    them (`ema`).
+    """Give a model the weights and the gate threshold of a checkpoint; -> the model.
+
+    Args:
+        source: the file, for messages.
+        ema: the average of the weights instead.
+        threshold: a probability, or "calibrated" for the checkpoint's own.
 
     Raises UserError when the weights do not fit, or when there is no average.
     """
-    source = args.model_path
     if ema:
         if not checkpoint.get("ema"):
             raise UserError(f"{source} holds no average of the weights (EMA)")
-        checkpoint, source = checkpoint | {"model": checkpoint["ema"]}, f"{source} (EMA)"
-    model = build_model(args, num_classes)
+        checkpoint, source = {**checkpoint, "model": checkpoint["ema"]}, f"{source} (EMA)"
     load_weights(model, checkpoint, source)
-    restore_threshold(model, checkpoint, args.gate_threshold, "ema" if ema else "model", source)
+    restore_threshold(model, checkpoint, threshold, "ema" if ema else "model", source)
     return model
 
 
-def recorded_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def _is_ours(recorded: Any) -> bool:
+    return isinstance(recorded, Mapping) and "method" in recorded
+
+
+def recorded_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint of ours says it is, as defaults for the flags; nothing for others."""
     recorded = checkpoint.get("args")
-    if not isinstance(recorded, dict) or "method" not in recorded:
+    if not _is_ours(recorded):
         return {}
-    known = {name: recorded[name] for name in IDENTITY if name in recorded}
-    known["model_kwargs"] = list(known.get("model_kwargs", {}).items())
-    known["dense_path"] = _recorded_teacher(
+    defaults = {name: recorded[name] for name in IDENTITY if name in recorded}
+    defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
+    defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")
     )
-    return known
+    return defaults
 
 
 def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
@@ -131,41 +206,13 @@ def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
     return path
 
 
-def check_classes(checkpoint: dict[str, Any], class_names: list[str], source: str) -> None:
-    """Raise UserError when a checkpoint of ours was trained on other classes than those of the data
-    set.
-    """
-    recorded = checkpoint.get("class_names")
-    if recorded is None or list(recorded) == list(class_names):
-        return
-    if len(recorded) != len(class_names):
-        difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
-    else:
-        i = next(
-            i
-            for i, pair in enumerate(zip(recorded, class_names, strict=True))
-            if pair[0] != pair[1]
-        )
-        difference = f"other classes than the data set's: class {i} was {recorded[i]!r}, here it is {class_names[i]!r}"
-    raise UserError(
-        f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
-        "fine-tune "
-        "it first with --method dense --model-path"
-    )
-
-
-def model_image_size(args: argparse.Namespace) -> int:
-    with torch.device("meta"):
-        return build_model(args, num_classes=1).patch_embed.img_size[0]
-
-
 def restore_threshold(
     model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str, source: str
 ) -> None:
     """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own
     for `name`.
     """
-    if not getattr(model, "route_blocks", False):
+    if not model.route_blocks:
         return
     if wanted != "calibrated":
         set_threshold(model, wanted)
@@ -180,9 +227,9 @@ def restore_threshold(
         )
 
 
-def set_threshold(model: VisionMamba | None, probability: float) -> None:
+def set_threshold(model: VisionMamba, probability: float) -> None:
     """Set the threshold of a model that routes, as a probability."""
-    if getattr(model, "route_blocks", False):
+    if model.route_blocks:
         model.set_gate_threshold(math.log(probability / (1 - probability)))
 
 

@@ -1,1 +1,20 @@
-"""What differs between tasks, and nothing else."""
+"""What differs between tasks, and nothing else: a file for each, and what all of them offer."""
+
+from .base import TASKS, Measure, Task, register, task_named, task_of_checkpoint
+from .classification import CLASSIFICATION
+from .experiment import Experiment
+from .meters import Meter, ReductionMeter, exact_sum
+
+__all__ = [
+    "CLASSIFICATION",
+    "TASKS",
+    "Experiment",
+    "Measure",
+    "Meter",
+    "ReductionMeter",
+    "Task",
+    "exact_sum",
+    "register",
+    "task_named",
+    "task_of_checkpoint",
+]

@@ -1,30 +1,172 @@
-"""Image classification: one label per image."""
+"""Image classification: one label for each image.
+
+B images, C classes.
+"""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
-from losses import DenseLoss, DynamicLoss
-from models import DynamicVisionMamba, VisionMamba
+from loading.data import Data
+from loading.loaders import Batch
+from losses import logits_terms
+from models import Result
+from utils.arguments import below_one, not_negative, probability
+from utils.distributed import Distributed
+from utils.errors import UsageError, UserError
+
+from .base import Measure, Task, register
+from .meters import exact_sum
+
+SHOWN = 5  # classes in a picture
 
 
-def build_criterion(args: argparse.Namespace, model: VisionMamba) -> nn.Module:
-    """Classification alone for a dense model, the terms of the method for a dynamic one."""
-    if args.mixup or args.cutmix:
-        classification: nn.Module = SoftTargetCrossEntropy()
-    elif args.smoothing:
-        classification = LabelSmoothingCrossEntropy(args.smoothing)
+class ClassificationTerms(nn.Module):
+    """`cls`: a loss of (logits [B, C], targets), logits in float32."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, result: Result, targets: Tensor) -> dict[str, Tensor]:
+        return {"cls": self.criterion(result.logits.float(), targets)}
+
+
+class ClassificationMeter:
+    """Top-1 and top-5 accuracy in percent, and cross entropy."""
+
+    def __init__(self, device: torch.device):
+        # images, correct in 1, correct in 5, summed loss
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def update(self, batch: Batch, result: Result) -> None:
+        logits, targets = result.logits.float(), batch.targets
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        loss = exact_sum(F.cross_entropy(logits, targets, reduction="none"))
+        counts = [self.totals.new_tensor(len(logits)), ranked[:, 0].sum(), ranked.sum(), loss]
+        self.totals += torch.stack(counts).double()
+
+    def compute(self, distributed: Distributed) -> dict[str, float]:
+        count, *sums = distributed.all_reduce_sum(self.totals).tolist()
+        return {
+            "top1": 100 * sums[0] / count,
+            "top5": 100 * sums[1] / count,
+            "loss": sums[2] / count,
+        }
+
+
+class Classification(Task):
+    """Cross entropy with mixup and label smoothing as in DeiT."""
+
+    name = "classification"
+    measures = (
+        Measure("top1", "top-1", "acc1", unit="%"),
+        Measure("top5", "top-5", "acc5", unit="%"),
+        Measure("loss", "loss", "loss", format="{:.4f}", higher_is_better=False, compared=False),
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("mixup")
+        group.add_argument("--mixup", type=not_negative, default=0.8)
+        group.add_argument("--cutmix", type=not_negative, default=1.0)
+        group.add_argument("--mixup-prob", type=probability, default=1.0)
+        group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
+        group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
+
+    def check(self, args: argparse.Namespace) -> None:
+        if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
+            raise UsageError(
+                f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 "
+                "--cutmix 0"
+            )
+
+    def check_checkpoint(
+        self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
+    ) -> None:
+        check_classes(checkpoint, class_names, source)
+
+    def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
+        head = checkpoint["model"].get("head.weight")
+        if not isinstance(head, Tensor) or head.dim() != 2:
+            raise UserError(f"{source}: no head.weight in it, so that it names no classes")
+        return len(head)
+
+    def batch_transform(self, args: argparse.Namespace, num_classes: int) -> Mixup | None:
+        if not (args.mixup or args.cutmix):
+            return None
+        return Mixup(
+            args.mixup,
+            args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+
+    def criterion(self, args: argparse.Namespace) -> ClassificationTerms:
+        if args.mixup or args.cutmix:
+            return ClassificationTerms(SoftTargetCrossEntropy())
+        if args.smoothing:
+            return ClassificationTerms(LabelSmoothingCrossEntropy(args.smoothing))
+        return ClassificationTerms(nn.CrossEntropyLoss())
+
+    def distillation(self, result: Result, teacher_result: Result) -> dict[str, Tensor]:
+        return logits_terms(result, teacher_result)
+
+    def meter(
+        self, args: argparse.Namespace, data: Data, device: torch.device
+    ) -> ClassificationMeter:
+        return ClassificationMeter(device)
+
+    def labels(self, batch: Batch) -> Tensor:
+        return batch.targets
+
+    def name_of(self, target: int, class_names: Sequence[str]) -> str:
+        return class_names[target]
+
+    def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
+        return [
+            [(name, share) for _, name, share in image]
+            for image in likeliest(result.logits, class_names, SHOWN)
+        ]
+
+
+CLASSIFICATION = register(Classification())
+
+
+def likeliest(
+    logits: Tensor, class_names: Sequence[str], count: int
+) -> list[list[tuple[int, str, float]]]:
+    """logits [B, C] -> for each image (class, name, probability) of the likeliest classes,
+    likeliest first.
+    """
+    probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
+    return [
+        [(label, class_names[label], p) for label, p in zip(*image, strict=True)]
+        for image in zip(classes.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str) -> None:
+    """Raise UserError when a checkpoint of ours was trained on other classes than the data set's."""
+    recorded = checkpoint.get("class_names")
+    if recorded is None or list(recorded) == list(class_names):
+        return
+    if len(recorded) != len(class_names):
+        difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
     else:
-        classification = nn.CrossEntropyLoss()
-    if not isinstance(model, DynamicVisionMamba):
-        return DenseLoss(classification)
-    return DynamicLoss(
-        classification,
-        token_keep=model.token_keep or None,
-        block_keep=args.block_keep_ratio if model.route_blocks else None,
-        token_weight=args.token_pruning_weight,
-        block_weight=args.block_pruning_weight,
-        distill_weight=args.distill_weight,
-        token_budget=model.token_strategy == "learned",
+        pairs = enumerate(zip(recorded, class_names, strict=True))
+        label, (before, now) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        difference = (
+            f"other classes than the data set's: class {label} was {before!r}, here it is {now!r}"
+        )
+    raise UserError(
+        f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
+        "fine-tune it first with --method dense --model-path"
     )

@@ -16,7 +16,7 @@ from helpers.processes import ROOT, clean_environment, wait_until
 
 import ablation
 import main
-from evaluation.summary import ablation_table, throughput
+from evaluation import ablation_table, throughput
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 

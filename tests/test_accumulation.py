@@ -5,11 +5,11 @@ import torch
 
 import engine
 import options
-from datasets import build_data
 from engine import accumulate_gradients, build_training, train_one_epoch
 from loading.loaders import Batch
 from models import sampling
-from models.build import build_model
+from models.build import ModelSpec, build_model
+from tasks import Experiment
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Distributed
 from utils.logging import Averages
@@ -47,16 +47,17 @@ METHODS = {
 
 @pytest.fixture
 def training(tmp_path):
-    """(method, flags...) -> args, data, run; the teacher of a dynamic one has random weights."""
+    """(method, flags...) -> experiment, training; the teacher of a dynamic one has random weights."""
 
     def build(method: str, *flags: str):
         torch.manual_seed(1)
+        dense = build_model(ModelSpec.from_args(options.parse(SMALL)), 10)
         teacher = tmp_path / "teacher.pth"
-        save_checkpoint({"model": build_model(options.parse(SMALL), 10).state_dict()}, teacher)
+        save_checkpoint({"model": dense.state_dict()}, teacher)
         dynamic = METHODS[method] and [*METHODS[method], "--model-path", str(teacher)]
         args = options.parse([*SMALL, *dynamic, *flags])
-        data = build_data(args, 16)
-        return args, data, build_training(args, data, ALONE)
+        experiment = Experiment.prepare(args, ALONE)
+        return experiment, build_training(experiment)
 
     return build
 
@@ -81,7 +82,7 @@ def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
     images, targets = torch.randn(48, 3, 16, 16, generator=generator), torch.arange(48) % 10
     forward, ends = engine._forward, []
     for accum, size in ((1, 16), (2, 8)):
-        args, data, run = training(method, "--batch-size", str(size), "--accum-steps", str(accum))
+        experiment, run = training(method, "--batch-size", str(size), "--accum-steps", str(accum))
         batches = [
             Batch(*parts)
             for parts in zip(
@@ -89,7 +90,9 @@ def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
             )
         ]
         monkeypatch.setattr(
-            data.train_loader, "batches", lambda epoch, start, batches=batches: iter(batches)
+            experiment.data.train_loader,
+            "batches",
+            lambda epoch, start, batches=batches: iter(batches),
         )
 
         def replayed(run, model, part, index, *rest, accum=accum, size=size):
@@ -102,7 +105,7 @@ def test_two_batches_of_8_equal_one_of_16(training, method, monkeypatch):
         monkeypatch.setattr(engine, "_forward", replayed)
         before = [p.detach().clone() for p in run.model.parameters()]
         averages = Averages()
-        assert train_one_epoch(run, data, args, ALONE, averages)
+        assert train_one_epoch(run, experiment, averages)
         ends.append((run, averages.means()))
         moved = max(
             (p - q).abs().max() for p, q in zip(run.model.parameters(), before, strict=True)
@@ -127,10 +130,10 @@ def test_recomputed_layers_give_the_same_gradients(training, method):
     """In training mode, with noise in the routers and drop path."""
     gradients = []
     for flags in ([], ["--grad-checkpointing"]):
-        args, data, run = training(method, "--batch-size", "16", "--drop-path", "0.2", *flags)
+        experiment, run = training(method, "--batch-size", "16", "--drop-path", "0.2", *flags)
         assert run.model.grad_checkpointing == bool(flags)
         run.parallel.train()
-        accumulate_gradients(run, [next(data.train_batches(0))], args, ALONE)
+        accumulate_gradients(run, [next(experiment.data.train_batches(0))], experiment)
         gradients.append({name: p.grad for name, p in run.model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

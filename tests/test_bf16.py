@@ -16,8 +16,9 @@ from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 from benchmarks.checking import deciders, decisions_replayed
-from losses import DenseLoss, DynamicLoss
+from losses import Budgets, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
+from tasks.classification import ClassificationTerms
 from utils.precision import autocast
 from utils.seeding import seed_everything
 
@@ -29,6 +30,7 @@ OUTPUTS, LOSSES, GRADIENTS = (2.5e-2, 4e-6), (1.3e-2, 2e-7), (1.5e-1, 2.2e-5)
 # entries.
 DECIDERS = (1e-1, 4e-6)
 CPU = torch.device("cpu")
+CLASSIFY = ClassificationTerms(LabelSmoothingCrossEntropy(0.1))
 
 
 def close(actual: Tensor, expected: Tensor, allowed: tuple[float, float], what: str) -> None:
@@ -78,9 +80,9 @@ def test_recorded_cases(name, backend, monkeypatch):
     teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False, device=device).eval()
     with precision:
         with torch.no_grad():
-            taught = teacher(t["input.images"])
+            teacher_result = teacher(t["input.images"])
         total, terms = dynamic_loss(case.info["loss_config"])(
-            result, t["input.soft_targets"], taught
+            result, t["input.soft_targets"], teacher_result
         )
     for term, expected in zip(case.info["loss_part_names"], t["loss.parts"], strict=True):
         close(terms[term], expected, LOSSES, term)
@@ -105,7 +107,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: VisionMamba, criterion: nn.Module, amp: str, teacher=None, lr: float = 2e-3
+    model: VisionMamba, objective: Objective, amp: str, teacher=None, lr: float = 2e-3
 ) -> Tensor:
     """The loss of each step [STEPS]. Every step's noise comes from its number, the same in every
     precision.
@@ -119,8 +121,8 @@ def train(
         with autocast(CPU, amp):
             result = model(images[batch])
             with torch.no_grad():
-                taught = teacher(images[batch]) if teacher is not None else None
-            loss, _ = criterion(result, labels[batch], taught)
+                teacher_result = teacher(images[batch]) if teacher is not None else None
+            loss, _ = objective(result, labels[batch], teacher_result)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,14 +139,14 @@ def teacher() -> tuple[VisionMamba, Tensor]:
     """A dense model trained in float32, and its losses."""
     seed_everything(0)
     model = VisionMamba(FAMILIES["vim"], **SMALL)
-    losses = train(model, DenseLoss(LabelSmoothingCrossEntropy(0.1)), "off")
+    losses = train(model, Objective(CLASSIFY), "off")
     return model.eval().requires_grad_(False), losses
 
 
 def test_200_dense_steps(teacher):
     seed_everything(0)
     model = VisionMamba(FAMILIES["vim"], **SMALL)
-    losses = train(model, DenseLoss(LabelSmoothingCrossEntropy(0.1)), "bf16")
+    losses = train(model, Objective(CLASSIFY), "bf16")
     expected = smoothed(teacher[1])
     assert expected[-1] < 0.6 * expected[0], "the model learns"
     torch.testing.assert_close(smoothed(losses), expected, rtol=0.02, atol=0)
@@ -155,10 +157,8 @@ def test_200_dyvm_steps(teacher):
         seed_everything(0)
         model = DynamicVisionMamba(FAMILIES["vim"], **SMALL, pruning_layers=(1, 2, 3))
         model.load_state_dict(teacher[0].state_dict(), strict=False)
-        criterion = DynamicLoss(
-            LabelSmoothingCrossEntropy(0.1), token_keep=model.token_keep, block_keep=0.8
-        )
-        return train(model, criterion, amp, teacher[0])
+        objective = Objective(CLASSIFY, Budgets(model.token_keep, 0.8), Distillation())
+        return train(model, objective, amp, teacher[0])
 
     expected = smoothed(student_losses("off"))
     assert expected[-1] < 0.8 * expected[0], "the model learns"

@@ -13,10 +13,10 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
-from datasets import build_data
-from engine import evaluate
+from engine import validate
 from evaluation.calibration import calibrate, quantile_above
-from models.build import recorded_arguments, restore_model
+from models.build import build_model, recorded_arguments, restore
+from tasks import Experiment
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError
@@ -25,11 +25,13 @@ ALONE = Distributed(torch.device("cpu"))
 
 
 def loaded(path: Path, *flags: str):
-    """-> flags as --eval sees them, the model, the data."""
+    """-> what --eval makes of a checkpoint and flags, the model."""
     checkpoint = load_checkpoint(path)
     argv = ["--eval", "--model-path", str(path), "--num-workers", "0", "--device", "cpu", *flags]
     args = options.parse(argv, recorded_arguments(checkpoint))
-    return args, restore_model(args, checkpoint, 10), build_data(args, 32)
+    experiment = Experiment.prepare(args, ALONE)
+    model = build_model(experiment.spec, 10)
+    return experiment, restore(model, checkpoint, str(path), threshold=args.gate_threshold)
 
 
 def evaluated(path: Path, output: Path, *flags: str) -> dict:
@@ -65,10 +67,11 @@ def share_kept(gates: list[list[float]]) -> float:
 def test_the_target_is_met_on_training_and_on_validation_images(tmp_path, method, target):
     flags = ["--method", method, *DYNAMIC[2:]]
     path = save_model(tmp_path / "model.pth", *flags)
-    args, model, data = loaded(path, "--block-keep-ratio", str(target))
-    before = share_kept(evaluate(model, data, args, ALONE).gates)
+    experiment, model = loaded(path, "--block-keep-ratio", str(target))
+    data = experiment.data
+    before = share_kept(validate(model, experiment)["gates"])
     assert abs(before - target) > 0.01  # or there is nothing to show
-    found = calibrate({"model": model, "ema": None}, data, args, ALONE)
+    found = calibrate({"model": model, "ema": None}, experiment)
     assert found == {"model": model.gate_threshold}
     with torch.no_grad():
         seen = [
@@ -78,15 +81,16 @@ def test_the_target_is_met_on_training_and_on_validation_images(tmp_path, method
     assert (
         abs(sum(seen) / len(data.train) - target) < 0.003
     )  # all of the digits' 1437 training images
-    assert abs(share_kept(evaluate(model, data, args, ALONE).gates) - target) < 0.02  # 360 others
+    assert abs(share_kept(validate(model, experiment)["gates"]) - target) < 0.02  # 360 others
 
 
 def test_the_images_are_shown_as_in_evaluation(tmp_path):
-    args, _, data = loaded(
+    experiment, _ = loaded(
         save_model(tmp_path / "model.pth", *DYNAMIC), "--subset", "50", "--batch-size", "16"
     )
     first = [
-        torch.cat([batch.images for batch in data.calibration_loader.batches()]) for _ in range(2)
+        torch.cat([batch.images for batch in experiment.data.calibration_loader.batches()])
+        for _ in range(2)
     ]
     assert len(first[0]) == 50 and torch.equal(*first)
 
@@ -94,14 +98,14 @@ def test_the_images_are_shown_as_in_evaluation(tmp_path):
 @pytest.mark.parametrize("target", ["0.8", "0.3"])
 def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, caplog, target):
     path = save_model(tmp_path / "model.pth", *DYNAMIC)
-    args, model, data = loaded(
+    experiment, model = loaded(
         path, "--subset", "32", "--batch-size", "16", "--block-keep-ratio", target
     )
     for layer in model.layers:
         torch.nn.init.zeros_(layer.mixer.block_head.weight)
         torch.nn.init.constant_(layer.mixer.block_head.bias, 5)
     with caplog.at_level(logging.WARNING):
-        assert calibrate({"model": model}, data, args, ALONE) == {"model": 0.0}
+        assert calibrate({"model": model}, experiment) == {"model": 0.0}
     assert "hardly tell" in caplog.text
 
 
@@ -118,8 +122,8 @@ def test_the_threshold_of_the_checkpoint_and_others(tmp_path, caplog):
     checkpoint = load_checkpoint(path)
     save_checkpoint(checkpoint | {"ema": checkpoint["model"]}, path)
     assert loaded(path)[1].gate_threshold == 1.25
-    args, *_ = loaded(path)
-    assert restore_model(args, load_checkpoint(path), 10, ema=True).gate_threshold == -2.0
+    _, model = loaded(path)
+    assert restore(model, load_checkpoint(path), str(path), ema=True).gate_threshold == -2.0
     assert loaded(path, "--gate-threshold", "0.5")[1].gate_threshold == 0
     assert loaded(path, "--gate-threshold", "0.9")[1].gate_threshold == pytest.approx(math.log(9))
     assert "no calibrated" not in caplog.text

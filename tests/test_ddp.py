@@ -13,7 +13,8 @@ import argparse, sys
 import torch
 from torch import nn
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
-from losses import DenseLoss, DynamicLoss
+from losses import Budgets, Distillation, Objective
+from tasks.classification import ClassificationTerms
 from utils.distributed import init_distributed
 
 dynamic, output = sys.argv[1] == "dyvm", sys.argv[2]
@@ -23,10 +24,11 @@ torch.manual_seed(0)
 sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=4, num_classes=5)
 teacher = VisionMamba(FAMILIES["vim"], **sizes).eval()
 model = teacher
-criterion = DenseLoss(nn.CrossEntropyLoss())
+classify = ClassificationTerms(nn.CrossEntropyLoss())
+objective = Objective(classify)
 if dynamic:
     model = DynamicVisionMamba(FAMILIES["vim"], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **sizes)
-    criterion = DynamicLoss(nn.CrossEntropyLoss(), token_keep=model.token_keep, block_keep=0.5)
+    objective = Objective(classify, Budgets(model.token_keep, 0.5), Distillation())
 images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
 noise = {f"token.stage{s}": torch.randn(8, 16, 2) for s in range(2)}
 noise |= {f"router.layer{i}.gumbels{k}": 8 * torch.randn(8, 2) for i in range(4) for k in (1, 2)}
@@ -36,12 +38,12 @@ model.train()
 parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size > 1 else model
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 with torch.no_grad():
-    taught = teacher(images[share]) if dynamic else None
+    teacher_result = teacher(images[share]) if dynamic else None
 with sampling.replay(noise):
     result = parallel(images[share])
 if dynamic:
     assert 0 < result.gates.mean() < 1 and 0 < result.alive.mean() < 1
-loss, _ = criterion(result, targets[share], taught)
+loss, _ = objective(result, targets[share], teacher_result)
 loss.backward()
 optimizer.step()
 if distributed.is_main:

@@ -85,21 +85,34 @@ def test_dynamic_evaluation(name, device):
     golden.close(result.logits, t["out.logits"], 1e-4, 1e-4, "logits")
 
 
-def dynamic_loss(config: dict) -> losses.DynamicLoss:
+def objective(criterion, config: dict, tokens: bool = True, blocks: bool = True):
+    """The loss of (logits, targets), weighted, with the terms of the method."""
+
+    def classify(result, targets):
+        return {"cls": config["clf_weight"] * criterion(result.logits.float(), targets)}
+
+    return losses.Objective(
+        classify,
+        losses.Budgets(
+            token_keep=config["token_keep_ratio"] if tokens else None,
+            block_keep=config["block_keep_ratio"] if blocks else None,
+            token_weight=config["token_pruning_weight"],
+            block_weight=config["block_pruning_weight"],
+            ratio_scope="batch" if config["dynamic"] else "image",
+        ),
+        losses.Distillation(
+            tokens=tokens,
+            weight=config["distill_weight"],
+            token_distance="mse" if config["mse_token"] else "kl",
+        ),
+    )
+
+
+def dynamic_loss(config: dict) -> losses.Objective:
     def soft_target(logits, targets):
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
-    return losses.DynamicLoss(
-        soft_target,
-        token_keep=config["token_keep_ratio"],
-        block_keep=config["block_keep_ratio"],
-        token_weight=config["token_pruning_weight"],
-        block_weight=config["block_pruning_weight"],
-        distill_weight=config["distill_weight"],
-        cls_weight=config["clf_weight"],
-        token_distance="mse" if config["mse_token"] else "kl",
-        ratio_scope="batch" if config["dynamic"] else "image",
-    )
+    return objective(soft_target, config)
 
 
 @pytest.mark.parametrize("name", golden.names("train_"))
@@ -115,7 +128,7 @@ def test_dynamic_training(name, device):
     with sampling.replay(case.group("noise.")):
         result = model(t["input.images"])
     with torch.no_grad():
-        taught = teacher(t["input.images"])
+        teacher_result = teacher(t["input.images"])
     for s, decision in enumerate(result.decisions):
         assert torch.equal(decision.detach(), t[f"out.decision.stage{s}"]), f"stage {s}"
     assert torch.equal(result.origin, t["out.current_pos"])
@@ -124,16 +137,16 @@ def test_dynamic_training(name, device):
     assert recorder.compare(case) >= model.depth + len(model.pruning_layers)
     golden.close(result.tokens, t["out.other_tokens"], 1e-4, 1e-4, "tokens")
     golden.close(result.logits, t["out.logits"], 1e-4, 1e-4, "logits")
-    golden.close(taught.logits, t["teacher.logits"], 1e-4, 1e-4, "teacher logits")
-    golden.close(taught.tokens, t["teacher.other_tokens"], 1e-4, 1e-4, "teacher tokens")
+    golden.close(teacher_result.logits, t["teacher.logits"], 1e-4, 1e-4, "teacher logits")
+    golden.close(teacher_result.tokens, t["teacher.other_tokens"], 1e-4, 1e-4, "teacher tokens")
 
     config = case.info["loss_config"]
-    total, terms = dynamic_loss(config)(result, t["input.soft_targets"], taught)
+    total, terms = dynamic_loss(config)(result, t["input.soft_targets"], teacher_result)
     parts = torch.stack([terms[part] for part in case.info["loss_part_names"]])
     golden.close(parts, t["loss.parts"], 1e-6, 1e-5, "loss terms")
     golden.close(total, t["loss.total"], 1e-6, 1e-5, "loss")
     for variant in case.info["loss_variants_same_outputs"]:
-        other, _ = dynamic_loss(config | variant)(result, t["input.soft_targets"], taught)
+        other, _ = dynamic_loss(config | variant)(result, t["input.soft_targets"], teacher_result)
         assert other.item() == pytest.approx(variant["total"], rel=1e-5, abs=1e-6)
 
     total.backward()
@@ -168,22 +181,18 @@ def test_losses(name):
             gates.squeeze(2),
             decisions,
         )
-        taught = Result(t["teacher.logits"], t["teacher.other_tokens"], *[None] * 3)
+        teacher_result = Result(t["teacher.logits"], t["teacher.other_tokens"], *[None] * 3)
         soft = run["base_criterion"] == "soft_target"
-        criterion = losses.DynamicLoss(
-            nn.CrossEntropyLoss(
-                label_smoothing=0.0 if soft else float(run["base_criterion"].rsplit("_", 1)[1])
-            ),
-            token_keep=case.info["token_keep_ratio"] if run["loss"] != "block_only" else None,
-            block_keep=case.info["block_keep_ratio"] if run["loss"] != "token_only" else None,
-            token_weight=weights["token_pruning_weight"],
-            block_weight=weights["block_pruning_weight"],
-            distill_weight=weights["distill_weight"],
-            cls_weight=weights["clf_weight"],
-            token_distance="mse" if run["mse_token"] else "kl",
-            ratio_scope="batch" if run["dynamic"] else "image",
+        smoothing = 0.0 if soft else float(run["base_criterion"].rsplit("_", 1)[1])
+        criterion = objective(
+            nn.CrossEntropyLoss(label_smoothing=smoothing),
+            {**case.info, **weights, **run},
+            tokens=run["loss"] != "block_only",
+            blocks=run["loss"] != "token_only",
         )
-        total, terms = criterion(result, t["in.soft_targets"] if soft else t["in.labels"], taught)
+        total, terms = criterion(
+            result, t["in.soft_targets"] if soft else t["in.labels"], teacher_result
+        )
         assert list(terms) == list(run["parts"])
         for term, value in run["parts"].items():
             assert terms[term].item() == pytest.approx(value, rel=1e-5, abs=1e-6), (

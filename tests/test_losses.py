@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from losses import DenseLoss, DynamicLoss, block_ratio, token_distance, token_ratio
+from losses import Budgets, Distillation, Objective, block_ratio, token_distance, token_ratio
 from models import Result
+from tasks.classification import ClassificationTerms
+
+CLASSIFY = ClassificationTerms(nn.CrossEntropyLoss())
 
 
 def result(batch=3, patches=6, width=4, classes=5, depth=2):
@@ -23,7 +26,9 @@ def result(batch=3, patches=6, width=4, classes=5, depth=2):
 
 def test_dense_is_classification_alone():
     r = result()
-    total, terms = DenseLoss(nn.CrossEntropyLoss())(r, torch.tensor([0, 1, 2]))
+    objective = Objective(CLASSIFY)
+    assert objective.statistics(r) is None
+    total, terms = objective(r, torch.tensor([0, 1, 2]))
     assert terms.keys() == {"cls"} and total is terms["cls"]
     assert total.item() == pytest.approx(
         nn.functional.cross_entropy(r.logits, torch.tensor([0, 1, 2])).item()
@@ -39,8 +44,10 @@ def test_terms_follow_the_parts_of_the_model():
         (None, 0.8, True),
         ((0.5,), 0.8, False),
     ):
-        loss = DynamicLoss(
-            nn.CrossEntropyLoss(), token_keep=token_keep, block_keep=block_keep, token_budget=budget
+        loss = Objective(
+            CLASSIFY,
+            Budgets(token_keep=token_keep if budget else None, block_keep=block_keep),
+            Distillation(tokens=token_keep is not None),
         )
         total, terms = loss(r, targets, result())
         assert total.item() == pytest.approx(sum(term.item() for term in terms.values()), rel=1e-6)
@@ -51,6 +58,30 @@ def test_terms_follow_the_parts_of_the_model():
         (None, 0.8, True): ["cls", "block_ratio", "cls_kl"],
         ((0.5,), 0.8, False): ["cls", "block_ratio", "cls_kl", "token_distill"],
     }
+
+
+def test_budgets_without_a_teacher():
+    """And the terms themselves say whether they look at the whole batch."""
+    r, targets = result(), torch.tensor([0, 1, 2])
+    for budgets, names, needs in (
+        (Budgets(token_keep=(0.5,), block_keep=0.8), ["token_ratio", "block_ratio"], True),
+        (Budgets(token_keep=(0.5,), ratio_scope="batch"), ["token_ratio"], True),
+        (Budgets(token_keep=(0.5,)), ["token_ratio"], False),
+        (Budgets(), [], False),
+    ):
+        objective = Objective(CLASSIFY, budgets)
+        total, terms = objective(r, targets)
+        assert list(terms) == ["cls", *names]
+        assert (objective.statistics(r) is not None) == needs
+        assert total.item() == pytest.approx(sum(term.item() for term in terms.values()), rel=1e-6)
+
+
+def test_no_result_is_computed_for_statistics_that_no_term_needs():
+    def results():
+        raise AssertionError("computed")
+        yield
+
+    assert Objective(CLASSIFY, Budgets(token_keep=(0.5,))).whole_batch(results()) is None
 
 
 def test_budgets_are_zero_on_target():
@@ -91,7 +122,10 @@ def test_no_token_kept_gives_no_distance_and_no_gradient(distance):
     assert value.item() == 0 and not r.tokens.grad.any()
 
 
-@pytest.mark.parametrize("arguments", [dict(token_distance="l1"), dict(ratio_scope="epoch")])
-def test_unknown_choices(arguments):
+@pytest.mark.parametrize(
+    "part, arguments",
+    [(Distillation, dict(token_distance="l1")), (Budgets, dict(ratio_scope="epoch"))],
+)
+def test_unknown_choices(part, arguments):
     with pytest.raises(ValueError, match="must be one of"):
-        DynamicLoss(nn.CrossEntropyLoss(), token_keep=None, block_keep=None, **arguments)
+        part(**arguments)

@@ -12,10 +12,11 @@ import torch
 
 import engine
 import main
-import options
-from models.build import build_dense, build_model, check_classes, recorded_arguments
+from models.build import ModelSpec, build_model, recorded_arguments
 from report import main as write_report
-from utils import preemption
+from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
+from tasks.classification import check_classes
+from utils import preemption, resume
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +214,8 @@ def test_a_student_starts_from_its_teacher(dense, tmp_path):
         ]
     )
     checkpoint = load_checkpoint(args.model_path)
-    model, teacher = build_model(args, 10).eval(), build_dense(args, 10).eval()
+    spec = ModelSpec.from_args(args)
+    model, teacher = build_model(spec, 10).eval(), build_model(spec.dense(), 10).eval()
     load_weights(model, checkpoint, args.model_path, from_dense=True)
     load_weights(teacher, checkpoint, args.model_path)
     images = torch.randn(2, 3, 16, 16)
@@ -236,12 +238,11 @@ def test_bf16_trains(dense, tmp_path):
 
 
 def test_the_average_of_a_short_run_forgets_the_initial_weights():
-    given, default = options.parse(["--model-ema-decay", "0.99996"]), options.parse([])
     for updates in (50, 660, 75_000):
-        assert engine.ema_decay(given, updates) == 0.99996
-        assert 1e-3 < engine.ema_decay(default, updates) ** updates < 0.01
-    assert engine.ema_decay(default, 3) == 0
-    assert engine.ema_decay(default, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
+        assert engine.ema_decay(0.99996, updates) == 0.99996
+        assert 1e-3 < engine.ema_decay(None, updates) ** updates < 0.01
+    assert engine.ema_decay(None, 3) == 0
+    assert engine.ema_decay(None, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
 
 
 STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
@@ -370,6 +371,16 @@ def test_resume_refuses_what_would_alter_the_run(student, dense, tmp_path):
     )
 
 
+def test_checkpoints_of_earlier_versions_name_no_task(student):
+    path = student / "checkpoint.pth"
+    checkpoint = main.load_checkpoint(path)
+    keys = ("args", "world_size", "class_names", "steps_per_epoch", "teacher_sha256", "task")
+    record = {key: checkpoint[key] for key in keys}
+    assert checkpoint.pop("task") == "classification"
+    assert task_of_checkpoint(checkpoint) is CLASSIFICATION
+    assert resume.check_agreement(checkpoint, path, record, override=False)
+
+
 def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
     with pytest.raises(UserError, match="not finite on the batch of DIGITS train image"):
         run(tmp_path, "--lr", "1e30", "--nonfinite", "stop", "--epochs", "3")
@@ -447,7 +458,6 @@ def test_other_classes_are_refused(dense):
     ],
 )
 def test_training_is_built_as_the_recipe_says(flags, criterion):
-    from datasets import build_data
     from utils.distributed import Distributed
 
     args = main.options.parse(
@@ -467,8 +477,9 @@ def test_training_is_built_as_the_recipe_says(flags, criterion):
             *flags,
         ]
     )
-    training = engine.build_training(args, build_data(args, 32), Distributed(torch.device("cpu")))
-    assert type(training.criterion.criterion).__name__ == criterion
+    alone = Distributed(torch.device("cpu"))
+    training = engine.build_training(Experiment.prepare(args, alone))
+    assert type(training.objective.criterion.criterion).__name__ == criterion
     assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
     decay = {
         id(p): group["weight_decay"]

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from losses import DynamicLoss
+from losses import Budgets, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
+from tasks.classification import ClassificationTerms
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, num_classes=7)
 DYNAMIC = dict(pruning_layers=(1, 2), token_keep=(0.7, 0.4))
@@ -100,17 +101,17 @@ def train(family: str, variant: dict) -> None:
     """Both forward passes of a training step, and its loss."""
     model = fake(DynamicVisionMamba, family, **DYNAMIC, **variant, drop_path_rate=0.1).train()
     teacher = fake(VisionMamba, family).eval()
-    criterion = DynamicLoss(
-        SoftTargetCrossEntropy(),
-        token_keep=model.token_keep or None,
-        block_keep=0.8 if model.route_blocks else None,
+    objective = Objective(
+        ClassificationTerms(SoftTargetCrossEntropy()),
+        Budgets(model.token_keep or None, 0.8 if model.route_blocks else None),
+        Distillation(tokens=bool(model.token_keep)),
     )
     targets = torch.zeros(3, 7, device="cuda")
     with NoHostTensors():
         result = model(images())
         with torch.no_grad():
-            taught = teacher(images())
-        loss, _ = criterion(result, targets, taught)
+            teacher_result = teacher(images())
+        loss, _ = objective(result, targets, teacher_result)
         assert loss.requires_grad
 
 

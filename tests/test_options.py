@@ -3,6 +3,7 @@
 import pytest
 
 import options
+from tasks import CLASSIFICATION
 from utils.errors import UsageError
 
 
@@ -230,7 +231,7 @@ def test_flags_that_the_run_reads_are_taken(line, recorded):
 
 
 def test_every_flag_stands_in_a_named_group():
-    groups = {group.title: group for group in options.build_parser()._action_groups}
+    groups = {group.title: group for group in options.build_parser(CLASSIFICATION)._action_groups}
     assert {
         "model",
         "method",

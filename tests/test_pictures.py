@@ -13,7 +13,7 @@ from timm.layers import to_2tuple
 
 from drawing import pictures
 from drawing.pictures import (
-    Decisions,
+    ImageReport,
     class_marks,
     draw_strip,
     patch_edges,
@@ -63,10 +63,10 @@ def test_dimmed_patches_are_those_that_were_dropped(img_size, size):
     with torch.no_grad():
         result = model(transform(image)[None])
     kept = [stage[0].numpy() for stage in result.kept]
-    said = Decisions(
+    report = ImageReport(
         "x", [("a", 1.0)], kept, result.gates[:, 0].numpy(), 1.0, 2.0, model.pruning_layers
     )
-    strip = np.asarray(draw_strip(image, region, model, said))
+    strip = np.asarray(draw_strip(image, region, model, report))
     layout = strip_layout(size)
     enlarged = np.asarray(image).repeat(layout.scale, 0).repeat(layout.scale, 1)
     margin = round(12 * layout.unit)
@@ -165,16 +165,16 @@ def test_class_marks_stand_where_the_class_tokens_stand_in_the_sequence(family, 
 
 def test_a_stage_that_keeps_nothing_and_an_image_smaller_than_the_grid():
     model, image = small(64), planted((3, 3))
-    said = Decisions(
+    report = ImageReport(
         "tiny", [("a", 0.5)], [np.arange(64), np.array([], dtype=int)], None, 1.0, 2.0, (1, 3)
     )
-    assert draw_strip(image, (0, 0, 3, 3), model, said).size > (256, 256)
+    assert draw_strip(image, (0, 0, 3, 3), model, report).size > (256, 256)
 
 
 def test_huge_images_are_reduced():
     model = small(64)
-    said = Decisions("huge", [("a", 0.5)], [np.arange(10)], None, 1.0, 2.0, (1, 3))
-    strip = draw_strip(Image.new("RGB", (6000, 1500)), (0, 0, 6000, 1500), model, said)
+    report = ImageReport("huge", [("a", 0.5)], [np.arange(10)], None, 1.0, 2.0, (1, 3))
+    strip = draw_strip(Image.new("RGB", (6000, 1500)), (0, 0, 6000, 1500), model, report)
     assert strip.width < 2 * pictures.MAX_SIDE + 1000
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import predict
-from evaluation.inference import build_parser, find_images, load_classifier
+from evaluation.inference import build_parser, find_images, load_predictor
 from loading.images import FileImages
 from loading.transforms import eval_transform
 from utils.errors import UserError
@@ -76,11 +76,11 @@ def test_json_agrees_with_the_model(model, images, capsys, tmp_path):
     entries = json.loads(capsys.readouterr().out)
     assert len(entries) == 6
     assert entries[-1] == {"file": str(tmp_path / "empty.png"), "error": "the file is empty"}
-    classifier = load_classifier(build_parser("x", "x"), ["--model-path", str(model), *FLAGS])
-    transform = eval_transform(classifier.args, classifier.img_size)
-    probabilities = classifier.forward(transform(planted((40, 30), 2))[None]).logits.softmax(-1)[0]
+    predictor = load_predictor(build_parser("x", "x"), ["--model-path", str(model), *FLAGS])
+    transform = eval_transform(predictor.args, predictor.img_size)
+    probabilities = predictor.forward(transform(planted((40, 30), 2))[None]).logits.softmax(-1)[0]
     assert entries[2]["class"] == probabilities.argmax()
-    assert entries[2]["name"] == classifier.class_names[entries[2]["class"]]
+    assert entries[2]["name"] == predictor.class_names[entries[2]["class"]]
     assert entries[2]["probability"] == pytest.approx(probabilities.max().item(), rel=1e-4)
     assert [e["probability"] for e in entries[2]["top"]] == pytest.approx(
         probabilities.topk(3)[0].tolist(), rel=1e-4
@@ -94,17 +94,17 @@ def test_thousands_of_images_are_not_held_in_memory(model, images, monkeypatch):
     monkeypatch.setattr(
         FileImages, "load", lambda self, index: read.append(index) or load(self, index)
     )
-    classifier = load_classifier(
+    predictor = load_predictor(
         build_parser("x", "x"), ["--model-path", str(model), "--batch-size", "4", *FLAGS]
     )
-    entries = predict.predictions(classifier, find_images([str(images)] * 400), top=1)
+    entries = predict.predictions(predictor, find_images([str(images)] * 400), top=1)
     next(entries)
     assert len(read) <= 8
 
 
 def test_class_names(model, images, capsys, tmp_path, caplog):
     def names(checkpoint, *flags):
-        return load_classifier(
+        return load_predictor(
             build_parser("x", "x"), ["--model-path", str(checkpoint), *FLAGS, *flags]
         ).class_names
 

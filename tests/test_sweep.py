@@ -11,7 +11,7 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 import main
 import options
 from drawing.plots import pareto_front
-from evaluation.summary import sweep, throughput
+from evaluation import sweep, throughput
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]
@@ -97,8 +97,8 @@ def test_an_interrupted_sweep_goes_on(models, swept, tmp_path, monkeypatch):
         point["top1"] = -1.0  # marks what must not be evaluated again
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     calls = []
-    original = sweep.evaluate
-    monkeypatch.setattr(sweep, "evaluate", lambda *args: calls.append(args[-1]) or original(*args))
+    original = sweep.validate
+    monkeypatch.setattr(sweep, "validate", lambda *args: calls.append(args[-1]) or original(*args))
     evaluate(
         tmp_path,
         models[0],
@@ -131,8 +131,8 @@ def test_a_sweep_of_something_else_starts_anew(content, models, swept, tmp_path,
         )
     (tmp_path / "sweep.json").write_text(content)
     calls = []
-    original = sweep.evaluate
-    monkeypatch.setattr(sweep, "evaluate", lambda *args: calls.append(args[-1]) or original(*args))
+    original = sweep.validate
+    monkeypatch.setattr(sweep, "validate", lambda *args: calls.append(args[-1]) or original(*args))
     evaluate(tmp_path, models[0], "--sweep", "0.7", "--throughput-seconds", 0)
     assert calls == ["token keep ratio 0.7"]
     record = json.loads((tmp_path / "sweep.json").read_text())

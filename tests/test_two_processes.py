@@ -43,10 +43,12 @@ OFTEN = ["--save-minutes", "1e-6"]
 
 EVALUATE = """
 import json, torch, options
-from models.build import build_model
+from pathlib import Path
+from models.build import ModelSpec, build_model
 from datasets import build_data
-from engine import evaluate
+from engine import validate
 from loading.data import assemble
+from tasks import CLASSIFICATION, Experiment
 from loading.images import SubsetImages
 from loading.options import DataOptions
 from loading.transforms import classification_transforms
@@ -55,13 +57,13 @@ from utils.distributed import init_distributed
 distributed = init_distributed("cpu")
 args = options.parse(["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--num-workers", "0"])
 torch.manual_seed(0)
-model, data = build_model(args, 10), build_data(args, 16, train=False)
+model, data = build_model(ModelSpec.from_args(args), 10), build_data(args, 16, train=False)
 for count in (1, 7, 359, 360):
     val = SubsetImages(data.val, torch.arange(count).numpy())
     given = DataOptions.from_args(args, distributed.rank, distributed.world_size)
     part = assemble(given, classification_transforms(args, 16), None, val)
-    metrics = evaluate(model, part, args, distributed)
-    print("metrics", json.dumps([metrics.images, metrics.top1, metrics.top5, metrics.loss]))
+    values = validate(model, Experiment(args, CLASSIFICATION, part, distributed, Path()))
+    print("metrics", json.dumps([values[key] for key in ("images", "top1", "top5", "loss")]))
 distributed.shutdown()
 """
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 import visualize
 from drawing.sheets import COLUMNS, ROWS
-from evaluation.decisions import DecisionCounter
-from evaluation.inference import build_parser, load_classifier
+from evaluation.decisions import DecisionMeter
+from evaluation.inference import build_parser, load_predictor
 from loading.loaders import Batch
 from models.flops import count_flops
+from tasks import CLASSIFICATION
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -107,9 +108,9 @@ def test_contact_sheets_are_written_page_by_page(dynamic, tmp_path):
 
     image, said = (
         planted((30, 30)),
-        visualize.Decisions("x", [("a", 1.0)], [np.arange(5)], None, 1.0, 2.0, (1,)),
+        visualize.ImageReport("x", [("a", 1.0)], [np.arange(5)], None, 1.0, 2.0, (1,)),
     )
-    model = load_classifier(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS]).model
+    model = load_predictor(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS]).model
     sheets = ContactSheets(tmp_path)
     for number in range(COLUMNS * ROWS + 1):
         assert (tmp_path / "contact_sheet.png").exists() == (number == COLUMNS * ROWS)
@@ -153,30 +154,30 @@ def test_bad_input(dynamic, tmp_path):
 def test_the_average_of_the_weights_can_be_shown(dynamic, tmp_path):
     other = load_checkpoint(save_model(tmp_path / "other.pth", *DYNAMIC, seed=1))["model"]
     model = save_model(tmp_path / "model.pth", *DYNAMIC, ema=other)
-    classifier = load_classifier(
+    predictor = load_predictor(
         build_parser("x", "x"), ["--model-path", str(model), "--ema", *FLAGS]
     )
-    assert all((classifier.model.state_dict()[key] == value).all() for key, value in other.items())
+    assert all((predictor.model.state_dict()[key] == value).all() for key, value in other.items())
 
 
 def test_costs_of_images_average_to_the_cost_of_the_data_set(dynamic, tmp_path):
     """Totals over batches of several classes, and their tables, against the same from the results
     at once.
     """
-    classifier = load_classifier(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS])
-    counter = DecisionCounter(classifier.model, classifier.class_names)
+    predictor = load_predictor(build_parser("x", "x"), ["--model-path", str(dynamic), *FLAGS])
+    counter = DecisionMeter(predictor.model, predictor.class_names, CLASSIFICATION.labels)
     images, targets = torch.randn(11, 3, 32, 32), torch.tensor([0, 1, 2, 2, 0, 9, 9, 9, 3, 1, 0])
-    results = classifier.forward(images)
+    results = predictor.forward(images)
     for part in (slice(0, 7), slice(7, 11)):
-        counter.add(
+        counter.update(
             Batch(images[part], targets[part], torch.arange(11)[part]),
-            classifier.forward(images[part]),
+            predictor.forward(images[part]),
         )
-    totals = counter.totals(Distributed(torch.device("cpu")))
+    totals = counter.compute(Distributed(torch.device("cpu")))["decisions"]
     assert 0.05 < results.gates.mean() < 0.95
     assert len(set(totals.costs.tolist())) > 1
     assert totals.costs.mean() == pytest.approx(
-        count_flops(classifier.model, results.gates.mean(dim=1)).exact
+        count_flops(predictor.model, results.gates.mean(dim=1)).exact
     )
     np.testing.assert_allclose(totals.gates, results.gates.mean(dim=1))
     np.testing.assert_allclose(totals.gates_per_class[9], results.gates[:, 5:8].mean(dim=1))

@@ -44,9 +44,9 @@ def setup_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     logging.basicConfig(level=level if is_main else logging.ERROR, handlers=[handler], force=True)
 
 
-def write_args(output_dir: str | os.PathLike, args: argparse.Namespace) -> None:
-    """Record the flags of the run in `args.json`."""
-    write_json(Path(output_dir) / "args.json", vars(args))
+def write_args(output_dir: str | os.PathLike, args: argparse.Namespace, **more: Any) -> None:
+    """Record the flags of the run in `args.json`, and `more` that follows from them."""
+    write_json(Path(output_dir) / "args.json", vars(args) | more)
 
 
 class EpochLog:

@@ -34,6 +34,8 @@ HARMLESS = {
     "gate_threshold",
     "calibrate",
 }
+# What checkpoints of earlier versions lack, and what follows from their flags.
+RECORDED_LATER = {"task"}
 NONFINITE = "nonfinite.pth"  # the state that a run which cannot go on leaves for inspection
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def identity(
     class_names: Sequence[str],
     steps_per_epoch: int,
     family: str,
+    task: str,
 ) -> dict[str, Any]:
     """What a checkpoint records of its run, beside its state."""
     return {
@@ -78,6 +81,7 @@ def identity(
         "class_names": list(class_names),
         "steps_per_epoch": steps_per_epoch,
         "family": family,
+        "task": task,
         "teacher_sha256": teacher_checksum(args),
     }
 
@@ -122,7 +126,8 @@ def check_agreement(
     """Whether a checkpoint is of this very run. Raises UserError if not; with `override`, warns
     instead.
     """
-    lacking = [key for key in ("optimizer", "epoch", "step", *current) if key not in checkpoint]
+    needed = [key for key in ("optimizer", "epoch", "step", *current) if key not in RECORDED_LATER]
+    lacking = [key for key in needed if key not in checkpoint]
     if lacking:
         raise UserError(
             f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its "

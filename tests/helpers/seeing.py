@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import options
-from models.build import build_model
+from models.build import ModelSpec, build_model
 from utils.checkpoint import save_checkpoint
 
 SMALL = ["--model-kwargs", "embed_dim=16", "depth=4", "--num-workers", "0", "--device", "cpu"]
@@ -25,7 +25,7 @@ def save_model(path: Path, *flags: str, classes=DIGITS, seed: int = 0, **more) -
     torch.manual_seed(seed)
     # The teacher is no part of what is recorded: --eval demands none.
     args = options.parse(["--eval", "--model-path", "none", *SMALL, *flags], {})
-    model = build_model(args, len(classes))
+    model = build_model(ModelSpec.from_args(args), len(classes))
     for name, module in model.named_modules():
         if name.endswith("block_head"):
             nn.init.normal_(module.weight, std=3)

@@ -1,0 +1,77 @@
+"""The rows that tables of evaluations share. A column is what `summary.column` records of a model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks import Measure, Task
+
+Column = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A quantity of a column, None where that lacks it; `change` words the step from one value to
+    another.
+    """
+
+    label: str
+    read: Callable[[Column], float | None]
+    format: str
+    change: Callable[[float, float], str] | None = None
+
+    def cell(self, column: Column | None, missing: str = "-") -> str:
+        value = None if column is None else self.read(column)
+        return missing if value is None else self.format.format(value)
+
+    def changed(self, before: Column | None, after: Column | None) -> str:
+        """How the value changes from one column to another; empty where there is nothing to say."""
+        if self.change is None or before is None or after is None:
+            return ""
+        values = self.read(before), self.read(after)
+        return "" if None in values else self.change(*values)
+
+
+def percent_change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def measure_row(measure: Measure) -> Row:
+    """A measure of the task; its change is a difference."""
+
+    def points(before: float, after: float) -> str:
+        return measure.text(after - before, signed=True)
+
+    return Row(
+        measure.label,
+        lambda column: column.get(measure.key),
+        measure.format,
+        points if measure.compared else None,
+    )
+
+
+PAPER = Row(
+    "MFLOPs, paper", lambda column: column["flops"]["paper"] / 1e6, "{:,.2f}", percent_change
+)
+EXACT = Row(
+    "MFLOPs, exact", lambda column: column["flops"]["exact"] / 1e6, "{:,.2f}", percent_change
+)
+SPEED = Row(
+    "images/s",
+    lambda column: column.get("images_per_s"),
+    "{:,.1f}",
+    lambda before, after: f"x {after / before:.2f}",
+)
+PARAMETERS = Row("parameters", lambda column: column.get("parameters"), "{:,}")
+
+
+def measure_rows(task: Task) -> list[Row]:
+    """The best measure, the same of the average of the weights, the other measures."""
+    best, *others = task.measures
+    ema = Row(best.ema_label, lambda column: column.get(best.ema_key), best.format)
+    return [measure_row(best), ema, *map(measure_row, others)]
+
+
+def rows_of(task: Task) -> Sequence[Row]:
+    """All rows, in the order of a table."""
+    return [*measure_rows(task), PAPER, EXACT, SPEED, PARAMETERS]

@@ -1,0 +1,197 @@
+"""What a task is. Everything else asks the task: no other file knows a score, a head or a label.
+
+B images, C classes.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets import build_data
+from loading.data import Data
+from loading.loaders import Batch
+from loading.transforms import ImageSize, Transforms
+from models import Result, VisionMamba
+from models.build import ModelSpec, build_model
+from utils.distributed import Distributed
+from utils.errors import UserError
+
+from .meters import Meter
+
+BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Criterion = Callable[[Result, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a task reports, and its names in all places.
+
+    Args:
+        key: in eval.json, sweep.json and CSV files.
+        name: in sentences and plots.
+        log_name: in log.txt, with the prefixes `test_`, `test_ema_` and `best_`.
+        unit: behind the name in tables.
+        format: of the value.
+        compared: whether tables show its change from the dense to the dynamic model.
+    """
+
+    key: str
+    name: str
+    log_name: str
+    unit: str = ""
+    format: str = "{:.2f}"
+    higher_is_better: bool = True
+    compared: bool = True
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    @property
+    def ema_label(self) -> str:
+        return f"{self.name} of the EMA" + (f", {self.unit}" if self.unit else "")
+
+    @property
+    def ema_key(self) -> str:
+        return f"ema_{self.key}"
+
+    @property
+    def title(self) -> str:
+        """Its name at the head of a sentence or a plot."""
+        return self.name[:1].upper() + self.name[1:]
+
+    def text(self, value: float, signed: bool = False) -> str:
+        """A value; `signed`: a difference."""
+        form = self.format.replace("{:", "{:+") if signed else self.format
+        return form.format(value)
+
+    def with_unit(self, value: float) -> str:
+        return f"{self.text(value)} {self.unit}".rstrip()
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether `value` is at least as good as `best`, None: nothing yet."""
+        if best is None or best != best:
+            return True
+        return value >= best if self.higher_is_better else value <= best
+
+
+class Task:
+    """One kind of problem. A new one overrides what differs and is registered under its name.
+
+    Attributes:
+        measures: what its meter computes, as reports show it; the first one decides which
+            checkpoint is the best.
+        distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
+    """
+
+    name: str
+    measures: tuple[Measure, ...]
+    distils = True
+
+    @property
+    def best(self) -> Measure:
+        return self.measures[0]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The flags that only this task has."""
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raise UsageError for flags that cannot work together."""
+
+    def transforms(
+        self, args: argparse.Namespace, img_size: ImageSize, train: bool
+    ) -> Transforms | None:
+        """What becomes of an image and its target; None: that of classified images."""
+        return None
+
+    def data(
+        self,
+        args: argparse.Namespace,
+        img_size: ImageSize,
+        distributed: Distributed,
+        train: bool = True,
+    ) -> Data:
+        """The data set that the flags name, for images of a size in pixels."""
+        return build_data(
+            args,
+            img_size,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
+            train=train,
+            transforms=self.transforms(args, img_size, train),
+        )
+
+    def check_checkpoint(
+        self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
+    ) -> None:
+        """Raise UserError for a checkpoint that was trained on something else."""
+
+    def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
+        """The number with which `model` was called for a checkpoint. Raises UserError where that
+        cannot be known.
+        """
+        return len(checkpoint.get("class_names") or ())
+
+    def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
+        """A model with fresh weights."""
+        return build_model(spec, num_classes)
+
+    def batch_transform(self, args: argparse.Namespace, num_classes: int) -> BatchTransform | None:
+        """What mixes the images [B, 3, H, W] and the targets of a training batch."""
+        return None
+
+    def criterion(self, args: argparse.Namespace) -> Criterion:
+        """The task's own loss: (result, targets) -> weighted terms by name."""
+        raise NotImplementedError
+
+    def distillation(self, result: Result, teacher_result: Result) -> dict[str, Tensor]:
+        """How far the answers are from the teacher's, as terms by name; the distance of the tokens
+        is not the task's business.
+        """
+        return {}
+
+    def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
+        """The forward pass of an evaluation; a window that slides, or a mean over views."""
+        return model(images)
+
+    def meter(self, args: argparse.Namespace, data: Data, device: torch.device) -> Meter:
+        """A meter that computes all `measures`."""
+        raise NotImplementedError
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The class [B] of each image, by which decisions are grouped; None where it has none."""
+        return None
+
+    def name_of(self, target: Any, class_names: Sequence[str]) -> str:
+        """A target of the data set in a few words; empty where it takes more."""
+        return ""
+
+    def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """What a picture says of each image: a few (name, share), most important first."""
+        return [[] for _ in range(len(result.logits))]
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> Task:
+    """Make a task known under its name."""
+    TASKS[task.name] = task
+    return task
+
+
+def task_named(name: str) -> Task:
+    """Raises UserError for a name that is not registered."""
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown; known are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
+    """The task that a checkpoint was trained for; earlier and foreign ones classify."""
+    return task_named(checkpoint.get("task", "classification"))

@@ -1,0 +1,58 @@
+"""What a run is made of, so that it travels as one."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets import task_of
+from loading.data import Data
+from models import VisionMamba
+from models.build import ModelSpec, image_size
+from utils.distributed import Distributed
+
+from .base import Task, task_named
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run is made of: its flags, its task and data, its processes, its folder."""
+
+    args: argparse.Namespace
+    task: Task
+    data: Data
+    distributed: Distributed
+    output: Path
+
+    @classmethod
+    def prepare(
+        cls, args: argparse.Namespace, distributed: Distributed, train: bool = True
+    ) -> "Experiment":
+        """Read the data set that the flags name; without `train` its training images are left
+        alone.
+        """
+        task = task_named(task_of(args.data_set))
+        data = task.data(args, image_size(ModelSpec.from_args(args)), distributed, train)
+        return cls(args, task, data, distributed, Path(args.output_dir))
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec.from_args(self.args)
+
+    @property
+    def device(self) -> torch.device:
+        return self.distributed.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.distributed.is_main
+
+    @property
+    def precision(self) -> str:
+        """Of the forward pass, as records name it."""
+        return "float32" if self.args.amp == "off" else self.args.amp
+
+    def model(self, spec: ModelSpec) -> VisionMamba:
+        """A model for this data set, with fresh weights, on the device."""
+        return self.task.model(spec, self.data.num_classes).to(self.device)
