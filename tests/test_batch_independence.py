@@ -47,7 +47,7 @@ with torch.no_grad():
             routed |= set(whole.gates.flatten().tolist())
             for part in slice(0, 1), slice(0, 3), slice(5, 12), slice(3, 22), slice(22, 23):
                 found = model(images[part])
-                for key in "logits", "tokens", "positions":
+                for key in "logits", "tokens", "origin":
                     assert torch.equal(getattr(found, key), getattr(whole, key)[part]), (
                         threads, name, part, key
                     )
