@@ -217,9 +217,12 @@ def _forward(
     projected = torch.bmm(u.flatten(1, 2), _stack(params, "x_proj_weight", xz.dtype).mT)
     dt = torch.bmm(projected[..., :R], _stack(params, "dt_proj_weight", xz.dtype).mT)
     out = xz.new_empty(B, L, E)
-    part = torch.empty_like(out) if save else out
+    # Kernels leave out what does not exist; nothing that is kept may be undefined there.
+    whole = call.lengths is None and call.active is None
+    kept = xz.new_empty if whole else xz.new_zeros
+    part = kept(B, L, E) if save else out
     saved = max(triton.cdiv(L, CHUNK) - 1, 0)
-    states = xz.new_empty((len(params), B, saved, N, E) if save else (0,), dtype=torch.float32)
+    states = kept((len(params), B, saved, N, E) if save else (0,), dtype=torch.float32)
     _scan_forward_kernel[lambda config: (B * triton.cdiv(E, config["BLOCK"]),)](
         u,
         dt,
