@@ -17,13 +17,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from datasets import task_of
+from datasets import DATA_SETS
 from drawing import plots
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, read_run, run_names
 from evaluation.columns import EXACT, PAPER, PARAMETERS, SPEED, Row, measure_row, measure_rows
 from evaluation.sweep import named_points
-from tasks import TASKS, Measure, Task
+from tasks import CLASSIFICATION, TASKS, Measure, Task
 from utils.arguments import OneLineParser
 from utils.files import atomic_file, read_csv
 from utils.program import run_main
@@ -117,11 +117,11 @@ def _is_number(value: Any) -> bool:
 
 
 def task_of_run(run: RunFolder) -> Task | None:
-    """The task that a run records, or that its data set is for; None, with a note, if it is unknown
-    here.
+    """The task that a run records, or that its data set is for (earlier versions classified); None,
+    with a note, if it is unknown here.
     """
-    data_set = (run.evaluation or {}).get("data_set") or run.args.get("data_set", "")
-    name = run.args.get("task") or task_of(data_set)
+    row = DATA_SETS.get((run.evaluation or {}).get("data_set"))
+    name = run.args.get("task") or (row.task if row else CLASSIFICATION.name)
     if name not in TASKS:
         note = f"task {name!r} is unknown here: its measures are left out"
         run.notes += [] if note in run.notes else [note]
