@@ -220,7 +220,7 @@ class VisionMamba(TimmInterface, nn.Module):
         else:
             slots = self.layout.class_slots(self.num_patches)
             pos_patches, pos_class = extract(self.pos_embed, slots)
-        return patches + pos_patches, (self.cls_token + pos_class).expand(len(images), -1, -1)
+        return patches + pos_patches, (self.cls_token + pos_class).expand(images.shape[0], -1, -1)
 
     def run_layer(self, layer: Layer, *inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """A layer's forward, its inner values kept or recomputed; its random numbers are the same
@@ -265,7 +265,7 @@ class VisionMamba(TimmInterface, nn.Module):
         else:  # timm's feature extraction has removed it
             normed = tokens.residual + hidden
         patches, class_tokens = extract(normed, tokens.class_slots)
-        ones = tokens.residual.new_ones(len(hidden), 2, dtype=torch.float32)
+        ones = tokens.residual.new_ones(hidden.shape[0], 2, dtype=torch.float32)
         return Result(
             logits=None,
             tokens=patches,
@@ -292,7 +292,8 @@ class VisionMamba(TimmInterface, nn.Module):
     def forward_head(self, result: Result, pre_logits: bool = False) -> Tensor:
         """A Result -> logits [B, C], or with `pre_logits` what the classifier reads."""
         if self.family.registers:
-            pooled = self.norm_neck(as_residual(self.neck(result.class_tokens)).flatten(1))
+            joined = as_residual(self.neck(result.class_tokens)).flatten(1)
+            pooled = self.norm_neck(joined).to(result.class_tokens.dtype)
         elif self.global_pool == "token":
             pooled = result.class_tokens[:, 0]
         else:

@@ -35,7 +35,7 @@ class TokenLayout:
         if isinstance(patches, int):
             return tuple(self._slot(i, patches) for i in range(self.num_tokens))
         if not self.num_tokens:
-            return patches.new_zeros(len(patches), 0)
+            return patches.new_zeros(patches.shape[0], 0)
         return torch.stack([self._slot(i, patches) for i in range(self.num_tokens)], dim=-1)
 
 
@@ -155,7 +155,7 @@ def reordered(order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor) -
     `class_slots` to `new_class_slots` [B, n]. -> index [B, L] into the old sequence, for `take`.
     """
     length = order.shape[1] + new_class_slots.shape[1]
-    slots = torch.arange(length, device=order.device).expand(len(order), -1)
+    slots = torch.arange(length, device=order.device).expand(order.shape[0], -1)
     from_patches, from_class_tokens = extract(slots, class_slots)
     return insert(take(from_patches, order), from_class_tokens, new_class_slots)
 

@@ -100,7 +100,7 @@ class LearnedScores(Reduction):
         previous = model.layers[model.pruning_layers[stage] - 1]
         norm = previous.norm
         normed = F.rms_norm(tokens.residual, norm.weight.shape, norm.weight, norm.eps)
-        B, step = previous.mixer.scan_inputs(normed, tokens.mask)
+        B, step = previous.mixer.scan_inputs(normed.to(norm.weight.dtype), tokens.mask)
         features, _ = extract(B if self.scorer_input == "B" else step, tokens.class_slots)
         return predictor(features, policy)
 
@@ -143,7 +143,7 @@ class StaticTokens(FixedBudget):
 
     def slots(self, stage, images, alive, count, fresh):
         slots = torch.arange(count, device=images.device) * alive // max(count, 1)
-        return slots.expand(len(images), -1)
+        return slots.expand(images.shape[0], -1)
 
 
 STRATEGIES: dict[str, type[Reduction]] = {

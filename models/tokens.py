@@ -33,7 +33,7 @@ class Tokens:
     @classmethod
     def first(cls, sequence: Tensor, class_slots: ClassSlots, patches: int) -> "Tokens":
         """All patches of a sequence [B, L, d], alive and in raster order."""
-        origin = torch.arange(patches, device=sequence.device).expand(len(sequence), -1)
+        origin = torch.arange(patches, device=sequence.device).expand(sequence.shape[0], -1)
         alive = sequence.new_ones(origin.shape)
         return cls(None, sequence, class_slots, origin, alive, owner=origin)
 
