@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +60,9 @@ class Result:
     kept: list[Tensor] = field(
         default_factory=list
     )  # per stage, evaluation: [B, k], original patch indexes
+
+
+torch.export.register_dataclass(Result)
 
 
 class PatchEmbed(nn.Module):
@@ -209,7 +211,7 @@ class VisionMamba(nn.Module):
             pos_patches, pos_class = extract(
                 self.pos_embed, self.layout.positions(self.num_patches)
             )
-        return patches + pos_patches, (self.cls_token + pos_class).expand(len(images), -1, -1)
+        return patches + pos_patches, (self.cls_token + pos_class).expand(images.shape[0], -1, -1)
 
     def run_layer(self, layer: Block, *inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """A layer's forward, its inner values kept or recomputed; its random numbers are the same
@@ -222,7 +224,8 @@ class VisionMamba(nn.Module):
     def classify(self, class_tokens: Tensor) -> Tensor:
         """Class tokens after norm_f [B, n, d] -> logits [B, C]."""
         if self.family.registers:
-            return self.head(self.norm_neck(as_residual(self.neck(class_tokens)).flatten(1)))
+            joined, norm = as_residual(self.neck(class_tokens)).flatten(1), self.norm_neck
+            return self.head(add_rms_norm(None, joined, norm.weight, norm.eps)[0])
         return self.head(class_tokens[:, 0])
 
     def finish(
@@ -243,7 +246,7 @@ class VisionMamba(nn.Module):
         for layer in self.layers:
             hidden, residual, _ = self.run_layer(layer, hidden, residual, class_positions)
         logits, tokens = self.finish(hidden, residual, class_positions)
-        batch = len(images)
+        batch = images.shape[0]
         return Result(
             logits,
             tokens,
@@ -375,9 +378,7 @@ class DynamicVisionMamba(VisionMamba):
         if self.scorer_input == "hidden":
             return self.score_predictors[stage](extract(mixed, class_positions)[0], policy)
         previous = self.layers[self.pruning_layers[stage] - 1]
-        normed = F.rms_norm(
-            residual, previous.norm.weight.shape, previous.norm.weight, previous.norm.eps
-        )
+        normed, _ = add_rms_norm(None, residual, previous.norm.weight, previous.norm.eps)
         B, step = previous.mixer.scan_inputs(normed, mask)
         features, _ = extract(B if self.scorer_input == "B" else step, class_positions)
         return self.score_predictors[stage](features, policy)
@@ -391,7 +392,7 @@ class DynamicVisionMamba(VisionMamba):
     def _start(self, images: Tensor) -> tuple[Tensor, Positions, Tensor]:
         patches, class_tokens = self.embed(images)
         class_positions = self.layout.positions(self.num_patches)
-        origin = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        origin = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
         return as_residual(insert(patches, class_tokens, class_positions)), class_positions, origin
 
     def _gates(self, gates: list[Tensor | None], like: Tensor) -> Tensor:
@@ -455,7 +456,7 @@ class DynamicVisionMamba(VisionMamba):
         """Slots [B, count] that the random or static strategy keeps of `alive` tokens, ascending."""
         if self.token_strategy == "static":
             slots = torch.arange(count, device=images.device) * alive // max(count, 1)
-            return slots.expand(len(images), -1)
+            return slots.expand(images.shape[0], -1)
         return best_in_order(sampling.image_noise(images, alive, stage, fresh=self.training), count)
 
     def _forward_eval(self, images: Tensor) -> Result:
