@@ -122,7 +122,7 @@ def reordered(order: Tensor, positions: Positions, new_positions: Tensor) -> Ten
     `positions` to `new_positions` [B, n]. -> index [B, L] into the old sequence, for `take`.
     """
     length = order.shape[1] + new_positions.shape[1]
-    slots = torch.arange(length, device=order.device).expand(len(order), -1)
+    slots = torch.arange(length, device=order.device).expand(order.shape[0], -1)
     patch_slots, class_slots = extract(slots, positions)
     return insert(take(patch_slots, order), class_slots, new_positions)
 

@@ -37,7 +37,9 @@ class ScorePredictor(nn.Module):
         )
 
     def forward(self, tokens: Tensor, policy: Tensor) -> Tensor:
-        tokens = tokens.to(self.in_conv[0].weight.dtype)  # the stream is float32, weights may be less
+        tokens = tokens.to(
+            self.in_conv[0].weight.dtype
+        )  # the stream is float32, weights may be less
         local, pooled = self.in_conv(tokens).chunk(2, dim=-1)
         weight = policy.unsqueeze(-1)
         pooled = (pooled * weight).sum(dim=1, keepdim=True) / (weight.sum(dim=1, keepdim=True) + 1)

@@ -67,7 +67,7 @@ def image_noise(images: Tensor, count: int, stage: int, fresh: bool) -> Tensor:
     that an image gets the same numbers in any batch and on any machine.
     """
     if fresh:
-        return torch.rand(len(images), count, device=images.device)
+        return torch.rand(images.shape[0], count, device=images.device)
     pixels = (images.float() * 255).round().to(torch.int64).flatten(1)
     weights = torch.arange(1, pixels.shape[1] + 1, device=images.device)
     key = (pixels * weights).sum(dim=1, keepdim=True) + 7919 * (stage + 1)
