@@ -103,7 +103,7 @@ def test_save_minutes_saves_within_an_epoch(tmp_path, monkeypatch, minutes, save
     monkeypatch.setattr(
         resume.Saver,
         "save",
-        lambda self, *a, **k: (steps.append(self.run.step), save(self, *a, **k)),
+        lambda self, *a, **k: (steps.append(self.training.step), save(self, *a, **k)),
     )
     assert main.main([*SMALL, "--save-minutes", minutes, "--output_dir", str(tmp_path)]) == 0
     assert len(steps) == saves and steps[-2:] == [4, 0]

@@ -31,7 +31,7 @@ def attempt(flags: list[str], tell: int) -> int:
     os.setsid()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    for module, name, letter in ((resume.Saver, "save", b"s"), (main, "evaluate", b"e")):
+    for module, name, letter in ((resume.Saver, "save", b"s"), (main, "validate", b"e")):
         setattr(module, name, telling(getattr(module, name), tell, letter))
     run_main(lambda: main.main(flags))
 
