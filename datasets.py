@@ -24,7 +24,7 @@ from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
 from loading.transforms import ImageSize, Transforms, classification_transforms
-from utils.arguments import not_negative, positive, probability, ratio, whole
+from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
 
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
@@ -143,7 +143,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="pin CPU memory for faster copies to the GPU",
     )
     group.add_argument(
-        "--input-size", type=positive, help="image size in pixels (default: the model's)"
+        "--input-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="image size in pixels (default: the model's)",
     )
     group.add_argument("--eval-crop-ratio", type=ratio, default=0.875)
     group.add_argument(

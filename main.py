@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = None
     if args.eval:
         checkpoint = load_checkpoint(args.model_path)
-        args = options.parse(argv, recorded_arguments(checkpoint))
+        recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)
+        args = options.parse(argv, recorded)
         check_task(checkpoint, args)
     experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
     if args.calibrate and experiment.data.calibration_loader is None:

@@ -22,6 +22,7 @@ from drawing import plots
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, read_run, run_names
 from evaluation.columns import EXACT, PAPER, PARAMETERS, SPEED, Row, measure_row, measure_rows
+from evaluation.decisions import read_keep_maps
 from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
 from utils.arguments import OneLineParser
@@ -228,11 +229,11 @@ def decision_charts(run: RunFolder) -> list[Markup]:
             alt = f"Heat map of gate means by layer and direction; on average {gates.mean():.2f} of the scans run"
             charts.append((plots.gates(gates, np.flatnonzero(stage).tolist()), alt))
         if (folder / "keep_maps.csv").exists():
-            keep = read_csv(folder / "keep_maps.csv")[:, 1:].T
+            keep, grid = read_keep_maps(folder / "keep_maps.csv")
             shares = ", ".join(f"{100 * share:.0f} %" for share in keep.mean(axis=1))
             charts.append(
                 (
-                    plots.keep_maps(keep),
+                    plots.keep_maps(keep, grid),
                     f"Maps of how often each patch is kept after each stage: {shares}",
                 )
             )

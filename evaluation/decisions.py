@@ -17,7 +17,7 @@ from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.flops import exact_per_image
 from utils.distributed import Distributed
-from utils.files import write_csv
+from utils.files import read_csv, write_csv
 
 DIRECTIONS = ("forward", "backward")
 
@@ -32,6 +32,7 @@ class DecisionTotals:
     gates: np.ndarray | None  # [depth, 2] means
     costs: np.ndarray  # [N] int64, `exact` operations of each image
     keep: np.ndarray  # [S, M] fraction of the images that keep a patch
+    grid: tuple[int, int]  # of the M patches
     pruning_layers: tuple[int, ...]
 
     def write(self, folder: Path) -> None:
@@ -45,12 +46,19 @@ class DecisionTotals:
             write_csv(folder / "costs.csv", ("exact_flops",), ([cost] for cost in self.costs))
             plots.save(plots.costs(self.costs), folder / "costs.png")
         if len(self.keep):
-            write_csv(
-                folder / "keep_maps.csv",
-                ("patch", *(f"stage{s + 1}" for s in range(len(self.keep)))),
-                ((patch, *map(_short, column)) for patch, column in enumerate(self.keep.T)),
-            )
-            plots.save(plots.keep_maps(self.keep), folder / "keep_maps.png")
+            self._write_keep_maps(folder / "keep_maps.csv")
+            plots.save(plots.keep_maps(self.keep, self.grid), folder / "keep_maps.png")
+
+    def _write_keep_maps(self, path: Path) -> None:
+        """A row for each patch; where the grid is no square, with its place in it."""
+        height, width = self.grid
+        place = ("row", "column") if height != width else ()
+        header = ("patch", *(f"stage{s + 1}" for s in range(len(self.keep))), *place)
+        rows = (
+            (patch, *map(_short, shares), *(divmod(patch, width) if place else ()))
+            for patch, shares in enumerate(self.keep.T)
+        )
+        write_csv(path, header, rows)
 
     def _write_gates(self, folder: Path) -> None:
         stage = {layer: number for number, layer in enumerate(self.pruning_layers, start=1)}
@@ -135,6 +143,17 @@ class DecisionMeter:
             gates / images if routed else None,
             np.concatenate(costs),
             kept / images,
+            self.model.patch_embed.grid,
             tuple(self.model.pruning_layers),
         )
         return {"decisions": totals}
+
+
+def read_keep_maps(path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """What `DecisionTotals` wrote to keep_maps.csv: shares [S, M], and the grid unless it is square."""
+    table = read_csv(path)[:, 1:].T
+    with open(path, encoding="utf-8") as file:
+        placed = file.readline().rstrip().endswith(",row,column")
+    if not placed:
+        return table, None
+    return table[:-2], tuple(int(places.max()) + 1 for places in table[-2:])

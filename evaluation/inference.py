@@ -61,7 +61,8 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     )
     group.add_argument(
         "--input-size",
-        type=arguments.positive,
+        type=arguments.image_size,
+        metavar="N|HxW",
         help="size of the model's images (default: as trained)",
     )
     group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
@@ -92,8 +93,8 @@ class Predictor:
         return cls(model, experiment.task, names, experiment.args, experiment.device)
 
     @property
-    def img_size(self) -> int:
-        return self.model.patch_embed.img_size[0]
+    def img_size(self) -> tuple[int, int]:
+        return self.model.patch_embed.img_size
 
     def results(
         self, images: FileImages, bad_images: BadImages, shown: bool = True
@@ -130,10 +131,10 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
     checkpoint = load_checkpoint(args.model_path)
-    parser.set_defaults(**recorded_arguments(checkpoint))
+    task = task_of_checkpoint(checkpoint)
+    parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
     options.settle_model(args)
-    task = task_of_checkpoint(checkpoint)
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device
     model = task.model(ModelSpec.from_args(args), count)

@@ -122,7 +122,8 @@ def forward_speeds(
 
 
 def _backend(model: VisionMamba) -> str:
-    mixer, device = model.layers[0].mixer, model.cls_token.device
+    mixer = model.layers[0].mixer
+    device = mixer.in_proj.weight.device
     with torch.no_grad():
         return backend_for(
             torch.zeros(1, 1, mixer.in_proj.out_features, device=device), mixer.branch(False)

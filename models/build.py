@@ -16,6 +16,7 @@ from utils.errors import UsageError, UserError
 from utils.files import sha256_of
 
 from .backbone import VisionMamba
+from .embedding import Size
 from .weights import load_weights
 
 # What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
@@ -87,7 +88,7 @@ class ModelSpec:
     token_strategy: str = "learned"
     scorer_input: str = "hidden"
     drop_path: float = 0.0
-    img_size: int | None = None
+    img_size: Size | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelSpec":
@@ -140,12 +141,12 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
         raise UsageError(f"--model {spec.name}: {error}") from None
 
 
-def image_size(spec: ModelSpec) -> int:
-    """Side in pixels of the images that a model takes; building it without memory also checks its
-    arguments before any data is read.
+def image_size(spec: ModelSpec) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model takes; building it without memory also
+    checks its arguments before any data is read.
     """
     with torch.device("meta"):
-        return build_model(spec, num_classes=1).patch_embed.img_size[0]
+        return build_model(spec, num_classes=1).patch_embed.img_size
 
 
 def restore(
@@ -178,12 +179,17 @@ def _is_ours(recorded: Any) -> bool:
     return isinstance(recorded, Mapping) and "method" in recorded
 
 
-def recorded_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of ours says it is, as defaults for the flags; nothing for others."""
+def recorded_arguments(
+    checkpoint: Mapping[str, Any], of_task: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a checkpoint of ours says it is, as defaults for the flags; nothing for others.
+
+    of_task: names of further flags, those that its task wants (`Task.recorded`).
+    """
     recorded = checkpoint.get("args")
     if not _is_ours(recorded):
         return {}
-    defaults = {name: recorded[name] for name in IDENTITY if name in recorded}
+    defaults = {name: recorded[name] for name in (*IDENTITY, *of_task) if name in recorded}
     defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
     defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")

@@ -176,9 +176,10 @@ def _drop_other_head(
     """Take a head of another class count out of `state`, so that the model keeps its fresh one; ->
     the keys taken.
     """
-    weight, fresh = state.get("head.weight"), own["head.weight"]
+    weight, fresh = state.get("head.weight"), own.get("head.weight")
     if (
         weight is None
+        or fresh is None
         or weight.dim() != 2
         or len(weight) == len(fresh)
         or weight.shape[1] != fresh.shape[1]

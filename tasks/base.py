@@ -87,11 +87,14 @@ class Task:
         measures: what its meter computes, as reports show it; the first one decides which
             checkpoint is the best.
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
+        recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
+            given.
     """
 
     name: str
     measures: tuple[Measure, ...]
     distils = True
+    recorded: tuple[str, ...] = ()
 
     @property
     def best(self) -> Measure:

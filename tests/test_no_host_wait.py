@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from losses import Budgets, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
+<<<<<<< HEAD
 from tasks.classification import ClassificationTerms
+=======
+from ops import rms_norm
+from ops.selective_scan import torch_lean
+>>>>>>> w-ops
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, num_classes=7)
 DYNAMIC = dict(pruning_layers=(1, 2), token_keep=(0.7, 0.4))
@@ -129,3 +134,16 @@ def test_lean_pytorch_backend(monkeypatch):
     monkeypatch.setenv("DYVM_BACKEND", "torch")
     evaluate("vim", {})
     train("vim", {})
+
+
+def test_inside_the_operators():
+    """What the operators hide from the checks above, by their implementations."""
+    delta, inputs = (torch.zeros(11, 2, 6, device="cuda") for _ in range(2))
+    B, C = (torch.zeros(11, 2, 3, device="cuda") for _ in range(2))
+    A = torch.zeros(3, 6, device="cuda")
+    hidden, weight = torch.zeros(2, 5, 8, device="cuda"), torch.zeros(8, device="cuda")
+    with torch.no_grad(), NoHostTensors():
+        y, heads = torch_lean._scan(delta, inputs, A, B, C, True, True)
+        torch_lean._scan_backward(y, delta, inputs, A, B, C, heads, True)
+        normed, total, scale = rms_norm._forward(hidden, hidden, weight, 1e-5, torch.float32)
+        rms_norm._backward(normed, total, total, scale, weight, torch.bfloat16)

@@ -109,6 +109,17 @@ def test_agrees_with_the_reference(calls, reverse):
     assert [kind for kind, _ in calls] == ["conv", "scan"]
 
 
+def test_operator(calls):
+    """PyTorch's checks of the registered operator, around the stand-ins."""
+    xz = torch.randn(2, 4, 12, requires_grad=True)
+    params = [tensor.requires_grad_() for tensor in draw_params(6, 3, 1)]
+    mask, active = torch.rand(2, 4, requires_grad=True), torch.tensor([True, False])
+    lengths = torch.tensor([4, 2])
+    arguments = (xz, *params, mask, active, lengths, True)
+    torch.library.opcheck(torch.ops.dyvm.mamba_ssm_branch.default, arguments)
+    assert calls
+
+
 def test_half_precision_reaches_the_kernels(calls):
     torch.manual_seed(0)
     xz, params = torch.randn(2, 7, 16).bfloat16(), draw_params(8, 4, 2)

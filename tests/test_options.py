@@ -242,3 +242,14 @@ def test_every_flag_stands_in_a_named_group():
         "run",
     } <= groups.keys()
     assert [action.dest for action in groups["options"]._group_actions] == ["help"]
+
+
+@pytest.mark.parametrize("text, size", [("224", 224), ("192x384", [192, 384])])
+def test_image_sizes(text, size):
+    assert parse(f"--input-size {text}").input_size == size
+
+
+@pytest.mark.parametrize("text", ["0", "192x", "192x0", "1x2x3", "-4", "a"])
+def test_wrong_image_sizes(text):
+    with pytest.raises(UsageError, match="neither a positive integer nor HEIGHTxWIDTH"):
+        parse(f"--input-size={text}")

@@ -21,6 +21,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def image_size(text: str) -> int | list[int]:
+    """The side of a square in pixels, such as 224, or HEIGHTxWIDTH, such as 192x384."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive integer nor HEIGHTxWIDTH, such as 192x384"
+        )
+    return int(text) if len(sides) == 1 else [int(side) for side in sides]
+
+
 def whole(text: str) -> int:
     """An integer of at least 0."""
     if not text.isdigit():

@@ -1,0 +1,80 @@
+"""The registered operators by PyTorch's own checks: schema, fake kernels, gradients, and tracing with
+sizes that are not known.
+"""
+
+import pytest
+import torch
+from scan_helpers import params_of
+
+import ops.rms_norm  # noqa: F401 (registers an operator)
+from ops import selective_scan
+from ops.selective_scan import BranchParams
+from ops.selective_scan.params import flatten
+
+
+def weights(grad: bool = True) -> list[BranchParams]:
+    return [
+        BranchParams(*(t.float().requires_grad_(grad) for t in params_of(6, 3, 1, seed)))
+        for seed in (0, 1)
+    ]
+
+
+def scan_inputs(tokens: int = 18) -> dict[str, torch.Tensor]:
+    """Two images; the first has few visible tokens, the second a hole."""
+    torch.manual_seed(0)
+    mask = torch.ones(2, tokens)
+    mask[0, 3:] = mask[1, 1] = 0
+    return {
+        "xz": torch.randn(2, tokens, 12).requires_grad_(),
+        "mask": mask.requires_grad_(),
+        "gates": torch.rand(2, 2).requires_grad_(),
+        "active": torch.tensor([[True, False], [True, True]]),
+        "lengths": torch.tensor([tokens // 2, tokens]),
+    }
+
+
+def passes(name: str, arguments: tuple) -> None:
+    torch.library.opcheck(getattr(torch.ops.dyvm, name).default, arguments)
+
+
+def skip_without_kernels() -> None:
+    reason = selective_scan.cpu.available()
+    if reason is not None:
+        pytest.skip(f"cpu: {reason}")
+
+
+def test_cpu():
+    skip_without_kernels()
+    given, (forward, backward) = scan_inputs(), weights()
+    xz, mask, gates, active, lengths = given.values()
+    passes("cpu_scan", (xz, mask, gates, None, None, *flatten((forward, backward)), 0.5))
+    passes("cpu_scan", (xz, None, None, active, lengths, *flatten((None, backward)), 1.0))
+
+
+def test_cpu_without_gradient():
+    skip_without_kernels()
+    xz, mask, _, active, lengths = (t.detach() for t in scan_inputs().values())
+    passes("cpu_infer", (xz, mask, None, active, lengths, *flatten(weights(grad=False)), 0.5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_torch(reverse):
+    torch.manual_seed(0)
+    delta, inputs = (torch.rand(11, 2, 6).requires_grad_() for _ in range(2))
+    B, C = (torch.randn(11, 2, 3).requires_grad_() for _ in range(2))
+    A = (-torch.rand(3, 6)).requires_grad_()
+    passes("torch_scan", (delta, inputs, A, B, C, reverse, True))
+
+
+def test_reference():
+    xz, mask, _, active, lengths = scan_inputs(tokens=4).values()
+    passes("reference_branch", (xz, *weights()[0], mask, active[:, 0], lengths, True))
+    passes("reference_branch", (xz, *weights()[0], None, None, None, False))
+
+
+@pytest.mark.parametrize("hidden", [None, torch.float32, torch.bfloat16])
+def test_add_rms_norm(hidden):
+    torch.manual_seed(0)
+    residual, weight = torch.randn(2, 3, 8).requires_grad_(), torch.rand(8).requires_grad_()
+    given = None if hidden is None else torch.randn(2, 3, 8).to(hidden).requires_grad_()
+    passes("add_rms_norm", (given, residual, weight, 1e-5, hidden or torch.float32))
