@@ -131,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=arguments.positive,
         default=1,
         metavar="N",
-        help="trainings at a time, each on a "
-        "GPU of its own where there are several, or on an equal share of the CPU cores",
+        help="trainings at a time, each on a GPU of its own where there are several, or on an "
+        "equal share of the CPU cores",
     )
     group.add_argument(
         "--throughput-seconds",
@@ -158,8 +158,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise UsageError(
             f"--variants: {', '.join(unknown)} is not built in; known are {', '.join(VARIANTS)}; "
-            "add your "
-            'own with --variant NAME "FLAGS"'
+            'add your own with --variant NAME "FLAGS"'
         )
     for name, _ in args.variant:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == DENSE:
@@ -292,8 +291,7 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
     if different:
         raise UserError(
             f"{path} is of a run with other settings ({'; '.join(different)}); repeat them, or "
-            "choose "
-            "another --output_dir"
+            "choose another --output_dir"
         )
     return evaluated
 
@@ -309,8 +307,7 @@ def locked(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another ablation.py, or by trainings that one left "
-                "running; wait "
-                "for them, or choose another --output_dir"
+                "running; wait for them, or choose another --output_dir"
             ) from None
         except OSError as error:
             _logger.warning(

@@ -51,8 +51,8 @@ _SPLITS = "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., t
 READ_IF = {
     "--dense-path": (
         lambda args: args.eval and args.method != "dense",
-        "here: it is what --eval compares a dynamic "
-        "model with; the teacher of a training, or the weights it starts from, are --model-path",
+        "here: it is what --eval compares a dynamic model with; the teacher of a training, or the "
+        "weights it starts from, are --model-path",
     ),
     "--train-split": (_chooses_splits, _SPLITS),
     "--val-split": (_chooses_splits, _SPLITS),
@@ -146,8 +146,8 @@ def sweep_range(text: str) -> list[float]:
         ) from None
     if not proper:
         raise argparse.ArgumentTypeError(
-            f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios "
-            "lie in (0, 1]"
+            f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios lie in "
+            "(0, 1]"
         )
     count = int((last - first) / step) + 1
     if count > MOST_BUDGETS:
@@ -169,14 +169,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-path",
         metavar="FILE",
-        help="training: the dense teacher (dyvm, token, block) or the "
-        "weights to start from (dense); evaluation: the checkpoint to evaluate",
+        help="training: the dense teacher (dyvm, token, block) or the weights to start from "
+        "(dense); evaluation: the checkpoint to evaluate",
     )
     group.add_argument(
         "--dense-path",
         metavar="FILE",
-        help="evaluation: dense checkpoint to compare with; by default "
-        "the teacher that the checkpoint names",
+        help="evaluation: dense checkpoint to compare with; by default the teacher that the "
+        "checkpoint names",
     )
     group.add_argument(
         "--model-kwargs",
@@ -199,8 +199,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        help="dense: the task alone; dyvm: tokens and blocks; token, "
-        "block: one of them (default: dyvm for dyvm_* models, else dense)",
+        help="dense: the task alone; dyvm: tokens and blocks; token, block: one of them (default: "
+        "dyvm for dyvm_* models, else dense)",
     )
     group.add_argument(
         "--token-keep-ratio",
@@ -228,8 +228,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="calibrated",
         metavar="calibrated|P",
         help="evaluation: scans run whose router says more than P (0.5 in the paper, which keeps "
-        "more "
-        "than was trained); calibrated: the checkpoint's own P, at which --block-keep-ratio is met",
+        "more than was trained); calibrated: the checkpoint's own P, at which "
+        "--block-keep-ratio is met",
     )
 
 
@@ -311,15 +311,15 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--calibrate",
         action="store_true",
-        help="with --eval: choose the gate threshold on training "
-        "images first, and write --output_dir/calibrated_checkpoint.pth",
+        help="with --eval: choose the gate threshold on training images first, and write "
+        "--output_dir/calibrated_checkpoint.pth",
     )
     group.add_argument(
         "--sweep",
         type=sweep_range,
         metavar="FIRST:LAST:STEP",
-        help="with --eval: evaluate at each of "
-        "these token keep ratios and draw accuracy against cost and speed",
+        help="with --eval: evaluate at each of these token keep ratios and draw accuracy against "
+        "cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -340,8 +340,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--resume-override",
         action="store_true",
-        help="go on although flags or the number of "
-        "processes differ from the run's; the epoch that was begun starts again",
+        help="go on although flags or the number of processes differ from the run's; the epoch "
+        "that was begun starts again",
     )
     group.add_argument(
         "--save-minutes",
@@ -485,8 +485,7 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
         if flag in given and named.isdisjoint(readers):
             raise UsageError(
                 f"{flag} has no meaning with --method {args.method}; leave it out, or train with "
-                "--method "
-                f"{' or '.join(readers)}"
+                f"--method {' or '.join(readers)}"
             )
 
 

@@ -240,8 +240,7 @@ def decision_charts(run: RunFolder) -> list[Markup]:
             costs = read_csv(folder / "costs.csv")[:, 0]
             alt = (
                 f"Histogram of operations an image: mean {flops_text(costs.mean())}, from "
-                f"{flops_text(costs.min())} "
-                f"to {flops_text(costs.max())}"
+                f"{flops_text(costs.min())} to {flops_text(costs.max())}"
             )
             charts.append((plots.costs(costs), alt))
     except (OSError, ValueError, IndexError) as error:

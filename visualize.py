@@ -109,9 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     root = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(
-            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn "
-            "again next "
-            "time; choose another folder"
+            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn again "
+            "next time; choose another folder"
         )
     images = find_images([source])
     prepare_output_dir(output)

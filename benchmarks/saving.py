@@ -209,10 +209,8 @@ def main() -> None:
         print(f"{kind:>10}: {median:.3f} s lost (quartiles {lower:.3f} to {upper:.3f})")
     print(
         f"a save of {size / 1e6:.0f} MB every minute: {result['ratio']['median']:.4f} of the "
-        "throughput without, "
-        f"{result['ratio']['upper_quartile_of_loss']:.4f} at the upper quartile of the loss; "
-        f"{given.saves} saves, "
-        "each read back and equal to what was saved"
+        f"throughput without, {result['ratio']['upper_quartile_of_loss']:.4f} at the upper "
+        f"quartile of the loss; {given.saves} saves, each read back and equal to what was saved"
     )
     if given.output:
         write_json(

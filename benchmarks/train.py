@@ -66,15 +66,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dyvm-model",
         type=flags.dense_model_name,
-        help="default: vim_small on a GPU, else "
-        "vim_micro: the reference operators keep every state of the scans",
+        help="default: vim_small on a GPU, else vim_micro: the reference operators keep every "
+        "state of the scans",
     )
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
     parser.add_argument(
         "--batch",
         type=arguments.positive,
-        help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
-        "part as long as the GPU's memory does not hold it",
+        help="default: 16; 64 on a GPU with mamba_ssm; halved for a part as long as the GPU's "
+        "memory does not hold it",
     )
     flags.add_profile(parser)
     flags.add_precision(parser)

@@ -81,8 +81,7 @@ def _read_log(run: RunFolder) -> None:
     if unreadable:
         run.notes.append(
             f"log.txt: {unreadable} {'line was' if unreadable == 1 else 'lines were'} cut off or "
-            "damaged "
-            "and left out"
+            "damaged and left out"
         )
     if not epochs:
         run.notes.append("log.txt holds no epoch")

@@ -294,22 +294,20 @@ def _document(
         "images/s: not measured"
         if not conditions["seconds"]
         else f"images/s: all models in turn on one batch of {conditions['batch_size']}, "
-        f"{conditions['device']}, "
-        f"{conditions['precision']}; of each variant its first seed"
+        f"{conditions['device']}, {conditions['precision']}; of each variant its first seed"
     )
     lines = [
         "# Ablation",
         "",
         table(rows, measure, "github"),
         "",
-        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over the "
-        "n seeds. Changes and images/s are against the dense teacher. Patches kept: after the last "
-        "stage. Scans kept: mean gate over layers and directions. `exact` counts "
-        "both scan directions, each with its own gate, and the routers.",
+        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over "
+        "the n seeds. Changes and images/s are against the dense teacher. Patches kept: after the "
+        "last stage. Scans kept: mean gate over layers and directions. `exact` counts both scan "
+        "directions, each with its own gate, and the routers.",
         "",
         f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
-        f"{about['epochs']}; seeds: "
-        f"{', '.join(map(str, about['seeds']))}",
+        f"{about['epochs']}; seeds: {', '.join(map(str, about['seeds']))}",
         f"* {timed}",
         "* " + ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",

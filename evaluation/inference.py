@@ -49,8 +49,8 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument(
         "--class-names",
         metavar="FILE",
-        help="names of the classes by their index: a name a line, or "
-        "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)",
+        help="names of the classes by their index: a name a line, or JSON (default: the "
+        "checkpoint's; for 1000 classes without names ImageNet's)",
     )
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(

@@ -55,8 +55,7 @@ def _read_idx(path: Path | None, name: str) -> np.ndarray:
     if file is None:
         raise UserError(
             f"FMNIST: no {name}[.gz] in {printable(str(folders[0]))}; install Debian's "
-            "dataset-fashion-mnist "
-            "or give --data-path with torchvision's FashionMNIST/raw"
+            "dataset-fashion-mnist or give --data-path with torchvision's FashionMNIST/raw"
         )
     try:
         content = (gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())
@@ -72,7 +71,7 @@ def cifar(data_set: type, path: Path, split: str) -> ImageSet:
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(
             f"{data_set.__name__}: not found or damaged in {printable(str(path))} "
-            f"({first_line(error)}); "
-            f"unpack the python version there, so that it holds {data_set.base_folder}/"
+            f"({first_line(error)}); unpack the python version there, so that it holds "
+            f"{data_set.base_folder}/"
         ) from None
     return ArrayImages(data.data, data.targets, data.classes, f"{data_set.__name__} {split}")

@@ -197,9 +197,8 @@ def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
         return None
     if sha256 is not None and sha256_of(path) != sha256:
         _logger.warning(
-            "%s is not the teacher any more that the checkpoint was trained with; the dense "
-            "column has no "
-            "accuracy (give --dense-path to compare with it all the same)",
+            "%s is not the teacher any more that the checkpoint was trained with; the dense column "
+            "has no accuracy (give --dense-path to compare with it all the same)",
             path,
         )
         return None

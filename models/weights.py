@@ -103,8 +103,7 @@ def load_weights(
     if family is not None and family != model.family.name:
         raise UserError(
             f"{source}: this is a {family} checkpoint, the model is a {model.family.name}; choose "
-            "--model "
-            "to agree with the checkpoint"
+            "--model to agree with the checkpoint"
         )
     own = model.state_dict()
     state = {key: value for key, value in checkpoint["model"].items()}
@@ -112,8 +111,7 @@ def load_weights(
     if not_tensors:
         raise UserError(
             f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
-            "checkpoint of a "
-            "vision model"
+            "checkpoint of a vision model"
         )
     _fit_pos_embed(model, state, source)
     dropped = _drop_other_head(model, own, state, source) if new_head else set()
@@ -137,8 +135,7 @@ def load_weights(
         if head is not None and head.dim() == 2 and len(head) != model.num_classes:
             told += (
                 f". It was trained on {len(head)} classes, the data set has {model.num_classes}: "
-                "choose its "
-                "--data-set, or fine-tune it first with --method dense --model-path"
+                "choose its --data-set, or fine-tune it first with --method dense --model-path"
             )
         raise UserError(f"{source} does not fit this {model.family.name} model: {told}")
     model.load_state_dict(state, strict=False)

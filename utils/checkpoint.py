@@ -74,8 +74,7 @@ def _copied(value: Any, name: str) -> Any:
         )
     raise ValueError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
-        "tensors, plain Python "
-        "values, dicts, lists, tuples and argparse.Namespace"
+        "tensors, plain Python values, dicts, lists, tuples and argparse.Namespace"
     )
 
 
@@ -261,13 +260,12 @@ def _load_without_code(file: BinaryIO) -> Any:
         if forbidden is None:
             raise _Unusable(
                 "it is damaged, no PyTorch checkpoint, or holds something other than tensors and "
-                "plain "
-                "values; nothing in it was executed"
+                "plain values; nothing in it was executed"
             ) from error
         raise _Unusable(
             f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are "
-            "allowed; "
-            "nothing in it was executed; if you trust it, store its 'model' entry as .safetensors"
+            "allowed; nothing in it was executed; if you trust it, store its 'model' entry as "
+            ".safetensors"
         ) from error
     except (
         Exception

@@ -66,8 +66,7 @@ def read_launch(env: Mapping[str, str]) -> Launch | None:
     except KeyError as missing:
         raise UserError(
             f"the launcher's environment lacks {missing.args[0]}: start with torchrun or srun, or "
-            "unset RANK and "
-            "WORLD_SIZE for a single process"
+            "unset RANK and WORLD_SIZE for a single process"
         ) from None
     except ValueError as error:
         raise UserError(f"the launcher's environment is not understood: {error}") from None

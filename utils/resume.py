@@ -130,16 +130,14 @@ def check_agreement(
     lacking = [key for key in needed if key not in checkpoint]
     if lacking:
         raise UserError(
-            f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its "
-            "weights with "
-            "--model-path instead"
+            f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its weights "
+            "with --model-path instead"
         )
     found = differences(checkpoint, current)
     if found and not override:
         raise UserError(
             f"{source} is of a run with other settings ({'; '.join(found)}); repeat its flags, or "
-            "accept "
-            "the change with --resume-override"
+            "accept the change with --resume-override"
         )
     for difference in found:
         _logger.warning("resumed in spite of a difference: %s", difference)
