@@ -17,9 +17,7 @@ DEBIAN_FMNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def digits(_path: Path | None, split: str) -> ImageSet:
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; a fixed stratified fifth of them is
-    for validation.
-    """
+    """scikit-learn's 1797 digits of 8 x 8 pixels; a fixed stratified fifth is for validation."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -44,9 +42,7 @@ def fashion_mnist(path: Path | None, split: str) -> ImageSet:
 
 
 def _read_idx(path: Path | None, name: str) -> np.ndarray:
-    """Reads an idx file of bytes, packed or not, from Debian's folder or torchvision's layout below
-    `path`.
-    """
+    """Read an idx file of bytes, gzipped or not, from Debian's folder or torchvision's layout."""
     folders = (
         [DEBIAN_FMNIST] if path is None else [path, path / "raw", path / "FashionMNIST" / "raw"]
     )
