@@ -199,8 +199,8 @@ def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
         return None
     if sha256 is not None and sha256_of(path) != sha256:
         _logger.warning(
-            "%s is no longer the teacher that the checkpoint was trained with; the dense column "
-            "has no accuracy (give --dense-path to compare with it anyway)",
+            "%s has changed and is not the teacher any more; the dense column has no accuracy "
+            "(give --dense-path to compare with it anyway)",
             path,
         )
         return None
