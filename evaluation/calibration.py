@@ -57,7 +57,7 @@ def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) 
         )
         if not abs(kept - target) <= 0.01:
             _logger.warning(
-                "no threshold comes closer: the routers hardly distinguish images and layers"
+                "no threshold comes closer: the routers hardly tell images and layers apart"
             )
     return thresholds
 
