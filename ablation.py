@@ -1,18 +1,16 @@
-"""Variants of the method from one dense teacher, for several seeds: what each part is worth, as a
-table and plots.
+"""Train variants of the method from one dense teacher, for several seeds; compare them.
 
-    python ablation.py --dense-path output/dense/best_checkpoint.pth --output_dir output/ablation --seeds 0 1 2 \
-        -- --data-set FMNIST --model vim_micro --epochs 3 --token-keep-ratio 0.7
+    python ablation.py --dense-path output/dense/best_checkpoint.pth --output_dir output/ablation \
+        --seeds 0 1 2 -- --data-set FMNIST --model vim_micro --epochs 3 --token-keep-ratio 0.7
     python ablation.py ... --variants main token-only --variant half "--token-keep-ratio 0.5" -- ...
 
-What follows `--` are flags of main.py that all runs share. The same command again goes on where it
-was interrupted.
+What follows `--` are flags of main.py for all runs. The same command resumes an interrupted
+ablation.
 """
 
 import os
 
-# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
-# shared machine.
+# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -54,8 +52,7 @@ from utils.logging import Progress, setup_logging
 from utils.program import run_main
 from utils.resume import flag_differences
 
-# Flags of main.py that tell a variant from the others. `random` and `static` have the routers of
-# `main`.
+# Each variant's flags of main.py. `random` and `static` have the routers of `main`.
 VARIANTS = {
     "main": "--method dyvm",
     "token-only": "--method token",
@@ -66,7 +63,7 @@ VARIANTS = {
     "static": "--token-strategy static",
 }
 
-# Flags of main.py that are not the user's to give here, and what stands for them.
+# Flags of main.py that cannot be used here, and what replaces them.
 SET_HERE = {
     "--seed": "--seeds before the --",
     "--output_dir": "--output_dir before the --",
@@ -88,7 +85,7 @@ _logger = logging.getLogger("ablation")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags before the `--`, in their groups."""
+    """The flags before `--`, in their groups."""
     parser = arguments.OneLineParser(
         prog="ablation.py",
         description="Train variants of the method from one dense teacher and compare them.",
@@ -114,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("NAME", "FLAGS"),
-        help="one of your own, with its flags of main.py in quotes; may be repeated",
+        help="your own variant, with its flags of main.py in quotes; may be repeated",
     )
     group.add_argument(
         "--seeds",
@@ -131,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=arguments.positive,
         default=1,
         metavar="N",
-        help="trainings at a time, each on a "
-        "GPU of its own where there are several, or on an equal share of the CPU cores",
+        help="trainings at a time, each on a GPU of its own where there are several, or on an "
+        "equal share of the CPU cores",
     )
     group.add_argument(
         "--throughput-seconds",
@@ -145,10 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; `variants` becomes {name: flags}, `common` holds what follows `--`."""
+    """Parse the command line; `variants` becomes {name: flags}, `common` the flags after `--`."""
     end = argv.index("--") if "--" in argv else len(argv)
-    # A variant's flags are one word that begins with a dash; argparse would take it for a flag of
-    # ours.
+    # A variant's flags are one word that begins with a dash, which argparse would take for a flag.
     own = [
         f" {word}" if index > 1 and argv[index - 2] == "--variant" else word
         for index, word in enumerate(argv[:end])
@@ -158,8 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise UsageError(
             f"--variants: {', '.join(unknown)} is not built in; known are {', '.join(VARIANTS)}; "
-            "add your "
-            'own with --variant NAME "FLAGS"'
+            'add your own with --variant NAME "FLAGS"'
         )
     for name, _ in args.variant:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == DENSE:
@@ -196,8 +191,9 @@ def _split(name: str, flags: str) -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> list[PlannedRun]:
-    """All runs, seed by seed, so that an early look finds every variant. Raises UsageError for what
-    cannot run.
+    """All runs, seed by seed, so that an early look finds every variant.
+
+    Raises UsageError for what cannot run.
     """
     _refuse_set_here(
         "after --", [*args.common], {**SET_HERE, "--method": '--variant NAME "--method ..."'}
@@ -211,17 +207,8 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
             where = f"variant {name}"
             _refuse_set_here(where, flags, SET_HERE)
             folder = Path(args.output_dir).resolve() / name / f"seed{seed}"
-            words = [
-                "--method",
-                "dyvm",
-                *args.common,
-                *flags,
-                *fixed,
-                "--seed",
-                str(seed),
-                "--output_dir",
-                str(folder),
-            ]
+            own = ["--seed", str(seed), "--output_dir", str(folder)]
+            words = ["--method", "dyvm", *args.common, *flags, *fixed, *own]
             parsed = _parse_flags(where, words)
             if parsed.method == "dense":
                 raise UsageError(
@@ -252,7 +239,8 @@ def _parse_flags(where: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def check_inputs(runs: Sequence[PlannedRun], dense_path: str, output: Path) -> Experiment:
-    """Prove that data, teacher and variants fit each other, before any time is spent on training;
+    """Prove that data, teacher and variants fit together before any time is spent on training.
+
     -> what the runs have in common, on the CPU.
     """
     alone = Distributed(torch.device("cpu"))
@@ -269,8 +257,9 @@ def check_inputs(runs: Sequence[PlannedRun], dense_path: str, output: Path) -> E
 
 
 def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
-    """Whether a run was trained and evaluated. Raises UserError when its folder holds another run's
-    checkpoint.
+    """Whether a run was trained and evaluated.
+
+    Raises UserError if its folder holds another run's checkpoint.
     """
     evaluated = (run.folder / "eval.json").exists() and (run.folder / BEST).exists()
     newest = (
@@ -282,9 +271,8 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
         return False
     checkpoint, path = newest
     different = flag_differences(checkpoint.get("args", {}), vars(run.args))
-    threshold = checkpoint.get("args", {}).get(
-        "gate_threshold"
-    )  # does not alter a training, but its evaluation
+    # Not among the differences: it does not alter a training, but its evaluation.
+    threshold = checkpoint.get("args", {}).get("gate_threshold")
     if threshold != run.args.gate_threshold:
         different.append(f"--gate-threshold: {threshold!r} -> {run.args.gate_threshold!r}")
     if checkpoint.get("teacher_sha256") != teacher_sha256:
@@ -292,16 +280,16 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
     if different:
         raise UserError(
             f"{path} is of a run with other settings ({'; '.join(different)}); repeat them, or "
-            "choose "
-            "another --output_dir"
+            "choose another --output_dir"
         )
     return evaluated
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keep a second ablation.py out of the folder. The trainings inherit the lock, should they
-    outlive this process.
+    """Keep a second ablation.py out of the folder.
+
+    The trainings inherit the lock, in case they outlive this process.
     """
     with open(folder / ".lock", "a") as file:
         try:
@@ -309,8 +297,7 @@ def locked(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another ablation.py, or by trainings that one left "
-                "running; wait "
-                "for them, or choose another --output_dir"
+                "running; wait for them, or choose another --output_dir"
             ) from None
         except OSError as error:
             _logger.warning(
@@ -322,10 +309,10 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def train_all(runs: Sequence[PlannedRun], jobs: int, lock: int) -> Iterator[tuple[PlannedRun, int]]:
-    """Run all, `jobs` at a time; yields each with its exit code when it ends.
+    """Train all runs, `jobs` at a time; yield each with its exit code when it ends.
 
-    Told to leave (SIGTERM, SIGUSR1) or interrupted, it passes that on, waits until all have saved,
-    and ends early.
+    On SIGTERM, SIGUSR1 or an interrupt, it signals the trainings, waits until all have saved, and
+    ends early.
     """
     waiting, running = list(runs), {}
     try:
@@ -347,9 +334,7 @@ def train_all(runs: Sequence[PlannedRun], jobs: int, lock: int) -> Iterator[tupl
 
 
 def _start(run: PlannedRun, place: int, jobs: int, lock: int) -> subprocess.Popen:
-    """Start a training. In a session of its own: Ctrl-C in the terminal must not end it before it
-    has saved.
-    """
+    """Start a training, in a session of its own: Ctrl-C must not end it before it has saved."""
     prepare_output_dir(run.folder)
     with open(run.folder / "output.txt", "a") as output:
         return subprocess.Popen(
@@ -364,9 +349,7 @@ def _start(run: PlannedRun, place: int, jobs: int, lock: int) -> subprocess.Pope
 
 
 def _resources(device: str, place: int, jobs: int) -> dict[str, str]:
-    """Variables of the environment that give the training at `place` its GPU, or its share of the
-    CPU cores.
-    """
+    """Environment variables that give training `place` its GPU or its share of the CPU cores."""
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -386,7 +369,7 @@ def why_it_failed(run: PlannedRun, code: int) -> str:
 def train_missing(
     runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int, measure: Measure
 ) -> dict[str, str]:
-    """Train what is not complete; -> {run: why it failed}."""
+    """Train the runs that are not complete; -> {run: why it failed}."""
     missing = [run for run in runs if not is_complete(run, teacher_sha256)]
     _logger.info("%d runs, %d of them complete", len(runs), len(runs) - len(missing))
     failed: dict[str, str] = {}
@@ -406,9 +389,7 @@ def train_missing(
 def describe(
     args: argparse.Namespace, argv: Sequence[str], common: argparse.Namespace, teacher: str
 ) -> dict[str, Any]:
-    """What the record says of the ablation; `common`: the flags of a run, of which only shared ones
-    are read.
-    """
+    """The record's description of the ablation; `common`: flags of a run, only shared ones read."""
     command = shlex.join(["python", "ablation.py", *argv]).replace(f"{ROOT}/", "")
     return {
         "command": command,
@@ -442,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = [Outcome.read(run) for run in runs if str(run) not in failed]
         if not outcomes:
             raise UserError(f"all {len(runs)} runs failed; {runs[0]}: {failed[str(runs[0])]}")
-        # Only now: until here a GPU is the trainings' own.
+        # Only now: until here the trainings had the GPUs to themselves.
         device = init_distributed(runs[0].args.device)
         experiment = dataclasses.replace(experiment, distributed=device)
         speeds = measure_speeds(outcomes, args.dense_path, experiment, args.throughput_seconds)

@@ -1,11 +1,10 @@
-"""The table of data sets of all tasks, the flags that choose and augment them, and `build_data`,
-which turns both into batches.
+"""The table of data sets of all tasks, the flags that choose and augment them, and `build_data`.
 
-`--data-set` takes a name out of `DATA_SETS` or one that timm reads (`wds/...`, `hfds/...`,
-`hfids/...`, `tfds/...`; see readers.py). The classes always follow from the data.
+`--data-set` takes a name from `DATA_SETS` or one that timm reads (`wds/...`, `hfds/...`,
+`hfids/...`, `tfds/...`; see loading/readers.py). The classes always follow from the data.
 
-A new data set, of any task, is a function that gives an `ImageSet` for "train" and for "val", and a
-row:
+A new data set, for any task, is a function that returns an `ImageSet` for "train" and for "val",
+and a row:
 
     register_data_set(DataSet("STARS", "regression", read_stars, "the folder with stars.csv"))
 """
@@ -35,10 +34,11 @@ CLASSIFICATION = "classification"
 class DataSet:
     """A row of the table.
 
-    task: name of the task that its targets are for.
-    load: (value of --data-path, "train" or "val") -> that split; raises UserError where the data
-        are missing or make no sense.
-    path_holds: what --data-path must hold, to complete a sentence; None if it may be left out.
+    Args:
+        task: name of the task that its targets are for.
+        load: (value of --data-path, "train" or "val") -> that split; raises UserError if the data
+            are missing or inconsistent.
+        path_holds: what --data-path must contain, as the end of a sentence; None if it is optional.
     """
 
     name: str
@@ -74,15 +74,16 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def register_data_set(data_set: DataSet) -> None:
-    """Adds a row to the table. Raises ValueError for a name that is taken or would be timm's."""
+    """Add a row to the table. Raises ValueError for a name that is taken or reserved for timm."""
     if data_set.name in DATA_SETS or data_set.name.lower().startswith(TIMM_PREFIXES):
         raise ValueError(f"there is a data set called {data_set.name!r} already")
     DATA_SETS[data_set.name] = data_set
 
 
 def task_of(name: str) -> str:
-    """The task that a data set is for, by the name that --data-set takes; timm's readers give
-    classes. Raises UsageError for an unknown name.
+    """Name of the task that a data set is for; `name` as in --data-set, timm's have classes.
+
+    Raises UsageError for an unknown name.
     """
     return CLASSIFICATION if name.lower().startswith(TIMM_PREFIXES) else _row_of(name).task
 
@@ -103,9 +104,7 @@ def _known_names() -> str:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the groups "data" and "augmentation", with DeiT's names and defaults where DeiT has
-    them.
-    """
+    """Add the groups "data" and "augmentation", with DeiT's names and defaults where it has any."""
     group = parser.add_argument_group("data")
     on_off = argparse.BooleanOptionalAction
     group.add_argument(
@@ -197,16 +196,18 @@ def build_data(
     transforms: Transforms | None = None,
     eval_batch_size: int | None = None,
 ) -> Data:
-    """Builds the data set named by `args.data_set` for images of [3, H, W] of size `img_size`.
+    """Build the data set `args.data_set` for images [3, H, W] of size `img_size`.
 
-    `args` has the flags of `add_data_arguments` and `seed`. Without `train` the training images are
-    neither looked for nor read, and `train_batches` is not available. A task whose examples are not
-    classified images gives its own `transforms`, and `eval_batch_size` if it must evaluate fewer of
-    them at once than `--batch-size`.
+    `args` has the flags of `add_data_arguments` and `seed`.
+
+    Args:
+        train: without it the training images are not read, and `train_batches` is not available.
+        transforms: for tasks whose examples are not classified images.
+        eval_batch_size: for tasks that must evaluate smaller batches than `--batch-size`.
 
     Raises:
         UsageError: an unknown name, a missing path, a flag that does not fit the data set.
-        UserError: data that is missing, empty or contradicts itself.
+        UserError: data that is missing, empty or contradictory.
     """
     options = DataOptions.from_args(args, rank, world_size, eval_batch_size)
     if transforms is None:

@@ -1,7 +1,7 @@
-"""Training and how it is built, one epoch of training, one pass of evaluation.
+"""Training and its set-up, one epoch of training, one pass of evaluation.
 
-Every random number of a step follows from (seed, epoch, step, rank): a run that is interrupted
-anywhere goes on with the numbers that it would have drawn.
+Every random number of a step follows from (seed, epoch, step, rank): an interrupted run resumes
+with the numbers that it would have drawn.
 
 B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.04787).
 """
@@ -36,7 +36,7 @@ from utils.seeding import seed_everything
 
 @dataclass
 class Training:
-    """Everything that a run changes as it goes, and what it needs to go on."""
+    """The state of a training, and what it needs to continue."""
 
     model: VisionMamba
     parallel: nn.Module  # the model, wrapped for several processes
@@ -49,7 +49,7 @@ class Training:
     batch_transform: BatchTransform | None
     guard: NonFiniteSteps
     epoch: int = 0
-    step: int = 0  # the next one of this epoch; after the last one, the epoch awaits its evaluation
+    step: int = 0  # the next one of this epoch; past the last one, the evaluation comes next
     best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,15 +80,15 @@ def train_one_epoch(
     averages: Averages,
     after_step: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train from `training.step` to the last step of epoch `training.epoch`; -> whether it came to
-    the end.
+    """Train from `training.step` to the end of epoch `training.epoch`; -> whether it got there.
 
     A step is one batch of the loader; the weights change every `--accum-steps` of them. An
     incomplete last group is dropped.
 
-    averages: gets the means of the loss terms and rates; those of the steps done before, when
-        resumed.
-    after_step: called when the weights have changed; True stops here.
+    Args:
+        averages: collects the means of the loss terms and rates; when resumed, it holds those of
+            the steps done before.
+        after_step: called after each change of the weights; returns True to stop here.
     """
     args, data = experiment.args, experiment.data
     training.parallel.train()
@@ -136,7 +136,7 @@ def _one_line(means: dict[str, float]) -> str:
 
 
 def gradient_norm(training: Training, clip: float | None) -> Tensor:
-    """The norm of the whole gradient, which is clipped to `clip` if that is given."""
+    """The norm of the whole gradient, which is clipped to `clip` if that is set."""
     training.scaler.unscale_(training.optimizer)
     parameters = [p for p in training.model.parameters() if p.grad is not None]
     if clip:
@@ -147,11 +147,10 @@ def gradient_norm(training: Training, clip: float | None) -> Tensor:
 def accumulate_gradients(
     training: Training, parts: Sequence[Batch], experiment: Experiment
 ) -> dict[str, Tensor]:
-    """Gradients of the loss on the joined parts; -> means of the loss, its terms and the measured
-    rates.
+    """Gradients of the loss on the joined parts; -> means of the loss, its terms and the rates.
 
-    Some terms look at the joined batch. With several parts its statistics need a forward pass of
-    their own, without gradient, which the same seeds make equal to the one that follows.
+    Some terms depend on the joined batch. With several parts its statistics need a forward pass of
+    their own, without gradient; equal seeds make it equal to the one that follows.
     """
     whole = None
     if len(parts) > 1:
@@ -172,8 +171,8 @@ def accumulate_gradients(
                     with torch.no_grad():
                         teacher_result = training.teacher(images)
                 loss, terms = training.objective(result, targets, teacher_result, whole)
-            # A loss that is not finite can have a finite gradient. This makes the gradient tell, on
-            # every rank.
+            # A loss that is not finite can have a finite gradient. This makes the gradient NaN too,
+            # and so on every rank.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             training.scaler.scale(loss / len(parts)).backward()
         for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
@@ -184,9 +183,7 @@ def accumulate_gradients(
 def _forward(
     training: Training, model: nn.Module, part: Batch, index: int, experiment: Experiment
 ) -> tuple[Result, Tensor, Tensor]:
-    """The model on the `index`-th part of a step, mixed up; -> result, images, targets. Seeds every
-    random number.
-    """
+    """Seed, mix up the `index`-th part of a step and run the model; -> result, images, targets."""
     seed = experiment.args.seed
     seed_everything(seed, training.epoch, training.step + index, experiment.distributed.rank)
     part = to_device(part, experiment.device)
@@ -204,9 +201,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def measured_rates(result: Result) -> dict[str, Tensor]:
-    """What a training batch kept: fraction of the patches after each stage, mean gate of each
-    direction.
-    """
+    """What a training batch kept: share of patches per stage, mean gate per direction."""
     rates = {
         f"keep_stage{s + 1}": decision.detach().mean()
         for s, decision in enumerate(result.decisions)
@@ -217,7 +212,7 @@ def measured_rates(result: Result) -> dict[str, Tensor]:
 
 
 class Interrupted(Exception):
-    """An evaluation was asked to end early; what was trained is saved already."""
+    """An evaluation was asked to stop early; the training's state has been saved before."""
 
 
 @torch.no_grad()
@@ -228,10 +223,14 @@ def evaluate(
     distributed: Distributed,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Show the meters every batch of this rank; -> `images`, their number on all ranks, and what
-    the meters compute.
+    """Run the meters over this rank's batches.
 
-    Raises Interrupted on all ranks when `interrupted` says so on one, UserError without any image.
+    Returns:
+        `images`, the number of images on all ranks, and what the meters compute.
+
+    Raises:
+        Interrupted: on all ranks, when `interrupted` returns True on one.
+        UserError: no image could be used.
     """
     count, leaving = 0, False
     for batch in batches:
@@ -243,7 +242,7 @@ def evaluate(
         leaving = interrupted()
         if leaving:
             break
-    # Ranks differ in their number of batches, so that they can agree only here.
+    # Ranks may have different numbers of batches: they can agree only here.
     if distributed.agree_any(leaving):
         raise Interrupted
     images = int(distributed.all_reduce_sum([count]).item())
@@ -262,8 +261,11 @@ def validate(
     meters: Sequence[Meter] = (),
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Evaluate a model on the validation images; -> the task's measures, `images`, `keep`, `gates`
-    (see `ReductionMeter`) and what further `meters` compute.
+    """Evaluate a model on the validation images.
+
+    Returns:
+        The task's measures, `images`, `keep` and `gates` (see `ReductionMeter`), and what the
+        additional `meters` compute.
     """
     data, distributed = experiment.data, experiment.distributed
     whole_batch = experiment.args.batch_size * distributed.world_size
@@ -280,14 +282,15 @@ def validate(
 def evaluation_forward(
     model: Callable[[Tensor], Result], experiment: Experiment
 ) -> Callable[[Tensor], Result]:
-    """How the task predicts with a model, under `--amp` and in CUDA graphs; a result is valid until
-    the next call.
+    """The task's prediction with a model, under `--amp` and in CUDA graphs.
+
+    A result is valid until the next call.
     """
     if isinstance(model, nn.Module):
         model.eval()
 
     def forward(images: Tensor) -> Result:
-        # Each call enters autocast anew, so that a CUDA graph can hold it.
+        # Each call enters autocast anew, so that a CUDA graph can capture it.
         with autocast(experiment.device, experiment.args.amp):
             return experiment.task.predict(model, images)
 
@@ -295,11 +298,11 @@ def evaluation_forward(
 
 
 def ema_decay(decay: float | None, updates: int) -> float:
-    """`--model-ema-decay`, for `updates` of the average in the whole run.
+    """`--model-ema-decay`, or its default for a run with this number of `updates`.
 
-    The default is DeiT's. In a run shorter than 125,000 updates that would leave an average of
-    mostly random weights; there the default is less, so that the initial weights count for e^-5 =
-    0.7 % of the average at the end.
+    The default is DeiT's. Over fewer than 125,000 updates that would leave an average of mostly
+    random weights; there it is lower, so that the initial weights count for e^-5 = 0.7 % at the
+    end.
     """
     if decay is not None:
         return decay
@@ -307,7 +310,7 @@ def ema_decay(decay: float | None, updates: int) -> float:
 
 
 def build_training(experiment: Experiment) -> Training:
-    """Model, teacher, objective, optimizer, schedule and EMA of a fresh run."""
+    """Model, teacher, objective, optimizer, schedule and EMA of a new run."""
     args, data, device = experiment.args, experiment.data, experiment.device
     if args.amp == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
@@ -355,9 +358,7 @@ def build_training(experiment: Experiment) -> Training:
 
 
 def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None:
-    """Load the weights of `--model-path` into a fresh model; -> the teacher that they make, None
-    where nothing is distilled.
-    """
+    """Load `--model-path` into a new model; -> the teacher, or None if nothing is distilled."""
     source, spec = experiment.args.model_path, experiment.spec
     dense_weights = load_checkpoint(source)
     if not spec.dynamic:
@@ -375,7 +376,7 @@ def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None
 def build_objective(
     model: VisionMamba, teacher: VisionMamba | None, experiment: Experiment
 ) -> Objective:
-    """The task's terms; for a dynamic model its budgets, and distillation where it has a teacher."""
+    """The task's terms; for a dynamic model also budgets, and distillation if it has a teacher."""
     args, task = experiment.args, experiment.task
     budgets = distillation = None
     if experiment.spec.dynamic:
@@ -394,7 +395,7 @@ def build_objective(
 
 
 def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.Optimizer:
-    """timm's optimizer of the name `--opt`; `--lr` is scaled by the whole batch."""
+    """timm's optimizer `--opt`; `--lr` is scaled by the whole batch."""
     args = experiment.args
     whole_batch = args.batch_size * args.accum_steps * experiment.distributed.world_size
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}

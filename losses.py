@@ -1,9 +1,9 @@
 """The loss of DyVM and its named terms.
 
-total = task terms + w_tok token ratio + w_blk block ratio + w_distill (distance of the answers +
-distance of kept tokens)
+    total = task terms + w_tok token ratio + w_blk block ratio
+            + w_distill (distance of the answers + distance of kept tokens)
 
-The task's terms are cross entropy in classification, the distance of the answers is the KL
+In classification the task's term is cross entropy, and the distance of the answers is the KL
 divergence of the logits.
 
 B images, M patches, S stages, d width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section
@@ -26,7 +26,7 @@ RATIO_SCOPES = ("image", "batch")
 
 
 def batch_statistics(result: Result) -> Tensor:
-    """What the terms that are not sums over images need to know of a whole batch, without gradient.
+    """Whole-batch statistics for the terms that are not means over images, without gradient.
 
     [2 + S]: mean gate, number of kept tokens, kept fraction of each stage.
     """
@@ -37,7 +37,7 @@ def batch_statistics(result: Result) -> Tensor:
 
 
 def _with_value(local: Tensor, value: Tensor) -> Tensor:
-    """The value of the whole batch with the gradient of this part.
+    """The whole batch's value with the gradient of this part.
 
     Gradients are averaged over the parts (by DDP over ranks, by the loop over accumulated batches);
     with this value in a non-linear term, the average is the gradient of the term on the joined
@@ -78,18 +78,18 @@ def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logits_terms(result: Result, teacher_result: Result) -> dict[str, Tensor]:
-    """`cls_kl`: the teacher's class probabilities as a target."""
+    """`cls_kl`: KL divergence to the teacher's class probabilities."""
     return {"cls_kl": logits_distance(result.logits, teacher_result.logits)}
 
 
 def token_distance(
     result: Result, teacher_tokens: Tensor, distance: str = "mse", kept: Tensor | None = None
 ) -> Tensor:
-    """Distance of the kept tokens to the teacher's same patches, mean over kept tokens; 0 when none
-    is kept.
+    """Distance of kept tokens to the teacher's at the same patches, mean over kept tokens.
 
-    teacher_tokens [B, M, d] in raster order. "mse": mean over d too; "kl": KL over the feature
-    axis. `kept`: how many are kept, as a mean over the parts of the whole batch.
+    0 if none is kept. teacher_tokens [B, M, d] in raster order. "mse": mean over d too; "kl": KL
+    over the feature axis. `kept`: number of kept tokens, as a mean over the parts of the whole
+    batch.
     """
     student, teacher = result.tokens.float(), take(teacher_tokens, result.origin).float()
     if distance == "mse":
@@ -97,20 +97,20 @@ def token_distance(
     else:
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    keep = result.alive.detach()
-    kept = keep.sum() if kept is None else kept
-    return (per_token * keep).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
+    alive = result.alive.detach()
+    kept = alive.sum() if kept is None else kept
+    return (per_token * alive).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """The terms that hold a dynamic model to what it may keep.
+    """The terms that hold a dynamic model to its budgets.
 
     Args:
         token_keep: target of each stage, as fractions of the original patches; None: no such term
             (nothing is dropped, or a fixed number of tokens, which meets its budget anyway).
         block_keep: target of the mean gate; None: no such term (nothing is routed).
-        ratio_scope: whether each "image" meets the targets of the stages, or the "batch".
+        ratio_scope: whether each "image" or the "batch" as a whole meets the stages' targets.
     """
 
     token_keep: Sequence[float] | None = None
@@ -129,7 +129,7 @@ class Budgets:
         )
 
     def terms(self, result: Result, whole: Tensor | None) -> dict[str, Tensor]:
-        """`token_ratio` and `block_ratio`, weighted; whole: `batch_statistics` of the batch."""
+        """`token_ratio` and `block_ratio`, weighted; `whole`: `batch_statistics` of the batch."""
         terms = {}
         if self.token_keep is not None:
             means = whole[2:] if self.ratio_scope == "batch" else None
@@ -143,11 +143,11 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The terms that pull a dynamic model to its dense teacher.
+    """The terms that draw a dynamic model towards its dense teacher.
 
     Args:
-        answers: the task's unweighted terms by name, of (result, teacher's result).
-        tokens: with the distance of the kept tokens, for models that drop any.
+        answers: (result, teacher's result) -> the task's unweighted terms by name.
+        tokens: whether to add the distance of kept tokens, for models that drop any.
         token_distance: "mse" or "kl".
     """
 
@@ -166,7 +166,7 @@ class Distillation:
     def terms(
         self, result: Result, teacher_result: Result, whole: Tensor | None
     ) -> dict[str, Tensor]:
-        """The task's terms and `token_distill`, weighted; whole: `batch_statistics` of the batch."""
+        """The task's terms and `token_distill`, weighted; `whole`: `batch_statistics`."""
         terms = dict(self.answers(result, teacher_result))
         if self.tokens:
             terms["token_distill"] = token_distance(
@@ -181,8 +181,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 class Objective(nn.Module):
-    """The task's terms, the budgets and the distillation; each is left out where its part is
-    missing.
+    """The sum of the task's terms, the budgets and the distillation, as far as they are present.
 
     Args:
         criterion: (result, targets) -> the task's weighted terms by name.
@@ -199,20 +198,19 @@ class Objective(nn.Module):
 
     @property
     def reads_whole_batch(self) -> bool:
-        """Whether a term is no mean over images, and needs `batch_statistics` of all parts of a
-        batch.
-        """
+        """Whether a term is not a mean over images, and so needs `batch_statistics`."""
         parts = (self.budgets, self.distillation)
         return any(part is not None and part.reads_whole_batch for part in parts)
 
     def statistics(self, result: Result) -> Tensor | None:
-        """What the terms need to know of the whole batch, from this part of it; None: nothing."""
+        """This part's share of what the terms need to know of the whole batch; None: nothing."""
         return batch_statistics(result) if self.reads_whole_batch else None
 
     @torch.no_grad()
     def whole_batch(self, results: Iterable[Result]) -> Tensor | None:
-        """Statistics of the parts of a batch that are accumulated, mean over parts and ranks; None
-        where no term needs them, and then no result is computed.
+        """Mean of the statistics over accumulated parts and ranks.
+
+        None if no term needs them; then no result is computed.
         """
         if not self.reads_whole_batch:
             return None
@@ -225,10 +223,11 @@ class Objective(nn.Module):
         teacher_result: Result | None = None,
         whole: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> total, the weighted terms by name, whose sum it is.
+        """-> total, and the weighted terms by name that it is the sum of.
 
-        teacher_result: needed with distillation.
-        whole: of `whole_batch`; by default this batch on all ranks is the whole one.
+        Args:
+            teacher_result: required for distillation.
+            whole: from `whole_batch`; by default, this batch on all ranks is the whole one.
         """
         statistics = self.statistics(result) if whole is None else None
         if statistics is not None:

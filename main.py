@@ -1,18 +1,18 @@
 """Train and evaluate Vision Mamba and its dynamic form, DyVM.
 
-    python main.py                                                   a dense vim_micro on handwritten digits
+    python main.py                                        a dense vim_micro on handwritten digits
     python main.py --method dyvm --model-path output/best_checkpoint.pth --output_dir output/dyvm
     python main.py --eval --model-path output/dyvm/best_checkpoint.pth
-    torchrun --standalone --nproc_per_node 4 main.py --method dyvm --model vim_small --data-set IMNET \
-        --data-path IMAGENET --model-path DENSE.pth --token-keep-ratio 0.7 --block-keep-ratio 0.8
+    torchrun --standalone --nproc_per_node 4 main.py --method dyvm --model vim_small \
+        --data-set IMNET --data-path IMAGENET --model-path DENSE.pth \
+        --token-keep-ratio 0.7 --block-keep-ratio 0.8
 
-`scripts/` has the recipes of the paper.
+`scripts/` holds the paper's recipes.
 """
 
 import os
 
-# Threads that wait for each other sleep. Spinning, the default, makes steps many times slower on a
-# shared machine.
+# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -49,7 +49,7 @@ _logger = logging.getLogger("dyvm")
 
 
 def train(experiment: Experiment) -> int:
-    """Train to the last epoch and evaluate; -> exit code, that of preemption when asked to leave."""
+    """Train to the last epoch and evaluate; -> exit code, `preemption.EXIT_CODE` if preempted."""
     args, data, distributed = experiment.args, experiment.data, experiment.distributed
     preemption.install()
     training = build_training(experiment)
@@ -95,7 +95,7 @@ def train(experiment: Experiment) -> int:
             epoch_record, best = evaluate_epoch(training, experiment, averages)
         except Interrupted:
             return _leave(saver)
-        # Before the checkpoint that says the epoch is done; resuming drops lines too many.
+        # Before the checkpoint that marks the epoch as done; resuming drops surplus lines.
         if distributed.is_main:
             log.append(epoch_record)
             show_epoch(tensorboard, training.model, epoch_record, experiment)
@@ -161,9 +161,7 @@ def evaluate_epoch(
 
 
 def evaluate_best(training: Training, experiment: Experiment) -> None:
-    """The full report on the best checkpoint of a run; on its last weights if the best were left in
-    another folder.
-    """
+    """The full report on a run's best checkpoint, or on its last weights if that lies elsewhere."""
     best = experiment.output / BEST
     model, ema = training.model, None if training.ema is None else training.ema.module
     weights = None
@@ -184,9 +182,7 @@ def evaluate_best(training: Training, experiment: Experiment) -> None:
 def show_epoch(
     tensorboard, model: VisionMamba, record: dict[str, Any], experiment: Experiment
 ) -> None:
-    """TensorBoard: every number of the epoch's log line, and what was dropped of a few validation
-    images.
-    """
+    """TensorBoard: every number of the epoch's log line, and a picture of the patches kept."""
     epoch = record["epoch"]
     for name, value in record.items():
         if name not in ("epoch", "n_parameters"):
@@ -197,9 +193,7 @@ def show_epoch(
 
 
 def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> None:
-    """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart where that is
-    known.
-    """
+    """`--eval`: a checkpoint of ours or an official one, beside its dense counterpart if known."""
     args, spec = experiment.args, experiment.spec
     experiment.task.check_checkpoint(checkpoint, experiment.data.class_names, args.model_path)
 
@@ -211,7 +205,7 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
     if args.dense_path and spec.dynamic:
         dense = experiment.model(spec.dense())
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
-    # That of the training, if it wrote to this folder, stays.
+    # A training that wrote to this folder has recorded its own: that one stays.
     environment = experiment.output / "environment.json"
     if experiment.is_main and not environment.exists():
         write_json(environment, describe_environment())
@@ -233,8 +227,9 @@ def save_calibrated(
     model: VisionMamba,
     experiment: Experiment,
 ) -> None:
-    """`--calibrate`: the checkpoint with thresholds and the budgets they are for; of a foreign one
-    its weights.
+    """`--calibrate`: write the checkpoint with its thresholds and the budgets they are for.
+
+    Of a checkpoint without recorded arguments only the weights are kept.
     """
     content = {"model": checkpoint["model"], "family": model.family.name}
     if recorded_arguments(checkpoint):
@@ -247,7 +242,7 @@ def save_calibrated(
 
 
 def check_task(checkpoint: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Raise UsageError when a checkpoint was trained for another task than its data set is for."""
+    """Raise UsageError if a checkpoint was trained for another task than its data set is for."""
     trained, wanted = task_of_checkpoint(checkpoint).name, task_of(args.data_set)
     if trained != wanted:
         raise UsageError(

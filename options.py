@@ -1,7 +1,7 @@
 """The flags of main.py, with the names that DeiT and the paper's release gave them.
 
-A run's checkpoint records what it is; at evaluation and for the teacher those choices are taken
-from there, unless a flag says otherwise.
+A checkpoint records its run's flags; evaluation and the teacher use them, unless a flag overrides
+them.
 """
 
 import argparse
@@ -45,18 +45,20 @@ def _chooses_splits(args: argparse.Namespace) -> bool:
     return args.data_set.lower().startswith(TIMM_PREFIXES)
 
 
-_SPLITS = "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to choose"
-# Flags that only some runs read: whether one with these arguments does, and what to say when it
-# does not.
+_SPLITS = (
+    "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to "
+    "choose"
+)
+# Flags that only some runs read: whether a run with these arguments does, and the message if not.
 READ_IF = {
     "--dense-path": (
         lambda args: args.eval and args.method != "dense",
-        "here: it is what --eval compares a dynamic "
-        "model with; the teacher of a training, or the weights it starts from, are --model-path",
+        "here: it names what --eval compares a dynamic model with; in training, --model-path names "
+        "the teacher or the initial weights",
     ),
     "--train-split": (_chooses_splits, _SPLITS),
     "--val-split": (_chooses_splits, _SPLITS),
-    # scripts/slurm.sh gives `auto` to all that it runs: there may be nothing to go on from
+    # scripts/slurm.sh passes `auto` to everything it runs: there may be nothing to resume
     "--resume": (
         lambda args: not args.eval or args.resume == "auto",
         "with --eval; the checkpoint to evaluate is --model-path",
@@ -121,7 +123,7 @@ REPLACED = {
 
 
 def gate_threshold(text: str) -> float | str:
-    """The word "calibrated", or a probability in (0, 1)."""
+    """Parse the word "calibrated" or a probability in (0, 1)."""
     if text == "calibrated":
         return text
     value = not_negative(text)
@@ -133,7 +135,7 @@ def gate_threshold(text: str) -> float | str:
 
 
 def sweep_range(text: str) -> list[float]:
-    """`first:last:step` as token keep ratios, both ends included; or one ratio alone."""
+    """Parse `first:last:step`, both ends included, or a single ratio, into token keep ratios."""
     parts = text.split(":")
     if len(parts) not in (1, 3):
         raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST:STEP, such as 0.5:1.0:0.1")
@@ -146,8 +148,8 @@ def sweep_range(text: str) -> list[float]:
         ) from None
     if not proper:
         raise argparse.ArgumentTypeError(
-            f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios "
-            "lie in (0, 1]"
+            f"{text}: needs 0 < FIRST <= LAST <= 1 and STEP > 0, since token keep ratios lie in "
+            "(0, 1]"
         )
     count = int((last - first) / step) + 1
     if count > MOST_BUDGETS:
@@ -158,7 +160,7 @@ def sweep_range(text: str) -> list[float]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The groups "model" and "method", which visualize.py and predict.py take too."""
+    """Add the groups "model" and "method", which visualize.py and predict.py share."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -169,14 +171,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-path",
         metavar="FILE",
-        help="training: the dense teacher (dyvm, token, block) or the "
-        "weights to start from (dense); evaluation: the checkpoint to evaluate",
+        help="training: the dense teacher (dyvm, token, block) or the weights to start from "
+        "(dense); evaluation: the checkpoint to evaluate",
     )
     group.add_argument(
         "--dense-path",
         metavar="FILE",
-        help="evaluation: dense checkpoint to compare with; by default "
-        "the teacher that the checkpoint names",
+        help="evaluation: dense checkpoint to compare with (default: the teacher named in the "
+        "checkpoint)",
     )
     group.add_argument(
         "--model-kwargs",
@@ -199,8 +201,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        help="dense: the task alone; dyvm: tokens and blocks; token, "
-        "block: one of them (default: dyvm for dyvm_* models, else dense)",
+        help="dense: the task alone; dyvm: tokens and blocks; token, block: one of them (default: "
+        "dyvm for dyvm_* models, else dense)",
     )
     group.add_argument(
         "--token-keep-ratio",
@@ -227,14 +229,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=gate_threshold,
         default="calibrated",
         metavar="calibrated|P",
-        help="evaluation: scans run whose router says more than P (0.5 in the paper, which keeps "
-        "more "
-        "than was trained); calibrated: the checkpoint's own P, at which --block-keep-ratio is met",
+        help="evaluation: a scan runs if its router's probability exceeds P (0.5 in the paper, "
+        "which keeps more than was trained); calibrated: the checkpoint's own P, at which "
+        "--block-keep-ratio is met",
     )
 
 
 def task_for(argv: Sequence[str], recorded: Mapping[str, Any]) -> Task:
-    """The task of the data set that the flags name, or else an earlier run's."""
+    """The task of the data set named by the flags, or else by an earlier run's arguments."""
     parser = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
     add_data_arguments(parser)
     parser.set_defaults(**{name: recorded[name] for name in ("data_set",) if name in recorded})
@@ -242,7 +244,7 @@ def task_for(argv: Sequence[str], recorded: Mapping[str, Any]) -> Task:
 
 
 def build_parser(task: Task) -> argparse.ArgumentParser:
-    """All flags in their groups, those of a task among them."""
+    """All flags in their groups, including those of a task."""
     parser = OneLineParser(
         prog="main.py",
         description="Train and evaluate Vision Mamba and DyVM.",
@@ -311,15 +313,15 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--calibrate",
         action="store_true",
-        help="with --eval: choose the gate threshold on training "
-        "images first, and write --output_dir/calibrated_checkpoint.pth",
+        help="with --eval: choose the gate threshold on training images first, and write "
+        "--output_dir/calibrated_checkpoint.pth",
     )
     group.add_argument(
         "--sweep",
         type=sweep_range,
         metavar="FIRST:LAST:STEP",
-        help="with --eval: evaluate at each of "
-        "these token keep ratios and draw accuracy against cost and speed",
+        help="with --eval: evaluate at each of these token keep ratios and draw accuracy against "
+        "cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -340,8 +342,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--resume-override",
         action="store_true",
-        help="go on although flags or the number of "
-        "processes differ from the run's; the epoch that was begun starts again",
+        help="go on although flags or the number of processes differ from the run's; the epoch "
+        "that was begun starts again",
     )
     group.add_argument(
         "--save-minutes",
@@ -381,7 +383,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
     if recorded:
         parser.set_defaults(**recorded)
     args, unknown = parser.parse_known_args(argv)
-    # Which task's flags a checkpoint's evaluation has is known once the checkpoint is read.
+    # The task of an evaluation, and so its flags, are known only once the checkpoint is read.
     if unknown and not (args.eval and recorded is None):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.warmup_epochs is None:
@@ -405,8 +407,9 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
 
 
 def settle_model(args: argparse.Namespace) -> None:
-    """Make `--model` and `--method` agree: dyvm, token and block train the dynamic form of a dense
-    model's name.
+    """Make `--model` and `--method` agree.
+
+    Methods dyvm, token and block turn the name of a dense model into that of its dynamic form.
     """
     args.model_kwargs = dict(args.model_kwargs)
     name = canonical_name(args.model)
@@ -423,7 +426,7 @@ def settle_model(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, task: Task) -> None:
-    """Combinations that cannot work."""
+    """Raise UsageError for combinations that cannot work."""
     if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != (
         "learned",
         "hidden",
@@ -466,15 +469,14 @@ def _check(args: argparse.Namespace, task: Task) -> None:
 
 
 def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
-    """A flag given for a run that does not read it is a mistake.
+    """Raise UsageError for a flag that this run does not read.
 
-    Not so for a flag of READ_BY at evaluation, or when an earlier `--method` on the command line
-    reads it: the recipes' flags stay when the user changes their method with another `--method`
-    behind them.
+    Flags of READ_BY pass at evaluation, and when an earlier `--method` on the command line reads
+    them: a recipe's flags stay when the user overrides its method with a second `--method`.
     """
-    given = {argument.split("=")[0] for argument in argv}
+    given_flags = {argument.split("=")[0] for argument in argv}
     for flag, (is_read, where) in READ_IF.items():
-        if flag in given and not is_read(args):
+        if flag in given_flags and not is_read(args):
             raise UsageError(f"{flag} has no meaning {where.format_map(vars(args))}")
     if args.eval:
         return
@@ -482,16 +484,15 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     parser.add_argument("--method", action="append", default=[])
     named = {args.method, *parser.parse_known_args(argv)[0].method}
     for flag, readers in READ_BY.items():
-        if flag in given and named.isdisjoint(readers):
+        if flag in given_flags and named.isdisjoint(readers):
             raise UsageError(
                 f"{flag} has no meaning with --method {args.method}; leave it out, or train with "
-                "--method "
-                f"{' or '.join(readers)}"
+                f"--method {' or '.join(readers)}"
             )
 
 
 def _check_overwriting(args: argparse.Namespace) -> None:
-    """A run must not write its checkpoints over the weights that it starts from."""
+    """Raise UsageError if a run would write its checkpoints over the weights it starts from."""
     if args.eval or not args.model_path:
         return
     own = [Path(args.output_dir).resolve() / name for name in (NEWEST, PREVIOUS, BEST)]

@@ -1,4 +1,4 @@
-"""Say what is on images: class and probability of each file.
+"""Classify images: class and probability of each file.
 
 python predict.py --model-path output/dyvm/best_checkpoint.pth photo.jpg more/
 python predict.py --model-path output/dyvm/best_checkpoint.pth --json more/ > predictions.json
@@ -21,14 +21,12 @@ from utils.program import run_main
 
 
 def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[dict[str, Any]]:
-    """One entry an image, in the order of the files: its classes, or why it could not be read."""
+    """One entry per image, in the order of the files: its classes, or why it could not be read."""
     bad_images = BadImages("skip")
     names = iter(range(len(images)))
 
     def unreadable(before: int | None) -> Iterator[dict[str, Any]]:
-        """Entries of the files that come before image number `before` and were not among the
-        batches.
-        """
+        """Entries of the files before image `before` that were missing from the batches."""
         for index in names:
             if index == before:
                 return
@@ -54,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = build_parser(
         "predict.py",
-        "Print class and probability of images; unreadable files are named and passed over.",
+        "Print class and probability of images; unreadable files are reported and skipped.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="image or folder of images")
     parser.add_argument(
-        "--json", action="store_true", help="a JSON list with an entry a file, each on its own line"
+        "--json", action="store_true", help="a JSON list with one entry per file and line"
     )
     parser.add_argument(
         "--top", type=positive, default=5, help="likeliest classes to list in --json"
@@ -94,5 +92,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends it without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends it silently
     run_main(main)

@@ -1,7 +1,6 @@
-"""One report of one or several runs: a single HTML file that needs nothing else, also on a phone
-and on paper.
+"""One report on one or several runs: a single, self-contained HTML file.
 
-python report.py output/demo/dyvm                                 writes output/demo/dyvm/report.html
+python report.py output/demo/dyvm                    writes output/demo/dyvm/report.html
 python report.py output/demo/dyvm output/demo/dyvm50 --output both.html
 """
 
@@ -57,9 +56,8 @@ def _argument(value: Any) -> str:
 def environment_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:
     """Versions and hardware of the training, and what the evaluation ran on."""
     rows: dict[str, list[str]] = {}
-    for run in sorted(
-        runs, key=lambda run: -len(run.environment)
-    ):  # the most complete one sets the order
+    # The most complete one sets the order.
+    for run in sorted(runs, key=lambda run: -len(run.environment)):
         evaluated = run.evaluation or {}
         facts = run.environment | {
             f"evaluation: {key}": evaluated[key]
@@ -91,7 +89,7 @@ def group_of(name: str) -> str:
 
 
 def time_charts(runs: list[RunFolder]) -> dict[str, list[Markup]]:
-    """Plots over the epochs of every number in log.txt, by section; each is named as it is there."""
+    """Plots over the epochs of every number in log.txt, under its name there, by section."""
     names = dict.fromkeys(
         name for run in runs for record in run.log for name in record if name not in NOT_PLOTTED
     )
@@ -118,8 +116,9 @@ def _is_number(value: Any) -> bool:
 
 
 def task_of_run(run: RunFolder) -> Task | None:
-    """The task that a run records, or that its data set is for (earlier versions classified); None,
-    with a note, if it is unknown here.
+    """The task that a run records, or else that of its data set (earlier versions only classified).
+
+    None, with a note, if it is unknown here.
     """
     row = DATA_SETS.get((run.evaluation or {}).get("data_set"))
     name = run.args.get("task") or (row.task if row else CLASSIFICATION.name)
@@ -220,13 +219,16 @@ def sweep_table(run: RunFolder) -> dict[str, Any]:
 
 
 def decision_charts(run: RunFolder) -> list[Markup]:
-    """What the run's model decided over the data set, drawn from the numbers of its evaluation."""
+    """The model's decisions over the data set, drawn from the numbers of its evaluation."""
     folder, charts = run.folder / "decisions", []
     try:
         if (folder / "gates.csv").exists():
             _layer, forward, backward, stage = read_csv(folder / "gates.csv").T
             gates = np.stack([forward, backward], axis=1)
-            alt = f"Heat map of gate means by layer and direction; on average {gates.mean():.2f} of the scans run"
+            alt = (
+                f"Heat map of gate means by layer and direction; on average {gates.mean():.2f} of "
+                "the scans run"
+            )
             charts.append((plots.gates(gates, np.flatnonzero(stage).tolist()), alt))
         if (folder / "keep_maps.csv").exists():
             keep, grid = read_keep_maps(folder / "keep_maps.csv")
@@ -241,8 +243,7 @@ def decision_charts(run: RunFolder) -> list[Markup]:
             costs = read_csv(folder / "costs.csv")[:, 0]
             alt = (
                 f"Histogram of operations an image: mean {flops_text(costs.mean())}, from "
-                f"{flops_text(costs.min())} "
-                f"to {flops_text(costs.max())}"
+                f"{flops_text(costs.min())} to {flops_text(costs.max())}"
             )
             charts.append((plots.costs(costs), alt))
     except (OSError, ValueError, IndexError) as error:
@@ -258,9 +259,15 @@ def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
     ]:
         if not path.exists():
             continue
-        alt = f"{run.name}, {path.stem}: image, tokens kept after each stage, likeliest classes, scans and cost"
+        alt = (
+            f"{run.name}, {path.stem}: image, tokens kept after each stage, likeliest classes, "
+            "scans and cost"
+        )
         if path.name == "kept_patches.png":
-            alt = f"{run.name}: validation images, and below each what every stage left of it, dropped patches dimmed"
+            alt = (
+                f"{run.name}: validation images, and below each what every stage left of it, "
+                "dropped patches dimmed"
+            )
         try:
             uri, size = picture_uri(path)
             pictures.append(
@@ -363,12 +370,12 @@ def _what(run: RunFolder) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="report.py",
-        description="Write one HTML report of one or several runs.",
+        description="Write one HTML report on one or several runs.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="what a run had as --output_dir"
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a run"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: report.html in the first RUN_DIR"

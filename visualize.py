@@ -1,10 +1,11 @@
-"""Draw what a model decides for images: the tokens left after each stage, the scans that run, what
-it costs.
+"""Draw what a model decides for images: tokens kept per stage, scans that run, cost.
 
-    python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photo.jpg --output_dir pictures
-    python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photos/ --output_dir pictures
+    python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photo.jpg \
+        --output_dir pictures
+    python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photos/ \
+        --output_dir pictures
 
-One PNG an image; for several images contact sheets and `images.csv` too.
+One PNG per image; for several images also contact sheets and `images.csv`.
 """
 
 import logging
@@ -28,23 +29,19 @@ _logger = logging.getLogger(__name__)
 
 
 class PictureNames:
-    """A file name for the picture of each image: its own with .png, told apart where two images
-    share it.
-    """
+    """Names for the images' pictures: the image's own name with .png, made unique."""
 
     def __init__(self):
         self._taken: set[str] = set()
 
     def name(self, image: str) -> str:
-        """`image`: its path relative to the folder that was given."""
+        """`image`: path relative to the folder passed by the user."""
         flat = image.replace(os.sep, "_")
         stem, ending = os.path.splitext(flat)
         name, number = f"{stem}.png", 1
         while name in self._taken:
-            name, number = (
-                f"{stem}_{ending.lstrip('.')}{number if number > 1 else ''}.png",
-                number + 1,
-            )
+            suffix = number if number > 1 else ""
+            name, number = f"{stem}_{ending.lstrip('.')}{suffix}.png", number + 1
         self._taken.add(name)
         return name
 
@@ -52,11 +49,9 @@ class PictureNames:
 def draw_all(
     predictor: Predictor, images: FileImages, root: str, output: Path
 ) -> Iterator[tuple[ImageReport, str]]:
-    """Write the strip of each readable image; -> what was decided for it and the name of its
-    picture.
+    """Write the strip of each readable image; -> its report and the name of its picture.
 
-    Images are read twice, once for the model and once to be drawn at their own resolution: none is
-    kept.
+    Images are read twice, for the model and to be drawn at their own resolution; none is kept.
     """
     bad_images, names = BadImages("skip"), PictureNames()
     sheets = ContactSheets(output) if len(images) > 1 else None
@@ -78,7 +73,7 @@ def draw_all(
         _logger.warning("%s: %s; left out", name, reason)
 
 
-def tell_what_is_missing(predictor: Predictor) -> None:
+def log_what_is_missing(predictor: Predictor) -> None:
     """One line on what cannot be shown of this model."""
     model = predictor.model
     if not (model.pruning_layers or model.route_blocks):
@@ -109,13 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     root = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(
-            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn "
-            "again next "
-            "time; choose another folder"
+            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn again "
+            "next time; choose another folder"
         )
     images = find_images([source])
     prepare_output_dir(output)
-    tell_what_is_missing(predictor)
+    log_what_is_missing(predictor)
     rows = [
         (report.name, picture, *_first_answer(report), int(report.flops), int(report.dense_flops))
         for report, picture in draw_all(predictor, images, root or ".", output)

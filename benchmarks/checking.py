@@ -1,9 +1,8 @@
-"""Correctness of whole models, before any speed: the chosen backend against the definition,
-decision by decision.
+"""Correctness of whole models, before any speed: a backend against the definition.
 
-A rounding difference can turn a decision that is nearly a tie, and then everything behind it
-differs. What the routers and score predictors say is therefore recorded in one run and put in place
-of what they say in the other, so that both decide alike; their own outputs are compared too.
+A rounding difference can flip a decision that is nearly a tie, and then everything after it
+differs. The outputs of routers and score predictors are therefore recorded in one run and
+substituted in the other, so that both decide alike; their own outputs are compared too.
 """
 
 import math
@@ -23,12 +22,12 @@ STEP_BIAS = -2.0  # steps near 0.13: the slowest state remembers about 8 tokens
 
 @torch.no_grad()
 def set_telling_weights(model: VisionMamba) -> None:
-    """Give a model random weights with which the state of its scans decides about the logits.
+    """Give a model random weights with which the scans' state influences the logits.
 
-    In a fresh model the state is so small beside the skip D u that a scan without recurrence gives
-    almost the same logits. Here every matrix is N(0, 1 / fan-in), so that nothing grows or fades on
-    the way, and what the layers add to the residual stays as large as their input. The speed does
-    not depend on it.
+    In a new model the state is so small compared to the skip D u that a scan without recurrence
+    gives almost the same logits. Here every matrix is N(0, 1 / fan-in), so that nothing grows or
+    fades on the way, and what the layers add to the residual stays as large as their input. The
+    speed does not depend on it.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -53,9 +52,7 @@ def deciders(model: VisionMamba) -> dict[str, nn.Module]:
 def _hooked(
     model: VisionMamba, hook: Callable[[str, nn.Module, tuple[Tensor], Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Within this context, `hook` is called behind every decider with its name; what it returns
-    replaces the output.
-    """
+    """Call `hook` after every decider with its name; what it returns replaces the output."""
     handles = [
         module.register_forward_hook(partial(hook, name))
         for name, module in deciders(model).items()
@@ -69,40 +66,37 @@ def _hooked(
 
 @contextmanager
 def decisions_recorded(model: VisionMamba) -> Iterator[dict[str, Tensor]]:
-    """Within this context, gathers what the model's deciders say in a forward pass."""
-    said: dict[str, Tensor] = {}
+    """Record the outputs of the model's deciders in a forward pass."""
+    outputs: dict[str, Tensor] = {}
 
     def record(name, module, inputs, output):
-        said[name] = output.detach()
+        outputs[name] = output.detach()
 
     with _hooked(model, record):
-        yield said
+        yield outputs
 
 
 @contextmanager
 def decisions_replayed(
     model: VisionMamba, recorded: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Within this context, the deciders' outputs have the recorded values, and the gradients of
-    their own.
+    """Give the deciders' outputs the recorded values, with gradients of their own.
 
-    Gathers what the deciders said themselves.
+    Yields the deciders' own outputs.
     """
-    said: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def replace(name, module, inputs, output):
-        said[name] = output.detach()
+        outputs[name] = output.detach()
         return recorded[name] + (output - output.detach()).to(recorded[name].dtype)
 
     with _hooked(model, replace):
-        yield said
+        yield outputs
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context, selective scans run on a backend by name; None: on the fastest that
-    fits.
-    """
+    """Run selective scans on a backend by name; None: on the fastest that fits."""
     before = os.environ.pop("DYVM_BACKEND", None)
     if name is not None:
         os.environ["DYVM_BACKEND"] = name
@@ -115,7 +109,7 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest error, of the largest entry; infinite for NaN."""
+    """Largest error relative to the largest entry; infinite for NaN."""
     error = ((actual.double() - expected.double()).abs().max() / expected.abs().max()).item()
     return error if error == error else float("inf")
 
@@ -123,19 +117,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def logits_error(
     model: VisionMamba, images: Tensor, chosen: str | None, precision: torch.autocast
 ) -> float:
-    """Worst `relative_error` of logits, routers and score predictors: a backend against the float32
-    definition.
+    """Worst `relative_error` of a backend's logits, routers and score predictors.
 
-    Routers count together: the two logits of one may nearly cancel, and are then as wrong as their
-    inputs. The backend runs all `images` [B, 3, H, W]; the definition, which is slow, the first
-    `CHECKED` of them, and decides as the backend did.
+    The reference is the float32 definition. Routers count together: the two logits of one may
+    nearly cancel, and are then as wrong as their inputs. The backend runs all `images` [B, 3, H,
+    W]; the definition, which is slow, the first `CHECKED` of them, with the backend's decisions.
     """
     model.eval()
     with torch.no_grad():
         with backend(chosen), decisions_recorded(model) as decided, precision:
             logits = model(images).logits[:CHECKED]
         decided = {name: output[:CHECKED].float() for name, output in decided.items()}
-        with backend("reference"), decisions_replayed(model, decided) as said:
+        with backend("reference"), decisions_replayed(model, decided) as own:
             expected = model(images[:CHECKED]).logits
     errors = [relative_error(logits, expected)]
     for kind in ("block_head", "score_predictors"):
@@ -145,7 +138,7 @@ def logits_error(
                 relative_error(
                     *(
                         torch.cat([outputs[name].flatten() for name in names])
-                        for outputs in (decided, said)
+                        for outputs in (decided, own)
                     )
                 )
             )

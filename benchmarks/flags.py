@@ -1,6 +1,4 @@
-"""Flags that several benchmarks have. A wrong one raises UsageError before any work: one line, exit
-code 2.
-"""
+"""Flags shared by benchmarks. A wrong one raises UsageError at once: one line, exit code 2."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +13,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def device(text: str) -> str:
-    """`cpu`, or `cuda` where there is a GPU."""
+    """`cpu`, or `cuda` if there is a GPU."""
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
     if text == "cuda" and not torch.cuda.is_available():
@@ -24,7 +22,7 @@ def device(text: str) -> str:
 
 
 def record_file(text: str) -> Path:
-    """A file in a folder that is there."""
+    """A file in an existing folder."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
@@ -57,7 +55,7 @@ def build_parser(script: str, description: str) -> arguments.OneLineParser:
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         metavar="{cpu,cuda}",
-        help="default: a GPU where there is one",
+        help="default: a GPU if there is one",
     )
     parser.add_argument(
         "--threads",
@@ -101,7 +99,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="on a GPU: tell the kernels that take most of the time",
+        help="on a GPU: list the kernels that take most of the time",
     )
 
 
@@ -124,9 +122,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         )
     if "precision" in args and args.precision is None:
         args.precision = "bf16" if args.device == "cuda" else "fp32"
-    torch.backends.cudnn.allow_tf32 = (
-        False  # fp32 means fp32 in convolutions too, as in matrix products
-    )
+    torch.backends.cudnn.allow_tf32 = False  # fp32 in convolutions too, as in matrix products
     if args.threads:
         torch.set_num_threads(args.threads)
     return args

@@ -1,15 +1,14 @@
-"""What `scripts/gpu_check.sh` measured of Vim-S and DyVM-S, beside the goals and the limits of the
-hardware.
+"""Measurements of Vim-S and DyVM-S (`scripts/gpu_check.sh`) beside goals and hardware limits.
 
     python benchmarks/goals.py FOLDER --output FOLDER/goals.json
 
-FOLDER holds model-s.json, model-s-512.json and train.json; what is not there, or not right, counts
-as not measured. Of the ways to run one model (eager, compiled, in a CUDA graph) the fastest counts,
-for DeiT too.
+FOLDER holds model-s.json, model-s-512.json and train.json; what is missing or wrong counts as not
+measured. Of the ways to run one model (eager, compiled, in a CUDA graph) the fastest counts, for
+DeiT too.
 
-The limits are those of an H200 at 224 pixels in bf16, counted on paper for fused kernels: matrix
-products at 790 TFLOP/s (measured), 16 special functions a clock and SM for the exponentials of the
-scan, memory at 4.3 TB/s.
+The limits are those of an H200 at 224 pixels in bf16, computed for fused kernels: matrix products
+at 790 TFLOP/s (measured), 16 special functions per clock and SM for the exponentials of the scan,
+memory at 4.3 TB/s.
 """
 
 import json
@@ -38,9 +37,7 @@ DEIT = ("", ", graph", ", compiled", ", compiled, graph")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A benchmark's record; empty where there is none, or where what is there is cut off or
-    something else.
-    """
+    """A benchmark's record; empty if it is missing, cut off or something else."""
     if not path.exists():
         return {}
     try:
@@ -77,10 +74,10 @@ class Records(NamedTuple):
             if part["batch"] == (batch or BATCH)
             for form, row in part["models"].items()
         }
-        found = [rows[name + form]["images_per_s"] for form in forms if name + form in rows]
-        if not found:
+        speeds = [rows[name + form]["images_per_s"] for form in forms if name + form in rows]
+        if not speeds:
             raise KeyError(name)
-        return max(found)
+        return max(speeds)
 
     def step(self, part: str, name: str) -> float:
         """Images per second of training."""
@@ -165,15 +162,16 @@ def shares(records: Records) -> dict[str, Callable[[], float]]:
     if not any("H200" in record.get("device", "") for record in records):
         return {}
     forward, train = LIMITS["forward"], LIMITS["train"]
-    return {
-        f"{name} forward, share of its limit of {limit:,} "
-        "images/s": lambda name=name, limit=limit: records.forward(name, DEIT) / limit
-        for name, limit in forward.items()
-    } | {
-        f"{name} training step, share of its limit of {limit:,} "
-        "images/s": lambda name=name, limit=limit: records.step("dense", name) / limit
-        for name, limit in train.items()
-    }
+    rows: dict[str, Callable[[], float]] = {}
+    for name, limit in forward.items():
+        rows[f"{name} forward, share of its limit of {limit:,} images/s"] = (
+            lambda name=name, limit=limit: records.forward(name, DEIT) / limit
+        )
+    for name, limit in train.items():
+        rows[f"{name} training step, share of its limit of {limit:,} images/s"] = (
+            lambda name=name, limit=limit: records.step("dense", name) / limit
+        )
+    return rows
 
 
 def measured(measure: Callable[[], float]) -> float | None:
@@ -184,7 +182,7 @@ def measured(measure: Callable[[], float]) -> float | None:
 
 
 def judge(records: Records) -> list[dict[str, Any]]:
-    """[{"what", "goal", "measured", "met"}]; None where there is no goal or nothing was measured."""
+    """[{"what", "goal", "measured", "met"}]; None without a goal or a measurement."""
     rows = []
     for goal in GOALS:
         value, met = measured(lambda goal=goal: goal.measure(records)), None
@@ -201,7 +199,7 @@ def judge(records: Records) -> list[dict[str, Any]]:
 
 
 def closing(records: Records) -> str:
-    """What has to be known to read the table."""
+    """Notes needed to read the table."""
     batches = [
         f"{part} {record['batch']}"
         for part, record in records.train.items()
@@ -214,8 +212,7 @@ def closing(records: Records) -> str:
     if records.train.get("release_checkpointing"):
         text += (
             "; without mamba_ssm the release-like step recomputes its layers (gradient "
-            "checkpointing): the ratio "
-            "of times flatters DyVM, that of memory is stricter"
+            "checkpointing): the ratio of times flatters DyVM, that of memory is stricter"
         )
     return text
 

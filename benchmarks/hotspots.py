@@ -1,4 +1,4 @@
-"""Where the time of one call goes, by kernel on a GPU and by PyTorch's operator on a CPU."""
+"""Where a call spends its time, by kernel on a GPU and by PyTorch operator on a CPU."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def hotspots(call: Callable[[], object], device: str, count: int = 8) -> list[dict[str, Any]]:
-    """The `count` names with most time of their own in one call: [{"name", "ms", "share"}], the
-    largest first.
-    """
+    """The `count` names with the most own time in one call, sorted: [{"name", "ms", "share"}]."""
     kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
@@ -33,8 +31,8 @@ def hotspots(call: Callable[[], object], device: str, count: int = 8) -> list[di
     ]
 
 
-def describe(found: list[dict[str, Any]]) -> str:
-    """One line for each name."""
+def describe(rows: list[dict[str, Any]]) -> str:
+    """One line for each row of `hotspots`."""
     return "\n".join(
-        f"  {100 * row['share']:5.1f} % {row['ms']:9.3f} ms  {row['name'][:90]}" for row in found
+        f"  {100 * row['share']:5.1f} % {row['ms']:9.3f} ms  {row['name'][:90]}" for row in rows
     )

@@ -12,12 +12,12 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:
-    """Bytes that a call needs, at its peak, beyond what is held before it.
+    """Bytes that a call needs at its peak, beyond what is held before it.
 
     On a GPU: what PyTorch allocates. On a CPU: resident pages of the whole process, so also what
     libraries reserve for themselves, precise to a MiB or so since Linux counts pages in batches.
-    Memory that the allocator has kept from earlier calls is given back first, or it would hide the
-    peak. None where the system does not tell (it takes Linux and the right to write to
+    Memory that the allocator has kept from earlier calls is released first, or it would hide the
+    peak. None if the system does not report it (it takes Linux and the right to write to
     /proc/self/clear_refs).
     """
     if device == "cuda":
@@ -38,9 +38,8 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
 
 
 def _give_back_freed_memory() -> None:
-    with suppress(
-        AttributeError, OSError, TypeError
-    ):  # only glibc has it; Windows has no CDLL(None)
+    # Only glibc has malloc_trim; Windows has no CDLL(None).
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -51,5 +50,5 @@ def _resident(field: str) -> int:
 
 
 def mebibytes(size: int | None) -> str:
-    """For a table; `-` where the size is not known."""
+    """For a table; `-` for an unknown size."""
     return "-" if size is None else f"{size / 2**20:.0f}"

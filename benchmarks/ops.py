@@ -1,13 +1,12 @@
-"""The selective scan of one mixer, both directions, against other ways to compute it: correctness,
-then speed.
+"""One mixer's selective scan, both directions, against other implementations: errors, then speed.
 
     python benchmarks/ops.py --output benchmarks/results/ops.json
     python benchmarks/ops.py --device cuda --precision bf16 --batch 256
 
 Every rival's output and gradients are compared with the float64 definition in the same run, on the
-first images of the same batch; one that is wrong gets no time, and the command fails. The two
-matrix products around the scan (in_proj and out_proj) are timed beside it for scale. Samples are
-taken in turn and redone while other processes are busy. Rivals that are not installed
+first images of the same batch; a wrong one is not timed, and the command fails. The two matrix
+products around the scan (in_proj and out_proj) are timed as well, for scale. Samples are taken in
+turn and redone while other processes are busy. Rivals that are not installed
 (requirements-bench.txt), fail or do not fit the memory are left out.
 """
 
@@ -33,8 +32,8 @@ from utils.errors import UserError, first_line
 from utils.files import write_json
 from utils.program import run_main
 
-# Largest error of a tensor, of its largest element: float32 sums over 197 steps; otherwise a few
-# roundings.
+# Largest error of a tensor relative to its largest element: float32 sums over 197 steps; otherwise
+# a few roundings.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 CHECKED = 2  # images compared with the definition
 # Under autograd these take up to a minute a step.
@@ -60,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_params(channels: int, states: int, rank: int, device: str) -> BranchParams:
-    """As in a fresh model: steps between 1e-3 and 0.1, A = -(1 ... N)."""
+    """As in a new model: steps between 1e-3 and 0.1, A = -(1 ... N)."""
     delta = torch.exp(torch.empty(channels).uniform_(-6.9, -2.3))
     params = BranchParams(
         torch.randn(channels, 4) * 0.4,
@@ -82,8 +81,8 @@ def backend(name: str, xz: Tensor, forward: BranchParams, backward: BranchParams
 def all_rivals(
     xz: Tensor, forward: BranchParams, backward: BranchParams
 ) -> dict[str, rivals.Rival]:
-    """Name -> function, of those that run here."""
-    found: dict[str, Callable | None] = {}
+    """The functions that run here, by name."""
+    contenders: dict[str, Callable | None] = {}
     for name in selective_scan.PREFERENCE:
         os.environ["DYVM_BACKEND"] = name
         try:
@@ -91,31 +90,29 @@ def all_rivals(
         except selective_scan.BackendError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        found[f"backend {name}"] = partial(backend, name)
-    found["sequential loop"] = found.pop("backend reference")
-    ours = set(found)
+        contenders[f"backend {name}"] = partial(backend, name)
+    contenders["sequential loop"] = contenders.pop("backend reference")
+    ours = set(contenders)
     mambapy = rivals.mambapy_scan()
-    found |= {
+    contenders |= {
         "sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
         "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
         "torch.compile": rivals.with_core(rivals.compiled_chunks()),
         "mambapy": None if mambapy is None else rivals.with_core(mambapy),
         "transformers": rivals.transformers_mixer(forward, backward),
     }
-    for name in [name for name, rival in found.items() if rival is None]:
+    for name in [name for name, rival in contenders.items() if rival is None]:
         print(f"left out: {name} is not installed", file=sys.stderr)
-        del found[name]
+        del contenders[name]
     precise = xz.dtype == torch.float32
     return {
         name: rival if precise or name in ours else autocasting(rival, xz)
-        for name, rival in found.items()
+        for name, rival in contenders.items()
     }
 
 
 def autocasting(rival: rivals.Rival, xz: Tensor) -> rivals.Rival:
-    """A rival that knows one dtype alone, in the precision of xz, its weights in float32 as in
-    training.
-    """
+    """A rival that supports one dtype only, in the precision of xz, with float32 weights."""
 
     def call(*arguments) -> Tensor:
         with torch.autocast(xz.device.type, dtype=xz.dtype):
@@ -127,7 +124,7 @@ def autocasting(rival: rivals.Rival, xz: Tensor) -> rivals.Rival:
 def gradients(
     rival: rivals.Rival, xz: Tensor, forward: BranchParams, backward: BranchParams, grad_out: Tensor
 ) -> list[Tensor | None]:
-    """Output and gradients of xz and all weights (None where the rival keeps copies of them)."""
+    """Output and gradients of xz and all weights (None if the rival keeps copies of them)."""
     leaf = xz.detach().clone().requires_grad_()
     y = rival(leaf, forward, backward)
     return [
@@ -139,9 +136,7 @@ def gradients(
 
 
 def worst_error(actual: list[Tensor | None], expected: list[Tensor]) -> float:
-    """Largest error of any tensor, of its largest element, over the checked images; nan counts as
-    infinite.
-    """
+    """Largest error of any tensor, relative to its largest element; infinite for nan."""
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
         if a is not None:
@@ -151,8 +146,9 @@ def worst_error(actual: list[Tensor | None], expected: list[Tensor]) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or the host's memory was too small; the host's allocator raises a plain
-    RuntimeError.
+    """Whether a GPU's or the host's memory was too small.
+
+    The host's allocator raises a plain RuntimeError.
     """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(
         error
@@ -160,7 +156,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
-    """{rival: {"error", "ms", ...}}, and the block's matrix products beside them."""
+    """{rival: {"error", "ms", ...}}, and the layer's matrix products besides."""
     torch.manual_seed(0)
     channels, rank, dtype = 2 * args.width, -(-args.width // 16), PRECISIONS[args.precision]
     xz = torch.randn(args.batch, args.tokens, 2 * channels, device=args.device).to(dtype)
@@ -285,8 +281,8 @@ def main() -> None:
             )
         print(
             f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, "
-            f"{args.precision}, "
-            f"{record['device']}, {record['threads']} threads\n{table(record[name], ours)}"
+            f"{args.precision}, {record['device']}, {record['threads']} threads\n"
+            f"{table(record[name], ours)}"
         )
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
     if args.output:

@@ -1,7 +1,7 @@
-"""The re-arrangement of kept before dropped tokens: one gather over the batch against a Python loop
-over images.
+"""The re-arrangement of kept before dropped tokens: a batched gather against a loop over images.
 
-    python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384] [--output FILE]
+    python benchmarks/rearrange.py [--device cpu|cuda] [--batch 64] [--patches 196] [--width 384]
+        [--output FILE]
 
 Both move the same tensors: the tokens (hidden + residual, the sum that the score predictor has
 read), the policy and the original indexes. Both are timed in turn, forward alone and forward +
@@ -29,7 +29,7 @@ from utils.program import run_main
 
 
 def by_image(policy, sequence, origin, middle):
-    """Image by image, the class token taken out and put back with torch.cat."""
+    """Image by image; the class token is taken out and put back with torch.cat."""
     sequences, policies, origins = [], [], []
     for image in range(len(policy)):
         kept, dropped = policy[image].nonzero()[:, 0], (policy[image] == 0).nonzero()[:, 0]
@@ -43,7 +43,7 @@ def by_image(policy, sequence, origin, middle):
 
 
 def by_batch(policy, sequence, origin, middle):
-    """As `DynamicVisionMamba` does it."""
+    """As in `DynamicVisionMamba`."""
     order, kept = kept_first(policy)
     index = reordered(order, (middle,), MiddleClassToken().class_slots(kept))
     return take(sequence, index), take(policy, order), take(origin, order)

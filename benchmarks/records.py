@@ -1,4 +1,4 @@
-"""The head of a record, which every benchmark writes alike."""
+"""The head of a record, the same for every benchmark."""
 
 import datetime
 import shlex

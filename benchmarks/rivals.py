@@ -1,4 +1,4 @@
-"""The selective scan of one Mamba mixer by other means, for `benchmarks/ops.py`.
+"""Other implementations of one mixer's selective scan, for `benchmarks/ops.py`.
 
 Each entry is a function (xz [B, L, 2E], forward, backward) -> y [B, L, E] that computes what
 `bidirectional_ssm` does with scale 0.5. B images, L tokens, E inner channels, N states, R step
@@ -26,8 +26,9 @@ def sequential_loop(xz: Tensor, forward: BranchParams, backward: BranchParams) -
 
 
 def with_core(core: Core) -> Rival:
-    """Both directions around `core`: (u, delta [B, L, E], A [E, N], B, C [B, L, N]) -> y [B, L, E]
-    without skip.
+    """Both directions around a `core` without skip.
+
+    core: (u, delta [B, L, E], A [E, N], B, C [B, L, N]) -> y [B, L, E].
     """
 
     def rival(xz: Tensor, forward: BranchParams, backward: BranchParams) -> Tensor:
@@ -44,9 +45,7 @@ def with_core(core: Core) -> Rival:
 
 
 def einsum_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The usual way to write it: all decays and inputs first, as [B, E, L, N], then a loop over
-    their slices.
-    """
+    """The usual way to write it: decays and inputs as [B, E, L, N], then a loop over slices."""
     u, delta = u.transpose(1, 2), delta.transpose(1, 2)
     decay = torch.exp(torch.einsum("bel,en->beln", delta, A))
     inputs = torch.einsum("bel,bln,bel->beln", delta, B, u)
@@ -60,7 +59,7 @@ def einsum_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Te
 def chunk_steps(
     state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A few steps from `state` [B, E, N]: (y of these steps, the state behind them)."""
+    """A few steps from `state` [B, E, N]: (y of these steps, the state after them)."""
     decay = torch.exp(delta.unsqueeze(-1) * A)
     inputs = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
     states = []
@@ -71,7 +70,7 @@ def chunk_steps(
 
 
 def chunked(steps: Callable) -> Core:
-    """Chunk after chunk; what does not depend on the state is computed for a whole chunk at once."""
+    """Chunk by chunk; what does not depend on the state is computed per chunk at once."""
 
     def core(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         state, outputs = u.new_zeros(u.shape[0], *A.shape), []
@@ -85,12 +84,12 @@ def chunked(steps: Callable) -> Core:
 
 
 def compiled_chunks() -> Core:
-    torch.compiler.reset()  # earlier shapes and gradient modes count against the limit of recompilations
+    torch.compiler.reset()  # earlier shapes and gradient modes count as recompilations
     return chunked(torch.compile(chunk_steps, dynamic=False))
 
 
 def mambapy_scan() -> Core | None:
-    """mambapy's parallel scan, or None where it is not installed."""
+    """mambapy's parallel scan, or None if it is not installed."""
     try:
         from mambapy.pscan import pscan
     except ImportError:
@@ -105,9 +104,7 @@ def mambapy_scan() -> Core | None:
 
 
 def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Rival | None:
-    """transformers' Mamba mixer without its input and output projections, or None where it is not
-    installed.
-    """
+    """transformers' Mamba mixer without its projections, or None if it is not installed."""
     try:
         from transformers import MambaConfig
         from transformers.models.mamba.modeling_mamba import MambaMixer

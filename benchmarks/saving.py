@@ -1,14 +1,15 @@
-"""What saving costs: training throughput with a save every minute against training without, from a
-run that does both.
+"""What saving costs: training throughput with a save every minute against training without.
 
-    python benchmarks/saving.py [--device cpu|cuda] [--model vim_tiny] [--batch 16] [--saves 20] [--output FILE]
+    python benchmarks/saving.py [--device cpu|cuda] [--model vim_tiny] [--batch 16] [--saves 20]
+        [--output FILE]
 
-Every training step is timed. A window begins with a save and ends a few steps after the background
-thread is done; what it lost is the time of the call that saves, and what its steps took beyond the
-median of the undisturbed steps on either side. Beside each save, in random order, stands a control:
-a window of as many steps in which nothing is saved, so that what the machine loses by itself shows,
-and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and at the upper quartile of
-the losses; it is printed only if every save, read back, is whole and equals what was saved.
+One run does both, and every training step is timed. A window begins with a save and ends a few
+steps after the background thread is done; it loses the time of the call that saves, and what its
+steps take beyond the median of the undisturbed steps on either side. Next to each save, in random
+order, is a control: a window of as many steps in which nothing is saved, so that what the machine
+loses by itself shows, and is subtracted. The ratio is 60 s / (60 s + the loss), at the median and
+at the upper quartile of the losses; it is printed only if every save, read back, is intact and
+equals what was saved.
 """
 
 import os
@@ -68,7 +69,7 @@ def stepper(training: Training, experiment: Experiment) -> Callable[[], float]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether nested dicts and lists hold the same, tensors to the last bit."""
+    """Whether nested dicts and lists are equal, tensors to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -81,10 +82,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def check_saved(path: Path, expected: dict[str, Any]) -> None:
-    """End without a ratio unless `path` is whole and holds `expected`."""
-    found = load_checkpoint(path) if is_intact(path) else {}
+    """Raise UserError, without a ratio, unless `path` is intact and holds `expected`."""
+    saved = load_checkpoint(path) if is_intact(path) else {}
     wrong = [
-        name for name in expected if name not in found or not equal(found[name], expected[name])
+        name for name in expected if name not in saved or not equal(saved[name], expected[name])
     ]
     if wrong:
         raise UserError(
@@ -93,9 +94,7 @@ def check_saved(path: Path, expected: dict[str, Any]) -> None:
 
 
 def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[float, list[float]]:
-    """Save and go on until nothing of it is left; -> seconds of the call that saves, and of each
-    step.
-    """
+    """Save and train on until it is done; -> seconds of the call that saves, and of each step."""
     begin = time.perf_counter()
     saver.save(Averages())
     blocked, steps = time.perf_counter() - begin, []
@@ -106,14 +105,11 @@ def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[floa
 
 
 def measure(step: Callable[[], float], saver: resume.Saver, saves: int) -> list[dict[str, Any]]:
-    """`saves` windows of saves and as many controls, by twos; -> of each its kind, length and
-    seconds lost.
-    """
+    """`saves` windows of saves and as many controls; -> kind, length and seconds lost of each."""
     for _ in range(MARGIN):
         step()  # the first ones are slow
-    expected_steps = len(
-        window_of_save(step, saver)[1]
-    )  # no previous file had to be verified: it does not count
+    # The first save does not count: it has no previous file to verify.
+    expected_steps = len(window_of_save(step, saver)[1])
     order = random.Random(0)
     kinds = [kind for _ in range(saves) for kind in order.sample(("save", "control"), 2)]
     before, windows = [step() for _ in range(MARGIN)], []
@@ -144,9 +140,7 @@ def lost_seconds(before: Sequence[float], steps: Sequence[float], after: Sequenc
 
 
 def summary(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Quartiles of the seconds lost, of saves, controls and their differences pair by pair, and the
-    ratios.
-    """
+    """Quartiles of the seconds lost in saves, controls and their paired differences; the ratios."""
     lost = {
         kind: [window["lost_s"] for window in windows if window["kind"] == kind]
         for kind in ("save", "control")
@@ -168,28 +162,17 @@ def main() -> None:
     parser.add_argument("--input-size", type=arguments.positive, default=32)
     parser.add_argument("--batch", type=arguments.positive, default=16)
     parser.add_argument("--saves", type=arguments.positive, default=20)
-    given = flags.parse(parser)
-    if given.saves < 2:
-        parser.error(f"--saves {given.saves}: quartiles need 2 or more")
+    flag = flags.parse(parser)
+    if flag.saves < 2:
+        parser.error(f"--saves {flag.saves}: quartiles need 2 or more")
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse(
-            [
-                "--model",
-                given.model,
-                "--input-size",
-                str(given.input_size),
-                "--batch-size",
-                str(given.batch),
-                "--num-workers",
-                "0",
-                "--device",
-                given.device,
-                "--output_dir",
-                folder,
-            ]
+            f"--model {flag.model} --input-size {flag.input_size} --batch-size {flag.batch} "
+            f"--num-workers 0 --device {flag.device} --output_dir".split()
+            + [folder]
         )
-        alone = Distributed(torch.device(given.device))
+        alone = Distributed(torch.device(flag.device))
         experiment = Experiment.prepare(args, alone)
         training, data = build_training(experiment), experiment.data
         record = resume.identity(
@@ -201,7 +184,7 @@ def main() -> None:
             experiment.task.name,
         )
         saver = resume.Saver(training, record, args, alone)
-        windows = measure(stepper(training, experiment), saver, given.saves)
+        windows = measure(stepper(training, experiment), saver, flag.saves)
         size = saver.writer.newest.stat().st_size
         saver.close()
     result = summary(windows)
@@ -209,16 +192,14 @@ def main() -> None:
         print(f"{kind:>10}: {median:.3f} s lost (quartiles {lower:.3f} to {upper:.3f})")
     print(
         f"a save of {size / 1e6:.0f} MB every minute: {result['ratio']['median']:.4f} of the "
-        "throughput without, "
-        f"{result['ratio']['upper_quartile_of_loss']:.4f} at the upper quartile of the loss; "
-        f"{given.saves} saves, "
-        "each read back and equal to what was saved"
+        f"throughput without, {result['ratio']['upper_quartile_of_loss']:.4f} at the upper "
+        f"quartile of the loss; {flag.saves} saves, each read back and equal to what was saved"
     )
-    if given.output:
+    if flag.output:
         write_json(
-            given.output,
+            flag.output,
             {
-                **records.head("saving.py", given.device),
+                **records.head("saving.py", flag.device),
                 "load_average": {"before": load_before, "after": os.getloadavg()},
                 "checkpoint_bytes": size,
                 **result,

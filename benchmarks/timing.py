@@ -1,4 +1,4 @@
-"""Fair timing: rivals in turn, medians, and samples redone while other processes use the machine."""
+"""Fair timing: rivals in turn, medians; samples are redone while other processes are busy."""
 
 import os
 import statistics

@@ -1,16 +1,15 @@
-"""Training steps: DyVM against the step of the paper's release, and dense Vim against timm's DeiT
-of equal size.
+"""Training steps: DyVM against the release's step, dense Vim against timm's DeiT of equal size.
 
     python benchmarks/train.py --output benchmarks/results/train-cpu.json
     python benchmarks/train.py --device cuda --precision bf16 --batch 64
 
-A DyVM step is the whole of it: teacher, student, loss, backward pass, optimizer. The release-like
-step is the same on mamba_ssm's operators, or on the reference ones where that is not installed, and
+A DyVM step is all of it: teacher, student, loss, backward pass, optimizer. The release-like step is
+the same on mamba_ssm's operators, or on the reference ones if that is not installed, and
 re-arranges tokens image by image as the release does; on a GPU the reference operators recompute
 each layer in the backward pass, or nothing would fit. Both get the same weights and the same noise
-and must come to the same loss and gradient in this very run, and so must dense Vim and its step in
-plain PyTorch, or there is no speed and the command fails. Samples are taken in turn and redone
-while other processes are busy.
+and must arrive at the same loss and gradient in this very run, and so must dense Vim and its step
+in plain PyTorch; otherwise no speed is printed and the command fails. Samples are taken in turn and
+redone while other processes are busy.
 """
 
 import argparse
@@ -55,9 +54,7 @@ Step = Callable[[], list[Tensor]]
 
 class Part(NamedTuple):
     steps: dict[str, Step]
-    errors: Callable[
-        [], dict[str, float]
-    ]  # `difference` of each step that has something to be compared with
+    errors: Callable[[], dict[str, float]]  # `difference` of each step that is compared
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,15 +63,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dyvm-model",
         type=flags.dense_model_name,
-        help="default: vim_small on a GPU, else "
-        "vim_micro: the reference operators keep every state of the scans",
+        help="default: vim_small on a GPU, else vim_micro: the reference operators keep every "
+        "state of the scans",
     )
     parser.add_argument("--dense-size", choices=SIZES, help="default: S on a GPU, else T")
     parser.add_argument(
         "--batch",
         type=arguments.positive,
-        help="default: 16; 64 on a GPU with mamba_ssm; halved for a "
-        "part as long as the GPU's memory does not hold it",
+        help="default: 16; 64 on a GPU with mamba_ssm; halved for a part as long as the GPU's "
+        "memory does not hold it",
     )
     flags.add_profile(parser)
     flags.add_precision(parser)
@@ -106,9 +103,7 @@ def take_by_image(tokens: Tensor, index: Tensor) -> Tensor:
 
 @contextmanager
 def release_like(name: str) -> Iterator[None]:
-    """Within this context, DyVM runs on the backend `name` and re-arranges its tokens image by
-    image.
-    """
+    """Run DyVM on the backend `name`, with its tokens re-arranged image by image."""
     with (
         checking.backend(name),
         mock.patch.object(reduction, "kept_first", kept_first_by_image),
@@ -118,9 +113,7 @@ def release_like(name: str) -> Iterator[None]:
 
 
 def build_pair(args: argparse.Namespace) -> tuple[DynamicVisionMamba, VisionMamba]:
-    """Student and teacher of the same weights; noise alone decides, and keeps what the budget asks
-    for.
-    """
+    """Student and teacher with the same weights; only noise decides, and meets the budgets."""
     teacher = timm.create_model(args.dyvm_model).to(args.device).eval().requires_grad_(False)
     student = (
         timm.create_model(f"dyvm_{args.dyvm_model}", token_keep=TOKEN_KEEP).to(args.device).train()
@@ -155,9 +148,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
 ) -> list[Tensor]:
-    """One step; -> the loss and every gradient. The learning rate is 0, so that every step is the
-    same.
-    """
+    """One step; -> the loss and every gradient. The learning rate is 0: every step is the same."""
     model.zero_grad(set_to_none=True)
     with flags.autocast(args):
         loss = loss_of()
@@ -204,23 +195,22 @@ def dyvm_part(args: argparse.Namespace) -> Part:
     steps = {"DyVM": ours, f"release-like, {args.release_backend}": release}
 
     def errors() -> dict[str, float]:
-        """A rounding difference would turn decisions that are nearly ties: both steps decide alike."""
+        """Rounding would flip decisions that are nearly ties, so both steps use the same ones."""
         with checking.decisions_recorded(model) as decided:
             expected = release()
         with checking.decisions_replayed(model, decided):
             actual = ours()
-        return dict.fromkeys(
-            steps, difference(actual, expected)
-        )  # nobody knows which of the two is wrong
+        # Which of the two is wrong is unknown.
+        return dict.fromkeys(steps, difference(actual, expected))
 
     return Part(steps, errors)
 
 
 def dense_part(args: argparse.Namespace) -> Part:
-    """Vim, DeiT, and Vim on the mamba_ssm backend where that is installed.
+    """Vim, DeiT, and Vim on the mamba_ssm backend if that is installed.
 
     Vim is compared with its step on the lean PyTorch backend, for the first images: the definition
-    would take longer than everything that is timed, and the tests hold one against the other.
+    would take longer than everything that is timed, and the tests compare the two.
     """
     torch.manual_seed(0)
     name = SIZES[args.dense_size]
@@ -266,7 +256,7 @@ PARTS = {"dyvm": dyvm_part, "dense": dense_part}
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest relative difference of any of the tensors, in the Frobenius norm; infinite for NaN."""
+    """Largest relative difference of the tensors, in the Frobenius norm; infinite for NaN."""
     errors = torch.stack(
         [
             (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-12)
@@ -277,23 +267,24 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}, without the steps that
-    are wrong.
+    """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}.
+
+    Wrong steps are left out of the last two.
     """
     steps, errors = PARTS[name](args)
-    found = errors()
-    wrong = [step for step, error in found.items() if not error <= TOLERANCES[args.precision]]
+    measured = errors()
+    wrong = [step for step, error in measured.items() if not error <= TOLERANCES[args.precision]]
     for step in wrong:
         del steps[step]
         print(
-            f"no speed: loss or gradient of {step} are wrong by {found[step]:.1e}, allowed is "
+            f"no speed: loss or gradient of {step} are wrong by {measured[step]:.1e}, allowed is "
             f"{TOLERANCES[args.precision]}",
             file=sys.stderr,
         )
     record: dict[str, Any] = {
         "model": args.dyvm_model if name == "dyvm" else args.dense_size,
         "batch": args.batch,
-        "errors": found,
+        "errors": measured,
         "wrong": wrong,
         "memory": {},
         "steps": {},
@@ -304,11 +295,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         step()
     record["memory"] = {name: peak_memory(step, args.device) for name, step in steps.items()}
     if args.profile:
+        # A profile of the release-like step, with its many kernels, takes minutes.
         record["hotspots"] = {
             name: hotspots.hotspots(step, args.device)
             for name, step in steps.items()
             if not name.startswith("release-like")
-        }  # a profile of its many kernels takes minutes
+        }
     rounds = max(
         3, int(args.seconds / sum(timing.sample(step, args.device)[0] for step in steps.values()))
     )
@@ -370,8 +362,8 @@ def table(record: dict[str, Any]) -> str:
             rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
         )
     ]
-    for name, found in record.get("hotspots", {}).items():
-        lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
+    for name, rows in record.get("hotspots", {}).items():
+        lines.append(f"where the time of {name} goes:\n{hotspots.describe(rows)}")
     return "\n".join(lines)
 
 
@@ -386,8 +378,7 @@ def main() -> None:
         record[part] = measure_fitting(part, args)
         print(
             f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, "
-            f"{args.precision}, "
-            f"{record['device']}, {record['threads']} threads"
+            f"{args.precision}, {record['device']}, {record['threads']} threads"
         )
         if record[part]["steps"]:
             print(table(record[part]), flush=True)

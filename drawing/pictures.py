@@ -1,8 +1,6 @@
-"""Pictures of what the model decided for an image, exact to the pixel: which patches are left after
-each stage.
+"""Pictures of a model's decisions for an image, exact to the pixel: patches kept per stage.
 
-M patches on a grid, k kept patches, S stages, n class or register tokens, B images; H, W
-pixels.
+M patches on a grid, k kept patches, S stages, n class or register tokens, B images; H, W pixels.
 """
 
 from collections.abc import Sequence
@@ -20,8 +18,7 @@ from models.embedding import PatchEmbed
 
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
-# A dropped patch keeps a fifth of its contrast, on slate: it shows on dark, on bright and on grey
-# images.
+# A dropped patch keeps a fifth of its contrast, on slate, which shows on images of any brightness.
 DIMMED = 0.2
 VEIL = np.array([100, 116, 146])
 # What lies outside the model's crop fades into the paper.
@@ -55,7 +52,7 @@ def patch_of_pixels(
     size: tuple[int, int],
     region: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    """Patch index of each pixel of an image [H, W], -1 where the model sees nothing.
+    """Patch index of each pixel of an image [H, W]; -1 where the model sees nothing.
 
     Args:
         size: width, height of the image.
@@ -75,15 +72,14 @@ def patch_of_pixels(
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Dim the patches that are not in `kept` [k]: pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W,
-    3] uint8.
+    """Dim the patches that are not in `kept` [k].
+
+    pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W, 3] uint8.
     """
     kept = np.asarray(kept, dtype=int)
-    entries = max(patch_of.max(), kept.max(initial=-1)) + 2  # the last one is that of index -1
-    veil, contrast = (
-        np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32),
-        np.full(entries, DIMMED, np.float32),
-    )
+    entries = max(patch_of.max(), kept.max(initial=-1)) + 2  # the last one is for index -1
+    veil = np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32)
+    contrast = np.full(entries, DIMMED, np.float32)
     veil[kept], contrast[kept] = 0, 1
     veil[-1], contrast[-1] = 255 * (1 - OUTSIDE), OUTSIDE
     return (pixels * contrast[patch_of][..., None] + veil[patch_of]).round().astype(np.uint8)
@@ -92,8 +88,7 @@ def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -
 def decision_picture(
     images: Tensor, kept: Sequence[Tensor], patches: PatchEmbed, scale: int = 1
 ) -> np.ndarray:
-    """One column an image: the image, then the same with the patches dimmed that each stage has
-    dropped.
+    """One column per image: the image, then for each stage the same with dropped patches dimmed.
 
     images [B, 3, H, W] normalised, kept S x [B, k] -> [height, width, 3] uint8; `scale` enlarges
     small images.
@@ -108,9 +103,8 @@ def decision_picture(
         ]
         for stage in kept
     ]
-    grid = (
-        np.stack([pixels, *stages]).repeat(scale, axis=2).repeat(scale, axis=3)
-    )  # [S + 1, B, H', W', 3]
+    rows = np.stack([pixels, *stages])  # [S + 1, B, H, W, 3]
+    grid = rows.repeat(scale, axis=2).repeat(scale, axis=3)
     grid = np.pad(grid, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows, columns, height, width, channels = grid.shape
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
@@ -118,7 +112,7 @@ def decision_picture(
 
 
 class ImageReport(NamedTuple):
-    """What the model decided for one image, and what it answered."""
+    """What the model decided for one image, and its answer."""
 
     name: str
     classes: list[tuple[str, float]]  # likeliest first, with their probabilities
@@ -137,7 +131,7 @@ def font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
 def fitted(
     draw: ImageDraw.ImageDraw, text: str, typeface: ImageFont.FreeTypeFont, width: float
 ) -> str:
-    """`text`, its end cut where it is wider than `width`."""
+    """`text`, cut off at the end if it is wider than `width`."""
     if draw.textlength(text, typeface) <= width:
         return text
     while text and draw.textlength(text + "…", typeface) > width:
@@ -168,7 +162,7 @@ class _Layout(NamedTuple):
 
 
 def strip_layout(size: tuple[int, int]) -> _Layout:
-    """How the strip of an image of `size` (width, height) is laid out."""
+    """The layout of the strip of an image of `size` (width, height)."""
     longest = max(size)
     scale = -(-PANEL_SIDE // longest)
     width, height = size[0] * scale, size[1] * scale
@@ -191,11 +185,9 @@ def within(
 def draw_strip(
     image: Image.Image, region: tuple[float, float, float, float], model, report: ImageReport
 ) -> Image.Image:
-    """The input, the tokens left after each stage, the gates, the likeliest classes and the cost of
-    one image.
+    """Input, tokens left after each stage, gates, likeliest classes and cost of one image.
 
-    image: the original, at its own resolution up to MAX_SIDE; region: the part of it that the model
-        sees.
+    image: the original, at its own resolution up to MAX_SIDE; region: the part that the model sees.
     """
     image, region = within(image, region, MAX_SIDE)
     layout = strip_layout(image.size)
@@ -204,12 +196,7 @@ def draw_strip(
     patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
     panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in report.kept)]
     u = layout.unit
-    margin, below, info_width, info_height = (
-        round(12 * u),
-        round(52 * u),
-        round(300 * u),
-        round(244 * u),
-    )
+    margin, below, info_width, info_height = (round(side * u) for side in (12, 52, 300, 244))
     panel_width = max(layout.width, round(130 * u))
     step = (panel_width + margin, 0) if layout.in_row else (0, layout.height + below)
     if layout.in_row:
@@ -238,9 +225,7 @@ def draw_strip(
 
 
 def class_marks(kept: np.ndarray, model) -> list[float]:
-    """Where the class tokens stand among the kept patches [k]: each as a place 0 ... M in raster
-    order.
-    """
+    """Positions of the class tokens among the kept patches [k], on a scale 0 ... M."""
     ends = np.append(kept, model.num_patches)
     return [
         float(ends[position - i]) for i, position in enumerate(model.layout.class_slots(len(kept)))
@@ -256,9 +241,7 @@ def _draw_caption(
     kept: np.ndarray,
     model,
 ) -> None:
-    """Below a panel: the first caption that fits, and the token sequence with dropped patches and
-    class tokens.
-    """
+    """Below a panel: the longest caption that fits, and the sequence with its class tokens."""
     x, y = corner
     plain = font(10.5 * u)
     total = model.num_patches
@@ -326,9 +309,7 @@ def _draw_gates(
     u: float,
     report: ImageReport,
 ) -> None:
-    """Two rows of cells, forward above backward, one column a layer; a filled cell is a scan that
-    ran.
-    """
+    """Two rows of cells, forward above backward, one column per layer; filled if the scan ran."""
     x, y = corner
     small = font(8.5 * u)
     left = 12 * u

@@ -1,5 +1,4 @@
-"""Plots of decisions, of training and of budgets; as PNG files, and as SVG that takes the colours
-of the page.
+"""Plots of decisions, training and budgets, as PNG and as SVG in the colours of the page.
 
 M patches, S stages, C classes.
 """
@@ -55,8 +54,8 @@ STYLE = {
     "svg.hashsalt": "dyvm",
     "image.cmap": "viridis",
 }
-# From never to always; the same for gates and for patches. None of the colours is one of the
-# palette: a page in the dark replaces those.
+# From never to always; the same for gates and for patches. None of the colours is in the palette,
+# whose colours a page in dark mode replaces.
 SHARE = LinearSegmentedColormap.from_list("share", ["#edf2f7", "#9cc3e6", "#2d6db1", "#123a63"])
 MANY_CLASSES = 40  # from here on the names of classes no longer fit beside their rows
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
@@ -74,7 +73,7 @@ styled = matplotlib.rc_context(STYLE)
 
 
 def css_variables() -> str:
-    """The palette as declarations of CSS variables, which the plots of `svg` refer to."""
+    """The palette as declarations of the CSS variables that the plots of `svg` use."""
     return " ".join(f"--{name}: {value};" for name, value in _VARIABLES.items())
 
 
@@ -94,9 +93,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @styled
 def svg(figure: Figure, alt: str) -> str:
-    """A figure as an <svg> element whose text is text, in the page's font, and whose colours are
-    CSS variables.
-    """
+    """A figure as an <svg> element with text in the page's font, colours as CSS variables."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()
@@ -205,7 +202,7 @@ def costs(flops: np.ndarray) -> Figure:
 
 @styled
 def keep_maps(keep: np.ndarray, grid: tuple[int, int] | None = None) -> Figure:
-    """Maps of how often each patch is kept, one a stage: [S, M] on a grid (h, w), by default square."""
+    """Maps [S, M] of how often each stage keeps each patch, on a grid (h, w), square by default."""
     grid = grid or (round(keep.shape[1] ** 0.5),) * 2
     columns = max(3, len(keep))  # fewer would be drawn larger than the other plots of a page
     figure, [panels] = _figure(0.8 + 1.2 * columns, 1.8, columns=columns)
@@ -229,7 +226,7 @@ def keep_maps(keep: np.ndarray, grid: tuple[int, int] | None = None) -> Figure:
 
 @styled
 def over_epochs(name: str, runs: Mapping[int, tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """One quantity over time; runs: {position of the run: (epochs, values)}, which sets the colour."""
+    """One quantity over time; runs: {position of the run, its colour: (epochs, values)}."""
     figure, [[axes]] = _figure(3.4, 2.1)
     for position, (epochs, values) in runs.items():
         marker = "o" if len(epochs) < 3 else None
@@ -242,9 +239,7 @@ def over_epochs(name: str, runs: Mapping[int, tuple[Sequence[float], Sequence[fl
 
 
 def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
-    """Points that no other one beats in cost (less is better) without losing in gain: indexes by
-    ascending cost.
-    """
+    """Points that none beats at equal or lower cost in gain: indexes by ascending cost."""
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
         if not front or gains[index] > gains[front[-1]]:
@@ -255,9 +250,7 @@ def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
 def _draw_budget(
     axes: Axes, where: tuple[float, float], point: dict, colour: str, named: bool
 ) -> None:
-    """A point of a sweep with its token keep ratio and a ring if it was trained so; the dense model
-    as a diamond.
-    """
+    """A point of a sweep with its ratio, ringed if trained; a diamond for the dense model."""
     if "token_keep_ratio" not in point:
         axes.plot(*where, "D", markersize=7, color=colour)
         text, below = "dense", True
@@ -286,7 +279,7 @@ def _draw_budget(
 
 
 class Scored(Protocol):
-    """What plots need to know of a task's measure."""
+    """The part of a task's measure that plots use."""
 
     key: str
     label: str
@@ -308,8 +301,7 @@ def budget_curve(
     dense: Mapping[int, dict | None],
     measure: Scored,
 ) -> Figure | None:
-    """A measure against operations (`axis` "exact" or "paper") or measured images/s; None where
-    nothing was measured.
+    """A measure against operations (`axis` "exact" or "paper") or images/s; None without points.
 
     curves: {position of the run: points of its sweep}; dense: the dense model's point of each run.
     """
@@ -321,9 +313,9 @@ def budget_curve(
     figure, [[axes]] = _figure(WIDTH, 3.1)
     drawn = False
     for run, points in curves.items():
-        known = [point for point in points if place(point) is not None]
+        placed = [point for point in points if place(point) is not None]
         reference = dense.get(run)
-        everything = list(known)
+        everything = list(placed)
         if reference and reference.get(measure.key) is not None and place(reference) is not None:
             everything.append(reference)
         drawn = drawn or bool(everything)
@@ -336,9 +328,8 @@ def budget_curve(
         colour = SERIES[run % len(SERIES)]
         axes.plot([where[i] for i in front], [values[i] for i in front], color=colour, zorder=1)
         for point, x, y in zip(everything, where, values, strict=True):
-            # Among several curves there is room for the names of the ends and of the trained budget
-            # only.
-            named = len(curves) == 1 or point.get("trained") or point in (known[0], known[-1])
+            # With several curves there is only room to name their ends and the trained budget.
+            named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
             _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
     _against(axes, measure, speed, axis)
@@ -347,11 +338,10 @@ def budget_curve(
 
 @styled
 def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | None:
-    """A measure of an ablation against operations (`axis` "flops") or measured images/s; None where
-    nothing is known.
+    """A measure of an ablation against operations (`axis` "flops") or images/s; None without data.
 
-    A mark and a bar at mean and standard deviation over the seeds, a dot for each run; the first
-    row is the dense model, whose value is drawn across.
+    A marker and a bar for mean and standard deviation over the seeds, a dot for each run; the first
+    row is the dense model, with a line across at its value.
     """
     drawn = [row for row in rows if row["n"] and row[axis] is not None]
     if not drawn:

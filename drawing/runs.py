@@ -1,4 +1,4 @@
-"""What a run left in its folder; files may be missing, and a log may end in the middle of a line."""
+"""A run's output folder; files may be missing, and a log may end in the middle of a line."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 @dataclass
 class RunFolder:
-    """What a run left in its folder; parts that are not there are None or empty."""
+    """What a run left in its folder; None or empty for missing parts."""
 
     name: str
     folder: Path
@@ -29,7 +29,7 @@ class RunFolder:
 
 
 def read_run(folder: Path, name: str, position: int) -> RunFolder:
-    """Read a run's folder. Raises UserError for a folder that is no run's."""
+    """Read a run's folder. Raises UserError if it is not one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     run = RunFolder(name, folder, position, {}, {}, [], None, None)
@@ -48,7 +48,7 @@ def read_run(folder: Path, name: str, position: int) -> RunFolder:
 
 
 def _read_object(run: RunFolder, name: str) -> dict[str, Any] | None:
-    """A JSON object of the run; None where it is missing or cannot be read, which is noted."""
+    """A JSON object of the run; None, with a note, if it is missing or unreadable."""
     path = run.folder / name
     if not path.exists():
         return None
@@ -64,9 +64,7 @@ def _read_object(run: RunFolder, name: str) -> dict[str, Any] | None:
 
 
 def _read_log(run: RunFolder) -> None:
-    """The epochs of log.txt in order, the last line of an epoch counting; unreadable lines are
-    noted.
-    """
+    """Read log.txt: epochs in order, each from its last line; unreadable lines are noted."""
     path = run.folder / "log.txt"
     if not path.exists():
         run.notes.append("no log.txt: nothing is known of its training")
@@ -81,8 +79,7 @@ def _read_log(run: RunFolder) -> None:
     if unreadable:
         run.notes.append(
             f"log.txt: {unreadable} {'line was' if unreadable == 1 else 'lines were'} cut off or "
-            "damaged "
-            "and left out"
+            "damaged and left out"
         )
     if not epochs:
         run.notes.append("log.txt holds no epoch")
@@ -90,7 +87,7 @@ def _read_log(run: RunFolder) -> None:
 
 
 def run_names(folders: list[Path]) -> list[str]:
-    """As much of the end of each path as tells the folders apart."""
+    """As much of the end of each path as it takes to distinguish the folders."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""Contact sheets: many images on few pages, each beside what the last stage left of it."""
+"""Contact sheets: many images on few pages, each next to what the last stage kept of it."""
 
 from pathlib import Path
 
@@ -16,9 +16,7 @@ MARGIN, CAPTION = 14, 34
 
 
 class ContactSheets:
-    """Pages `contact_sheet.png`, `contact_sheet_2.png`, ...: a page is written as soon as it is
-    full.
-    """
+    """Pages `contact_sheet.png`, `contact_sheet_2.png`, ..., each written once it is full."""
 
     def __init__(self, output: Path):
         self.output, self.pages, self.cells = output, 0, 0
@@ -28,7 +26,7 @@ class ContactSheets:
     def add(
         self, image: Image.Image, region: tuple[float, ...], model, report: ImageReport
     ) -> None:
-        """Put an image on the page: itself, what the last stage left, its class and its cost."""
+        """Add an image: itself, what the last stage kept of it, its class and its cost."""
         if self.cells == 0:
             size = (COLUMNS * self.width + MARGIN, ROWS * self.height + MARGIN)
             self._page = Image.new("RGB", size, rgb(PAPER))
@@ -43,7 +41,7 @@ class ContactSheets:
             self._write()
 
     def close(self) -> None:
-        """Write the last page, as long as its content."""
+        """Write the last page, cropped to its content."""
         if self.cells:
             rows = -(-self.cells // COLUMNS)
             columns = min(self.cells, COLUMNS)

@@ -1,1 +1,4 @@
-"""What `--eval` reports: scores, decisions, operations, throughput, budgets; a checkpoint on images of the user."""
+"""What `--eval` reports: scores, decisions, operations, throughput, token budgets.
+
+Also a checkpoint prepared for a user's own images (`inference`).
+"""

@@ -1,6 +1,4 @@
-"""What the runs of an ablation come to: means and spread over the seeds, speeds, `ablation.md`, CSV
-files and plots.
-"""
+"""The results of an ablation: mean and spread over seeds, speeds, `ablation.md`, CSV, plots."""
 
 import argparse
 import json
@@ -29,7 +27,7 @@ RECORD = "ablation.json"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training; `flags` are the words behind main.py, `args` what they mean."""
+    """One training; `flags` are the words after main.py, `args` what they parse to."""
 
     variant: str
     seed: int
@@ -43,7 +41,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a complete run says of itself in eval.json."""
+    """The content of a complete run's eval.json."""
 
     run: PlannedRun
     dynamic: dict[str, Any]
@@ -86,11 +84,9 @@ class Outcome:
 def measure_speeds(
     outcomes: Sequence[Outcome], dense_path: str, experiment: Experiment, seconds: float
 ) -> dict[str, Any]:
-    """Images/s of the dense model and of one run of each variant, all timed in turn on the same
-    batch.
+    """Images/s of the dense model and of one run per variant, timed in turn on the same batch.
 
-    A measurement of the same checkpoints under the same conditions that `ablation.json` holds is
-    taken from there.
+    An earlier measurement in `ablation.json` is reused if checkpoints and conditions are the same.
     """
     first = {outcome.variant: outcome for outcome in reversed(outcomes)}
     files = {DENSE: dense_path} | {name: str(outcome.checkpoint) for name, outcome in first.items()}
@@ -128,7 +124,7 @@ def summarise(
     speeds: Mapping[str, Any],
     measure: Measure,
 ) -> list[dict[str, Any]]:
-    """A row for the dense model and for each variant; None where nothing is known."""
+    """One row for the dense model and one per variant; None for what is unknown."""
     teacher, speed = outcomes[0].dense, speeds["images_per_s"]
     rows = [
         {
@@ -167,9 +163,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], measure: Measure, form: str) -> str:
-    """The rows for a reader, in one of tabulate's formats; changes and speeds are against the dense
-    model.
-    """
+    """The rows in one of tabulate's formats; changes and speeds are relative to the dense model."""
     dense = rows[0]
     headers = [
         "variant",
@@ -225,9 +219,7 @@ def write(
     task: Task,
     output: Path,
 ) -> None:
-    """`ablation.json`, `ablation.md`, a CSV file of the variants and one of the runs, and the
-    plots.
-    """
+    """Write `ablation.json`, `ablation.md`, CSV files of variants and runs, and the plots."""
     environment = describe_environment()
     write_json(
         output / RECORD,
@@ -294,22 +286,20 @@ def _document(
         "images/s: not measured"
         if not conditions["seconds"]
         else f"images/s: all models in turn on one batch of {conditions['batch_size']}, "
-        f"{conditions['device']}, "
-        f"{conditions['precision']}; of each variant its first seed"
+        f"{conditions['device']}, {conditions['precision']}; of each variant its first seed"
     )
     lines = [
         "# Ablation",
         "",
         table(rows, measure, "github"),
         "",
-        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over the "
-        "n seeds. Changes and images/s are against the dense teacher. Patches kept: after the last "
-        "stage. Scans kept: mean gate over layers and directions. `exact` counts "
-        "both scan directions, each with its own gate, and the routers.",
+        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over "
+        "the n seeds. Changes and images/s are against the dense teacher. Patches kept: after the "
+        "last stage. Scans kept: mean gate over layers and directions. `exact` counts both scan "
+        "directions, each with its own gate, and the routers.",
         "",
         f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
-        f"{about['epochs']}; seeds: "
-        f"{', '.join(map(str, about['seeds']))}",
+        f"{about['epochs']}; seeds: {', '.join(map(str, about['seeds']))}",
         f"* {timed}",
         "* " + ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",

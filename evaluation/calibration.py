@@ -2,9 +2,9 @@
 
 In training a gate is drawn: it is open with probability p = sigmoid(logit), and the budget holds
 for the mean of the draws. The paper then evaluates with p > 0.5, which keeps more (0.888 where 0.80
-was trained). Here one threshold for all gates is chosen on training images, shown as in evaluation.
-It opens the gates of which the routers are surest, and is stored in the checkpoint. Gates change
-what later routers read, so that the quantile is taken again until it holds.
+was trained). Here one threshold for all gates is chosen on training images, transformed as in
+evaluation. It opens the gates with the highest probabilities and is stored in the checkpoint. Gates
+change what later routers read, so the quantile is taken again until the share is met.
 
 Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this
 project's own.
@@ -25,16 +25,15 @@ from utils.precision import autocast
 
 PASSES = 8
 CLOSE_ENOUGH = 0.002
-GIVE_UP = 0.1  # farther from the target than that, the paper's threshold stays
+GIVE_UP = 0.1  # further than this from the target, the paper's threshold is used
 
 _logger = logging.getLogger(__name__)
 
 
 def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) -> dict[str, float]:
     """Choose and set the threshold of each model that routes; -> logits by name, to be stored.
-    Every rank must call it.
 
-    models: "model", and "ema" or None.
+    Every rank must call it. models: "model", and "ema" or None.
     """
     thresholds: dict[str, float] = {}
     for name, model in models.items():
@@ -58,8 +57,7 @@ def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) 
         )
         if not abs(kept - target) <= 0.01:
             _logger.warning(
-                "no threshold was found that comes closer: the routers hardly tell images and "
-                "layers apart"
+                "no threshold comes closer: the routers hardly tell images and layers apart"
             )
     return thresholds
 
@@ -67,9 +65,7 @@ def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) 
 def calibrate_model(
     model: VisionMamba, target: float, experiment: Experiment
 ) -> tuple[float, float]:
-    """Set the threshold at which the share of the scans that is kept comes closest to `target`; ->
-    its logit, the share.
-    """
+    """Set the threshold that keeps a share of scans nearest to `target`; -> its logit, share."""
     distributed, threshold = experiment.distributed, 0.0
     low, high, tried = -math.inf, math.inf, {}
     for _ in range(PASSES):
@@ -82,7 +78,7 @@ def calibrate_model(
         if abs(kept - target) <= CLOSE_ENOUGH:
             break
         low, high = (max(low, threshold), high) if kept > target else (low, min(high, threshold))
-        # A quantile outside of what is known already would go round in circles.
+        # A quantile outside of these bounds would repeat earlier thresholds.
         threshold = following if low < following < high else (low + high) / 2
         if not math.isfinite(threshold) or threshold in tried:
             break
@@ -95,9 +91,7 @@ def calibrate_model(
 
 @torch.no_grad()
 def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
-    """Logits of all gates on the calibration images of all ranks, in one long row on rank 0;
-    elsewhere empty.
-    """
+    """Logits of all gates on the calibration images of all ranks, flat, on rank 0; else empty."""
     distributed, recorded = experiment.distributed, []
     routers = [layer.mixer.block_head for layer in model.layers]
     handles = [

@@ -1,4 +1,4 @@
-"""The rows that tables of evaluations share. A column is what `summary.column` records of a model."""
+"""Rows shared by the tables of evaluations; a column is what `summary.column` returns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ Column = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity of a column, None where that lacks it; `change` words the step from one value to
-    another.
+    """A quantity of a column, None if it lacks it.
+
+    change: formats the step from one value to another.
     """
 
     label: str
@@ -25,7 +26,7 @@ class Row:
         return missing if value is None else self.format.format(value)
 
     def changed(self, before: Column | None, after: Column | None) -> str:
-        """How the value changes from one column to another; empty where there is nothing to say."""
+        """The change of the value between two columns; empty if there is nothing to compare."""
         if self.change is None or before is None or after is None:
             return ""
         values = self.read(before), self.read(after)
@@ -66,7 +67,7 @@ PARAMETERS = Row("parameters", lambda column: column.get("parameters"), "{:,}")
 
 
 def measure_rows(task: Task) -> list[Row]:
-    """The best measure, the same of the average of the weights, the other measures."""
+    """The best measure, the same for the averaged weights, the other measures."""
     best, *others = task.measures
     ema = Row(best.ema_label, lambda column: column.get(best.ema_key), best.format)
     return [measure_row(best), ema, *map(measure_row, others)]

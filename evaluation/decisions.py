@@ -1,5 +1,4 @@
-"""What a model decided over a whole data set, gathered in the evaluation pass: gates, costs, maps
-of kept patches.
+"""A model's decisions over a whole data set, collected during evaluation: gates, costs, keep maps.
 
 C classes, B images, M patches, S stages, N images of the data set.
 """
@@ -24,7 +23,7 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass
 class DecisionTotals:
-    """The decisions of a pass, over all ranks; parts that the model does not have are None."""
+    """The decisions of a pass over all ranks; None for parts that the model does not have."""
 
     class_names: list[str]
     images_per_class: np.ndarray  # [C]
@@ -36,7 +35,7 @@ class DecisionTotals:
     pruning_layers: tuple[int, ...]
 
     def write(self, folder: Path) -> None:
-        """The numbers as CSV and their plots as PNG."""
+        """Write the numbers as CSV and their plots as PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.gates is not None:
             self._write_gates(folder)
@@ -91,9 +90,9 @@ def _short(value: float) -> str:
 
 
 class DecisionMeter:
-    """Sums up the decisions of one evaluation pass; `compute` gives them as `decisions`, on rank 0.
+    """Sums up the decisions of one evaluation pass; `compute` returns `decisions` on rank 0.
 
-    labels: the class [B] of each image of a batch, None where images have none.
+    labels: the class [B] of each image of a batch, None if images have none.
     """
 
     def __init__(

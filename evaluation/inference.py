@@ -1,4 +1,4 @@
-"""A checkpoint made ready for images of the user: what visualize.py and predict.py share.
+"""A checkpoint prepared for a user's own images: what visualize.py and predict.py share.
 
 B images, C classes.
 """
@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build_parser(prog: str, description: str) -> arguments.OneLineParser:
-    """The flags that every tool for a checkpoint and images has."""
+    """The flags of every program that takes a checkpoint and images."""
     parser = arguments.OneLineParser(
         prog=prog,
         description=description,
@@ -49,8 +49,8 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument(
         "--class-names",
         metavar="FILE",
-        help="names of the classes by their index: a name a line, or "
-        "JSON (default: the checkpoint's; for 1000 classes without names ImageNet's)",
+        help="names of the classes by index: one per line, or JSON (default: the checkpoint's; for "
+        "1000 classes without names ImageNet's)",
     )
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
@@ -78,7 +78,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
 
 @dataclass
 class Predictor:
-    """A model in evaluation mode, with what is needed to show it images and to word its answers."""
+    """A model in evaluation mode, with what it takes to feed it images and name its answers."""
 
     model: VisionMamba
     task: Task
@@ -88,7 +88,7 @@ class Predictor:
 
     @classmethod
     def of(cls, model: VisionMamba, experiment: Experiment) -> "Predictor":
-        """A model of a run, for images in the same form as the run's data."""
+        """A run's model, for images transformed like the run's data."""
         names = experiment.data.class_names
         return cls(model, experiment.task, names, experiment.args, experiment.device)
 
@@ -99,9 +99,7 @@ class Predictor:
     def results(
         self, images: FileImages, bad_images: BadImages, shown: bool = True
     ) -> Iterator[tuple[Batch, Result]]:
-        """What the model makes of images, batch by batch; files that cannot be used are reported to
-        `bad_images`.
-        """
+        """The model's results, batch by batch; files that cannot be used go to `bad_images`."""
         batch_size = self.args.batch_size
         loader = EvalLoader(
             images,
@@ -124,9 +122,7 @@ class Predictor:
 
 
 def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Predictor:
-    """Parse flags and load `--model-path`; what the checkpoint records of itself replaces the
-    flags' defaults.
-    """
+    """Parse flags and load `--model-path`; its recorded arguments replace the flags' defaults."""
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
@@ -144,9 +140,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
 
 
 def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source: str) -> list[str]:
-    """Names of the classes: of the file that the user gave, of the checkpoint, of ImageNet, or
-    their numbers.
-    """
+    """Class names from the user's file, the checkpoint or ImageNet, or else numbers."""
     if file:
         names = _read_names(Path(file))
         if len(names) != count:
@@ -157,9 +151,9 @@ def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source
     imagenet = ImageNetInfo("imagenet-1k")
     names = checkpoint.get("class_names")
     if isinstance(names, (list, tuple)) and len(names) == count:
-        known = set(imagenet.label_names())  # n01440764, ...: the folders of ImageNet
+        wordnet_ids = set(imagenet.label_names())  # n01440764, ...: the folders of ImageNet
         return [
-            imagenet.label_name_to_description(name) if name in known else str(name)
+            imagenet.label_name_to_description(name) if name in wordnet_ids else str(name)
             for name in names
         ]
     if count == imagenet.num_classes():
@@ -172,7 +166,7 @@ def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source
 
 
 def _read_names(path: Path) -> list[str]:
-    """A name a line, a JSON list, or a JSON object {"0": name, "1": [id, name], ...}."""
+    """One name per line, a JSON list, or a JSON object {"0": name, "1": [id, name], ...}."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -199,8 +193,9 @@ def _read_names(path: Path) -> list[str]:
 
 
 def find_images(paths: Sequence[str]) -> FileImages:
-    """The files named, and the images in the folders named and below. Raises UserError for a folder
-    without any.
+    """The named files, and all images below the named folders.
+
+    Raises UserError for a folder without images.
     """
     files: list[str] = []
     for path in paths:

@@ -17,14 +17,14 @@ from utils.files import atomic_file
 
 
 def dense_flops(predictor: Predictor) -> float:
-    """`exact` operations of the dense counterpart, which need its sizes alone."""
+    """`exact` operations of the dense counterpart; only its sizes matter, not its weights."""
     spec = ModelSpec.from_args(predictor.args).dense()
     with torch.device("meta"):
         return count_flops(predictor.task.model(spec, len(predictor.class_names))).exact
 
 
 def explain(predictor: Predictor, result: Result, names: list[str]) -> list[ImageReport]:
-    """What a result says of each image of its batch."""
+    """A report of each image of a batch from its result."""
     model = predictor.model
     dense = dense_flops(predictor)
     flops = exact_per_image(model, result.gates).tolist()
@@ -52,7 +52,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4) -> None:
-    """Strips of validation images spread over the data set, `sample1.png`, ...; none for a stream."""
+    """Strips `sample1.png`, ... of evenly spread validation images; none for a stream."""
     if data.val is None:
         return
     transform = eval_transform(predictor.args, predictor.img_size)
@@ -61,7 +61,7 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
         index = (2 * number + 1) * len(data.val) // (2 * count)
         try:
             image, target = data.val.load(index)
-        except BadImageError:  # the evaluation has named it, or ended there
+        except BadImageError:  # the evaluation has reported it, or ended there
             continue
         name = f"sample {number + 1}"
         label = predictor.task.name_of(target, data.class_names)

@@ -1,5 +1,6 @@
-"""What `--eval` reports: the task's measures, operations in both conventions, real throughput;
-`eval.json` and a table.
+"""What `--eval` reports: measures, operations in both conventions, measured throughput.
+
+It goes to `eval.json` and to a table on the screen.
 """
 
 import logging
@@ -38,14 +39,16 @@ def evaluate_all(
     experiment: Experiment,
     meters: Sequence[Meter] = (),
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Evaluate a model, the average of its weights and its dense counterpart; -> the content of
-    eval.json on rank 0, all values of the model.
+    """Evaluate a model, its EMA and its dense counterpart.
 
     Args:
         model: dense or dynamic.
-        dense: the dense counterpart of a dynamic model; `dense_trained` False: its weights are not
-            known, and only its operations, parameters and throughput are reported.
-        meters: further ones that watch the model's pass.
+        dense: the dense counterpart of a dynamic model; without `dense_trained` its weights are
+            unknown, and only its operations, parameters and throughput are reported.
+        meters: additional ones for the model's pass.
+
+    Returns:
+        The content of eval.json on rank 0, else None; all values of the model.
     """
     values = validate(model, experiment, "evaluation", meters)
     best, ema_best = experiment.task.best, None
@@ -78,7 +81,7 @@ def evaluate_all(
 def column(
     model: VisionMamba, task: Task, values: Mapping[str, Any] | None, images_per_s: float | None
 ) -> dict[str, Any]:
-    """What is reported of one model; without `values` what is known without its weights."""
+    """What is reported of one model; without `values`, what does not depend on its weights."""
     flops = count_flops(model, values["gates"] if values else None)
     scores = {m.key: values[m.key] for m in task.measures} if values else {}
     return scores | {
@@ -89,7 +92,7 @@ def column(
 
 
 def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dynamic model's column has beyond a dense one's."""
+    """What a dynamic model's column has in addition to a dense one's."""
     kept = {"keep": values["keep"], "gates": values["gates"]}
     if model.route_blocks:
         kept["gate_threshold"] = sigmoid(model.gate_threshold)
@@ -111,9 +114,7 @@ def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any
 def forward_speeds(
     models: Mapping[Hashable, Callable[[Tensor], Result]], experiment: Experiment, seconds: float
 ) -> dict[Hashable, float | None]:
-    """Images/s of each model on the same validation images, by this process alone; None when
-    `seconds` is 0.
-    """
+    """Images/s of each model on the same validation images, in this process; None if 0 s."""
     if not seconds:
         return dict.fromkeys(models)
     images = next(iter(experiment.data.val_batches())).images.to(experiment.device)
@@ -167,9 +168,7 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
-    """Picture [H, W, 3] of validation images with dropped patches dimmed; None when the model drops
-    none.
-    """
+    """Picture [H, W, 3] of validation images, dropped patches dimmed; None if none are dropped."""
     if not model.pruning_layers:
         return None
     images = next(iter(experiment.data.val_batches())).images[:count]

@@ -1,8 +1,9 @@
-"""Accuracy, operations and speed of one checkpoint at several token budgets: `main.py --eval
---sweep 0.5:1.0:0.1`.
+"""Accuracy, operations and speed of one checkpoint at several token budgets (`--sweep`).
+
+    python main.py --eval --sweep 0.5:1.0:0.1 --model-path CKPT --output_dir DIR
 
 Gates stay as trained; a budget r keeps r^j of the patches after stage j. `sweep.json` is written
-after every budget, and a sweep that was interrupted goes on from there.
+after every budget, and an interrupted sweep resumes from it.
 """
 
 import json
@@ -31,13 +32,12 @@ _logger = logging.getLogger(__name__)
 def run_sweep(
     model: VisionMamba, dense: VisionMamba | None, trained: float | None, experiment: Experiment
 ) -> dict[str, Any] | None:
-    """Evaluate `model` at each token keep ratio of `--sweep`; -> the content of sweep.json on
-    rank 0.
+    """Evaluate `model` at each token keep ratio of `--sweep`; -> content of sweep.json on rank 0.
 
     Args:
-        dense: the dense counterpart with its weights; None: unknown, and its operations and speed
-            alone are reported.
-        trained: the token keep ratio that the checkpoint was trained at, where that is known.
+        dense: the dense counterpart with its weights; None: unknown, and only its operations and
+            speed are reported.
+        trained: the token keep ratio that the checkpoint was trained with, if known.
     """
     task, distributed, dynamic = experiment.task, experiment.distributed, experiment.spec.dynamic
     ratios = experiment.args.sweep if dynamic else []
@@ -48,7 +48,7 @@ def run_sweep(
             experiment.args.model_path,
         )
     record = _start(model, experiment)
-    # Rank 0 alone reads the file, and all ranks must skip the same budgets.
+    # Only rank 0 reads the file, and all ranks must skip the same budgets.
     done = [float(distributed.is_main and point_of(record, ratio) is not None) for ratio in ratios]
     done = distributed.all_reduce_sum(done).tolist()
     missing = [ratio for ratio, is_done in zip(ratios, done, strict=True) if not is_done]
@@ -82,14 +82,12 @@ def run_sweep(
 
 
 def point_of(record: dict[str, Any], ratio: float) -> dict[str, Any] | None:
-    """The point of a sweep at a token keep ratio; None where it has none."""
+    """The point of a sweep at a token keep ratio, or None."""
     return next((point for point in record["points"] if point["token_keep_ratio"] == ratio), None)
 
 
 def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
-    """The record of an interrupted sweep of the same checkpoint under the same conditions, or an
-    empty one.
-    """
+    """The record of an interrupted sweep under the same conditions, or else an empty one."""
     args = experiment.args
     conditions = {
         "checkpoint_sha256": sha256_of(args.model_path),
@@ -124,9 +122,7 @@ def _measure_speeds(
     ratios: list[float],
     experiment: Experiment,
 ) -> None:
-    """Images/s at every budget and of the dense model, all measured in turn so that noise does not
-    order them.
-    """
+    """Images/s at every budget and of the dense model, in turn, so that noise affects all alike."""
     points = {ratio: point_of(record, ratio) for ratio in ratios} | {DENSE: record["dense"]}
     if all(point["images_per_s"] for point in points.values()):
         return
@@ -142,9 +138,7 @@ def _measure_speeds(
 
 
 def _at_budget(model: DynamicVisionMamba, ratio: float):
-    """The model as a function of images at a token keep ratio; the weights are those of `model`
-    itself.
-    """
+    """The model at a token keep ratio as a function of images; it shares the weights of `model`."""
 
     def forward(images):
         model.set_token_keep(ratio)
@@ -159,7 +153,7 @@ def _save(record: dict[str, Any], experiment: Experiment) -> None:
 
 
 def _write(record: dict[str, Any], task: Task, output: Path) -> None:
-    """The points as CSV and their plots."""
+    """Write the points as CSV and their plots."""
     keys = [measure.key for measure in task.measures]
     header = ["token_keep_ratio", "trained", *keys, "paper_flops", "exact_flops", "images_per_s"]
     write_csv(

@@ -1,3 +1,1 @@
-"""What lies between a file and a batch: decoding, transforms, order, workers. `datasets.py` puts it
-together.
-"""
+"""From a file to a batch: decoding, transforms, order, workers. `datasets.py` combines them."""

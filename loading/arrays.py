@@ -17,9 +17,7 @@ DEBIAN_FMNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def digits(_path: Path | None, split: str) -> ImageSet:
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; a fixed stratified fifth of them is
-    for validation.
-    """
+    """scikit-learn's 1797 digits of 8 x 8 pixels; a fixed stratified fifth is for validation."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -44,9 +42,7 @@ def fashion_mnist(path: Path | None, split: str) -> ImageSet:
 
 
 def _read_idx(path: Path | None, name: str) -> np.ndarray:
-    """Reads an idx file of bytes, packed or not, from Debian's folder or torchvision's layout below
-    `path`.
-    """
+    """Read an idx file of bytes, gzipped or not, from Debian's folder or torchvision's layout."""
     folders = (
         [DEBIAN_FMNIST] if path is None else [path, path / "raw", path / "FashionMNIST" / "raw"]
     )
@@ -55,8 +51,7 @@ def _read_idx(path: Path | None, name: str) -> np.ndarray:
     if file is None:
         raise UserError(
             f"FMNIST: no {name}[.gz] in {printable(str(folders[0]))}; install Debian's "
-            "dataset-fashion-mnist "
-            "or give --data-path with torchvision's FashionMNIST/raw"
+            "dataset-fashion-mnist or give --data-path with torchvision's FashionMNIST/raw"
         )
     try:
         content = (gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())
@@ -72,7 +67,7 @@ def cifar(data_set: type, path: Path, split: str) -> ImageSet:
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(
             f"{data_set.__name__}: not found or damaged in {printable(str(path))} "
-            f"({first_line(error)}); "
-            f"unpack the python version there, so that it holds {data_set.base_folder}/"
+            f"({first_line(error)}); unpack the python version there, so that it holds "
+            f"{data_set.base_folder}/"
         ) from None
     return ArrayImages(data.data, data.targets, data.classes, f"{data_set.__name__} {split}")

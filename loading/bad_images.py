@@ -1,4 +1,4 @@
-"""What becomes of images that cannot be used."""
+"""The two ways to treat images that cannot be used: stop, or skip and list them."""
 
 from pathlib import Path
 
@@ -7,16 +7,14 @@ from utils.files import atomic_file
 
 
 class BadImages:
-    """What becomes of images that cannot be decoded: `policy` "stop" raises, "skip" collects them
-    in `found`.
-    """
+    """Images that cannot be decoded: policy "stop" raises, "skip" collects them in `found`."""
 
     def __init__(self, policy: str):
         self.policy = policy
         self.found: dict[str, str] = {}  # name -> reason
 
     def report(self, problems: list[tuple[str, str]]) -> None:
-        """Raises `UserError` for the first problem under "stop"; takes note of all under "skip"."""
+        """Raise `UserError` for the first problem under "stop"; record all of them under "skip"."""
         if problems and self.policy == "stop":
             name, reason = problems[0]
             raise UserError(
@@ -26,22 +24,21 @@ class BadImages:
         self.found.update(problems)
 
     def write(self, path: str | Path) -> list[str]:
-        """Lists the images found, a line each, added to those that `path` lists already; -> its
-        lines.
+        """Add the images found to the list in `path`, one per line; -> all its lines.
 
-        Nothing found, no file.
+        Without images found, no file is written.
         """
         path = Path(path)
         try:
-            known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         except OSError as error:
             raise UserError(
                 f"{path}: cannot read the list of bad images: {error.strerror}"
             ) from None
         lines = list(
-            dict.fromkeys(known + [f"{name}: {reason}" for name, reason in self.found.items()])
+            dict.fromkeys(earlier + [f"{name}: {reason}" for name, reason in self.found.items()])
         )
-        if lines != known:
+        if lines != earlier:
             with atomic_file(path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
         return lines

@@ -1,4 +1,4 @@
-"""A data set ready for one process: its two splits, checked against each other, with their loaders."""
+"""A data set ready for one process: two splits, checked against each other, and their loaders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +19,12 @@ CALIBRATION_IMAGES = 2048
 class Data:
     """A data set ready for one rank.
 
-    `class_names` is empty where the data set has no classes. `train` and `val` are the image sets,
-    None where the images are streamed by timm (`train` also in evaluation). `num_val` counts the
-    validation images of all ranks, unusable ones included; None if a stream does not tell.
-    `bad_images` has the images left out so far on this rank; `bad_images.write(path)` lists them.
+    `class_names` is empty if the data set has no classes. `train` and `val` are the image sets,
+    None if timm streams the images (`train` also in evaluation). `num_val` counts the validation
+    images of all ranks, including unusable ones; None for a stream of unknown length. `bad_images`
+    holds the images skipped so far on this rank; `bad_images.write(path)` lists them.
+    `calibration_loader` reads a fixed part of `train`, transformed as in evaluation; None for a
+    stream.
     """
 
     class_names: list[str]
@@ -32,9 +34,7 @@ class Data:
     train_loader: TrainLoader | None
     val_loader: EvalLoader
     bad_images: BadImages = field(repr=False)
-    calibration_loader: EvalLoader | None = (
-        None  # a part of `train`, shown as in evaluation; a stream has none
-    )
+    calibration_loader: EvalLoader | None = None
 
     @property
     def num_classes(self) -> int:
@@ -45,11 +45,11 @@ class Data:
         return self.train_loader.steps_per_epoch
 
     def train_batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The training batches of an epoch from `start_step` on: full ones, the same for any number
-        of workers.
+        """The full training batches of an epoch from `start_step` on.
 
-        Order and augmentation depend on the seed, the epoch and the step alone. A stream must read
-        on to `start_step` and depends on the number of workers too.
+        Order and augmentation depend only on the seed, the epoch and the step, for any number of
+        workers. A stream depends on the number of workers too, and has to be read up to
+        `start_step`.
 
         Raises:
             UserError: an unusable image under `--bad-images stop`; a worker died.
@@ -57,8 +57,7 @@ class Data:
         return self.train_loader.batches(epoch, start_step)
 
     def val_batches(self) -> Iterator[Batch]:
-        """The validation batches of this rank. Over all ranks, each usable image appears once; a
-        rank may have none.
+        """The validation batches of this rank, perhaps none; each usable image is on one rank only.
 
         Raises:
             UserError: as in `train_batches`.
@@ -66,11 +65,11 @@ class Data:
         return self.val_loader.batches()
 
     def list_bad_images(self, output_dir: str | Path, rank: int) -> list[str]:
-        """Write down the images that `--bad-images skip` has left out on this rank; -> all lines."""
+        """Write the list of this rank's images skipped under `--bad-images skip`; -> its lines."""
         return self.bad_images.write(Path(output_dir) / f"bad_images_rank{rank}.txt")
 
     def describe(self, indices, split: str = "train") -> list[str]:
-        """File names (or the like) of a batch's `indices`, each on one line."""
+        """File names, or descriptions, of a batch's `indices`, each on one line."""
         images = self.train if split == "train" else self.val
         return [
             "streamed image" if images is None else images.describe(int(index)) for index in indices
@@ -80,7 +79,7 @@ class Data:
 def assemble(
     options: DataOptions, transforms: Transforms, train: ImageSet | None, val: ImageSet
 ) -> Data:
-    """Joins two image sets, checked against each other, with their loaders."""
+    """Check two image sets against each other and add their loaders."""
     bad_images = BadImages(options.bad_images)
     train_loader = calibration_loader = None
     if train is not None:

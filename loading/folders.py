@@ -1,4 +1,4 @@
-"""Image sets out of folders: a folder per class, and iNaturalist's listings."""
+"""Image sets from folders: one folder per class, and iNaturalist's listings."""
 
 import json
 import os
@@ -12,9 +12,7 @@ from .images import FileImages, ImageSet
 
 
 def image_folders(path: Path, split: str) -> ImageSet:
-    """A folder per split and in it a folder per class; classes and images in the order of
-    torchvision's ImageFolder.
-    """
+    """One folder per split and class, in the order of torchvision's ImageFolder."""
     root = path / split
     if not root.is_dir():
         there = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in path.iterdir())[:5]
@@ -27,11 +25,11 @@ def image_folders(path: Path, split: str) -> ImageSet:
         raise UserError(f"{printable(str(root))}: no class folders in it")
     paths, labels, empty = [], [], []
     for label, name in enumerate(classes):
-        found = list_images(root / name)
-        if not found:
+        files = list_images(root / name)
+        if not files:
             empty.append(printable(name))
-        paths += [os.path.relpath(file, root) for file in found]
-        labels += [label] * len(found)
+        paths += [os.path.relpath(file, root) for file in files]
+        labels += [label] * len(files)
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise UserError(f"{printable(str(root))}: no images in class {', '.join(empty[:5])}{more}")
@@ -39,25 +37,22 @@ def image_folders(path: Path, split: str) -> ImageSet:
 
 
 def list_images(top: Path) -> list[str]:
-    """Image files below `top`. Links are followed, each folder once: a link to a folder above it
-    ends nothing.
-    """
-    seen, found = set(), []
+    """Image files below `top`. Links are followed, but each folder is visited only once."""
+    seen, files = set(), []
     for root, folders, names in os.walk(top, followlinks=True):
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        found += [(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return [os.path.join(root, name) for root, name in sorted(found)]
+        files += [(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return [os.path.join(root, name) for root, name in sorted(files)]
 
 
 def inaturalist(year: int, path: Path, split: str) -> ImageSet:
-    """DeiT's layout (train2018.json, val2018.json, ...), or folders per split and class where there
-    is no such file.
+    """DeiT's layout (train2018.json, ...), or one folder per split and class without such a file.
 
-    As in DeiT, classes are numbered in the order in which the training annotations first name them.
+    As in DeiT, classes are numbered by their first appearance in the training annotations.
     """
     listing, train_listing = path / f"{split}{year}.json", path / f"train{year}.json"
     if not listing.is_file():
@@ -87,9 +82,7 @@ def inaturalist(year: int, path: Path, split: str) -> ImageSet:
 
 
 def _inaturalist_file(path: Path, name: str) -> str:
-    """DeiT keeps the images without the folder of the super-category: train_val2018/Aves/2820/x.jpg
-    loses Aves.
-    """
+    """DeiT's path of an image, without its super-category: train_val2018/Aves/2820/x.jpg."""
     parts = name.split("/")
     return name if len(parts) < 4 or (path / name).exists() else "/".join([parts[0], *parts[2:]])
 

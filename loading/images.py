@@ -1,7 +1,7 @@
-"""Examples by number, and the careful opening of image files.
+"""Examples by number, and defensive decoding of image files.
 
-An image set holds what the training needs to know of one split: how many examples, how to load one,
-and what to call it in a message. A file that cannot be used raises `BadImageError` and nothing else.
+An image set holds what training needs to know of one split: how many examples, how to load one, and
+its name in a message. For a file that cannot be used it raises only `BadImageError`.
 """
 
 import io
@@ -21,8 +21,8 @@ from utils.errors import printable
 MAX_PIXELS = 80_000_000
 # Resizing the shorter side to 256 makes a strip of 1 x 30,000 pixels 2 billion pixels large.
 MAX_ASPECT_RATIO = 100
-# What Pillow may try, whatever the file is called. Other decoders (EPS starts ghostscript) have no
-# business here.
+# The decoders that Pillow may try, whatever the file's name. Others are risky (EPS runs
+# ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 
@@ -31,16 +31,16 @@ class BadImageError(Exception):
 
 
 def decode_image(file: BinaryIO) -> Image.Image:
-    """Decodes an image file to 8-bit RGB, or raises `BadImageError`.
+    """Decode an image file to 8-bit RGB, or raise `BadImageError`.
 
-    The EXIF orientation is applied, so that an image lies as a viewer shows it. Transparency is
-    dropped, as torchvision's loader does: a transparent pixel shows the colour stored below. 16-bit
-    grey keeps its upper 8 bits. Of several frames the first counts.
+    The EXIF orientation is applied, so that an image is upright as in a viewer. Transparency is
+    dropped, as in torchvision's loader: a transparent pixel shows the colour stored below. 16-bit
+    grey keeps its upper 8 bits. Of several frames the first is used.
     """
     try:
         with warnings.catch_warnings():
-            # Odd metadata would be told once an image and worker. Our own limit is below Pillow's
-            # for a warning.
+            # Pillow would warn of odd metadata once per image and worker. Our own size limit is
+            # below the one at which it warns.
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=FORMATS)
             _check_size(*image.size)
@@ -57,7 +57,7 @@ def decode_image(file: BinaryIO) -> Image.Image:
 
 
 def read_image(path: bytes | str) -> Image.Image:
-    """Opens and decodes the file at `path` to 8-bit RGB, or raises `BadImageError`."""
+    """Open and decode the file at `path` to 8-bit RGB, or raise `BadImageError`."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -86,7 +86,7 @@ def _check_size(width: int, height: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except Exception:  # the pixels may be fine although the EXIF block is damaged
         return image
 
 
@@ -104,8 +104,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Example(NamedTuple):
-    """What a transform is called with: an image (or clip), and the target in any form that the
-    transforms of its task take, such as an int, a tensor or a `torchvision.tv_tensors.Mask`.
+    """What a transform is called with.
+
+    image: an image or clip; target: whatever the transforms of its task take, such as an int, a
+    tensor or a `torchvision.tv_tensors.Mask`.
     """
 
     image: Any
@@ -115,8 +117,8 @@ class Example(NamedTuple):
 class ImageSet:
     """One split of a data set. Subclasses load and describe its examples.
 
-    `labels` [N] int64 serve to choose parts that hold every class in its share, and are None where
-    examples have no class. `classes` names the classes by index; a set without classes has none.
+    `labels` [N] int64 are used to choose stratified parts; None if examples have no class.
+    `classes` names the classes by index; empty for a set without classes.
     """
 
     def __init__(self, labels=None, classes: Sequence[str] = ()):
@@ -124,13 +126,13 @@ class ImageSet:
         self.classes = [printable(str(name)) for name in classes]
 
     def __len__(self) -> int:
-        """The number of examples; a set without labels must say it itself."""
+        """The number of examples; a set without labels must override it."""
         if self.labels is None:
             raise NotImplementedError
         return len(self.labels)
 
     def load(self, index: int) -> Example:
-        """Raises `BadImageError`. Random numbers drawn here are repeatable, as in a transform."""
+        """Raises `BadImageError`. Random numbers drawn here are reproducible, as in a transform."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:
@@ -139,7 +141,7 @@ class ImageSet:
 
 
 class LabelledImages(ImageSet):
-    """Images of one class each, which is their target: an int. Subclasses load the image alone."""
+    """Images with one class each, an int, as their target. Subclasses only load the image."""
 
     def load_image(self, index: int) -> Image.Image:
         """The image as 8-bit RGB. Raises `BadImageError`."""
@@ -167,7 +169,7 @@ class FileImages(LabelledImages):
     """Images in files below `root`; `paths` are relative to it.
 
     The paths are kept in one array of bytes: a list of a million strings would be copied to every
-    worker, as each look at a string writes its reference count.
+    worker, since each access to a string writes its reference count.
     """
 
     def __init__(self, root: str, paths: list[str], labels, classes: list[str]):
@@ -220,35 +222,30 @@ class SubsetImages(ImageSet):
 
 
 def fixed_part(images: ImageSet, count: int) -> SubsetImages:
-    """`count` examples, the same ones on every machine: of every class its share, or without labels
-    spread evenly over the set.
-    """
+    """`count` examples, the same on every machine: stratified by class, or else evenly spread."""
     if images.labels is None:
         return SubsetImages(images, spread_choice(len(images), count))
     return SubsetImages(images, stratified_choice(images.labels, count))
 
 
 def spread_choice(total: int, count: int) -> np.ndarray:
-    """`count` sorted indices below `total`, a random one out of each of as many equal stretches."""
+    """`count` sorted indices below `total`, one drawn from each of `count` equal stretches."""
     edges = np.arange(count + 1) * total // count
     draws = np.random.RandomState(0).random_sample(count)
     return edges[:-1] + np.floor(draws * np.diff(edges)).astype(np.int64)
 
 
 def stratified_choice(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` sorted indices in which every class has its share of `labels` [N]; the same ones on
-    every machine.
+    """`count` sorted indices with every class in its share of `labels` [N], on every machine alike.
 
-    Shares are rounded by largest remainder, ties going to the smaller class index.
+    Shares are rounded by largest remainder; ties go to the smaller class index.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * count / len(labels)
     taken = np.floor(shares).astype(np.int64)
     by_remainder = np.argsort(taken - shares, kind="stable")
     taken[by_remainder[: count - taken.sum()]] += 1
-    generator = np.random.RandomState(
-        0
-    )  # the one generator of numpy whose sequence is promised to stay
+    generator = np.random.RandomState(0)  # numpy guarantees its sequence across versions
     chosen = [
         generator.permutation(np.flatnonzero(labels == label))[:number]
         for label, number in zip(classes, taken, strict=True)

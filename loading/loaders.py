@@ -20,18 +20,18 @@ from .options import DataOptions
 from .samplers import EvalBatchSampler, TrainBatchSampler
 from .transforms import Transform
 
-# How many images in a row may be unusable before `--bad-images skip` believes that the whole data
-# set is.
+# So many unusable images in a row mean that the data set is broken, even with `--bad-images skip`.
 MAX_REPLACEMENTS = 100
-# How torch's RuntimeError begins when a worker is gone. A signal handler raises it, so that it can
+# The start of torch's RuntimeError about a dead worker. It is raised by a signal handler, so it can
 # also appear in the middle of a training step.
 WORKER_DIED = "DataLoader worker (pid"
 
 
 class Batch(NamedTuple):
-    """images [B, 3, H, W] float32 (clips: [B, 3, T, H, W]), normalised; targets [B, ...]: classes
-    [B] int64, or whatever the transforms make of the targets; indices [B] int64, for
-    `Data.describe`.
+    """images [B, 3, H, W] float32 (clips: [B, 3, T, H, W]), normalised; indices [B] int64.
+
+    targets [B, ...]: classes [B] int64, or whatever the transforms make of the targets. The indices
+    are for `Data.describe`.
     """
 
     images: Tensor
@@ -40,10 +40,10 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a worker makes of one example; `image` is None if there was none.
+    """A worker's result for one example; `image` is None if there is none.
 
-    Errors are told, not raised: an exception would come out of a worker process as a trace.
-    `problems` has a (name, reason) for each unusable image, which `BadImages` judges; `failure`
+    Errors are passed on, not raised: an exception would leave a worker process as a stack trace.
+    `problems` has a (name, reason) for each unusable image, to be judged by `BadImages`; `failure`
     ends the run in any case.
     """
 
@@ -55,9 +55,7 @@ class Sample(NamedTuple):
 
 
 def transformed(transform: Transform, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-    """What a transform makes of an example, as plain tensors; Python's numbers become int64 or
-    float32.
-    """
+    """A transformed example as plain tensors; Python numbers become int64 or float32."""
     image, target = transform(image, target)
     return _plain(image), _plain(target)
 
@@ -67,8 +65,9 @@ def _plain(value: Any) -> Tensor:
 
 
 class Samples(Dataset):
-    """Transformed examples of a set, by (index, seed). With `replace`, an unusable one gives way to
-    the next one.
+    """Transformed examples of a set, by (index, seed).
+
+    With `replace`, an unusable example is replaced by the next one.
     """
 
     def __init__(self, images: ImageSet, transform: Transform, replace: bool):
@@ -94,7 +93,7 @@ class Samples(Dataset):
 
 
 class WorkerBatch(NamedTuple):
-    """A `Batch` of the usable examples on its way from a worker, with what became of the others."""
+    """A `Batch` of the usable examples on its way from a worker, and the others' problems."""
 
     images: Tensor
     targets: Tensor
@@ -115,11 +114,12 @@ def collate(samples: list[Sample]) -> WorkerBatch:
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A scheduler that preempts a job signals all its processes, and workers must serve the step
-    that is finished.
+    """Let a worker end only when its parent ends it.
 
-    SIGTERM still ends a worker when its own parent sends it. A thread looks at the sender, for a
-    handler is not told; all other threads have the signal blocked since `_start` forked them.
+    A scheduler that preempts a job signals all its processes, but the workers must serve the step
+    in progress. SIGTERM still ends a worker if its own parent sends it: a thread looks at the
+    sender, which a handler does not learn; all other threads have the signal blocked since `_start`
+    forked them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -133,8 +133,9 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """iter(loader), whose workers start with SIGTERM blocked: torch has made threads there before
-    any code of ours.
+    """iter(loader), with SIGTERM blocked in its workers from the start.
+
+    Later is too late: torch starts threads in a worker before any code of ours runs.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -146,8 +147,8 @@ def _start(loader: DataLoader) -> Iterator:
 def loader_arguments(options: DataOptions) -> dict[str, Any]:
     """The arguments of DataLoader that all loaders share.
 
-    Its own generator: a loader draws a number at each start, which must not shift the random
-    numbers of the model.
+    With a generator of its own: a loader draws a number at each start, which must not shift the
+    random numbers of the model.
     """
     return {
         "collate_fn": collate,
@@ -158,8 +159,9 @@ def loader_arguments(options: DataOptions) -> dict[str, Any]:
 
 
 def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
-    """The batches that hold any image. Whatever goes wrong in a worker, and a worker that dies, is
-    one `UserError`.
+    """The batches that hold any image.
+
+    Raises UserError for whatever goes wrong in a worker, and for a worker that dies.
     """
     try:
         try:
@@ -170,10 +172,10 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
                 if len(indices):
                     yield Batch(images, targets, indices)
         except (OSError, EOFError) as error:
-            if str(error).startswith("Caught "):  # raised by a worker that lives, with its trace
+            if str(error).startswith("Caught "):  # from a live worker, with its stack trace
                 raise
-            # A batch of a worker that died cannot be fetched, and torch's handler of SIGCHLD is
-            # about to say why.
+            # The batch of a dead worker cannot be fetched; torch's handler of SIGCHLD is about to
+            # raise the reason.
             time.sleep(1)
             raise UserError(
                 f"reading the data failed: a worker process is gone ({error!r})"
@@ -231,9 +233,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The validation batches of this rank: over all ranks every usable image once, on one rank
-    perhaps none.
-    """
+    """The validation batches of this rank, perhaps none; each usable image is on one rank only."""
 
     def __init__(
         self, images: ImageSet, transform: Transform, options: DataOptions, bad_images: BadImages

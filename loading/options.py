@@ -1,4 +1,4 @@
-"""How a data set is read, as one value made once from the flags."""
+"""How a data set is read, as one value built once from the flags."""
 
 import argparse
 import os
@@ -11,13 +11,12 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The flags of the group "data" under their names and with their defaults, and what a task and
-    the processes add.
+    """The flags of the group "data", by name and with their defaults, and additions of the task.
 
-    `seed` decides on the order of the training images and on their augmentation. `subset` is a
+    `seed` determines the order of the training images and their augmentation. `subset` is a
     fraction (float) or a number of images (int). `rank` of `world_size` processes.
-    `eval_batch_size` is for a task that cannot evaluate `batch_size` at once, such as one whose
-    images differ in size.
+    `eval_batch_size` is for a task that cannot evaluate `batch_size` images at once, such as one
+    whose images differ in size.
     """
 
     data_set: str = "DIGITS"

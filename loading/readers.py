@@ -1,19 +1,19 @@
-"""Data sets that timm reads: WebDataset shards (`wds/`), Hugging Face (`hfds/`, `hfids/`),
-TensorFlow (`tfds/`).
+"""Data sets that timm reads: WebDataset (`wds/`), Hugging Face (`hfds/`, `hfids/`), `tfds/`.
 
-All but `hfds/` are streams: images come in the order of the shards and have no number.
+All but `hfds/` are streams: images come in the order of the shards and have no index.
 
-    python main.py --data-set wds/birds --data-path shards --train-split 'birds-train-{000..063}.tar|80000' \\
+    python main.py --data-set wds/birds --data-path shards \\
+        --train-split 'birds-train-{000..063}.tar|80000' \\
         --val-split 'birds-val-{000..007}.tar|10000'
 
 The splits are names if the folder of the shards has timm's `_info.json`. The number of classes is
 its `num_classes` (or the length of its `class_names`); without it, the labels in the shards are
 read once.
 
-What differs from other data sets: timm decodes (EXIF orientation is not applied, 16-bit grey is
+Differences from other data sets: timm decodes (EXIF orientation is not applied, 16-bit grey is
 clipped, and Pillow's own size limit holds); `--subset` and `--repeated-aug` are not available; an
 epoch depends on the number of workers too, and timm fills it up to whole batches for each worker;
-resuming within an epoch reads on to the step; in evaluation every rank reads all shards and keeps
+resuming within an epoch reads up to the step; in evaluation every rank reads all shards and keeps
 its share, so that each image counts once.
 """
 
@@ -70,11 +70,10 @@ def build_timm_data(options: DataOptions, transforms: Transforms, train: bool) -
 
 
 class Stream(IterableDataset):
-    """Lists of samples, a batch each, from a timm reader; what timm leaves out is told in the
-    samples.
+    """Lists of samples, one per batch, from a timm reader; the samples carry what timm left out.
 
-    In training every batch is full; `epoch` is to be set before iterating. In evaluation the images
-    are dealt out to the ranks in turn.
+    In training every batch is full; set `epoch` before iterating. In evaluation the images are
+    dealt out to the ranks in turn.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Stream(IterableDataset):
                         )
                 elif problems:
                     yield Sample(None, problems=problems)
-        except Exception as error:  # whatever a reader raises has to leave the worker as one line
+        except Exception as error:  # whatever a reader raises must leave the worker as one line
             yield Sample(
                 None,
                 failure=f"{self.name}: reading failed after {place} images: "
@@ -132,7 +131,7 @@ class Stream(IterableDataset):
 
 
 class _Skipped(logging.Handler):
-    """Collects what timm's WebDataset reader only logs: the images and shards that it leaves out."""
+    """Collects the images and shards that timm's WebDataset reader leaves out and only logs."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -146,16 +145,14 @@ class _Skipped(logging.Handler):
         self.reasons.append(printable(repr(error) if error else record.getMessage()))
 
     def take(self, place: int) -> list[tuple[str, str]]:
-        """The problems since the last call, named after the images of this worker that came before."""
+        """The problems since the last call, named by the number of this worker's images before."""
         problems = [(f"{self.source}, after {place} images", reason) for reason in self.reasons]
         self.reasons = []
         return problems
 
 
 def _stream_loader(stream: Stream) -> DataLoader:
-    """At least one worker, and new ones for each epoch: timm's readers keep their shuffling from
-    one to the next.
-    """
+    """A loader of at least one worker, not persistent: timm's readers keep shuffling state."""
     options = stream.options
     workers = max(1, options.num_workers)
     if hasattr(stream.reader, "split_info") and hasattr(stream.reader.split_info, "filenames"):
@@ -193,7 +190,7 @@ class StreamTrainLoader:
             if step > start_step:
                 yield batch
         if step < self.steps_per_epoch:
-            # The other ranks would wait for this one in their next step.
+            # Ending here quietly would leave the other ranks waiting in their next step.
             raise UserError(
                 f"{self.stream.name}: the stream ended after {step} of {self.steps_per_epoch} steps"
             )
@@ -299,9 +296,7 @@ def _random_access(options: DataOptions, split: str) -> ReaderImages:
 
 
 def _let_timm_import_hugging_face(name: str) -> None:
-    """timm imports Hugging Face's package as `datasets`, a name under which this project's own file
-    comes first.
-    """
+    """Let timm import Hugging Face's `datasets`, a name that this project's own file shadows."""
     here = Path(__file__).resolve().parents[1]
     own = sys.modules.get("datasets")
     if own is not None and Path(own.__file__).resolve().parent != here:

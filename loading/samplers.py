@@ -1,4 +1,4 @@
-"""Which images make up which batch, for every epoch, step and rank: a function of the seed alone."""
+"""Which images form a batch, for every epoch, step and rank: a function of the seed alone."""
 
 from collections.abc import Iterator
 
@@ -7,17 +7,15 @@ from torch.utils.data import DistributedSampler, Sampler
 
 from utils.seeding import derive_seed
 
-REPEATS = (
-    3  # repeated augmentation shows an image this often in an epoch that is as long as without
-)
+REPEATS = 3  # views of an image under repeated augmentation; the epoch is as long as without
 
 
 class TrainBatchSampler(Sampler):
     """Batches of (index, seed) pairs; an epoch can start at any step.
 
-    The seed of the augmentation follows from (seed, epoch, position in the epoch), so that neither
-    the worker that happens to do the work nor the steps done before matter. Positions interleave
-    the ranks, as in DistributedSampler. The last incomplete batch is left out.
+    The seed of the augmentation follows from (seed, epoch, position in the epoch): it depends
+    neither on the worker nor on the steps done before. Positions interleave the ranks, as in
+    DistributedSampler. The last incomplete batch is dropped.
 
     Set `epoch` and `start_step` before iterating.
     """
@@ -44,9 +42,8 @@ class TrainBatchSampler(Sampler):
         return self.steps_per_epoch - self.start_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        self.order.set_epoch(
-            self.seed + self.epoch
-        )  # both samplers use the epoch as the seed of their shuffle
+        # Both samplers seed their shuffle with the epoch.
+        self.order.set_epoch(self.seed + self.epoch)
         indices = list(self.order)
         for step in range(self.start_step, self.steps_per_epoch):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -60,9 +57,7 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """Batches of (index, 0) pairs in which every image appears on exactly one rank; ranks may
-    differ in length.
-    """
+    """Batches of (index, 0) pairs; every image is on exactly one rank. Lengths may differ."""
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int):
         self.indices = range(rank, num_images, world_size)

@@ -1,9 +1,10 @@
 """What happens to an example between its file and the model.
 
-A transform is called with (image, target) and returns both, the image as a tensor [3, H, W] (a clip:
-[3, T, H, W]), the target as a tensor of any shape or a number: the convention of a
-`torchvision.transforms.v2.Compose`, which can be used as it is. Those below are classification's:
-timm's, with DeiT's choices. They look at the image alone, and `ImageOnly` gives them this form.
+A transform is called with (image, target) and returns both: the image as a tensor [3, H, W] (a
+clip: [3, T, H, W]), the target as a tensor of any shape or a number. This is the convention of a
+`torchvision.transforms.v2.Compose`, which can be used as it is. The transforms below are
+classification's: timm's, with DeiT's choices. They take the image alone, and `ImageOnly` adapts
+them.
 """
 
 import itertools
@@ -21,8 +22,7 @@ from torchvision.transforms import InterpolationMode
 from utils.errors import UsageError
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-# DeiT's rule for CIFAR: images of this size are not cut from larger ones but shifted within a
-# padded border.
+# DeiT's rule for CIFAR: images up to this size are shifted within a padded border, not cropped.
 SMALL_IMAGE = 32
 
 
@@ -31,14 +31,14 @@ Transform = Callable[[Any, Any], tuple[Tensor, Any]]
 
 
 class Transforms(NamedTuple):
-    """What a task does to its examples; `train` may be None where nothing is trained."""
+    """A task's transforms of its examples; `train` may be None if nothing is trained."""
 
     train: Transform | None
     eval: Transform
 
 
 class ImageOnly:
-    """A transform of the image, which leaves the target alone, as one of the example."""
+    """Turns a transform of an image into one of an example; the target stays as it is."""
 
     def __init__(self, transform: Callable[[Any], Tensor]):
         self.transform = transform
@@ -48,7 +48,7 @@ class ImageOnly:
 
 
 def classification_transforms(args, img_size: ImageSize, train: bool = True) -> Transforms:
-    """The transforms that the flags of the group "augmentation" ask for.
+    """The transforms selected by the flags of the group "augmentation".
 
     Raises:
         UsageError: as in `train_transform`.
@@ -99,7 +99,7 @@ def _is_small(img_size: ImageSize) -> bool:
 
 
 def _allow_zero_bits(step) -> None:
-    """Makes timm's policies draw Posterize with 0 bits safely.
+    """Make timm's policies safe for Posterize with 0 bits.
 
     Their stronger magnitudes ask for it now and then. Older versions of Pillow returned a black
     image, and the published recipes trained with that; version 13 raises ValueError.
@@ -117,9 +117,7 @@ def _posterize(image: Image.Image, bits: int, **_unused) -> Image.Image:
 
 
 def eval_transform(args, img_size: ImageSize):
-    """RGB image -> [3, H, W] of the given size, normalised; the centre crop, or the whole image if
-    it is small.
-    """
+    """RGB image -> [3, H, W], normalised: the centre crop, or the whole image if it is small."""
     whole = _is_small(img_size)
     return create_transform(
         img_size,
@@ -135,11 +133,11 @@ def eval_transform(args, img_size: ImageSize):
 def seen_region(
     size: tuple[int, int], args, img_size: ImageSize
 ) -> tuple[float, float, float, float]:
-    """The part of an image of `size` (width, height) that `eval_transform` shows: left, top, right,
-    bottom in pixels.
+    """The part of an image that `eval_transform` shows: left, top, right, bottom in pixels.
 
-    The image is resized until it just covers `img_size` / crop ratio, and the centre cut out;
-    torchvision's rounding is followed, and timm's where the size is not square.
+    `size` is (width, height). The image is resized until it just covers `img_size` / crop ratio,
+    and its centre cropped; this follows torchvision's rounding, and timm's if the size is not
+    square.
     """
     width, height = size
     if _is_small(img_size):

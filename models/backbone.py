@@ -1,8 +1,8 @@
-"""Vision Mamba backbones: `VisionMamba` (dense, the teacher) and `DynamicVisionMamba` (dense +
-score predictors + routers).
+"""Vision Mamba backbones: dense (`VisionMamba`, also the teacher) and dynamic.
 
-One backbone serves all families; what differs between them is a `Family`. One loop walks the
-layers; what becomes of tokens at a stage is a `Reduction`.
+`DynamicVisionMamba` adds score predictors and routers. One backbone serves all families; what
+differs between them is a `Family`. One loop walks the layers; what becomes of tokens at a stage is
+a `Reduction`.
 
 B images, M patches, L = M + n tokens (n class or register tokens), d width, k kept patches, C
 classes. Source: "Dynamic Vision Mamba" (arXiv 2504.04787).
@@ -33,9 +33,11 @@ from .tokens import FeatureMaps, Result, Tokens
 class Family:
     """What differs between the families of backbones.
 
-    layout: builds the rule for the class tokens from their number. registers: several class tokens
-    with a position embedding of their own, all read by the head; without, one table holds the
-    patches' rows and, where it stands among them, the class token's.
+    Args:
+        layout: builds the rule for the class tokens from their number.
+        registers: several class tokens with a position embedding of their own, all read by the
+            head; without, one table holds the rows of the patches and of the class token, in the
+            order of the sequence.
     """
 
     name: str
@@ -58,16 +60,17 @@ class VisionMamba(TimmInterface, nn.Module):
     """Dense bidirectional Mamba backbone with a classification head.
 
     Args:
-        img_size, patch_size, stride: pixels, one number or (height, width); patches overlap where
-            the stride is smaller.
+        img_size, patch_size, stride: pixels, one number or (height, width); patches overlap if the
+            stride is smaller.
         num_classes: 0 for no head.
-        class_token: False leaves it out, with its row of the position embedding; the head then
-            reads the mean of the patch tokens.
+        class_token: False drops it, with its row of the position embedding; the head then reads
+            the mean of the patch tokens.
         global_pool: what the head reads, "token" or "avg" (default: the class token if there is
             one).
         num_registers, register_reduction: MambaReg's; the other families have one class token.
 
-    Raises ValueError for sizes that do not fit together.
+    Raises:
+        ValueError: sizes that do not fit together.
     """
 
     pruning_layers: tuple[int, ...] = ()  # layers before which a stage drops tokens
@@ -169,10 +172,9 @@ class VisionMamba(TimmInterface, nn.Module):
         return self.reduction.token_keep
 
     def set_token_keep(self, token_keep: float | Sequence[float]) -> None:
-        """Set the fractions of the original patches that the stages keep; a number r means
-        r, r^2, ...
+        """Set the fraction of the original patches kept by each stage; a number r means r, r^2, ...
 
-        Raises ValueError unless they descend within (0, 1], one for each stage.
+        Raises ValueError unless there is one for each stage, and they descend within (0, 1].
         """
         if not isinstance(token_keep, Sequence):
             token_keep = cumulative_keep(token_keep, len(self.pruning_layers))
@@ -194,9 +196,7 @@ class VisionMamba(TimmInterface, nn.Module):
         return self.reduction.kept_counts(self.num_patches)
 
     def set_gate_threshold(self, logit: float) -> None:
-        """Set the logit that a gate must exceed at evaluation; 0, a probability of 0.5, is the
-        paper's.
-        """
+        """Set the logit that a gate must exceed at evaluation; 0 (probability 0.5) in the paper."""
         for layer in self.layers:
             layer.mixer.gate_threshold = logit
 
@@ -205,13 +205,13 @@ class VisionMamba(TimmInterface, nn.Module):
         return self.layers[0].mixer.gate_threshold
 
     def class_row(self) -> int | None:
-        """Row of the class token in `pos_embed`; None where no class token has a row there."""
+        """Row of the class token in `pos_embed`, or None."""
         if self.family.registers or not self.has_class_token:
             return None
         return self.layout.class_slots(self.num_patches)[0]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> patch tokens [B, M, d], class tokens [B, n, d]; position embeddings added."""
+        """Images -> patch tokens [B, M, d], class tokens [B, n, d], with position embeddings."""
         patches = self.patch_embed(images)
         if not self.has_class_token:
             return patches + self.pos_embed, patches[:, :0]
@@ -223,9 +223,7 @@ class VisionMamba(TimmInterface, nn.Module):
         return patches + pos_patches, (self.cls_token + pos_class).expand(images.shape[0], -1, -1)
 
     def run_layer(self, layer: Layer, *inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A layer's forward, its inner values kept or recomputed; its random numbers are the same
-        both times.
-        """
+        """Run a layer; with `grad_checkpointing` the backward pass repeats it, with equal noise."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -233,9 +231,9 @@ class VisionMamba(TimmInterface, nn.Module):
     def run(
         self, images: Tensor, maps: FeatureMaps, stop: int | None = None
     ) -> tuple[Tokens, list[Tensor | None]]:
-        """The one loop over the layers, to the last or to before layer `stop`.
+        """The one loop over the layers, to the last one or up to layer `stop`.
 
-        -> the tokens behind it, and each layer's gates [B, 2] (None where nothing is routed).
+        -> the tokens after it, and each layer's gates [B, 2] (None if nothing is routed).
         """
         patches, class_tokens = self.embed(images)
         class_slots = self.layout.class_slots(self.num_patches)
@@ -290,7 +288,7 @@ class VisionMamba(TimmInterface, nn.Module):
         return self.finish(*self.run(images, maps), maps)
 
     def forward_head(self, result: Result, pre_logits: bool = False) -> Tensor:
-        """A Result -> logits [B, C], or with `pre_logits` what the classifier reads."""
+        """A Result -> logits [B, C], or with `pre_logits` the classifier's input."""
         if self.family.registers:
             joined = as_residual(self.neck(result.class_tokens)).flatten(1)
             pooled = self.norm_neck(joined).to(result.class_tokens.dtype)
@@ -308,27 +306,28 @@ class VisionMamba(TimmInterface, nn.Module):
 
 
 def cumulative_keep(ratio: float, stages: int) -> tuple[float, ...]:
-    """Fractions of the original patches that stages 1, 2, ... keep at a token keep ratio:
-    r, r^2, ...
-    """
+    """Fractions of the original patches that stages 1, 2, ... keep: r, r^2, ..."""
     return tuple(ratio**stage for stage in range(1, stages + 1))
 
 
 class DynamicVisionMamba(VisionMamba):
-    """`VisionMamba` that drops patch tokens before `pruning_layers` and skips scan directions per
-    image and layer. In training all M slots stay, re-arranged; at evaluation k are left.
+    """`VisionMamba` that drops patch tokens before `pruning_layers` and skips scan directions.
+
+    Scans are skipped per image and layer. In training all M slots stay, re-arranged; at evaluation
+    k are left.
 
     Args:
-        pruning_layers: ascending layer indexes; before each a stage drops tokens.
+        pruning_layers: ascending layer indexes; a stage drops tokens before each.
         token_keep: fraction of the original patches that each stage keeps at evaluation, or one
             ratio r for r, r^2, ...
         route_blocks: with block routers (False: token pruning alone).
         prune_tokens: with pruning stages (False: block routing alone).
-        scorer_input: what the score predictors read: the hidden state, or the previous layer's B or
-            raw step.
+        scorer_input: what the score predictors read: the hidden state, or the previous layer's B
+            or raw step.
         token_strategy: learned scores, or the random and static baselines.
 
-    Raises ValueError for stages and fractions that do not fit together.
+    Raises:
+        ValueError: stages and fractions that do not fit together.
     """
 
     def __init__(
@@ -366,7 +365,7 @@ class DynamicVisionMamba(VisionMamba):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As in `TimmInterface`; stages before layers that go are removed with them."""
+        """As in `TimmInterface`; stages before removed layers are removed with them."""
         layers = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.pruning_layers = tuple(p for p in self.pruning_layers if p < self.depth)
         stages = len(self.pruning_layers)

@@ -1,4 +1,4 @@
-"""Models from a ModelSpec, which flags and checkpoints give; their weights and gate thresholds."""
+"""Models from a ModelSpec, made from flags or a checkpoint; their weights and gate thresholds."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ from .backbone import VisionMamba
 from .embedding import Size
 from .weights import load_weights
 
-# What a checkpoint is, so that it can be evaluated without repeating the flags that made it.
+# Flags that a checkpoint records of itself, so that its evaluation need not repeat them.
 IDENTITY = (
     "model",
     "method",
@@ -70,7 +70,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is, apart from its weights and its number of classes; a checkpoint records it.
+    """What a model is, apart from its weights and number of classes; recorded in checkpoints.
 
     Args:
         name: as `timm.create_model` takes it; `dyvm_...` is dynamic.
@@ -92,7 +92,7 @@ class ModelSpec:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelSpec":
-        """The model that `--model` and its companions describe."""
+        """The model described by `--model` and related flags."""
         return cls._from_record(vars(args))
 
     @classmethod
@@ -112,13 +112,13 @@ class ModelSpec:
         return self.method != "dense"
 
     def dense(self) -> "ModelSpec":
-        """Its dense counterpart, which has no drop path either: it is a teacher or a reference."""
+        """The dense counterpart, a teacher or a reference, and so without drop path."""
         name = self.name.removeprefix("dyvm_")
         return dataclasses.replace(self, name=name, method="dense", drop_path=0.0)
 
 
 def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
-    """A model with fresh weights. Raises UsageError for arguments that it does not take."""
+    """A model with fresh weights. Raises UsageError for arguments that it does not accept."""
     for name in FLAGGED.keys() & spec.kwargs.keys():
         raise UsageError(f"--model-kwargs {name}=...: use {FLAGGED[name]}")
     arguments: dict[str, Any] = dict(
@@ -142,8 +142,9 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
 
 
 def image_size(spec: ModelSpec) -> tuple[int, int]:
-    """Height and width in pixels of the images that a model takes; building it without memory also
-    checks its arguments before any data is read.
+    """Height and width in pixels of the images that a model takes.
+
+    The model is built without memory, which also checks its arguments before any data is read.
     """
     with torch.device("meta"):
         return build_model(spec, num_classes=1).patch_embed.img_size
@@ -157,14 +158,15 @@ def restore(
     ema: bool = False,
     threshold: float | str = "calibrated",
 ) -> VisionMamba:
-    """Give a model the weights and the gate threshold of a checkpoint; -> the model.
+    """Load a checkpoint's weights and gate threshold into a model; -> the model.
 
     Args:
         source: the file, for messages.
-        ema: the average of the weights instead.
+        ema: use the averaged weights.
         threshold: a probability, or "calibrated" for the checkpoint's own.
 
-    Raises UserError when the weights do not fit, or when there is no average.
+    Raises:
+        UserError: the weights do not fit, or there is no average.
     """
     if ema:
         if not checkpoint.get("ema"):
@@ -182,7 +184,7 @@ def _is_ours(recorded: Any) -> bool:
 def recorded_arguments(
     checkpoint: Mapping[str, Any], of_task: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a checkpoint of ours says it is, as defaults for the flags; nothing for others.
+    """The arguments that a checkpoint of ours records, as defaults for the flags; else empty.
 
     of_task: names of further flags, those that its task wants (`Task.recorded`).
     """
@@ -198,14 +200,13 @@ def recorded_arguments(
 
 
 def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
-    """The teacher's file if it is still there and still the same."""
+    """The teacher's file, if it still exists unchanged."""
     if not path or not Path(path).is_file():
         return None
     if sha256 is not None and sha256_of(path) != sha256:
         _logger.warning(
-            "%s is not the teacher any more that the checkpoint was trained with; the dense "
-            "column has no "
-            "accuracy (give --dense-path to compare with it all the same)",
+            "%s has changed and is not the teacher any more; the dense column has no accuracy "
+            "(give --dense-path to compare with it anyway)",
             path,
         )
         return None
@@ -215,9 +216,7 @@ def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:
 def restore_threshold(
     model: VisionMamba, checkpoint: Mapping[str, Any], wanted: float | str, name: str, source: str
 ) -> None:
-    """Set the threshold that `--gate-threshold` asks for: a probability, or the checkpoint's own
-    for `name`.
-    """
+    """Set the gate threshold `wanted`: a probability, or the checkpoint's own for `name`."""
     if not model.route_blocks:
         return
     if wanted != "calibrated":

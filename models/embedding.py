@@ -20,9 +20,7 @@ def check_positive(**sizes) -> None:
 
 
 def check_patches(img_size: Size, patch_size: Size, stride: Size) -> None:
-    """Raise ValueError when a side of the images is smaller than a patch, or leaves pixels that no
-    patch sees.
-    """
+    """Raise ValueError if a side is smaller than a patch, or leaves pixels that no patch covers."""
     for side, patch, step in zip(*map(to_2tuple, (img_size, patch_size, stride)), strict=True):
         if side < patch:
             raise ValueError(f"image size {side} is smaller than the patch size {patch}")
@@ -35,8 +33,9 @@ def check_patches(img_size: Size, patch_size: Size, stride: Size) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, H, W] to patch embeddings [B, M, d] in raster order; patches overlap where the
-    stride is smaller than they are. Sizes are one number or (height, width).
+    """Images [B, 3, H, W] to patch embeddings [B, M, d] in raster order.
+
+    Patches overlap if the stride is smaller than they are. Sizes are one number or (height, width).
     """
 
     def __init__(

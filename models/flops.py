@@ -1,9 +1,9 @@
-"""Counting operations per image, in two conventions that are never mixed.
+"""Operations per image, in two conventions that are never mixed.
 
 `paper`: multiply-adds of convolutions and linear layers, of ONE scan direction per layer, times the
-mean gate; router heads, norms and activations left out, as in the release. `exact`: both
-directions, each with its own gate, the router heads, and the convolution without its W - 1 padded
-outputs. A fused multiply-add counts once; the scan's recurrence counts 9 E N per token in both.
+mean gate, without router heads, norms and activations, as in the release. `exact`: both directions,
+each with its own gate, the router heads, and the convolution without its W - 1 padded outputs. A
+fused multiply-add counts once; the scan's recurrence counts 9 E N per token in both.
 
 l tokens of a layer (class tokens included), d width, E = 2 d, N states, R step rank, W convolution
 width.
@@ -43,7 +43,7 @@ def _linear(module: torch.nn.Module, tokens: int) -> int:
 
 
 def _direction(model: VisionMamba, length: int) -> tuple[int, int]:
-    """One scan direction of one layer: `paper`, `exact`."""
+    """`paper` and `exact` operations of one scan direction of one layer."""
     E, N, R = 2 * model.embed_dim, model.d_state, model.layers[0].mixer.dt_proj.in_features
     projections = length * E * (R + 2 * N) + length * R * E
     scan_and_skip = 9 * length * E * N + 2 * length * E
@@ -79,10 +79,9 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
 
 
 def exact_per_image(model: VisionMamba, gates: Tensor) -> Tensor:
-    """Operations of each image at evaluation, in the `exact` convention: gates [depth, B, 2] -> [B]
-    on the CPU.
+    """`exact` operations of each image at evaluation: gates [depth, B, 2] -> [B] on the CPU.
 
-    Linear in the gates, so that the mean over images is that of `count_flops` at the mean gates.
+    Linear in the gates: the mean over images equals `count_flops` at the mean gates.
     """
     scans = torch.tensor(
         [_direction(model, length)[1] for length in sequence_lengths(model)], dtype=torch.float64

@@ -1,5 +1,6 @@
-"""Initialisation that trains from scratch. Source: Mamba (arXiv 2312.00752), section 3.6, in both
-directions.
+"""Initialisation for training from scratch, in both directions.
+
+Source: Mamba (arXiv 2312.00752), section 3.6.
 """
 
 import math
@@ -44,9 +45,7 @@ def _initialize_step(dt_proj: nn.Linear) -> None:
 
 @torch.no_grad()
 def initialize_router(module: nn.Module) -> None:
-    """Routers that nearly always keep both scans: only for a fresh start, never on resume or
-    evaluation.
-    """
+    """Make routers keep nearly every scan: for a new model, never on resume or at evaluation."""
     for child in module.modules():
         if isinstance(child, BidirectionalMamba) and child.block_head is not None:
             nn.init.zeros_(child.block_head.weight)

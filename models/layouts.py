@@ -1,12 +1,12 @@
 """Where class and register tokens stand among the patch tokens.
 
-A layout is a rule: given how many patch tokens an image has, where do its class tokens stand? The
-same rule holds at the input, after each pruning stage at evaluation (as many patches as were kept)
-and in training (as many as that image kept; its dropped tokens stand behind). Slots are a tuple
-of ints when all images agree, else [B, n].
+A layout is a rule: given the number of patch tokens of an image, where are its class tokens? The
+same rule holds at the input, after each pruning stage at evaluation (for the number of patches
+kept) and in training (for the number that this image kept; its dropped tokens are behind). Slots
+are a tuple of ints if all images agree, else [B, n].
 
-B images, M patch tokens, n class or register tokens, L = M + n tokens, d width.
-Source: Vim (arXiv 2401.09417), VideoMamba (2403.06977), Mamba-R (2405.14858).
+B images, M patch tokens, n class or register tokens, L = M + n tokens, d width. Source: Vim (arXiv
+2401.09417), VideoMamba (2403.06977), Mamba-R (2405.14858).
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,7 @@ ClassSlots = tuple[int, ...] | Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Rule for `num_tokens` class tokens; `class_slots` works alike for an int and for a tensor of
-    counts [B].
-    """
+    """Rule for `num_tokens` class tokens, for a number of patches or a tensor of counts [B]."""
 
     num_tokens: int
 
@@ -29,9 +27,7 @@ class TokenLayout:
         raise NotImplementedError
 
     def class_slots(self, patches: int | Tensor) -> ClassSlots:
-        """Ascending sequence indexes of the class tokens: a tuple for an int, [B, n] for counts
-        [B].
-        """
+        """Ascending sequence indexes of the class tokens: a tuple for an int, else [B, n]."""
         if isinstance(patches, int):
             return tuple(self._slot(i, patches) for i in range(self.num_tokens))
         if not self.num_tokens:
@@ -60,7 +56,7 @@ class HeadClassToken(TokenLayout):
 
 
 class NoClassToken(TokenLayout):
-    """Patches alone, as for dense prediction."""
+    """Patches only, as for dense prediction."""
 
     def __init__(self):
         super().__init__(0)
@@ -74,13 +70,11 @@ class SpreadRegisters(TokenLayout):
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, T] or [B, T, d], index [B, S] -> [B, S] or [B, S, d]: the chosen tokens of each
-    image.
-    """
+    """Chosen tokens of each image: [B, T] or [B, T, d], index [B, S] -> [B, S] or [B, S, d]."""
     if tokens.dim() == 2:
         return tokens.gather(1, index)
     batch, count, width = tokens.shape
-    # Whole rows of a flat table are copied several times faster than single elements are gathered.
+    # Copying whole rows of a flat table is several times faster than gathering single elements.
     rows = index + torch.arange(batch, device=index.device).unsqueeze(1) * count
     return (
         tokens.reshape(batch * count, width)
@@ -90,11 +84,11 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def read(sequence: Tensor, class_slots: ClassSlots, mask: Tensor | None = None) -> Tensor:
-    """What a router reads of a sequence [B, L, d]: its class tokens [B, n, d], without touching the
-    other tokens; where there are none, the mean of all tokens [B, 1, d].
+    """What a router reads of a sequence [B, L, d]: class tokens [B, n, d] or the mean [B, 1, d].
 
-    mask [B, L]: tokens to average, with gradient. The divisor is then their number + 1, which is
-    never 0 (as in the segmentation code of DyVM's release).
+    Class tokens are read without touching the others; the mean is over all tokens if there are
+    none. mask [B, L]: tokens to average, with gradient. The divisor is then their number + 1, which
+    is never 0 (as in the segmentation code of DyVM's release).
     """
     if class_count(class_slots):
         return class_tokens_of(sequence, class_slots)
@@ -120,9 +114,7 @@ def class_tokens_of(sequence: Tensor, class_slots: ClassSlots) -> Tensor:
 
 
 def insert(patches: Tensor, class_tokens: Tensor, class_slots: ClassSlots) -> Tensor:
-    """patches [B, M, d] (or [B, M]) and class tokens [B, n, d] ([B, n]) -> sequence [B, L, d] ([B,
-    L]).
-    """
+    """patches [B, M, d], class tokens [B, n, d] -> sequence [B, L, d]; also without d."""
     if isinstance(class_slots, Tensor):
         slots = torch.arange(patches.shape[1] + class_tokens.shape[1], device=patches.device)
         before = (class_slots.unsqueeze(-2) < slots.unsqueeze(-1)).sum(-1)
@@ -164,7 +156,6 @@ def patch_slots(class_slots: Tensor, length: int) -> Tensor:
     """Sequence indexes of the patch tokens: class_slots [B, n] -> [B, length - n], ascending."""
     count = class_slots.shape[-1]
     patches = torch.arange(length - count, device=class_slots.device)
-    # Patch p has class token i before it when fewer than p + 1 patches stand before that class
-    # token.
+    # Class token i is before patch p if fewer than p + 1 patches are before class token i.
     patches_before = class_slots - torch.arange(count, device=class_slots.device)
     return patches + (patches_before.unsqueeze(-2) <= patches.unsqueeze(-1)).sum(-1)

@@ -1,6 +1,4 @@
-"""MambaReg (arXiv 2405.14858): registers spread evenly among the patches, all of them read by the
-head.
-"""
+"""MambaReg (arXiv 2405.14858): registers spread evenly among the patches, all read by the head."""
 
 from .backbone import Family
 from .layouts import SpreadRegisters

@@ -1,8 +1,8 @@
-"""The bidirectional Mamba mixer and the residual block around it.
+"""The bidirectional Mamba mixer and the residual layer around it.
 
 B images, L tokens, d width, E = 2 d inner width, N states, R = ceil(d / 16) step rank, n class
-tokens.
-Source: Vim (arXiv 2401.09417), section 3; the block router is DyVM's (arXiv 2504.04787), section 3.
+tokens. Source: Vim (arXiv 2401.09417), section 3; the block router is DyVM's (arXiv 2504.04787),
+section 3.
 """
 
 import math
@@ -18,10 +18,8 @@ from . import sampling
 from .layouts import ClassSlots, read
 
 CONV_WIDTH = 4
-ROUTER_BIAS = 5.0  # a fresh router keeps nearly every scan
-GROUP_BYTES = (
-    8 << 20
-)  # of xz that inference on a CPU works on at a time: it should stay in the last cache
+ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
+GROUP_BYTES = 8 << 20  # of xz per group of images in CPU inference: it should stay in the cache
 
 
 class BidirectionalMamba(nn.Module):
@@ -76,7 +74,7 @@ class BidirectionalMamba(nn.Module):
     def forward(
         self, hidden: Tensor, class_slots: ClassSlots, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] or None without a router."""
+        """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] (None if not routed)."""
         if (
             hidden.device.type == "cpu"
             and not torch.is_grad_enabled()
@@ -98,16 +96,16 @@ class BidirectionalMamba(nn.Module):
     def _infer_in_groups(
         self, hidden: Tensor, class_slots: ClassSlots
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` on a CPU without gradient: some images at a time, so that their xz stays in the
-        cache, and without those whose scans are both off, of which only the class tokens are
-        projected.
+        """`forward` on a CPU without gradient, a few images at a time: their xz fits the cache.
+
+        Images whose scans are both off are skipped: only their class tokens are projected.
         """
         batch, tokens, _ = hidden.shape
         count = math.ceil(
             batch * tokens * self.in_proj.out_features * hidden.element_size() / GROUP_BYTES
         )
         size = math.ceil(batch / max(1, count))
-        size = max(1, size + -size % torch.get_num_threads())  # so that no thread stands idle
+        size = max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active = None, None
         if self.block_head is not None:
@@ -127,8 +125,7 @@ class BidirectionalMamba(nn.Module):
         return out, gates
 
     def scan_inputs(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What an ablated score predictor reads instead of the hidden state, averaged over the two
-        directions.
+        """What ablated score predictors read instead of the hidden state, mean of both directions.
 
         hidden [B, L, d] -> B [B, L, N], raw step dt_proj.weight dt_raw [B, L, E].
         """
@@ -157,8 +154,9 @@ class Layer(nn.Module):
         class_slots: ClassSlots,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """hidden [B, L, d] (None: nothing to add), residual [B, L, d] -> both for the next layer,
-        gates [B, 2].
+        """hidden, residual [B, L, d] -> both for the next layer, gates [B, 2].
+
+        hidden None: nothing to add.
         """
         if hidden is not None:
             hidden = self.drop_path(hidden)

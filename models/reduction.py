@@ -1,8 +1,8 @@
-"""What becomes of the patch tokens at a stage: one class for each strategy.
+"""What becomes of the patch tokens at a stage: one class per strategy.
 
-A reduction is asked before each pruning layer. In training it decides which tokens go, keeps all
+A reduction is called before each pruning layer. In training it decides which tokens go, keeps all
 slots and re-arranges them: kept tokens in front, dropped ones behind and masked. At evaluation it
-gathers the tokens that stay. It also says how many stay, from which operations are counted.
+gathers the tokens that stay. It also reports how many stay, from which operations are counted.
 
 B images, M patches, m slots that enter a stage, L = m + n with the n class tokens, k slots that
 leave it, d width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3.
@@ -25,7 +25,7 @@ SCORER_INPUTS = ("hidden", "B", "delta")
 
 
 class Staged(Protocol):
-    """What a reduction asks of its model."""
+    """What a reduction needs of its model."""
 
     training: bool
     layers: nn.ModuleList
@@ -36,20 +36,20 @@ class Staged(Protocol):
 
 
 class Reduction:
-    """Drops tokens, each stage down to a fixed fraction of the original patches at evaluation.
+    """Drops tokens; at evaluation each stage keeps a fixed fraction of the original patches.
 
-    Subclasses say which: `decide` in training, `choose` at evaluation.
+    Subclasses choose them: `decide` in training, `choose` at evaluation.
     """
 
     def __init__(self, token_keep: Sequence[float] = ()):
         self.token_keep = tuple(token_keep)  # fraction of the original patches after each stage
 
     def kept_counts(self, patches: int) -> list[int]:
-        """Of so many original patches, how many each stage leaves at evaluation."""
+        """How many of `patches` original patches each stage keeps at evaluation."""
         return [int(ratio * patches) for ratio in self.token_keep]
 
     def __call__(self, stage: int, tokens: Tokens, model: Staged, images: Tensor) -> Tokens:
-        """The sequence that leaves a stage; its hidden state is then part of the residual."""
+        """The sequence after a stage; its hidden state is then part of the residual."""
         drop_path = model.layers[model.pruning_layers[stage]].drop_path
         mixed = tokens.residual + drop_path(tokens.hidden)
         if model.training:
@@ -60,22 +60,24 @@ class Reduction:
     def decide(
         self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
     ) -> Tensor:
-        """In training: cumulative decision [B, m], 1 or 0, with gradient; a token once dropped
-        stays so. mixed [B, L, d]: hidden + residual.
+        """Training: cumulative decision [B, m], 1 or 0, with gradient; dropped tokens stay dropped.
+
+        mixed [B, L, d]: hidden + residual.
         """
         raise NotImplementedError
 
     def choose(
         self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
     ) -> Tensor:
-        """At evaluation: slots that stay, ascending [B, k]."""
+        """Evaluation: the slots that stay, ascending [B, k]."""
         raise NotImplementedError
 
 
 class LearnedScores(Reduction):
-    """The paper's: a predictor scores each token; a noisy decision in training, the best k after.
+    """The paper's strategy: a predictor scores each token.
 
-    scorer_input: what the predictor reads, see `scores`.
+    Training makes a noisy decision, evaluation keeps the best k. scorer_input: what the predictor
+    reads, see `scores`.
     """
 
     def __init__(self, token_keep: Sequence[float] = (), scorer_input: str = "hidden"):
@@ -91,8 +93,8 @@ class LearnedScores(Reduction):
     ) -> Tensor:
         """Log-probabilities (keep, drop) [B, m, 2] of the patch tokens that enter a stage.
 
-        They are read from the hidden state with its residual, or from B or the raw step that the
-        layer before computed. policy [B, m]: 1 for tokens that are still alive.
+        The predictor reads the hidden state with its residual, or B or the raw step of the layer
+        before. policy [B, m]: 1 for tokens that are still alive.
         """
         predictor = model.score_predictors[stage]
         if self.scorer_input == "hidden":
@@ -114,12 +116,12 @@ class LearnedScores(Reduction):
 
 
 class FixedBudget(Reduction):
-    """Baselines that keep the budget in training too: the same number of tokens of every image."""
+    """Baselines that keep the same number of tokens of every image, in training too."""
 
     def decide(self, stage, tokens, mixed, model, images):
         counts = [model.num_patches, *self.kept_counts(model.num_patches)]
         chosen = self.slots(stage, images, counts[stage], counts[stage + 1], fresh=True)
-        # The alive tokens stand in front.
+        # Alive tokens are in front.
         return torch.zeros_like(tokens.alive).scatter_(1, chosen, 1.0)
 
     def choose(self, stage, tokens, mixed, model, images):
@@ -132,7 +134,7 @@ class FixedBudget(Reduction):
 
 
 class RandomTokens(FixedBudget):
-    """Keeps a random choice: a new one in training, one that follows from the image afterwards."""
+    """Keeps a random choice: newly drawn in training, determined by the image at evaluation."""
 
     def slots(self, stage, images, alive, count, fresh):
         return best_in_order(sampling.image_noise(images, alive, stage, fresh=fresh), count)
@@ -155,7 +157,7 @@ TOKEN_STRATEGIES = tuple(STRATEGIES)
 
 
 def make_reduction(strategy: str, scorer_input: str) -> Reduction:
-    """The reduction that `--token-strategy` names. Raises ValueError for an unknown one."""
+    """The reduction named by `--token-strategy`. Raises ValueError for an unknown name."""
     if strategy not in STRATEGIES:
         raise ValueError(f"token_strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
     if strategy == "learned":
@@ -206,6 +208,6 @@ def gather(tokens: Tokens, mixed: Tensor, chosen: Tensor, layout: TokenLayout) -
 
 
 def follow(owner: Tensor, moved: Tensor) -> Tensor:
-    """Owners [B, M] after their slots moved: moved [B, m] says where to, -1 for a dropped one."""
-    moved = F.pad(moved, (0, 1), value=-1)  # where an owner of -1 looks
+    """Owners [B, M] after their slots moved to moved [B, m]; -1: dropped."""
+    moved = F.pad(moved, (0, 1), value=-1)  # the entry that an owner of -1 indexes
     return take(moved, owner % moved.shape[1])

@@ -1,6 +1,4 @@
-"""Names: `NAME` is the dense model, `dyvm_NAME` the dynamic one; both are entry points of
-timm.create_model.
-"""
+"""Names of the models: `NAME` is dense, `dyvm_NAME` dynamic; `timm.create_model` takes both."""
 
 import sys
 from functools import partial
@@ -14,7 +12,7 @@ from torch import nn
 
 from .backbone import DynamicVisionMamba, Family, VisionMamba
 
-SMALL_IMAGE = 32  # up to this size whole images are shown, larger ones are cropped
+SMALL_IMAGE = 32  # images up to this size are shown whole, larger ones are cropped
 
 _ALIASES: dict[str, str] = {}
 _NAMES: list[str] = []
@@ -36,8 +34,8 @@ def register(family: Family, sizes: dict[str, dict[str, Any]], aliases: dict[str
 
 
 def _config(img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, Any]:
-    """What timm's `resolve_model_data_config` and its kin read of a model."""
-    sides = to_2tuple(img_size)[:2]  # the model refuses what is no pair
+    """What timm's `resolve_model_data_config` and similar functions read about a model."""
+    sides = to_2tuple(img_size)[:2]  # the model rejects anything but a pair
     small = max(sides) <= SMALL_IMAGE
     return dict(
         input_size=(in_chans, *sides),
@@ -76,7 +74,7 @@ def _entry_point(module: str, name: str, model: partial, size: dict[str, Any]) -
 
 
 def canonical_name(name: str) -> str:
-    """The name as timm knows it: the release's spelling (Vim-Small) becomes ours (vim_small)."""
+    """The name in timm: the release's spelling (Vim-Small) becomes ours (vim_small)."""
     return _ALIASES.get(name, name)
 
 

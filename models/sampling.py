@@ -27,8 +27,9 @@ def replay(noise: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def gumbel_like(x: Tensor, name: str) -> Tensor:
-    """Standard Gumbel noise in float32 with the shape of x, or the recorded noise of that name
-    (KeyError if absent).
+    """Standard Gumbel noise in float32 with the shape of x.
+
+    Within `replay`, the recorded noise of that name (KeyError if absent).
     """
     if _recorded is not None:
         return _recorded[name].to(x.device, torch.float32).reshape(x.shape)
@@ -38,13 +39,14 @@ def gumbel_like(x: Tensor, name: str) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The exact value of `hard`, the gradient of `soft`."""
+    """The exact value of `hard` with the gradient of `soft`."""
     return hard + (soft - soft.detach())
 
 
 def keep_decision(log_probs: Tensor, name: str) -> Tensor:
-    """Hard Gumbel-softmax at temperature 1: log-probabilities (keep, drop) [B, M, 2] -> keep [B,
-    M], 0 or 1.
+    """Hard Gumbel-softmax at temperature 1: log-probabilities (keep, drop) [B, M, 2] -> [B, M].
+
+    The result is 1 (keep) or 0.
     """
     noisy = log_probs.float() + gumbel_like(log_probs, name)
     hard = (noisy[..., 0] >= noisy[..., 1]).float()
@@ -52,9 +54,7 @@ def keep_decision(log_probs: Tensor, name: str) -> Tensor:
 
 
 def binary_gate(logits: Tensor, name: str) -> Tensor:
-    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits of any shape -> gates of that shape, 0
-    or 1.
-    """
+    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits -> gates 0 or 1 of the same shape."""
     noise = gumbel_like(logits, f"{name}.gumbels1") - gumbel_like(logits, f"{name}.gumbels2")
     soft = torch.sigmoid((logits.float() + noise) / 2)
     return straight_through((soft > 0.5).float(), soft)
@@ -63,7 +63,7 @@ def binary_gate(logits: Tensor, name: str) -> Tensor:
 def image_noise(images: Tensor, count: int, stage: int, fresh: bool) -> Tensor:
     """Uniform numbers [B, count] for the random pruning baseline.
 
-    `fresh`: drawn anew (training). Otherwise a hash of each image's own pixels and the stage, so
+    `fresh`: newly drawn (training). Otherwise a hash of each image's own pixels and the stage, so
     that an image gets the same numbers in any batch and on any machine.
     """
     if fresh:

@@ -1,6 +1,6 @@
-"""What timm asks of a model, beside being built: features, feature pyramids, heads, layer groups.
+"""timm's model interface beyond construction: features, feature pyramids, heads, layer groups.
 
-Whatever speaks timm can use the backbones by these methods: layer decay, `FeatureGetterNet`
+Programs written for timm can use the backbones by these methods: layer decay, `FeatureGetterNet`
 (`features_only=True`), decoders of segmentation_models_pytorch.
 
 B images, n class tokens, d width; h, w the grid of patches; C classes.
@@ -25,7 +25,7 @@ POOLS = ("token", "avg")
 
 
 class TimmInterface:
-    """Mixed into `VisionMamba`, which has the attributes named here, `depth`, `run` and `finish`."""
+    """Mixed into `VisionMamba`, which has the attributes below, `depth`, `run` and `finish`."""
 
     family: Any
     embed_dim: int
@@ -41,12 +41,12 @@ class TimmInterface:
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the classifier reads."""
+        """Width of the classifier's input."""
         return self.norm_neck.weight.numel() if self.family.registers else self.embed_dim
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class or register tokens; timm's name, although they need not stand in front."""
+        """Number of class or register tokens; timm's name, although they need not be in front."""
         return self.layout.num_tokens
 
     @property
@@ -64,9 +64,7 @@ class TimmInterface:
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the optimizer must not decay, beside biases and norms (which are
-        one-dimensional).
-        """
+        """Parameters without weight decay, besides biases and norms, which are one-dimensional."""
         names = {"cls_token", "pos_embed", "pos_embed_cls"}
         return names | {
             name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))
@@ -74,8 +72,9 @@ class TimmInterface:
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer decay: the embedding, each layer, the last norm. What
-        matches nothing (head, score predictors) comes last.
+        """Parameters by depth, for layer decay: the embedding, each layer, the last norm.
+
+        What matches nothing (head, score predictors) comes last.
         """
         return dict(
             stem=r"^(?:cls_token|pos_embed|pos_embed_cls)$|^patch_embed\.",
@@ -92,10 +91,13 @@ class TimmInterface:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`; 0: none, and `logits` are what the head would read.
+        """Replace the head by a new one of `num_classes`; 0: no head, `logits` are its input.
 
-        global_pool: "token" (the class token) or "avg" (the mean of the patch tokens). Raises
-        ValueError for another, and for one that the model does not have.
+        Args:
+            global_pool: "token" (the class token) or "avg" (the mean of the patch tokens).
+
+        Raises:
+            ValueError: another pooling, or one that the model does not have.
         """
         if global_pool is not None:
             self.global_pool = self.check_pool(global_pool)
@@ -113,7 +115,7 @@ class TimmInterface:
         return global_pool
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A classifier, not initialised; without classes what passes on its input."""
+        """A classifier, not initialised; the identity without classes."""
         return Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def forward_intermediates(
@@ -127,37 +129,37 @@ class TimmInterface:
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Result, list] | dict[str, Any]:
-        """Maps of the residual stream after chosen layers; patches that were dropped keep their
-        last value.
+        """Maps of the residual stream after chosen layers; dropped patches keep their last value.
 
         Args:
             x: images [B, 3, H, W].
             indices: layers; a number n for the last n, None for all.
-            return_prefix_tokens: a map comes as (map, class tokens [B, n, d]).
+            return_prefix_tokens: return each map as (map, class tokens [B, n, d]).
             norm: apply the last norm to all of them.
-            stop_early: leave out the layers behind the last one asked for; the Result is then that
-                of the shorter model.
+            stop_early: skip the layers after the last requested one; the Result is then that of the
+                shorter model.
             output_fmt: "NCHW" for maps [B, d, h, w], "NLC" for [B, M, d].
-            intermediates_only: the maps alone, else (Result without logits, maps).
-            output_dict: timm's dictionary, with the Result as `image_features`.
+            intermediates_only: return only the maps, else (Result without logits, maps).
+            output_dict: return timm's dictionary, with the Result as `image_features`.
 
-        Raises ValueError for another output_fmt.
+        Raises:
+            ValueError: another output_fmt.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r} must be NCHW or NLC")
         layers, last = feature_take_indices(self.depth, indices)
         maps = FeatureMaps(tuple(layers), "residual", self.patch_embed.grid)
         tokens, gates = self.run(x, maps, last + 1 if stop_early else None)
-        found = [self._formatted(maps.maps[layer], norm, output_fmt) for layer in sorted(layers)]
+        chosen = [self._formatted(maps.maps[layer], norm, output_fmt) for layer in sorted(layers)]
         prefixes = [self._normed(maps.class_tokens[i], norm) for i in sorted(layers)]
         if output_dict:
-            result = {"image_intermediates": found}
+            result = {"image_intermediates": chosen}
             if return_prefix_tokens and self.has_class_token:
                 result["image_intermediates_prefix"] = prefixes
             return result if intermediates_only else self._with_features(result, tokens, gates)
         if return_prefix_tokens and self.has_class_token:
-            found = list(zip(found, prefixes, strict=True))
-        return found if intermediates_only else (self.finish(tokens, gates, maps), found)
+            chosen = list(zip(chosen, prefixes, strict=True))
+        return chosen if intermediates_only else (self.finish(tokens, gates, maps), chosen)
 
     def _with_features(self, result: dict[str, Any], tokens, gates) -> dict[str, Any]:
         return {"image_features": self.finish(tokens, gates)} | result
@@ -168,7 +170,7 @@ class TimmInterface:
         return F.rms_norm(values, (self.embed_dim,), self.norm_f.weight, self.norm_f.eps)
 
     def _formatted(self, feature_map: Tensor, norm: bool, output_fmt: str) -> Tensor:
-        """A map [B, d, h, w] as it was asked for."""
+        """A map [B, d, h, w] in the requested format."""
         rows = self._normed(feature_map.flatten(2).transpose(1, 2), norm)
         if output_fmt == "NLC":
             return rows
@@ -177,9 +179,9 @@ class TimmInterface:
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the layers behind the last one of `indices`, the last norm and the head.
+        """Remove the layers after the last one of `indices`, the last norm and the head.
 
-        -> the layers that the indices name.
+        -> the layers that the indices refer to.
         """
         layers, last = feature_take_indices(self.depth, indices)
         self.layers = self.layers[: last + 1]

@@ -1,7 +1,7 @@
-"""What flows between the layers of a backbone, and what a forward pass gives.
+"""What flows between the layers of a backbone, and what a forward pass returns.
 
-B images, M patches, m slots for patches (M, or the k that are left), n class tokens, L = m + n,
-d width, C classes; h, w the grid of patches.
+B images, M patches, m slots for patches (M, or the k that are left), n class tokens, L = m + n, d
+width, C classes; h, w the grid of patches.
 """
 
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from .layouts import ClassSlots, extract, take
 class Tokens:
     """The state of the sequence between two layers.
 
-    `owner` names the slot that speaks for each original patch: its own at first, that of the token
-    it was merged into, -1 once it is dropped.
+    `owner` is the slot that represents each original patch: at first its own, that of the token it
+    was merged into, or -1 once it is dropped.
     """
 
     hidden: Tensor | None  # [B, L, d], the last mixer's output; None: it is in the residual already
@@ -26,7 +26,7 @@ class Tokens:
     origin: Tensor  # [B, m], original patch of each slot
     alive: Tensor  # [B, m], 1 where the slot is alive; with the decisions' gradient in training
     owner: Tensor  # [B, M]
-    mask: Tensor | None = None  # [B, L], what the scans multiply with; None: every token counts
+    mask: Tensor | None = None  # [B, L], factor of each token in the scans; None: all ones
     decisions: tuple[Tensor, ...] = ()  # per stage, training: [B, m], with gradient
     kept: tuple[Tensor, ...] = ()  # per stage, evaluation: [B, k], original patches
 
@@ -40,9 +40,9 @@ class Tokens:
 
 @dataclass
 class Result:
-    """What a forward pass gives, dense or dynamic, training or evaluation.
+    """What a forward pass returns, dense or dynamic, in training or evaluation.
 
-    A pytree (`torch.utils._pytree`), so that compiled and exported programs may return it.
+    A pytree (`torch.utils._pytree`), so that compiled and exported programs can return it.
     """
 
     logits: Tensor | None  # [B, C]; None from `forward_features`
@@ -54,29 +54,29 @@ class Result:
     kept: list[Tensor] = field(default_factory=list)
     owner: Tensor | None = None  # [B, M], see Tokens
     class_tokens: Tensor | None = None  # [B, n, d] after norm_f
-    maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, those asked for
+    maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
 
 
 torch.export.register_dataclass(Result)
 
 
 def spread(values: Tensor, owner: Tensor, before: Tensor | None) -> Tensor:
-    """Values of slots [B, m, d] -> of all original patches [B, M, d], each its owner's.
+    """Values of slots [B, m, d] -> values of all original patches [B, M, d], by owner.
 
-    A dropped patch keeps what it has in `before` [B, M, d], which is None while all are alive.
+    A dropped patch keeps its value in `before` [B, M, d], which is None while all are alive.
     """
     if values.shape[1] == 0:
         return before
-    found = take(values, owner.clamp_min(0))
-    return found if before is None else torch.where(owner.unsqueeze(-1) >= 0, found, before)
+    owned = take(values, owner.clamp_min(0))
+    return owned if before is None else torch.where(owner.unsqueeze(-1) >= 0, owned, before)
 
 
 class FeatureMaps:
-    """Maps of the patches after chosen layers: the dropped patches' last values stay in them.
+    """Maps of the patches after chosen layers; dropped patches keep their last values in them.
 
     Args:
         layers: after which layers.
-        kind: "hidden", the mixer's output before it is added, or "residual", the stream with it.
+        kind: "hidden", the mixer's output before it is added, or "residual", the stream after it.
     """
 
     KINDS = ("hidden", "residual")
@@ -90,12 +90,12 @@ class FeatureMaps:
         self._canvas: Tensor | None = None
 
     def look(self, tokens: Tokens) -> None:
-        """Take note of the patches, of which a stage is about to drop some."""
+        """Record the values of the patches before a stage drops some of them."""
         if self.layers:
             self._update(tokens)
 
     def after_layer(self, layer: int, tokens: Tokens) -> None:
-        """Keep the map of a layer that was asked for."""
+        """Store the map of a requested layer."""
         if layer in self.layers:
             self.class_tokens[layer] = self._update(tokens)
             self.maps[layer] = self._canvas.transpose(1, 2).unflatten(2, self.grid)

@@ -1,6 +1,4 @@
-"""VideoMamba for images (arXiv 2403.06977): one class token in front, the two directions not
-halved.
-"""
+"""VideoMamba for images (arXiv 2403.06977): class token in front, directions not halved."""
 
 from .backbone import Family
 from .layouts import HeadClassToken

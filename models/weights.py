@@ -1,8 +1,8 @@
 """Loading weights into a model: strict, with every difference named.
 
-Three things may legitimately differ, each said in one line: the new parts of a dynamic model that
-starts from a dense checkpoint, the size of the position embedding (another image size), and the
-head (another number of classes).
+Three things may differ, each logged in one line: the new parts of a dynamic model that starts from
+a dense checkpoint, the size of the position embedding (another image size), and the head (another
+number of classes).
 """
 
 import logging
@@ -29,8 +29,8 @@ def resize_pos_embed(
 ) -> Tensor:
     """Resample a position embedding [1, rows, d] of a square grid to `grid` (h, w), bicubic.
 
-    class_row: row of the class token in it, None without one; it is taken out where it stands and
-    put back, unchanged, at `new_class_row`. Raises ValueError when the patch rows are no square.
+    class_row: row of the class token, or None; it is moved unchanged to `new_class_row`. Raises
+    ValueError if the patch rows are not a square.
     """
     if class_row is None:
         patches, class_token = pos_embed, pos_embed[:, :0]
@@ -53,15 +53,14 @@ def resize_pos_embed(
 
 
 def is_new_part(key: str) -> bool:
-    """Whether a parameter is one that a dynamic model has beyond its dense teacher."""
+    """Whether a parameter belongs to a dynamic model but not to its dense teacher."""
     return key.startswith("score_predictors.") or ".block_head." in key
 
 
 def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
-    """The backbone family that a checkpoint says it is of, or that its keys give away; None when
-    nothing tells.
+    """The backbone family of a checkpoint, from its record or its keys; None if unknown.
 
-    Our checkpoints record it; official ones may hold their training arguments; MambaReg's keys are
+    Our checkpoints record it; official ones may hold their training arguments; MambaReg has keys of
     its own.
     """
     if isinstance(checkpoint.get("family"), str):
@@ -93,18 +92,17 @@ def load_weights(
     Args:
         source: the file, for messages.
         from_dense: the new parts of a dynamic model may be absent, all of them together.
-        new_head: a head of another class count is replaced by a fresh one (fine-tuning).
+        new_head: a head for another number of classes is replaced by a new one (fine-tuning).
 
     Raises:
         UserError: another family, or missing, unexpected or misshapen parameters; all are counted,
-            the first listed.
+            the first ones listed.
     """
     family = checkpoint_family(checkpoint)
     if family is not None and family != model.family.name:
         raise UserError(
             f"{source}: this is a {family} checkpoint, the model is a {model.family.name}; choose "
-            "--model "
-            "to agree with the checkpoint"
+            "--model to agree with the checkpoint"
         )
     own = model.state_dict()
     state = {key: value for key, value in checkpoint["model"].items()}
@@ -112,8 +110,7 @@ def load_weights(
     if not_tensors:
         raise UserError(
             f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
-            "checkpoint of a "
-            "vision model"
+            "checkpoint of a vision model"
         )
     _fit_pos_embed(model, state, source)
     dropped = _drop_other_head(model, own, state, source) if new_head else set()
@@ -130,17 +127,16 @@ def load_weights(
         ],
     }
     if any(problems.values()):
-        told = "; ".join(
+        message = "; ".join(
             f"{len(keys)} {kind}: {_listing(keys)}" for kind, keys in problems.items() if keys
         )
         head = state.get("head.weight")
         if head is not None and head.dim() == 2 and len(head) != model.num_classes:
-            told += (
+            message += (
                 f". It was trained on {len(head)} classes, the data set has {model.num_classes}: "
-                "choose its "
-                "--data-set, or fine-tune it first with --method dense --model-path"
+                "choose its --data-set, or fine-tune it first with --method dense --model-path"
             )
-        raise UserError(f"{source} does not fit this {model.family.name} model: {told}")
+        raise UserError(f"{source} does not fit this {model.family.name} model: {message}")
     model.load_state_dict(state, strict=False)
 
 
@@ -150,12 +146,10 @@ def _listing(keys: list[str]) -> str:
 
 
 def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) -> None:
-    """Resize the position embedding in `state` when the checkpoint was trained at another image
-    size.
-    """
+    """Resize the position embedding in `state` if it was trained at another image size."""
     table = state.get("pos_embed")
     if table is None or table.dim() != 3 or len(table) != 1 or table.shape[2] != model.embed_dim:
-        return  # told among the misshapen ones
+        return  # reported among the misshapen ones
     new_row = model.class_row()
     if table.shape == model.pos_embed.shape or table.shape[1] <= (new_row is not None):
         return
@@ -173,9 +167,7 @@ def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) ->
 def _drop_other_head(
     model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str
 ) -> set[str]:
-    """Take a head of another class count out of `state`, so that the model keeps its fresh one; ->
-    the keys taken.
-    """
+    """Remove a head for another number of classes from `state`; -> the keys removed."""
     weight, fresh = state.get("head.weight"), own.get("head.weight")
     if (
         weight is None

@@ -1,1 +1,1 @@
-"""Operations with several implementations: one plain definition, fast backends tested against it."""
+"""Operations with several implementations: a plain definition, and fast ones tested against it."""

@@ -1,8 +1,9 @@
-"""Residual add + RMSNorm, the prologue of every block: an operator, computed by PyTorch or, on a
-GPU, by fused kernels.
+"""Residual add + RMSNorm, the prologue of every layer, as an operator.
 
-B images, L tokens, d model width.
-Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
+It is computed by PyTorch or, on a GPU, by fused kernels.
+
+B images, L tokens, d model width. Source: Zhang & Sennrich, "Root Mean Square Layer Normalization"
+(arXiv 1910.07467).
 """
 
 import importlib

@@ -1,5 +1,4 @@
-"""Residual add + RMSNorm as one Triton kernel each way; the definition is
-`ops.rms_norm.add_rms_norm`.
+"""Residual add + RMSNorm as one Triton kernel per pass; `ops.rms_norm.add_rms_norm` defines it.
 
 B images, L tokens, d model width; rows are the B * L tokens.
 """

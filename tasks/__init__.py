@@ -1,4 +1,4 @@
-"""What differs between tasks, and nothing else: a file for each, and what all of them offer."""
+"""What differs between tasks, and nothing else: one file per task, and what they share."""
 
 from .base import TASKS, Measure, Task, register, task_named, task_of_checkpoint
 from .classification import CLASSIFICATION

@@ -1,4 +1,4 @@
-"""What a task is. Everything else asks the task: no other file knows a score, a head or a label.
+"""The interface of a task. Scores, heads and labels are known to tasks alone.
 
 B images, C classes.
 """
@@ -28,13 +28,13 @@ Criterion = Callable[[Result, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that a task reports, and its names in all places.
+    """A number that a task reports, with its names everywhere.
 
     Args:
         key: in eval.json, sweep.json and CSV files.
         name: in sentences and plots.
         log_name: in log.txt, with the prefixes `test_`, `test_ema_` and `best_`.
-        unit: behind the name in tables.
+        unit: after the name in tables.
         format: of the value.
         compared: whether tables show its change from the dense to the dynamic model.
     """
@@ -74,18 +74,18 @@ class Measure:
         return f"{self.text(value)} {self.unit}".rstrip()
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is at least as good as `best`, None: nothing yet."""
+        """Whether `value` is at least as good as `best`; None: nothing yet."""
         if best is None or best != best:
             return True
         return value >= best if self.higher_is_better else value <= best
 
 
 class Task:
-    """One kind of problem. A new one overrides what differs and is registered under its name.
+    """One kind of problem. A new task overrides what differs and is registered under its name.
 
     Attributes:
-        measures: what its meter computes, as reports show it; the first one decides which
-            checkpoint is the best.
+        measures: what its meter computes, as reports show it; the first one determines the best
+            checkpoint.
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
         recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
             given.
@@ -101,7 +101,7 @@ class Task:
         return self.measures[0]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The flags that only this task has."""
+        """Add the flags that only this task has."""
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise UsageError for flags that cannot work together."""
@@ -109,7 +109,7 @@ class Task:
     def transforms(
         self, args: argparse.Namespace, img_size: ImageSize, train: bool
     ) -> Transforms | None:
-        """What becomes of an image and its target; None: that of classified images."""
+        """The transforms of an image and its target; None: those of classified images."""
         return None
 
     def data(
@@ -119,7 +119,7 @@ class Task:
         distributed: Distributed,
         train: bool = True,
     ) -> Data:
-        """The data set that the flags name, for images of a size in pixels."""
+        """The data set named by the flags, for images of a size in pixels."""
         return build_data(
             args,
             img_size,
@@ -135,8 +135,9 @@ class Task:
         """Raise UserError for a checkpoint that was trained on something else."""
 
     def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
-        """The number with which `model` was called for a checkpoint. Raises UserError where that
-        cannot be known.
+        """The `num_classes` that a checkpoint's model was built with.
+
+        Raises UserError if it cannot be determined.
         """
         return len(checkpoint.get("class_names") or ())
 
@@ -145,7 +146,7 @@ class Task:
         return build_model(spec, num_classes)
 
     def batch_transform(self, args: argparse.Namespace, num_classes: int) -> BatchTransform | None:
-        """What mixes the images [B, 3, H, W] and the targets of a training batch."""
+        """A function that mixes a training batch's images [B, 3, H, W] and targets, or None."""
         return None
 
     def criterion(self, args: argparse.Namespace) -> Criterion:
@@ -153,13 +154,11 @@ class Task:
         raise NotImplementedError
 
     def distillation(self, result: Result, teacher_result: Result) -> dict[str, Tensor]:
-        """How far the answers are from the teacher's, as terms by name; the distance of the tokens
-        is not the task's business.
-        """
+        """Distance of the answers to the teacher's, as terms by name, without that of tokens."""
         return {}
 
     def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
-        """The forward pass of an evaluation; a window that slides, or a mean over views."""
+        """The forward pass of an evaluation, such as a sliding window or a mean over views."""
         return model(images)
 
     def meter(self, args: argparse.Namespace, data: Data, device: torch.device) -> Meter:
@@ -167,15 +166,15 @@ class Task:
         raise NotImplementedError
 
     def labels(self, batch: Batch) -> Tensor | None:
-        """The class [B] of each image, by which decisions are grouped; None where it has none."""
+        """The class [B] of each image, by which decisions are grouped; None without classes."""
         return None
 
     def name_of(self, target: Any, class_names: Sequence[str]) -> str:
-        """A target of the data set in a few words; empty where it takes more."""
+        """A target of the data set in a few words; empty if that is not possible."""
         return ""
 
     def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
-        """What a picture says of each image: a few (name, share), most important first."""
+        """A picture's caption for each image: a few (name, share), the most important first."""
         return [[] for _ in range(len(result.logits))]
 
 

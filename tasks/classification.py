@@ -143,9 +143,7 @@ CLASSIFICATION = register(Classification())
 def likeliest(
     logits: Tensor, class_names: Sequence[str], count: int
 ) -> list[list[tuple[int, str, float]]]:
-    """logits [B, C] -> for each image (class, name, probability) of the likeliest classes,
-    likeliest first.
-    """
+    """logits [B, C] -> (class, name, probability) of each image's likeliest classes, sorted."""
     probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
     return [
         [(label, class_names[label], p) for label, p in zip(*image, strict=True)]
@@ -154,7 +152,7 @@ def likeliest(
 
 
 def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str) -> None:
-    """Raise UserError when a checkpoint of ours was trained on other classes than the data set's."""
+    """Raise UserError if a checkpoint of ours was trained on classes other than `class_names`."""
     recorded = checkpoint.get("class_names")
     if recorded is None or list(recorded) == list(class_names):
         return

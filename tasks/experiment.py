@@ -1,4 +1,4 @@
-"""What a run is made of, so that it travels as one."""
+"""The parts of a run in one object."""
 
 import argparse
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .base import Task, task_named
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run is made of: its flags, its task and data, its processes, its folder."""
+    """What a run consists of: its flags, task, data, processes and folder."""
 
     args: argparse.Namespace
     task: Task
@@ -29,9 +29,7 @@ class Experiment:
     def prepare(
         cls, args: argparse.Namespace, distributed: Distributed, train: bool = True
     ) -> "Experiment":
-        """Read the data set that the flags name; without `train` its training images are left
-        alone.
-        """
+        """Read the data set named by the flags; without `train`, not its training images."""
         task = task_named(task_of(args.data_set))
         data = task.data(args, image_size(ModelSpec.from_args(args)), distributed, train)
         return cls(args, task, data, distributed, Path(args.output_dir))
@@ -50,7 +48,7 @@ class Experiment:
 
     @property
     def precision(self) -> str:
-        """Of the forward pass, as records name it."""
+        """Number format of the forward pass, as in records."""
         return "float32" if self.args.amp == "off" else self.args.amp
 
     def model(self, spec: ModelSpec) -> VisionMamba:

@@ -1,4 +1,4 @@
-"""What an evaluation pass counts: meters, and sums that no number of processes changes."""
+"""What an evaluation pass counts: meters, and sums that are equal for any number of processes."""
 
 from typing import Any, Protocol
 
@@ -11,29 +11,28 @@ from utils.distributed import Distributed
 
 
 class Meter(Protocol):
-    """Watches one evaluation pass, in the words of `timm.task` and torchmetrics."""
+    """Observes one evaluation pass; its methods are named as in `timm.task` and torchmetrics."""
 
     def update(self, batch: Batch, result: Result) -> None:
-        """Count a batch of this rank, whose tensors are on the device. The next batch may overwrite
-        `result`.
-        """
+        """Count a batch of this rank, on the device. The next batch may overwrite `result`."""
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
-        """Names and values over all ranks. Every rank calls it, after one image at least."""
+        """Values over all ranks by name. Every rank calls it, after at least one image."""
 
 
 def exact_sum(values: Tensor) -> Tensor:
     """Sum of float values in float64, each rounded to a multiple of 2^-24.
 
-    Such sums are exact, so that neither the number of processes nor the order changes the last
-    digit.
+    Such sums are exact: the number of processes and the order do not change the last digit.
     """
     return (values.double() * 2**24).round().sum() / 2**24
 
 
 class ReductionMeter:
-    """What is kept on average: `keep`, the fraction of the patches that is left after each stage,
-    and `gates` [depth][2], the share of the images whose forward and backward scan runs.
+    """Mean of what is kept: `keep` after each stage, and `gates` [depth][2].
+
+    `keep` is the fraction of patches left, `gates` the share of images whose forward and backward
+    scan runs.
     """
 
     def __init__(self, model: VisionMamba, device: torch.device):

@@ -47,7 +47,7 @@ METHODS = {
 
 @pytest.fixture
 def training(tmp_path):
-    """(method, flags...) -> experiment, training; the teacher of a dynamic one has random weights."""
+    """(method, flags...) -> experiment, training; a dynamic one's teacher has random weights."""
 
     def build(method: str, *flags: str):
         torch.manual_seed(1)

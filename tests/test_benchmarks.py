@@ -53,7 +53,7 @@ def test_a_record_says_what_it_was_measured_with(monkeypatch, tmp_path):
 
 
 def tiny_scan(monkeypatch, tmp_path, compiled):
-    """benchmarks/ops.py with another core for torch.compile; -> the names of its record, forward."""
+    """benchmarks/ops.py with another core for torch.compile; -> names in its record, forward."""
     monkeypatch.setenv("DYVM_BACKEND", "")  # put back behind the test
     monkeypatch.setattr(rivals, "compiled_chunks", lambda: compiled)
     monkeypatch.setattr(

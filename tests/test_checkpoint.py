@@ -301,7 +301,7 @@ class TestWriter:
         weights = torch.zeros(5)
         with CheckpointWriter(tmp_path) as writer:
             writer.save({"model": {"w": weights}})
-            weights += 1  # returned before anything was written, and what is written is the state of the call
+            weights += 1  # nothing is written yet; what will be is the state at the call
             writer.check()
             assert list(tmp_path.iterdir()) == [] and writer.writing()
             may_write.set()
@@ -390,7 +390,8 @@ def save_for_ever(step, tell):
     writer = CheckpointWriter(folder)
     while True:
         step += 1
-        writer.save({"model": {"w": torch.full((500_000,), step)}, "step": step}, best=step % 3 == 0)
+        weights = {"w": torch.full((500_000,), step)}
+        writer.save({"model": weights, "step": step}, best=step % 3 == 0)
         writer.wait()
         os.write(tell, step.to_bytes(8, "little"))
 

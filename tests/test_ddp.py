@@ -19,7 +19,8 @@ from utils.distributed import init_distributed
 
 dynamic, output = sys.argv[1] == "dyvm", sys.argv[2]
 distributed = init_distributed("cpu")
-sys.setswitchinterval(10)  # Python's lock seldom changes hands: a gloo thread that still needs it at the end aborts
+# Python's lock seldom changes hands: a gloo thread that still needs it at the end aborts.
+sys.setswitchinterval(10)
 torch.manual_seed(0)
 sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=4, num_classes=5)
 teacher = VisionMamba(FAMILIES["vim"], **sizes).eval()
@@ -27,12 +28,14 @@ model = teacher
 classify = ClassificationTerms(nn.CrossEntropyLoss())
 objective = Objective(classify)
 if dynamic:
-    model = DynamicVisionMamba(FAMILIES["vim"], pruning_layers=(1, 3), token_keep=(0.7, 0.4), **sizes)
+    stages = dict(pruning_layers=(1, 3), token_keep=(0.7, 0.4))
+    model = DynamicVisionMamba(FAMILIES["vim"], **stages, **sizes)
     objective = Objective(classify, Budgets(model.token_keep, 0.5), Distillation())
 images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
 noise = {f"token.stage{s}": torch.randn(8, 16, 2) for s in range(2)}
 noise |= {f"router.layer{i}.gumbels{k}": 8 * torch.randn(8, 2) for i in range(4) for k in (1, 2)}
-share = slice(distributed.rank * 8 // distributed.world_size, (distributed.rank + 1) * 8 // distributed.world_size)
+rank, world_size = distributed.rank, distributed.world_size
+share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
 noise = {name: value[share] for name, value in noise.items()}
 model.train()
 parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size > 1 else model

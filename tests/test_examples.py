@@ -67,7 +67,7 @@ class Numbers(ImageSet):
 
 @pytest.fixture
 def build(monkeypatch):
-    """`build_data` of a set that is not in the table yet; flags, and the arguments of build_data."""
+    """`build_data` of a set that is not in the table yet: its flags and arguments."""
 
     def build(make, *flags, size=32, seed=0, **others):
         row = DataSet("OWN", "a task of its own", make)

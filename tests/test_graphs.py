@@ -60,8 +60,8 @@ def test_a_failing_capture_is_said_once_and_not_tried_again(monkeypatch, caplog)
         ]
     messages = [record.message for record in caplog.records]
     assert messages == [
-        "evaluation goes on without a CUDA graph, capturing one failed: "
-        "operation not permitted when stream is capturing"
+        "evaluation goes on without a CUDA graph, capturing one failed: operation not permitted "
+        "when stream is capturing"
     ]
 
 

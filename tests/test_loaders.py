@@ -1,4 +1,4 @@
-"""Batches: exactly repeatable from any step, every validation image once, and bad images by rule."""
+"""Batches: exactly repeatable from any step, every validation image once, bad images by rule."""
 
 import os
 import random

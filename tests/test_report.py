@@ -160,18 +160,20 @@ def test_in_a_browser(page, tmp_path):
             assert browser.problems() == []
             assert browser.requests() == [page.resolve().as_uri()]
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
-            shown = browser.evaluate("""[...document.querySelectorAll('h2')].map(h => [h.id, h.offsetHeight,
-                                        h.getBoundingClientRect().right <= innerWidth])""")
+            shown = browser.evaluate("""[...document.querySelectorAll('h2')].map(h => [
+                h.id, h.offsetHeight, h.getBoundingClientRect().right <= innerWidth])""")
             assert [section for section, tall, inside in shown if tall > 10 and inside] == list(
                 SECTIONS
             )
             sizes = browser.evaluate("""[...document.querySelectorAll('img, main svg')].map(p => {
                 const box = p.getBoundingClientRect();
-                return [box.width, box.height, p.tagName == 'IMG' ? p.complete && p.naturalWidth > 0 : true]})""")
+                const loaded = p.tagName == 'IMG' ? p.complete && p.naturalWidth > 0 : true;
+                return [box.width, box.height, loaded]})""")
             assert len(sizes) > 20 and all(w > 150 and h > 60 and loaded for w, h, loaded in sizes)
             # Type in plots must be readable on a phone: at least 8 CSS pixels high.
-            letters = browser.evaluate("""Math.min(...[...document.querySelectorAll('main svg text')].map(
-                t => t.getBoundingClientRect().height))""")
+            letters = browser.evaluate("""Math.min(
+                ...[...document.querySelectorAll('main svg text')].map(
+                    t => t.getBoundingClientRect().height))""")
             assert letters >= 8
             background, ink = browser.evaluate(
                 "[document.body, document.querySelector('h1')].map((e, i) => "
@@ -201,7 +203,11 @@ def damaged(tmp_path, **files):
 
 
 def test_a_log_cut_in_the_middle_of_a_line(tmp_path, capsys):
-    lines = '{"epoch": 0, "test_acc1": 50.0, "train_loss": null}\n{"epoch": 1, "test_acc1": 60.0}\n{"epoch": 2, "te'
+    lines = (
+        '{"epoch": 0, "test_acc1": 50.0, "train_loss": null}\n'
+        '{"epoch": 1, "test_acc1": 60.0}\n'
+        '{"epoch": 2, "te'
+    )
     run = damaged(tmp_path / "cut", log_txt=lines)
     assert [record["epoch"] for record in read_run(run, "cut", 0).log] == [0, 1]
     report.main([str(run)])

@@ -57,7 +57,7 @@ SHARED_RECIPE = {
 
 
 def flags_of(command):
-    """{flag: value} of a printed command's part behind main.py; the last one wins, as in argparse."""
+    """{flag: value} of a printed command's part after main.py; the last wins, as in argparse."""
     words = shlex.split(command)
     words = words[next(i for i, word in enumerate(words) if word.endswith("main.py")) + 1 :]
     flags = {}
@@ -305,7 +305,11 @@ def cluster(tmp_path, inputs):
     program(
         tmp_path / "bin/scontrol",
         f"""
-if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$@" >>{tmp_path}/scontrol.log; fi""",
+if [[ $1 == show ]]; then
+    printf "node7\\nnode8\\n"
+else
+    echo "$@" >>{tmp_path}/scontrol.log
+fi""",
     )
     program(tmp_path / "bin/srun", 'exec "$@"')
     python = program(tmp_path / "bin/checked-python", "exit 0")

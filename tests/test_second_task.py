@@ -1,7 +1,8 @@
-"""A second task, all of it in this file: how bright is an image? It is trained, interrupted, resumed,
-evaluated, swept, drawn and reported by the same programs as classification.
+"""A second task, all of it in this file: how bright is an image?
 
-A new task is what stands above the tests: a data set, a head, a criterion, a meter and measures.
+It is trained, interrupted, resumed, evaluated, swept, drawn and reported by the same programs as
+classification. A new task is what comes before the tests: a data set, a head, a criterion, a meter
+and measures.
 """
 
 import dataclasses

@@ -130,9 +130,7 @@ def test_intermediates(name):
     normed = one.flatten(2).transpose(1, 2).gather(1, result.origin[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(normed, result.tokens)
     named = model.forward_intermediates(images, 2, output_dict=True, return_prefix_tokens=True)
-    assert set(named) == {
-        "image_features", "image_intermediates", "image_intermediates_prefix"
-    }  # fmt: skip
+    assert set(named) == {"image_features", "image_intermediates", "image_intermediates_prefix"}
     with pytest.raises(ValueError, match="NCHW or NLC"):
         model.forward_intermediates(images, output_fmt="NHWC")
 

@@ -55,7 +55,8 @@ from loading.transforms import classification_transforms
 from utils.distributed import init_distributed
 
 distributed = init_distributed("cpu")
-args = options.parse(["--model-kwargs", "embed_dim=16", "depth=2", "--input-size", "16", "--num-workers", "0"])
+flags = "--model-kwargs embed_dim=16 depth=2 --input-size 16 --num-workers 0"
+args = options.parse(flags.split())
 torch.manual_seed(0)
 model, data = build_model(ModelSpec.from_args(args), 10), build_data(args, 16, train=False)
 for count in (1, 7, 359, 360):

@@ -1,3 +1,1 @@
-"""What the training program needs and no paper is about: errors, distributed set-up, checkpoints,
-logging.
-"""
+"""What the training program needs apart from the method: errors, processes, checkpoints, logs."""

@@ -8,7 +8,7 @@ from .errors import UsageError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are raised as UsageError, in one line and without the usage text."""
+    """Raises UsageError, one line without the usage text, instead of exiting."""
 
     def error(self, message: str):
         raise UsageError(f"{message} (see python {self.prog} --help)")

@@ -1,7 +1,7 @@
 """Checkpoints that survive kills, full disks and damaged files.
 
-A checkpoint is what `torch.save` writes, an envelope `{'model': state_dict, ...}` that plain
-`torch.load(path, weights_only=True)` reads. Its SHA-256 stands inside the file, in the comment
+A checkpoint is written by `torch.save`, an envelope `{'model': state_dict, ...}` that plain
+`torch.load(path, weights_only=True)` reads. Its SHA-256 is stored inside the file, in the comment
 field that every zip archive has at its end: a checksum in a second file could be separated from the
 first by a kill between two renames.
 """
@@ -39,12 +39,11 @@ _logger = logging.getLogger(__name__)
 
 
 class _Unusable(Exception):
-    """Why a file is no checkpoint that can be read; the file's name is added by whoever catches it."""
+    """Why a file is not a readable checkpoint; whoever catches it adds the file's name."""
 
 
 def copy_to_host(state: Any) -> Any:
-    """A copy of nested dicts, lists, tuples and Namespaces that shares nothing with `state`;
-    tensors on the CPU.
+    """A deep copy of nested dicts, lists, tuples and Namespaces, with tensors on the CPU.
 
     Raises ValueError for anything that `torch.load(weights_only=True)` would refuse later, when it
     is too late.
@@ -57,8 +56,7 @@ def copy_to_host(state: Any) -> Any:
 
 def _copied(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
-        # To pinned memory and without waiting for each tensor in turn; a CPU tensor is simply
-        # cloned.
+        # To pinned memory, without waiting for each tensor in turn; a CPU tensor is just cloned.
         return (
             value.detach().to("cpu", non_blocking=True) if value.is_cuda else value.detach().clone()
         )
@@ -74,15 +72,14 @@ def _copied(value: Any, name: str) -> Any:
         )
     raise ValueError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
-        "tensors, plain Python "
-        "values, dicts, lists, tuples and argparse.Namespace"
+        "tensors, plain Python values, dicts, lists, tuples and argparse.Namespace"
     )
 
 
 def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
     """Write `state` to `path` atomically, with its checksum.
 
-    Raises UserError when it cannot be written (the older file stays whole) and ValueError for
+    Raises UserError if it cannot be written (the older file stays intact) and ValueError for
     content that could not be loaded again.
     """
     _write(copy_to_host(state), Path(path))
@@ -99,8 +96,7 @@ def _write(state: dict, path: Path, previous: Path | None = None) -> None:
 
 
 class CheckpointWriter:
-    """Keeps the newest checkpoint, its predecessor and the best one in a folder; writes them in the
-    background.
+    """Writes a folder's newest, previous and best checkpoint in the background.
 
     `save` returns as soon as the state is copied to host memory; it first waits for the save before
     it. An error of the background thread (UserError: the disk is full, ...) is raised by the next
@@ -121,14 +117,14 @@ class CheckpointWriter:
         self._write = self._thread.submit(self._write_all, copy_to_host(state), best)
 
     def _write_all(self, state: dict, best: bool) -> None:
-        # The best one first: a run that was killed between the two evaluates again, and saves both.
+        # The best one first: a run that is killed between the two evaluates again and saves both.
         if best:
             _write(state, self.best)
-        # A file that was damaged since must not push a good predecessor out.
+        # A file that was damaged since must not replace a good predecessor.
         _write(state, self.newest, previous=self.previous if is_intact(self.newest) else None)
 
     def writing(self) -> bool:
-        """Whether a save is still under way in the background."""
+        """Whether a save is still in progress in the background."""
         return self._write is not None and not self._write.done()
 
     def check(self) -> None:
@@ -158,16 +154,15 @@ class CheckpointWriter:
         except UserError as failed:
             if error is None:
                 raise
-            _logger.error("%s", failed)  # the error that ends the block already is the one to tell
+            _logger.error("%s", failed)  # the error that ended the block is the one to raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint to the CPU: an envelope `{'model': ...}`, a bare state dict or a
-    `.safetensors` file.
+    """Read a checkpoint to the CPU: `{'model': ...}`, a bare state dict or `.safetensors`.
 
-    The last two come back as `{'model': state_dict}`. Nothing in the file is executed: apart from
-    tensors and plain Python values only `argparse.Namespace` is allowed. The checksum is verified
-    where the file has one.
+    The last two are returned as `{'model': state_dict}`. Nothing in the file is executed: apart
+    from tensors and plain Python values only `argparse.Namespace` is allowed. The checksum is
+    verified if the file has one.
 
     Raises UserError, naming the file and the reason, for everything else.
     """
@@ -178,10 +173,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def load_newest(output_dir: str | os.PathLike) -> tuple[dict, Path] | None:
-    """The newest good checkpoint of a run and its path, or None when the folder has none.
+    """The newest good checkpoint of a run and its path, or None if the folder has none.
 
-    A damaged newest file is passed over for its predecessor, with a warning that names it.
-    Raises UserError when there are files and none is good.
+    A damaged newest file is replaced by its predecessor, with a warning that names it. Raises
+    UserError if there are files and none is good.
     """
     damaged = []
     for path in (Path(output_dir) / NEWEST, Path(output_dir) / PREVIOUS):
@@ -205,7 +200,7 @@ def load_newest(output_dir: str | os.PathLike) -> tuple[dict, Path] | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether `path` is a checkpoint whose checksum is present and right."""
+    """Whether `path` is a checkpoint with a correct checksum."""
     try:
         with open(path, "rb") as file:
             return _verify_checksum(file)
@@ -230,9 +225,7 @@ def _read(path: Path) -> dict:
 
 
 def _verify_checksum(file: BinaryIO) -> bool:
-    """True when the checksum is right, False when there is none. Raises _Unusable for a damaged
-    file.
-    """
+    """True if the checksum is correct, False if absent. Raises _Unusable for a damaged file."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise _Unusable("it is empty")
@@ -252,26 +245,21 @@ def _verify_checksum(file: BinaryIO) -> bool:
 def _load_without_code(file: BinaryIO) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # old or odd formats: they load, or the error says why not
+            warnings.simplefilter("ignore")  # about old formats: they load or raise an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden is None:
             raise _Unusable(
                 "it is damaged, no PyTorch checkpoint, or holds something other than tensors and "
-                "plain "
-                "values; nothing in it was executed"
+                "plain values; nothing in it was executed"
             ) from error
         raise _Unusable(
             f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are "
-            "allowed; "
-            "nothing in it was executed; if you trust it, store its 'model' entry as .safetensors"
+            "allowed; nothing in it was executed; if you trust it, store its 'model' entry as "
+            ".safetensors"
         ) from error
-    except (
-        Exception
-    ) as error:  # bytes that are no checkpoint fail in every way that there is, inside torch
+    except Exception as error:  # torch raises nearly anything on bytes that are not a checkpoint
         raise _Unusable("it is cut off, damaged or no PyTorch checkpoint") from error
 
 

@@ -59,7 +59,7 @@ class GraphedForward:
         if self.enabled and shape in self._seen and shape not in self._replays:
             try:
                 self._replays[shape] = capture(self.forward, images)
-            except Exception as error:  # whatever is wrong with the forward pass itself, the call below raises again
+            except Exception as error:  # a fault of the forward pass itself is raised again below
                 self.enabled = False
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 _logger.warning(

@@ -1,5 +1,4 @@
-"""One process or many, with torchrun, with SLURM's srun or without any launcher; and an end, not a
-hang, when one dies.
+"""One process or many, started by torchrun, by SLURM's srun or directly; none hangs if one dies.
 
 With CUDA the process group is "cpu:gloo,cuda:nccl": gradients travel by NCCL, while what the ranks
 agree on (flags, counts, objects) are CPU tensors that travel by gloo and never wait for the GPU's
@@ -24,7 +23,7 @@ from torch import Tensor
 from .errors import UserError, first_line
 
 # A collective may wait long for a rank that is alive but slow (measuring throughput alone, a cold
-# file system); ranks that died are the watchdog's business.
+# file system); dead ranks are detected by the watchdog.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 JOIN_SECONDS = 300.0
 SILENCE_SECONDS = 40.0
@@ -42,19 +41,19 @@ class Launch(NamedTuple):
 
 
 def read_launch(env: Mapping[str, str]) -> Launch | None:
-    """What torchrun or srun says in the environment; None without a launcher. Raises UserError when
-    it is incomplete.
+    """The launch described by torchrun's or srun's environment; None without a launcher.
 
     MASTER_ADDR and MASTER_PORT are respected under SLURM too; by default the processes meet on the
-    step's first node, at a port made from the job's number.
+    step's first node, at a port derived from the job's number. Raises UserError if the environment
+    is incomplete.
     """
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             rank, world_size, local_rank, host, port = (env[name] for name in names)
             return Launch(int(rank), int(world_size), int(local_rank), host, int(port))
-        # SLURM_NTASKS stands in a batch script's own environment too; the step's size only in what
-        # srun starts.
+        # SLURM_NTASKS is set in a batch script's own environment too, the step's size only in
+        # processes that srun starts.
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             return Launch(
                 int(env["SLURM_PROCID"]),
@@ -66,8 +65,7 @@ def read_launch(env: Mapping[str, str]) -> Launch | None:
     except KeyError as missing:
         raise UserError(
             f"the launcher's environment lacks {missing.args[0]}: start with torchrun or srun, or "
-            "unset RANK and "
-            "WORLD_SIZE for a single process"
+            "unset RANK and WORLD_SIZE for a single process"
         ) from None
     except ValueError as error:
         raise UserError(f"the launcher's environment is not understood: {error}") from None
@@ -75,14 +73,14 @@ def read_launch(env: Mapping[str, str]) -> Launch | None:
 
 
 def first_node(nodelist: str) -> str:
-    """First host of SLURM's compressed list: `gpu[07-09,12],login1` gives `gpu07`."""
+    """First host of SLURM's compressed list: `gpu[07-09,12],login1` -> `gpu07`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else nodelist
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among its peers. Its methods must be called by all ranks alike."""
+    """This process among its peers. All ranks must call its methods alike."""
 
     device: torch.device
     rank: int = 0
@@ -99,9 +97,7 @@ class Distributed:
         self.agree_any(False)
 
     def agree_any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Cheap enough for every step: one byte, and no wait
-        for the GPU.
-        """
+        """Whether `flag` is true on any rank. One byte without a wait for the GPU: cheap."""
         if self.world_size == 1:
             return bool(flag)
         votes = torch.tensor([bool(flag)], dtype=torch.uint8)
@@ -109,8 +105,9 @@ class Distributed:
         return bool(votes)
 
     def all_reduce_sum(self, values: Tensor | Sequence[float]) -> Tensor:
-        """Sum over the ranks in float64, on the CPU, in the shape of `values`; counts stay exact up
-        to 2^53.
+        """Sum over the ranks in float64, on the CPU, in the shape of `values`.
+
+        Counts stay exact up to 2^53.
         """
         if isinstance(values, Tensor):
             total = values.detach().to("cpu", torch.float64, copy=True)
@@ -129,25 +126,22 @@ class Distributed:
         return gathered
 
     def shutdown(self) -> None:
-        """The orderly end of all ranks. Not for ends by an error: it waits for every rank (see
-        `errors.run_main`).
-        """
+        """Orderly end of all ranks. Not after an error: it waits for every rank."""
         if self.world_size > 1:
             self.barrier()
             self.watchdog.stop()
-            # A gloo thread lets go of a collective's tensor a moment after the collective, and
-            # takes Python's lock to do so. If Python is ending by then, that aborts the process:
-            # destroying the group waits for its threads, but not while a DDP module holds the group
-            # too.
+            # A gloo thread releases a collective's tensor a moment after the collective, and takes
+            # Python's lock to do so. If Python is exiting by then, that aborts the process:
+            # destroying the group waits for its threads, but not while a DDP module holds the
+            # group too.
             time.sleep(RELEASE_SECONDS)
             dist.destroy_process_group()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all processes of values [...] that stay on their device, so that no host waits;
-    the values themselves in a single process.
+    """Mean over all processes of values [...] on their device, without making the host wait.
 
-    For code that is handed no `Distributed`, such as a loss.
+    For code that has no `Distributed`, such as a loss; in a single process, the values themselves.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values
@@ -164,12 +158,11 @@ def init_distributed(
 ) -> Distributed:
     """Join the other processes if a launcher started several, else be the only one.
 
-    `device` is "auto" (a GPU where there is one), "cpu" or "cuda"; with CUDA each process takes the
+    `device` is "auto" (a GPU if there is one), "cpu" or "cuda"; with CUDA each process takes the
     GPU of its local rank. A peer that is silent for `silence_s` seconds ends this process with one
     line.
 
-    Raises UserError for a missing device, and when not all processes come together within `join_s`
-    seconds.
+    Raises UserError for a missing device, and if not all processes join within `join_s` seconds.
     """
     launch = read_launch(os.environ)
     local_rank = launch.local_rank if launch else 0
@@ -207,7 +200,7 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("no GPU that PyTorch can use; run with --device cpu")
     count = torch.cuda.device_count()
-    # srun with --gpus-per-task shows each process its own GPU alone.
+    # With --gpus-per-task, srun makes only its own GPU visible to each process.
     index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
     if index >= count:
         raise UserError(
@@ -219,13 +212,12 @@ def _own_device(device: str, local_rank: int) -> torch.device:
 
 
 def _fresh_namespace(store: dist.Store, rank: int, world_size: int, join_s: float) -> dist.Store:
-    """A part of `store` that only the processes of this start use; returned when all of them have
-    come.
+    """A namespace of `store` for this start of the processes only, once all of them have joined.
 
-    torchrun keeps one store for all restarts, and what an attempt that died left there, such as gloo's addresses, must
-    not be taken for a living peer's. The restart count would not tell attempts apart: it differs
-    between nodes. So every process shows a token of its own, and rank 0 answers each token with the
-    name of the namespace.
+    torchrun keeps one store for all restarts, and what a dead attempt left there, such as gloo's
+    addresses, must not be taken for a living peer's. The restart count cannot distinguish attempts:
+    it differs between nodes. So every process publishes a token of its own, and rank 0 answers each
+    token with the name of the namespace.
     """
     give_up = time.monotonic() + join_s
     token = secrets.token_hex(8)
@@ -252,13 +244,14 @@ def _fresh_namespace(store: dist.Store, rank: int, world_size: int, join_s: floa
 class Watchdog(threading.Thread):
     """Ends this process when a peer has died.
 
-    gloo notices a closed connection at once, but a NCCL kernel whose peer is gone spins for as long
-    as the collective's timeout allows, and that must be long. So every rank counts up a number of
-    its own in the rendezvous store, and looks at those of the others: one that stands still belongs
-    to a process that has ended or lost its network.
+    gloo notices a closed connection at once, but an NCCL kernel whose peer is gone spins until the
+    collective's timeout, which must be long. So every rank increments a counter of its own in the
+    rendezvous store and watches those of the others: one that stands still belongs to a process
+    that has ended or lost its network.
     """
 
-    LOOKS = 8  # in `silence_s`; counting looks and not seconds forgives a job that was suspended as a whole
+    # Checks in `silence_s`; counting checks, not seconds, tolerates a job suspended as a whole.
+    LOOKS = 8
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, silence_s: float):
         super().__init__(name="watchdog", daemon=True)
@@ -279,8 +272,8 @@ class Watchdog(threading.Thread):
                 self._store.add(f"alive/{self._rank}", 1)
                 counts = {peer: self._store.add(f"alive/{peer}", 0) for peer in self._peers}
             except RuntimeError:
-                # After an orderly end the store may be gone a moment before this rank has left its
-                # last barrier.
+                # After an orderly end the store may disappear just before this rank leaves its last
+                # barrier.
                 if not self._ended.wait(self._silence_s / self.LOOKS):
                     self._end("the process that holds the rendezvous")
                 return
@@ -301,7 +294,7 @@ class Watchdog(threading.Thread):
 
 
 def peer_failure(error: BaseException) -> str | None:
-    """One line if `error` is how the backends tell that another process is gone, else None."""
+    """One line if `error` is how the backends report a lost process, else None."""
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo/" in str(error)
     ):

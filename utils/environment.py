@@ -1,4 +1,4 @@
-"""What a run ran on and with: versions and hardware, for its record."""
+"""The versions and hardware of a run, for its record."""
 
 import os
 import platform
@@ -11,26 +11,26 @@ PACKAGES = ("torch", "torchvision", "timm", "triton", "mamba-ssm", "numpy")
 
 
 def describe_environment(*packages: str) -> dict[str, str]:
-    """Versions of Python, of the packages that matter and of further `packages`; the processor and
-    the GPUs.
-    """
-    found = {"python": platform.python_version()}
+    """Versions of Python and packages (`packages` in addition), processor and GPUs."""
+    environment = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
         try:
-            found[package] = metadata.version(package)
+            environment[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["system"] = f"{platform.system()} {platform.machine()}"
-    found["cpu"] = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    environment["system"] = f"{platform.system()} {platform.machine()}"
+    environment["cpu"] = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found["cuda"] = str(torch.version.cuda)
-        found["gpus"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return found
+        environment["cuda"] = str(torch.version.cuda)
+        environment["gpus"] = ", ".join(
+            f"{names.count(name)} x {name}" for name in dict.fromkeys(names)
+        )
+    return environment
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux tells it."""
+    """The processor's name as reported by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writing, checksums, the output folder."""
+"""Files that are either complete or absent: atomic writing, checksums, the output folder."""
 
 import csv
 import errno
@@ -31,15 +31,14 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """A binary file, readable and writable, that takes the place of `path` only when the block ends
-    without an error.
+    """A binary file, readable and writable, that replaces `path` when the block ends without error.
 
-    Whoever reads `path`, at any moment and after any kill, finds the old content or the new one.
-    With `previous`, the old content is kept under that name; then `path` is absent for the instant
+    A reader of `path` finds the old content or the new one, at any moment and after any kill. With
+    `previous`, the old content is kept under that name; then `path` is absent for the instant
     between two renames.
 
-    Raises UserError when the file cannot be written (disk full, read-only folder, ...); the
-    temporary file is removed and whatever stood at `path` is untouched.
+    Raises UserError if the file cannot be written (disk full, read-only folder, ...); the temporary
+    file is removed and `path` is left as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -64,16 +63,14 @@ def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterat
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what killed processes left of their attempts to write `path`."""
+    """Remove the temporary files of killed processes that were writing `path`."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(OSError):
             temporary.unlink()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` as indented JSON, atomically; what JSON does not know (paths, devices)
-    becomes its text.
-    """
+    """Write `content` as indented JSON, atomically; unknown types (paths, devices) as text."""
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
@@ -91,9 +88,7 @@ def hash_stream(file: BinaryIO, size: int | None = None) -> str:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 (hexadecimal) of a whole file, as `sha256sum` prints it. Raises UserError when it
-    cannot be read.
-    """
+    """SHA-256 (hexadecimal) of a file, as `sha256sum` prints it. Raises UserError if unreadable."""
     try:
         with open(path, "rb") as file:
             return hash_stream(file)
@@ -102,8 +97,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def prepare_output_dir(path: str | os.PathLike) -> Path:
-    """Create the output folder if need be and prove that it can be written, before any time is
-    spent on training.
+    """Create the output folder if necessary and prove that it is writable, before any training.
 
     Raises UserError otherwise.
     """

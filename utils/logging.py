@@ -1,6 +1,4 @@
-"""What a run tells: the console, `log.txt` and `args.json`, averages, the progress bar and
-TensorBoard.
-"""
+"""Logging: console, `log.txt` and `args.json`, averages, progress bar and TensorBoard."""
 
 import argparse
 import json
@@ -28,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines on standard output that do not tear a progress bar apart."""
+    """Writes to standard output without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -36,7 +34,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def setup_logging(is_main: bool = True, level: int = logging.INFO) -> None:
-    """One format for the whole program; ranks other than the main one tell errors only."""
+    """One format for the whole program; ranks other than the main one only log errors."""
     handler = _ConsoleHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
@@ -50,19 +48,17 @@ def write_args(output_dir: str | os.PathLike, args: argparse.Namespace, **more: 
 
 
 class EpochLog:
-    """`log.txt`: one JSON object a line, one line an epoch (key `epoch`), only whole lines.
+    """`log.txt`: one JSON object per line and epoch (key `epoch`), only complete lines.
 
-    A run that resumes does some epochs again: `resume_at` drops their lines, so that each epoch
-    stands there once.
+    A resumed run may repeat some epochs: `resume_at` drops their lines, so that each epoch is
+    listed once.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
         self.path = Path(output_dir) / "log.txt"
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add an epoch's line. Numbers that are not finite become null, since JSON has no word for
-        them.
-        """
+        """Add an epoch's line. Non-finite numbers, which JSON cannot express, become null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -73,7 +69,7 @@ class EpochLog:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def resume_at(self, epoch: int) -> None:
-        """Keep the lines of the epochs before `epoch`; a line that a kill cut off goes too."""
+        """Keep the lines of the epochs before `epoch`; a line cut off by a kill is dropped too."""
         if not self.path.exists():
             return
         kept = [
@@ -101,8 +97,9 @@ def _finite(value: Any) -> Any:
 
 
 class Averages:
-    """Means of named scalars over many steps. Tensors are summed where they are; only reading makes
-    the host wait.
+    """Means of named scalars over many steps.
+
+    Tensors are summed on their device; the host waits only when the means are read.
     """
 
     def __init__(self) -> None:
@@ -110,10 +107,9 @@ class Averages:
         self._counts: dict[str, Tensor | float] = {}
 
     def update(self, count: int = 1, **means: Tensor | float) -> None:
-        """Add means over `count` images each. Tensors have one element; they are summed in float64
-        on their device.
+        """Add means over `count` images each; tensors have one element and are summed in float64.
 
-        A tensor that is not a finite number is left out, as the step is that it comes from.
+        A tensor that is not finite is left out, like the step that it comes from.
         """
         for name, mean in means.items():
             if isinstance(mean, Tensor):
@@ -128,7 +124,7 @@ class Averages:
     def means(self, distributed: Distributed | None = None) -> dict[str, float]:
         """The means so far, in the order of the first update; with `distributed` over all ranks.
 
-        Every rank must then call it, after updates under the same names. NaN where nothing was
+        Every rank must then call it, after updates under the same names. NaN if nothing was
         counted.
         """
         totals = torch.tensor(self._read(), dtype=torch.float64)
@@ -137,7 +133,7 @@ class Averages:
         return dict(zip(self._sums, (totals[0] / totals[1]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, list]:
-        """Sums and counts, so that an epoch that was interrupted ends with the same means."""
+        """Sums and counts, so that an interrupted epoch ends with the same means."""
         return {name: list(pair) for name, *pair in zip(self._sums, *self._read(), strict=True)}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
@@ -145,7 +141,7 @@ class Averages:
         self._counts = {name: count for name, (_, count) in state.items()}
 
     def _read(self) -> tuple[list[float], list[float]]:
-        """All sums and all counts at the price of one wait, not one a name."""
+        """All sums and all counts, with a single wait for the device."""
         numbers = [*self._sums.values(), *self._counts.values()]
         tensors = [number for number in numbers if isinstance(number, Tensor)]
         read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
@@ -154,15 +150,17 @@ class Averages:
 
 
 class Progress:
-    """Iterates and shows how far it is: a bar with the time left on a terminal, a line now and then
-    elsewhere.
+    """Iterates and shows the progress: a bar on a terminal, else a line now and then.
 
-    `status` gives the text behind the bar. It is called only when something is shown, every
+    `status` returns the text after the bar. It is only called when something is shown, every
     `refresh_s` seconds on a terminal and every `line_s` elsewhere, so it may read numbers from the
     device.
     """
 
-    _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]{postfix}"
+    _LINE = (
+        "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} "
+        "[{elapsed}, {remaining} left, {rate_fmt}]{postfix}"
+    )
 
     def __init__(
         self,
@@ -177,12 +175,8 @@ class Progress:
         line_s: float = 30.0,
         stream: TextIO | None = None,
     ):
-        self._iterable, self._description, self._initial, self._shown = (
-            iterable,
-            description,
-            initial,
-            shown,
-        )
+        self._iterable, self._description = iterable, description
+        self._initial, self._shown = initial, shown
         self._total = len(iterable) + initial if total is None else total  # type: ignore[arg-type]
         self._status = status or (lambda: "")
         self._refresh_s, self._line_s = refresh_s, line_s
@@ -235,13 +229,12 @@ def tensorboard_writer(
 ) -> Optional["SummaryWriter"]:
     """A SummaryWriter on the main rank, None elsewhere.
 
-    `purge_step` is the first step of a resumed run: TensorBoard then hides what came at and after
-    it before.
+    `purge_step` is the first step of a resumed run: TensorBoard then hides earlier entries from
+    this step on.
     """
     if not distributed.is_main:
         return None
-    from torch.utils.tensorboard import (
-        SummaryWriter,
-    )  # slow to import, and only the main rank needs it
+    # Imported here since it is slow, and only the main rank needs it.
+    from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(output_dir), purge_step=purge_step)

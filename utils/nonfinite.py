@@ -1,6 +1,4 @@
-"""Steps whose loss or gradient is not a finite number: left out, counted, named; too many in a row
-end the run.
-"""
+"""Steps with a non-finite loss or gradient: skipped, counted, reported; too many end the run."""
 
 import logging
 from collections import deque
@@ -18,8 +16,9 @@ _logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError):
-    """The run cannot go on: gradients are not finite. `batches` has each rank's image names on rank
-    0, else nothing.
+    """The run cannot continue: gradients are not finite.
+
+    `batches` holds each rank's image names on rank 0, and is empty elsewhere.
     """
 
     def __init__(self, what: str, batches: list[list[str]]):
@@ -28,14 +27,13 @@ class NonFiniteError(UserError):
 
 
 class NonFiniteSteps:
-    """Leaves out optimizer steps on the device, without a wait of the host, and looks at the record
-    now and then.
+    """Skips optimizer steps on the device, without making the host wait, and reports them later.
 
-    The gradient that is looked at is the mean over all ranks, so every rank decides alike.
+    The gradient that is checked is the mean over all ranks, so every rank decides alike.
 
     Args:
         describe: names the images of a batch's `indices`.
-        stop: end the run at the first such step; the host then looks after every step.
+        stop: end the run at the first such step; the host then checks after every step.
     """
 
     def __init__(
@@ -48,20 +46,17 @@ class NonFiniteSteps:
     ):
         self._optimizer, self._scaler, self._distributed = optimizer, scaler, distributed
         self._describe, self._stop = describe, stop
-        # Fused optimizers take the flag that a GradScaler would give them; for others the host must
-        # look.
+        # Fused optimizers take a GradScaler's flag; for others the host must wait.
         self._on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._recent: deque[tuple[Tensor, Tensor]] = (
-            deque()
-        )  # flags (skipped, own loss bad), indices: not looked at
-        self.in_a_row = 0  # steps left out at the end of what was looked at
+        # Steps not yet looked at: flags (skipped, own loss not finite), indices of the batch.
+        self._recent: deque[tuple[Tensor, Tensor]] = deque()
+        self.in_a_row = 0  # steps skipped in a row, up to the last one looked at
 
     def step(self, norm: Tensor, loss: Tensor, indices: Tensor) -> Tensor:
-        """Update the weights unless the gradient's norm is not finite; -> 1 for a step that was
-        left out.
+        """Update the weights unless the gradient's norm is not finite; -> 1 for a skipped step.
 
-        loss: of this rank's part, to tell whose images did it.
-        Raises NonFiniteError on every rank after too many in a row, or at the first under `stop`.
+        loss: of this rank's part, to tell which rank caused it. Raises NonFiniteError on every rank
+        after too many in a row, or at the first one under `stop`.
         """
         skipped = (~torch.isfinite(norm)).float()
         if self._scaler.is_enabled():
@@ -78,9 +73,7 @@ class NonFiniteSteps:
         return skipped
 
     def look(self) -> None:
-        """Read the record of the last steps; name the batches that were left out. Every rank must
-        call it alike.
-        """
+        """Report the batches of recently skipped steps. Every rank must call it alike."""
         recent, self._recent = list(self._recent), deque()
         flags = torch.stack([flags for flags, _ in recent]).tolist() if recent else []
         for (skipped, own_loss), (_, indices) in zip(flags, recent, strict=True):
@@ -88,7 +81,7 @@ class NonFiniteSteps:
             if not skipped:
                 continue
             what, batches = self._name(bool(own_loss), indices)
-            # A GradScaler leaves out the first steps on purpose, until its scale is small enough.
+            # A GradScaler skips the first steps on purpose, until its scale is small enough.
             if self._stop and not self._scaler.is_enabled():
                 raise NonFiniteError(what, batches)
             _logger.warning("step left out: %s", what)
@@ -98,15 +91,13 @@ class NonFiniteSteps:
                 )
 
     def _name(self, own_loss: bool, indices: Tensor) -> tuple[str, list[list[str]]]:
-        """What to say of a step that was left out, and all image names by rank; both in full on
-        rank 0 alone.
-        """
-        told = self._distributed.gather_objects((own_loss, self._describe(indices)))
-        if told is None:
+        """Description of a skipped step, and all image names by rank; complete on rank 0 only."""
+        reports = self._distributed.gather_objects((own_loss, self._describe(indices)))
+        if reports is None:
             return "the gradient is not finite (rank 0 names the images)", []
-        guilty = [names for bad, names in told if bad]
+        guilty = [names for bad, names in reports if bad]
         what = "the loss is not finite" if guilty else "the gradient is not finite"
         names = ", ".join(
-            name for names in guilty or [names for _, names in told] for name in names
+            name for names in guilty or [names for _, names in reports] for name in names
         )
-        return f"{what} on the batch of {names}", [names for _, names in told]
+        return f"{what} on the batch of {names}", [names for _, names in reports]

@@ -1,4 +1,4 @@
-"""Mixed precision, as `--amp` asks for it."""
+"""Mixed precision, as selected by `--amp`."""
 
 from contextlib import nullcontext
 

@@ -1,5 +1,4 @@
-"""Being told to leave: SIGTERM and SIGUSR1 ask for an orderly end, and the training loop obeys
-after its step.
+"""Graceful preemption: SIGTERM and SIGUSR1 request an orderly end after the current step.
 
     preemption.install()
     ...
@@ -7,14 +6,14 @@ after its step.
         save, wait for the writer, distributed.shutdown(), return preemption.EXIT_CODE
 
 Schedulers send SIGTERM before they take a node away, and SLURM sends SIGUSR1 ahead of the time
-limit when asked to (`#SBATCH --signal=USR1@120`).
+limit on request (`#SBATCH --signal=USR1@120`).
 """
 
 import signal
 from types import FrameType
 
-# sysexits.h's EX_TEMPFAIL: it failed for now, try again. `scripts/slurm.sh` requeues a job that
-# ends with it. Like every code but 0 it makes `torchrun --max-restarts` start the workers again.
+# sysexits.h's EX_TEMPFAIL: a temporary failure, try again. `scripts/slurm.sh` requeues a job that
+# ends with it. Like every code but 0 it makes `torchrun --max-restarts` restart the workers.
 EXIT_CODE = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -23,20 +22,21 @@ _received: signal.Signals | None = None
 
 
 def install() -> None:
-    """Let SIGTERM and SIGUSR1 set a flag instead of ending the process. Call in the main thread of
-    every rank.
+    """Make SIGTERM and SIGUSR1 set a flag instead of ending the process.
+
+    Call it in the main thread of every rank.
     """
     for number in SIGNALS:
         signal.signal(number, _remember)
 
 
 def requested() -> bool:
-    """Whether this process was told to leave; ask `Distributed.agree_any` before acting on it."""
+    """Whether this process is to stop; use `Distributed.agree_any` before acting on it."""
     return _received is not None
 
 
 def received() -> str | None:
-    """Name of the signal that came last, for the log."""
+    """Name of the last signal received, for the log."""
     return None if _received is None else _received.name
 
 

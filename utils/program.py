@@ -1,4 +1,4 @@
-"""How a program ends: `run_main` tells mistakes of the user in one line and chooses the exit code."""
+"""How a program ends: `run_main` reports mistakes of the user in one line, and the exit code."""
 
 import errno
 import logging
@@ -10,32 +10,31 @@ from .errors import UserError
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and end the process: mistakes of the user become one line on standard
-    error.
+    """Run a program's `main` and exit; mistakes of the user become one line on standard error.
 
-    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or vanished
-    disk and a lost process of a distributed run are told in one line too (exit code 1). Programming
-    mistakes keep their trace.
+    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost disk
+    and a lost process of a distributed run are reported in one line too (exit code 1). Programming
+    errors keep their stack trace.
     """
     try:
         code = main() or 0
     except KeyboardInterrupt:
-        code = _tell("interrupted", 130)
+        code = _report("interrupted", 130)
     except Exception as error:
-        message = _explain(error)
+        message = _describe(error)
         if message is None:
-            if _in_process_group():  # the trace, and then the same quick end
+            if _in_process_group():  # print the trace, then exit at once as below
                 logging.getLogger(__name__).critical(
                     "rank %s failed", os.environ.get("RANK", 0), exc_info=error
                 )
                 _leave(1)
             raise
-        code = _tell(f"error{_rank()}: {message}", getattr(error, "exit_code", 1))
+        code = _report(f"error{_rank()}: {message}", getattr(error, "exit_code", 1))
     _leave(code)
 
 
-def _explain(error: Exception) -> str | None:
-    """One line for an error that is not a programming mistake, else None."""
+def _describe(error: Exception) -> str | None:
+    """One line for an error that is not a programming error, else None."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
@@ -52,22 +51,21 @@ def _rank() -> str:
     return f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
 
 
-def _tell(line: str, code: int) -> int:
+def _report(line: str, code: int) -> int:
     print(line, file=sys.stderr)
     return code
 
 
 def _in_process_group() -> bool:
-    distributed = sys.modules.get(
-        "torch.distributed"
-    )  # asking must not import torch into a script without it
+    # Looked up, not imported: a program without torch must not import it for this.
+    distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _leave(code: int) -> None:
     if _in_process_group():
-        # Left behind by an error: taking a process group down in order would wait for peers that
-        # may never answer.
+        # After an error: shutting the process group down in order would wait for peers that may
+        # never answer.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -75,5 +73,5 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-# Problems of the disk that can meet any write of a run, not only that of a checkpoint.
+# Problems of the disk that any write of a run can hit, not only that of a checkpoint.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}

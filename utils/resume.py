@@ -1,4 +1,4 @@
-"""Going on after an interruption: what a checkpoint must agree on with the run that continues it."""
+"""Resuming: what a checkpoint and the run that continues it must agree on."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ from .files import sha256_of
 from .logging import Averages
 from .nonfinite import NonFiniteError
 
-# Flags that say where, how fast or for how long, and do not alter the weights that a run ends with.
+# Flags about where, how fast and how long; they do not alter the final weights of a run.
 HARMLESS = {
     "output_dir",
     "device",
@@ -34,15 +34,15 @@ HARMLESS = {
     "gate_threshold",
     "calibrate",
 }
-# What checkpoints of earlier versions lack, and what follows from their flags.
+# Entries that checkpoints of earlier versions lack, and that follow from their flags.
 RECORDED_LATER = {"task"}
-NONFINITE = "nonfinite.pth"  # the state that a run which cannot go on leaves for inspection
+NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
 
 _logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> tuple[dict[str, Any], Path] | None:
-    """The checkpoint that `--resume` means and its file; None for a fresh start."""
+    """The checkpoint that `--resume` refers to, and its file; None for a fresh start."""
     if resume is None:
         return None
     if resume != "auto":
@@ -56,7 +56,7 @@ def teacher_checksum(args: argparse.Namespace) -> str | None:
 
 
 class Resumable(Protocol):
-    """A training as checkpoints see it: its state, and how far it is."""
+    """The part of a training that checkpoints use: its state and its progress."""
 
     epoch: int
     step: int
@@ -74,7 +74,7 @@ def identity(
     family: str,
     task: str,
 ) -> dict[str, Any]:
-    """What a checkpoint records of its run, beside its state."""
+    """What a checkpoint records of its run besides its state."""
     return {
         "args": vars(args),
         "world_size": world_size,
@@ -87,24 +87,22 @@ def identity(
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Differences between two `identity` records that would alter the run, as `flag: recorded ->
-    now`.
-    """
-    found = flag_differences(recorded["args"], current["args"])
+    """Differences of two `identity` records that alter the run, as `flag: recorded -> now`."""
+    changes = flag_differences(recorded["args"], current["args"])
     if recorded["world_size"] != current["world_size"]:
-        found.append(f"number of processes: {recorded['world_size']} -> {current['world_size']}")
+        changes.append(f"number of processes: {recorded['world_size']} -> {current['world_size']}")
     if recorded["teacher_sha256"] != current["teacher_sha256"]:
-        found.append(
+        changes.append(
             "--model-path: the file's content is another one than when the run began "
             f"({str(recorded['teacher_sha256'])[:12]} -> {str(current['teacher_sha256'])[:12]})"
         )
     if recorded["class_names"] != current["class_names"]:
-        found.append("the classes of the data set")
+        changes.append("the classes of the data set")
     if recorded["steps_per_epoch"] != current["steps_per_epoch"]:
-        found.append(
+        changes.append(
             f"batches an epoch: {recorded['steps_per_epoch']} -> {current['steps_per_epoch']}"
         )
-    return found
+    return changes
 
 
 def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -123,33 +121,32 @@ def _plain(value: Any) -> Any:
 def check_agreement(
     checkpoint: Mapping[str, Any], source: Path, current: Mapping[str, Any], override: bool
 ) -> bool:
-    """Whether a checkpoint is of this very run. Raises UserError if not; with `override`, warns
-    instead.
+    """Whether a checkpoint is of this very run.
+
+    Raises UserError if it is not; with `override`, it only warns.
     """
     needed = [key for key in ("optimizer", "epoch", "step", *current) if key not in RECORDED_LATER]
     lacking = [key for key in needed if key not in checkpoint]
     if lacking:
         raise UserError(
-            f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its "
-            "weights with "
-            "--model-path instead"
+            f"{source} cannot be resumed: it holds no {', '.join(lacking)}; start from its weights "
+            "with --model-path instead"
         )
-    found = differences(checkpoint, current)
-    if found and not override:
+    changes = differences(checkpoint, current)
+    if changes and not override:
         raise UserError(
-            f"{source} is of a run with other settings ({'; '.join(found)}); repeat its flags, or "
-            "accept "
-            "the change with --resume-override"
+            f"{source} is of a run with other settings ({'; '.join(changes)}); repeat its flags, "
+            "or accept the change with --resume-override"
         )
-    for difference in found:
+    for difference in changes:
         _logger.warning("resumed in spite of a difference: %s", difference)
-    return not found
+    return not changes
 
 
 class Saver:
     """Writes the run's checkpoints; every rank calls it, rank 0 writes.
 
-    before_save: called on every rank ahead of each save within or after an epoch.
+    before_save: called on every rank before each save within or after an epoch.
     """
 
     def __init__(
@@ -167,9 +164,7 @@ class Saver:
         self.writer = CheckpointWriter(args.output_dir) if distributed.is_main else None
 
     def save(self, averages: Averages, best: bool = False) -> None:
-        """Save everything that the run needs to go on, in an envelope that other programs can load
-        too.
-        """
+        """Save all that the run needs to resume, in an envelope that other programs can load."""
         self.before_save()
         parts = self.distributed.gather_objects(averages.state_dict())
         if self.writer is not None:
@@ -180,9 +175,7 @@ class Saver:
         return {**self.training.state_dict(), **self.record, "averages": averages}
 
     def save_for_inspection(self, averages: Averages, error: NonFiniteError) -> UserError:
-        """Save the state before the step that was not finite, and the names of its images; -> the
-        error to tell.
-        """
+        """Save the state before the non-finite step and its image names; -> the error to report."""
         parts = self.distributed.gather_objects(averages.state_dict())
         if self.writer is None:
             return error
@@ -194,7 +187,7 @@ class Saver:
         )
 
     def after_step(self, averages: Averages) -> bool:
-        """Save when it is time; save and say True when the run is told to leave."""
+        """Save when it is due; save and return True on preemption."""
         if self.writer is not None:
             self.writer.check()
         leaving = self.distributed.agree_any(preemption.requested())
@@ -204,7 +197,7 @@ class Saver:
         return leaving
 
     def close(self) -> None:
-        """Return when the last save is on the disk."""
+        """Wait until the last save is on the disk."""
         if self.writer is not None:
             self.writer.close()
 
@@ -212,20 +205,18 @@ class Saver:
 def start_or_resume(
     training: Resumable, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed
 ) -> Averages:
-    """Bring a fresh run to where its checkpoint was, if there is one; -> averages of the epoch
-    begun.
-    """
+    """Load the checkpoint to resume into a new training, if any; -> averages of the epoch begun."""
     averages = Averages()
-    found = find_checkpoint(args.resume, args.output_dir)
-    if found is None:
+    resumed = find_checkpoint(args.resume, args.output_dir)
+    if resumed is None:
         return averages
-    checkpoint, source = found
+    checkpoint, source = resumed
     same = check_agreement(checkpoint, source, record, args.resume_override)
     training.load_state_dict(checkpoint)
     if same:
         averages.load_state_dict(checkpoint["averages"][distributed.rank])
     else:
-        # The batches, or the shares of the ranks, may be others now: the epoch starts again.
+        # Batches and the ranks' shares may differ now: the epoch starts again.
         training.step = 0
     _logger.info("resumed from %s at epoch %d, step %d", source, training.epoch + 1, training.step)
     return averages

@@ -1,4 +1,4 @@
-"""Seeds: one number out of several, and generators that start there."""
+"""Seeds derived from several numbers, and generators that start from them."""
 
 import random
 from contextlib import contextmanager
@@ -10,11 +10,10 @@ from torch.utils.data import get_worker_info
 
 @contextmanager
 def random_state(seed: int):
-    """Python's, numpy's and torch's CPU generators start at `seed` inside, and are as before
-    afterwards.
+    """Seed Python's, numpy's and torch's CPU generators inside; restore them afterwards.
 
-    In a worker process, where nothing else draws, they are left as they are: restoring costs 0.1 ms
-    an image.
+    In a worker process, where nothing else draws, they are not restored: that costs 0.1 ms per
+    image.
     """
     shared = get_worker_info() is None
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if shared else None
@@ -31,12 +30,12 @@ def random_state(seed: int):
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed out of several numbers, such as (seed, epoch, position)."""
+    """One seed from several numbers, such as (seed, epoch, position)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python's, numpy's and torch's generators, the GPU's too, from several numbers."""
+    """Seed Python's, numpy's and torch's generators, including the GPU's, from several numbers."""
     seed = derive_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)

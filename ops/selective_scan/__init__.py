@@ -1,12 +1,14 @@
-"""The selective scan: what the model calls, and the one place that chooses who computes it.
+"""The selective scan: what the model calls, and the one place that chooses its implementation.
 
 `ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend
 may fuse. A backend is a module of this package with
 
-    takes(xz, params) -> None, or the reason why it does not take these arguments (device, dtype,
-    sizes) available() -> None, or the reason why it cannot run on this machine; asked once, after
-    `takes` ssm_branch(...)            the function below bidirectional_ssm(...)     optional: both
-    directions in one go
+    takes(xz, params)        -> None, or the reason why it does not take these arguments (device,
+                                dtype, sizes)
+    available()              -> None, or the reason why it cannot run on this machine; called once,
+                                after `takes`
+    ssm_branch(...)             the function below
+    bidirectional_ssm(...)      optional: both directions in one go
 
 `DYVM_BACKEND=NAME` forces one; otherwise the first of `PREFERENCE` that is available and takes the
 arguments runs.

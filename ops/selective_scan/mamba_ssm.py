@@ -43,7 +43,10 @@ def available() -> str | None:
             x, x, weights, x[:, :4].contiguous(), x[:, :4].contiguous(), delta_softplus=True
         )
     except Exception as error:  # whatever a package with missing or foreign kernels comes up with
-        return f"the kernels of mamba-ssm and causal-conv1d do not run here ({type(error).__name__}: {error})"
+        return (
+            "the kernels of mamba-ssm and causal-conv1d do not run here "
+            f"({type(error).__name__}: {error})"
+        )
     return None
 
 

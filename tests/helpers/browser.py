@@ -31,7 +31,8 @@ class Browser:
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
 
-        def place_pipes():  # Chromium reads commands from 3 and writes to 4; both may be taken by the other's original
+        def place_pipes():
+            # Chromium reads from 3 and writes to 4; either may be the other's original.
             high = os.dup(answers), os.dup(commands)
             os.dup2(high[1], 3)
             os.dup2(high[0], 4)

@@ -20,7 +20,7 @@ LAUNCHER_VARIABLES = (
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """This process's environment without a launcher's and without GPUs, plus the given variables."""
+    """This process's environment without a launcher's and without GPUs, plus `extra` variables."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     return (
         kept
@@ -77,7 +77,7 @@ def finish(children: list[subprocess.Popen], timeout: int = 120) -> list[tuple[i
 
 
 def launch(processes: int, arguments: list) -> list[str]:
-    """Run a Python program to its good end in several processes; -> their standard outputs by rank."""
+    """Run a Python program to its good end in several processes; -> standard outputs by rank."""
     ends = finish(start(processes, arguments))
     assert all(code == 0 for code, _, _ in ends), "\n".join(stderr for _, _, stderr in ends)
     return [stdout for _, stdout, _ in ends]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**variables):
-    """This process's environment without the variables that the scripts read, plus the given ones."""
+    """This process's environment without the variables that scripts read, plus `variables`."""
     read = {
         "PYTHON",
         "DATA_PATH",
