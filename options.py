@@ -280,6 +280,12 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument(
+        "--layer-decay",
+        type=ratio,
+        metavar="D",
+        help="the learning rate of each layer is D times that of the next one, the head's is --lr",
+    )
+    group.add_argument(
         "--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm"
     )
     group.add_argument(
