@@ -27,6 +27,7 @@ from utils.arguments import (
 )
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
+from utils.precision import AMP_DTYPES
 
 METHODS = ("dense", "dyvm", "token", "block")
 # Flags that only some methods read in training.
@@ -233,6 +234,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where a model runs and in which precision, which visualize.py and predict.py take too."""
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--amp", choices=("off", *AMP_DTYPES), default="off", help="mixed precision")
+
+
 def task_for(argv: Sequence[str], recorded: Mapping[str, Any]) -> Task:
     """The task of the data set that the flags name, or else an earlier run's."""
     parser = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
@@ -328,10 +335,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "these token keep ratios and draw accuracy against cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
-    )
+    add_device_arguments(group)
     group.add_argument(
         "--cuda-graph",
         action=flag,

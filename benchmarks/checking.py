@@ -9,7 +9,7 @@ of what they say in the other, so that both decide alike; their own outputs are 
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -121,7 +121,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def logits_error(
-    model: VisionMamba, images: Tensor, chosen: str | None, precision: torch.autocast
+    model: VisionMamba, images: Tensor, chosen: str | None, precision: AbstractContextManager
 ) -> float:
     """Worst `relative_error` of logits, routers and score predictors: a backend against the float32
     definition.

@@ -39,6 +39,7 @@ from utils import arguments
 from utils.cuda_graphs import capture
 from utils.errors import UserError, first_line
 from utils.files import write_json
+from utils.precision import autocast
 from utils.program import run_main
 from utils.timing import interleaved
 
@@ -135,7 +136,7 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 def forward(
     model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: str | None, images: Tensor
 ) -> Any:
-    with checking.backend(chosen), flags.autocast(args):
+    with checking.backend(chosen), autocast(args.device, args.precision):
         return model(images)
 
 
@@ -201,7 +202,9 @@ def select(
         selection.offer(
             name,
             partial(forward, model, args, backend),
-            lambda: checking.logits_error(model, images, backend, flags.autocast(args)),
+            lambda: checking.logits_error(
+                model, images, backend, autocast(args.device, args.precision)
+            ),
         )
 
     deit = found[f"DeiT-{size}"]

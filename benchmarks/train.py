@@ -43,6 +43,7 @@ from tasks.classification import ClassificationTerms
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
+from utils.precision import autocast
 from utils.program import run_main
 from utils.timing import interleaved
 
@@ -160,7 +161,7 @@ def train_step(
     same.
     """
     model.zero_grad(set_to_none=True)
-    with flags.autocast(args):
+    with autocast(args.device, args.precision):
         loss = loss_of()
     loss.backward()
     optimizer.step()
