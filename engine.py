@@ -118,7 +118,7 @@ def train_one_epoch(
         )
         if training.ema is not None:
             training.ema.update(training.model)
-        lr = training.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in training.optimizer.param_groups)  # see --layer-decay
         averages.update(
             sum(len(part.images) for part in parts), **measured, skipped_steps=skipped, lr=lr
         )
@@ -405,6 +405,7 @@ def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.O
             opt=args.opt,
             lr=args.lr if args.unscale_lr else args.lr * whole_batch / 512,
             weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
             eps=args.opt_eps,
             betas=tuple(args.opt_betas),
             **fused,

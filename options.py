@@ -27,6 +27,7 @@ from utils.arguments import (
 )
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
+from utils.precision import AMP_DTYPES
 
 METHODS = ("dense", "dyvm", "token", "block")
 # Flags that only some methods read in training.
@@ -235,6 +236,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where a model runs and in which precision, which visualize.py and predict.py take too."""
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--amp", choices=("off", *AMP_DTYPES), default="off", help="mixed precision")
+
+
 def task_for(argv: Sequence[str], recorded: Mapping[str, Any]) -> Task:
     """The task of the data set named by the flags, or else by an earlier run's arguments."""
     parser = OneLineParser(prog="main.py", add_help=False, allow_abbrev=False)
@@ -282,6 +289,12 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument(
+        "--layer-decay",
+        type=ratio,
+        metavar="D",
+        help="the learning rate of each layer is D times that of the next one, the head's is --lr",
+    )
+    group.add_argument(
         "--clip-grad", type=not_negative, metavar="NORM", help="clip the gradient's norm"
     )
     group.add_argument(
@@ -324,10 +337,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
-    )
+    add_device_arguments(group)
     group.add_argument(
         "--cuda-graph",
         action=flag,

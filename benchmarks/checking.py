@@ -8,7 +8,7 @@ substituted in the other, so that both decide alike; their own outputs are compa
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -115,7 +115,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def logits_error(
-    model: VisionMamba, images: Tensor, chosen: str | None, precision: torch.autocast
+    model: VisionMamba, images: Tensor, chosen: str | None, precision: AbstractContextManager
 ) -> float:
     """Worst `relative_error` of a backend's logits, routers and score predictors.
 

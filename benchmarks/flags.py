@@ -8,8 +8,9 @@ import torch
 from models import model_names
 from utils import arguments
 from utils.errors import UsageError
+from utils.precision import AMP_DTYPES
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, **AMP_DTYPES}
 
 
 def device(text: str) -> str:
@@ -126,9 +127,3 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(
-        args.device, dtype=PRECISIONS[args.precision], enabled=args.precision != "fp32"
-    )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  (registers them)
-from benchmarks import checking, flags, hotspots, records, timing
+from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED
 from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
@@ -36,9 +36,12 @@ from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
 from utils import arguments
+from utils.cuda_graphs import capture
 from utils.errors import UserError, first_line
 from utils.files import write_json
+from utils.precision import autocast
 from utils.program import run_main
+from utils.timing import interleaved
 
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
 TOKEN_KEEP, BLOCK_KEEP = 0.7, 0.8
@@ -133,7 +136,7 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 def forward(
     model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: str | None, images: Tensor
 ) -> Any:
-    with checking.backend(chosen), flags.autocast(args):
+    with checking.backend(chosen), autocast(args.device, args.precision):
         return model(images)
 
 
@@ -199,7 +202,9 @@ def select(
         selection.offer(
             name,
             partial(forward, model, args, backend),
-            lambda: checking.logits_error(model, images, backend, flags.autocast(args)),
+            lambda: checking.logits_error(
+                model, images, backend, autocast(args.device, args.precision)
+            ),
         )
 
     deit = found[f"DeiT-{size}"]
@@ -221,22 +226,8 @@ def select(
         )
     if args.device == "cuda":
         for name in list(selection.functions):
-            selection.offer_variant(name, "graph", partial(captured, images))
+            selection.offer_variant(name, "graph", partial(capture, images=images))
     return selection
-
-
-def captured(images: Tensor, function: Forward) -> Forward:
-    """`function` of these very images in a CUDA graph."""
-    function(images)  # what tunes or compiles itself does so outside the graph
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(images)
-
-    def replay(images: Tensor) -> Any:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def measure(
@@ -256,11 +247,7 @@ def measure(
             for name, call in calls.items()
             if not name.endswith("graph")
         }
-        rounds = max(
-            5,
-            int(args.seconds / sum(timing.sample(call, args.device)[0] for call in calls.values())),
-        )
-        times = timing.interleaved(calls, args.device, rounds, args.retries, long=float("inf"))
+        times = interleaved(calls, args.device, 5, args.seconds, args.retries)
         part = {
             "size": size,
             "batch": batch,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import flags, records, rivals, timing
+from benchmarks import flags, records, rivals
 from benchmarks.flags import PRECISIONS
 from ops import selective_scan
 from ops.selective_scan import BranchParams
@@ -31,6 +31,7 @@ from utils import arguments
 from utils.errors import UserError, first_line
 from utils.files import write_json
 from utils.program import run_main
+from utils.timing import interleaved
 
 # Largest error of a tensor relative to its largest element: float32 sums over 197 steps; otherwise
 # a few roundings.
@@ -206,7 +207,8 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
     calls["in_proj + out_proj"] = block_products(args, train)
     for call in calls.values():
         call()
-    for name, times in timing.interleaved(calls, args.device, args.rounds, args.retries).items():
+    timed = interleaved(calls, args.device, args.rounds, retries=args.retries, long=1.0)
+    for name, times in timed.items():
         results.setdefault(name, {}).update(times)
     return results
 

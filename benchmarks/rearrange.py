@@ -9,15 +9,14 @@ backward, which is how training uses it; the speed is printed only if both give 
 the same gradients.
 """
 
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flags, records
 from models.layouts import MiddleClassToken, reordered, take
@@ -26,6 +25,7 @@ from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
 from utils.program import run_main
+from utils.timing import interleaved
 
 
 def by_image(policy, sequence, origin, middle):
@@ -78,11 +78,9 @@ def main():
         for loop, ours in zip(*(run(function) for function in ways.values()), strict=True):
             if not torch.equal(loop, ours):
                 raise UserError(f"the two disagree in {what}; no speed is reported")
-        times = {name: [] for name in ways}
-        for _ in range(args.rounds):
-            for name, function in ways.items():
-                times[name].append(seconds(run, function, args.device))
-        medians = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
+        calls = {name: partial(run, function) for name, function in ways.items()}
+        times = interleaved(calls, args.device, args.rounds)
+        medians = {name: row["ms"] for name, row in times.items()}
         record[what] = {
             "ms": medians,
             "ratio": medians["loop over images"] / medians["whole batch"],
@@ -96,14 +94,6 @@ def main():
     if args.output:
         settings = {name: getattr(args, name) for name in ("batch", "patches", "width", "rounds")}
         write_json(args.output, {**records.head("rearrange.py", args.device), **settings, **record})
-
-
-def seconds(run, function, device):
-    start = time.perf_counter()
-    run(function)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

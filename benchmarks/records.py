@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from utils.environment import describe_environment
+from utils.environment import describe_environment, device_name
 
 
 def head(script: str, device: str, *packages: str) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def head(script: str, device: str, *packages: str) -> dict[str, Any]:
     """
     environment = describe_environment(*packages)
     name = (
-        torch.cuda.get_device_name()
+        device_name(torch.device(device))
         if device == "cuda"
         else f"{environment['cpu']}, {torch.backends.cpu.get_cpu_capability()}"
     )

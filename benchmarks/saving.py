@@ -17,8 +17,8 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.logging import Averages, Progress
 from utils.program import run_main
+from utils.timing import seconds_of
 
 MARGIN = 5  # undisturbed steps between two windows, with which both are compared
 SETTLING = 2  # steps after the background thread is done that still count as touched by the save
@@ -55,17 +56,13 @@ def stepper(training: Training, experiment: Experiment) -> Callable[[], float]:
     """A function that does one training step; -> its seconds."""
     batches = endless(experiment.data)
 
-    def step() -> float:
-        begin = time.perf_counter()
+    def step() -> None:
         batch = next(batches)
         measured = accumulate_gradients(training, [batch], experiment)
         training.guard.step(gradient_norm(training, None), measured["loss"], batch.indices)
         training.ema.update(training.model)
-        if experiment.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
-    return step
+    return partial(seconds_of, step, experiment.device.type)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -95,9 +92,7 @@ def check_saved(path: Path, expected: dict[str, Any]) -> None:
 
 def window_of_save(step: Callable[[], float], saver: resume.Saver) -> tuple[float, list[float]]:
     """Save and train on until it is done; -> seconds of the call that saves, and of each step."""
-    begin = time.perf_counter()
-    saver.save(Averages())
-    blocked, steps = time.perf_counter() - begin, []
+    blocked, steps = seconds_of(lambda: saver.save(Averages()), saver.args.device), []
     while saver.writer.writing():
         steps.append(step())
         saver.writer.check()

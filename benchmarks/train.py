@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import checking, flags, hotspots, records, timing
+from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
@@ -42,7 +42,9 @@ from tasks.classification import ClassificationTerms
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
+from utils.precision import autocast
 from utils.program import run_main
+from utils.timing import interleaved
 
 # Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways
 # to do one step. Measured with fresh weights: 1.4e-5 in fp32, 6.1e-2 in bf16, and 1.3 or more for a
@@ -150,7 +152,7 @@ def train_step(
 ) -> list[Tensor]:
     """One step; -> the loss and every gradient. The learning rate is 0: every step is the same."""
     model.zero_grad(set_to_none=True)
-    with flags.autocast(args):
+    with autocast(args.device, args.precision):
         loss = loss_of()
     loss.backward()
     optimizer.step()
@@ -301,12 +303,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for name, step in steps.items()
             if not name.startswith("release-like")
         }
-    rounds = max(
-        3, int(args.seconds / sum(timing.sample(step, args.device)[0] for step in steps.values()))
-    )
-    record["steps"] = timing.interleaved(
-        steps, args.device, rounds, args.retries, long=float("inf")
-    )
+    record["steps"] = interleaved(steps, args.device, 3, args.seconds, args.retries)
     return record
 
 

@@ -149,7 +149,7 @@ class DecisionMeter:
 
 
 def read_keep_maps(path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """What `DecisionTotals` wrote to keep_maps.csv: shares [S, M], and the grid unless it is square."""
+    """Read keep_maps.csv; -> shares [S, M], and the grid (h, w) unless it is square."""
     table = read_csv(path)[:, 1:].T
     with open(path, encoding="utf-8") as file:
         placed = file.readline().rstrip().endswith(",row,column")

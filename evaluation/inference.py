@@ -55,7 +55,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
         "--num-workers",
-        type=int,
+        type=arguments.whole,
         default=default_workers(),
         help="processes that read images, where there is more than one batch of them",
     )
@@ -68,10 +68,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
-    )
+    options.add_device_arguments(group)
     options.add_model_arguments(parser)
     return parser
 

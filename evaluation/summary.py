@@ -5,6 +5,7 @@ It goes to `eval.json` and to a table on the screen.
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from ops.selective_scan import backend_for
 from tasks import Experiment, Meter, Task
 from utils.environment import device_name
 from utils.files import write_json
+from utils.timing import interleaved
 
-from . import throughput
 from .columns import rows_of
 from .decisions import DecisionMeter
 from .inference import Predictor
 from .samples import draw_samples
+
+WARM_UP = 2  # calls of each model; a CUDA graph is captured in the second one
+LEAST_ROUNDS = 5
 
 _logger = logging.getLogger(__name__)
 
@@ -114,12 +118,19 @@ def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any
 def forward_speeds(
     models: Mapping[Hashable, Callable[[Tensor], Result]], experiment: Experiment, seconds: float
 ) -> dict[Hashable, float | None]:
-    """Images/s of each model on the same validation images, in this process; None if 0 s."""
+    """Median images/s of each model on the same validation images, in turn, by this process alone;
+    None for each when `seconds` is 0.
+    """
     if not seconds:
         return dict.fromkeys(models)
     images = next(iter(experiment.data.val_batches())).images.to(experiment.device)
     forwards = {name: evaluation_forward(model, experiment) for name, model in models.items()}
-    return throughput.measure(forwards, images, seconds)
+    calls = {name: partial(forward, images) for name, forward in forwards.items()}
+    with torch.inference_mode():
+        for call in [*calls.values()] * WARM_UP:
+            call()
+        times = interleaved(calls, images.device.type, LEAST_ROUNDS, seconds)
+    return {name: 1e3 * len(images) / row["ms"] for name, row in times.items()}
 
 
 def _backend(model: VisionMamba) -> str:

@@ -16,7 +16,7 @@ from helpers.processes import ROOT, clean_environment, wait_until
 
 import ablation
 import main
-from evaluation import ablation_table, throughput
+from evaluation import ablation_table, summary
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
@@ -185,7 +185,7 @@ def test_the_document_tells_what_was_done(done):
 
 def test_the_same_command_again_trains_and_measures_nothing(done, teacher, monkeypatch):
     before, table = modified(done), (done / "ablation.md").read_text()
-    monkeypatch.setattr(throughput, "measure", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(summary, "interleaved", lambda *args: pytest.fail("measured again"))
     assert run(done, teacher, "--variants", "block-only", *HALF, "--seeds", 0, 7, "--jobs", 2) == 0
     assert modified(done) == before
     assert (done / "ablation.md").read_text() == table

@@ -1,4 +1,6 @@
-"""`--accum-steps` equals the larger batch; `--grad-checkpointing` changes no gradient."""
+"""`--accum-steps` equals the larger batch; `--grad-checkpointing` changes no gradient; `--layer-decay`
+slows the early layers.
+"""
 
 import pytest
 import torch
@@ -138,3 +140,16 @@ def test_recomputed_layers_give_the_same_gradients(training, method):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_layer_decay_halves_the_learning_rate_from_layer_to_layer(training):
+    experiment, run = training("dense", "--batch-size", "16", "--layer-decay", "0.5")
+    averages = Averages()
+    assert train_one_epoch(run, experiment, averages)
+    groups = run.optimizer.param_groups
+    lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    model = run.model
+    layers = [{lr[id(parameter)] for parameter in layer.parameters()} for layer in model.layers]
+    head = lr[id(model.head.weight)]
+    assert head == averages.means()["lr"] > 0  # what the log says is the undecayed one
+    assert layers == [{head * 0.5**k} for k in (4, 3, 2, 1)]

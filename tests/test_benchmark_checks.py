@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 
-from benchmarks import checking, flags, model, train
+from benchmarks import checking, model, train
 from benchmarks.model import random_images, set_routers
 from models import sampling
 from ops import selective_scan
 from ops.selective_scan import torch_lean
+from utils.precision import autocast
 
 ARGS = SimpleNamespace(
     dyvm_model="vim_micro",
@@ -73,7 +74,7 @@ def test_a_scan_that_is_wrong_shows_in_the_logits(name, precision, built, monkey
     images = random_images(3, 64, "cpu")
 
     def error(backend):
-        precise = flags.autocast(SimpleNamespace(device="cpu", precision=precision))
+        precise = autocast("cpu", precision)
         return checking.logits_error(built[name], images, backend, precise)
 
     tolerance = model.TOLERANCES[precision]

@@ -1,6 +1,4 @@
-"""Models under torch.compile and torch.export, in bfloat16, copied and pickled: what the eager model
-gives, and no graph break.
-"""
+"""Models compiled, exported, in bfloat16, copied and pickled give what the eager model gives."""
 
 import copy
 import pickle

@@ -84,6 +84,14 @@ def test_no_graph_on_a_cpu_or_when_not_wanted():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_graph_of_a_model_that_gives_a_tensor():
+    images = torch.randn(2, 3, 8, 8, device="cuda")
+    double = graphs.capture(lambda images: 2 * images, images)
+    assert torch.equal(double(images + 1), 2 * (images + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("name", ["vim_micro", "dyvm_vim_micro"])
 def test_a_graph_gives_what_the_forward_pass_gives(name, amp, caplog):

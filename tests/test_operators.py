@@ -1,6 +1,4 @@
-"""The registered operators by PyTorch's own checks: schema, fake kernels, gradients, and tracing with
-sizes that are not known.
-"""
+"""The registered operators under PyTorch's own checks: schema, fake kernels, gradients, tracing."""
 
 import pytest
 import torch

@@ -88,6 +88,7 @@ def test_recorded_choices_are_defaults_that_flags_override():
         ("--seed -1", ["--seed", "-1"]),
         ("--drop-path 1.5", ["--drop-path", "1.5"]),
         ("--opt-betas 2 3", ["--opt-betas", "2", "[0, 1"]),
+        ("--layer-decay 0", ["--layer-decay", "(0, 1]"]),
         ("--smoothing 1.5", ["--smoothing", "1.5"]),
         ("--mixup-prob 3", ["--mixup-prob", "3"]),
         ("--opt *", ["--opt", "'*'", "adamw"]),

@@ -11,7 +11,8 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 import main
 import options
 from drawing.plots import pareto_front
-from evaluation import sweep, throughput
+from evaluation import sweep
+from utils import timing
 from utils.errors import UsageError
 
 FLAGS = [*SMALL[-4:], "--data-set", "DIGITS", "--batch-size", "120"]
@@ -143,9 +144,9 @@ def test_a_sweep_of_something_else_starts_anew(content, models, swept, tmp_path,
 
 
 def test_speeds_of_all_budgets_are_measured_in_turn(models, tmp_path, monkeypatch):
-    order, real = [], throughput._seconds
+    order, real = [], timing.seconds_of
     monkeypatch.setattr(
-        throughput, "_seconds", lambda model, images: order.append(model) or real(model, images)
+        timing, "seconds_of", lambda call, device: order.append(call) or real(call, device)
     )
     evaluate(tmp_path, models[0], "--sweep", "0.6:0.8:0.2", "--throughput-seconds", 1e-3)
     first = list(dict.fromkeys(order))

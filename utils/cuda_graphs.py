@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import first_line
+
 _logger = logging.getLogger(__name__)
 
-Forward = Callable[[Tensor], Any]  # gives a dataclass of tensors
+Forward = Callable[[Tensor], Any]  # gives a tensor or a dataclass of tensors
 
 
 def capture(forward: Forward, images: Tensor) -> Forward:
     """Record `forward` on the shape of `images` [B, 3, H, W] and return its replay.
 
-    A replay overwrites the tensors of the Result that it returned before. The graph reads the
-    weights where they stand and knows them only as long as they stay there. `forward` must have run
-    on this shape before, since kernels that tune themselves cannot be recorded while they do, and
-    must enter autocast itself: weights that an outer context has cast are no part of the graph.
+    A replay overwrites the tensors that it returned before. The graph reads the weights where they
+    stand and knows them only as long as they stay there. `forward` must have run on this shape
+    before, since kernels that tune themselves cannot be recorded while they do, and must enter
+    autocast itself: weights that an outer context has cast are no part of the graph.
     """
     given = images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -35,7 +37,7 @@ def capture(forward: Forward, images: Tensor) -> Forward:
     def replay(images: Tensor) -> Any:
         given.copy_(images, non_blocking=True)
         graph.replay()
-        return dataclasses.replace(result)
+        return dataclasses.replace(result) if dataclasses.is_dataclass(result) else result
 
     return replay
 
@@ -61,9 +63,9 @@ class GraphedForward:
                 self._replays[shape] = capture(self.forward, images)
             except Exception as error:  # a fault of the forward pass itself is raised again below
                 self.enabled = False
-                reason = str(error).partition("\n")[0] or type(error).__name__
                 _logger.warning(
-                    "evaluation goes on without a CUDA graph, capturing one failed: %s", reason
+                    "evaluation goes on without a CUDA graph, capturing one failed: %s",
+                    first_line(error),
                 )
         self._seen.add(shape)
         return self._replays.get(shape, self.forward)(images)
