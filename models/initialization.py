@@ -16,7 +16,11 @@ STEP_RANGE = (1e-3, 0.1)  # softplus(dt_proj.bias) is log-uniform in it
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Initialise a backbone or a part of it in place."""
+    """Initialise a backbone or a part of it in place, unless it has no memory (the meta device):
+    PyTorch takes ten times as long over nothing.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
     for child in module.modules():
         if isinstance(child, nn.Linear):
             trunc_normal_(child.weight, std=0.02)

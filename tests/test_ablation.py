@@ -5,7 +5,6 @@ to bad input.
 import contextlib
 import csv
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -258,8 +257,10 @@ def test_sigterm_lets_the_runs_save(teacher, tmp_path):
         text=True,
     )
     folder = tmp_path / "token-only" / "seed0"
-    wait_until((folder / "log.txt").exists)
-    runner.send_signal(signal.SIGTERM)
+    try:
+        wait_until((folder / "log.txt").exists)
+    finally:
+        runner.terminate()
     out, err = runner.communicate(timeout=30)
     assert runner.returncode == 75 and err == ""
     assert (

@@ -402,11 +402,12 @@ esac""",
 
 def test_test_command(python, tmp_path):
     assert run("scripts/test.sh", PYTHON=python, cwd=tmp_path).returncode == 0
-    ruff, everything = (tmp_path / "calls.log").read_text().splitlines()
-    assert ruff.startswith("-m ruff check . ")
+    check, layout, everything = (tmp_path / "calls.log").read_text().splitlines()
+    assert check.startswith("-m ruff check . ")
+    assert layout.startswith("-m ruff format --check . ")
     assert everything.startswith("-m pytest ")
     assert "--cov=models " in everything
-    assert "--cov-fail-under=80 " in everything
+    assert "--cov-fail-under=80 " in everything and "-n 2 " in everything
     assert everything.endswith(f"GOLDEN_DIR={(ROOT.parent / 'shared/golden').resolve()}")
     run(
         "scripts/test.sh",
@@ -419,12 +420,15 @@ def test_test_command(python, tmp_path):
     )
     part = (tmp_path / "calls.log").read_text().splitlines()[-1]
     assert "tests/test_flops.py -k paper " in part
-    assert "--cov-fail-under" not in part
+    assert "--cov-fail-under" not in part and "-n 2 " not in part
     assert part.endswith(f"GOLDEN_DIR={tmp_path / 'vectors'}")
 
 
 def test_ci_runs_the_test_command(python, tmp_path):
-    assert run(".ci/run", PYTHON=python, cwd=tmp_path).returncode == 0
+    """Where no browser can be installed."""
+    program(tmp_path / "bin/apt-get", "exit 100")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    assert run(".ci/run", PYTHON=python, PATH=path, cwd=tmp_path).returncode == 0
     of_ci = (tmp_path / "calls.log").read_text()
     run("scripts/test.sh", PYTHON=python)
     assert (tmp_path / "calls.log").read_text() == 2 * of_ci

@@ -66,7 +66,7 @@ def start(processes: int, arguments: list) -> list[subprocess.Popen]:
     return children
 
 
-def finish(children: list[subprocess.Popen], timeout: int = 120) -> list[tuple[int, str, str]]:
+def finish(children: list[subprocess.Popen], timeout: int = 180) -> list[tuple[int, str, str]]:
     """Wait for all; -> (exit code, standard output, standard error) by rank."""
     try:
         outputs = [child.communicate(timeout=timeout) for child in children]
@@ -83,7 +83,7 @@ def launch(processes: int, arguments: list) -> list[str]:
     return [stdout for _, stdout, _ in ends]
 
 
-def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(happened: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
