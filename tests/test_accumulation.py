@@ -1,6 +1,4 @@
-"""`--accum-steps` equals the larger batch; `--grad-checkpointing` changes no gradient; `--layer-decay`
-slows the early layers.
-"""
+"""`--accum-steps`, `--grad-checkpointing` and `--layer-decay`: what they change and what not."""
 
 import pytest
 import torch

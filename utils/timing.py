@@ -20,7 +20,7 @@ Call = Callable[[], object]
 
 
 def seconds_of(call: Call, device: str) -> float:
-    """Seconds of one call, with all that it leaves in the queue of a GPU; device: "cpu" or "cuda"."""
+    """Seconds of one call, with all that it queues on a GPU; device: "cpu" or "cuda"."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
