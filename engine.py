@@ -23,7 +23,7 @@ from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
 from models.weights import load_weights
 from tasks import Experiment, Meter, ReductionMeter
-from tasks.base import BatchTransform
+from tasks.base import BatchTransform, check_task
 from utils.checkpoint import load_checkpoint
 from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
@@ -361,6 +361,7 @@ def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None
     """Load `--model-path` into a new model; -> the teacher, or None if nothing is distilled."""
     source, spec = experiment.args.model_path, experiment.spec
     dense_weights = load_checkpoint(source)
+    check_task(dense_weights, experiment.task, source)
     if not spec.dynamic:
         load_weights(model, dense_weights, source, new_head=True)
         return None
@@ -380,7 +381,7 @@ def build_objective(
     args, task = experiment.args, experiment.task
     budgets = distillation = None
     if experiment.spec.dynamic:
-        learned = model.token_keep and experiment.spec.token_strategy == "learned"
+        learned = model.token_keep and model.reduction.learns
         budgets = Budgets(
             token_keep=model.token_keep if learned else None,
             block_keep=args.block_keep_ratio if model.route_blocks else None,

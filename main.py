@@ -15,11 +15,9 @@ import os
 # Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import functools
 import logging
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import options
@@ -32,7 +30,7 @@ from loading.loaders import WORKER_DIED
 from models import VisionMamba
 from models.build import STORED, recorded_arguments, restore, set_threshold
 from models.weights import load_weights
-from tasks import Experiment, task_of_checkpoint
+from tasks import Experiment, check_task, task_named, task_of_checkpoint
 from utils import preemption, resume
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.distributed import init_distributed
@@ -241,16 +239,6 @@ def save_calibrated(
     save_checkpoint(content | {STORED: thresholds}, experiment.output / CALIBRATED)
 
 
-def check_task(checkpoint: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Raise UsageError if a checkpoint was trained for another task than its data set is for."""
-    trained, wanted = task_of_checkpoint(checkpoint).name, task_of(args.data_set)
-    if trained != wanted:
-        raise UsageError(
-            f"{args.model_path} was trained for {trained}; --data-set {args.data_set} is of "
-            f"{wanted}"
-        )
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = options.parse(argv)
@@ -261,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = load_checkpoint(args.model_path)
         recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)
         args = options.parse(argv, recorded)
-        check_task(checkpoint, args)
+        check_task(checkpoint, task_named(task_of(args.data_set)), args.model_path)
     experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
     if args.calibrate and experiment.data.calibration_loader is None:
         raise UsageError(

@@ -406,6 +406,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
         recorded
         and args.data_set != recorded["data_set"]
         and args.data_path == recorded.get("data_path")
+        and not any(word.split("=")[0] == "--data-path" for word in argv)
     ):
         args.data_path = None  # that of another data set
     settle_model(args)

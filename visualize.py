@@ -20,7 +20,6 @@ from evaluation.inference import Predictor, build_parser, find_images, load_pred
 from evaluation.samples import explain, save_picture
 from loading.bad_images import BadImages
 from loading.images import FileImages
-from loading.transforms import seen_region
 from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, write_csv
 from utils.program import run_main
@@ -61,7 +60,7 @@ def draw_all(
             batch.indices.tolist(), explain(predictor, result, files), strict=True
         ):
             image = images.load_image(index)
-            region = seen_region(image.size, predictor.args, predictor.img_size)
+            region = predictor.task.seen_region(image.size, predictor.args, predictor.img_size)
             picture = names.name(report.name)
             save_picture(draw_strip(image, region, predictor.model, report), output / picture)
             if sheets is not None:

@@ -107,7 +107,7 @@ def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
             loader.batches(), "calibration", total=len(loader), shown=distributed.is_main
         ):
             with autocast(distributed.device, experiment.args.amp):
-                model(batch.images.to(distributed.device))
+                experiment.task.predict(model, batch.images.to(distributed.device))
     finally:
         for handle in handles:
             handle.remove()

@@ -99,7 +99,7 @@ class DecisionMeter:
         self, model: VisionMamba, class_names: list[str], labels: Callable[[Batch], Tensor | None]
     ):
         self.model, self.class_names, self.labels = model, class_names, labels
-        self.images = 0
+        self.passes = 0
         self.counts = torch.zeros(len(class_names), dtype=torch.float64)
         self.class_gates = torch.zeros(len(class_names), model.depth, 2, dtype=torch.float64)
         self.gates = torch.zeros(model.depth, 2, dtype=torch.float64)
@@ -109,7 +109,7 @@ class DecisionMeter:
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2], kept S x [B, k]."""
         gates = result.gates.double().cpu()
-        self.images += len(batch.images)
+        self.passes += gates.shape[1]
         self.gates += gates.sum(dim=1)
         labels = self.labels(batch)
         if labels is not None:
@@ -126,7 +126,7 @@ class DecisionMeter:
         counts, class_gates, gates, kept = (
             distributed.all_reduce_sum(part).numpy() for part in sums
         )
-        images = distributed.all_reduce_sum([self.images]).item()
+        passes = distributed.all_reduce_sum([self.passes]).item()
         costs = distributed.gather_objects(
             np.concatenate(self.costs) if self.costs else np.zeros(0, np.int64)
         )
@@ -139,9 +139,9 @@ class DecisionMeter:
             self.class_names,
             counts.astype(int),
             per_class if routed and counts.any() else None,
-            gates / images if routed else None,
+            gates / passes if routed else None,
             np.concatenate(costs),
-            kept / images,
+            kept / passes,
             self.model.patch_embed.grid,
             tuple(self.model.pruning_layers),
         )

@@ -23,7 +23,7 @@ from loading.folders import list_images
 from loading.images import FileImages
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
-from loading.transforms import ImageOnly, eval_transform
+from loading.transforms import ImageOnly
 from models import Result, VisionMamba
 from models.build import ModelSpec, recorded_arguments, restore
 from tasks import Experiment, Task, task_of_checkpoint
@@ -100,7 +100,7 @@ class Predictor:
         batch_size = self.args.batch_size
         loader = EvalLoader(
             images,
-            ImageOnly(eval_transform(self.args, self.img_size)),
+            ImageOnly(self.task.image_transform(self.args, self.img_size)),
             DataOptions(
                 batch_size=batch_size,
                 num_workers=self.args.num_workers if len(images) > batch_size else 0,
@@ -128,6 +128,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
     options.settle_model(args)
+    task = task.of_run(args)
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device
     model = task.model(ModelSpec.from_args(args), count)

@@ -9,7 +9,6 @@ from drawing.pictures import ImageReport, draw_strip
 from evaluation.inference import Predictor
 from loading.data import Data
 from loading.images import BadImageError
-from loading.transforms import eval_transform, seen_region
 from models import Result
 from models.build import ModelSpec
 from models.flops import count_flops, exact_per_image
@@ -55,7 +54,8 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
     """Strips `sample1.png`, ... of evenly spread validation images; none for a stream."""
     if data.val is None:
         return
-    transform = eval_transform(predictor.args, predictor.img_size)
+    task, args, img_size = predictor.task, predictor.args, predictor.img_size
+    transform = task.image_transform(args, img_size)
     count = min(count, len(data.val))
     for number in range(count):
         index = (2 * number + 1) * len(data.val) // (2 * count)
@@ -64,9 +64,9 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
         except BadImageError:  # the evaluation has reported it, or ended there
             continue
         name = f"sample {number + 1}"
-        label = predictor.task.name_of(target, data.class_names)
+        label = task.name_of(target, data.class_names)
         title = f"{name}: {label}" if label else name
         [report] = explain(predictor, predictor.forward(transform(image)[None]), [title])
-        region = seen_region(image.size, predictor.args, predictor.img_size)
+        region = task.seen_region(image.size, args, img_size)
         strip = draw_strip(image, region, predictor.model, report)
         save_picture(strip, output / f"sample{number + 1}.png")

@@ -87,9 +87,10 @@ def column(
 ) -> dict[str, Any]:
     """What is reported of one model; without `values`, what does not depend on its weights."""
     flops = count_flops(model, values["gates"] if values else None)
+    passes = values["passes"] if values else 1
     scores = {m.key: values[m.key] for m in task.measures} if values else {}
     return scores | {
-        "flops": flops._asdict(),
+        "flops": {kind: passes * count for kind, count in flops._asdict().items()},
         "images_per_s": images_per_s,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -183,7 +184,9 @@ def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     if not model.pruning_layers:
         return None
     images = next(iter(experiment.data.val_batches())).images[:count]
-    kept = model.eval()(images.to(experiment.device)).kept
+    kept = evaluation_forward(model, experiment)(images.to(experiment.device)).kept
+    if len(kept[0]) != len(images):
+        return None  # the task looks at an image more than once
     return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 

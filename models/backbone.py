@@ -353,7 +353,7 @@ class DynamicVisionMamba(VisionMamba):
         self.reduction = make_reduction(token_strategy, scorer_input)
         self.scorer_input, self.token_strategy = scorer_input, token_strategy
         self.set_token_keep(token_keep if prune_tokens else ())
-        if self.pruning_layers and token_strategy == "learned":
+        if self.pruning_layers and self.reduction.learns:
             widths = {"hidden": self.embed_dim, "B": self.d_state, "delta": 2 * self.embed_dim}
             self.score_predictors = nn.ModuleList(
                 ScorePredictor(widths[scorer_input]) for _ in self.pruning_layers

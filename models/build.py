@@ -174,7 +174,7 @@ def restore(
         checkpoint, source = {**checkpoint, "model": checkpoint["ema"]}, f"{source} (EMA)"
     load_weights(model, checkpoint, source)
     restore_threshold(model, checkpoint, threshold, "ema" if ema else "model", source)
-    return model
+    return model.eval()
 
 
 def _is_ours(recorded: Any) -> bool:

@@ -38,8 +38,11 @@ class Staged(Protocol):
 class Reduction:
     """Drops tokens; at evaluation each stage keeps a fixed fraction of the original patches.
 
-    Subclasses choose them: `decide` in training, `choose` at evaluation.
+    A subclass that drops tokens chooses them: `decide` in training, `choose` at evaluation. One
+    that does something else with them overrides `__call__`.
     """
+
+    learns = False  # whether it has score predictors, which a budget term holds to the fractions
 
     def __init__(self, token_keep: Sequence[float] = ()):
         self.token_keep = tuple(token_keep)  # fraction of the original patches after each stage
@@ -79,6 +82,8 @@ class LearnedScores(Reduction):
     Training makes a noisy decision, evaluation keeps the best k. scorer_input: what the predictor
     reads, see `scores`.
     """
+
+    learns = True
 
     def __init__(self, token_keep: Sequence[float] = (), scorer_input: str = "hidden"):
         super().__init__(token_keep)

@@ -4,21 +4,23 @@ B images, C classes.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datasets import build_data
 from loading.data import Data
 from loading.loaders import Batch
-from loading.transforms import ImageSize, Transforms
+from loading.transforms import ImageSize, Transforms, eval_transform, seen_region
 from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
 from utils.distributed import Distributed
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 from .meters import Meter
 
@@ -95,6 +97,13 @@ class Task:
     measures: tuple[Measure, ...]
     distils = True
     recorded: tuple[str, ...] = ()
+    args: argparse.Namespace | None = None  # the flags of the run, see `of_run`
+
+    def of_run(self, args: argparse.Namespace) -> "Task":
+        """This task with a run's flags as `self.args`, for its methods that get none."""
+        task = copy.copy(self)
+        task.args = args
+        return task
 
     @property
     def best(self) -> Measure:
@@ -127,7 +136,26 @@ class Task:
             world_size=distributed.world_size,
             train=train,
             transforms=self.transforms(args, img_size, train),
+            eval_batch_size=self.eval_batch_size(args),
         )
+
+    def eval_batch_size(self, args: argparse.Namespace) -> int | None:
+        """Images that an evaluation takes at once; None: `--batch-size`."""
+        return None
+
+    def image_transform(
+        self, args: argparse.Namespace, img_size: ImageSize
+    ) -> Callable[[Image.Image], Tensor]:
+        """What an RGB image becomes where it has no target: in predictions and pictures."""
+        return eval_transform(args, img_size)
+
+    def seen_region(
+        self, size: tuple[int, int], args: argparse.Namespace, img_size: ImageSize
+    ) -> tuple[float, float, float, float]:
+        """The part of an image of `size` (width, height) that `image_transform` shows: left, top,
+        right, bottom in pixels.
+        """
+        return seen_region(size, args, img_size)
 
     def check_checkpoint(
         self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
@@ -158,7 +186,11 @@ class Task:
         return {}
 
     def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
-        """The forward pass of an evaluation, such as a sliding window or a mean over views."""
+        """The prediction of an evaluation, such as a sliding window or a mean over views.
+
+        With several forward passes, the gates [depth, passes, 2] and kept patches of all of them
+        belong in the Result: operations are counted from these.
+        """
         return model(images)
 
     def meter(self, args: argparse.Namespace, data: Data, device: torch.device) -> Meter:
@@ -197,3 +229,10 @@ def task_named(name: str) -> Task:
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
     """The task that a checkpoint was trained for; earlier and foreign ones classify."""
     return task_named(checkpoint.get("task", "classification"))
+
+
+def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
+    """Raise UsageError when a checkpoint was trained for another task than the data set's."""
+    trained = task_of_checkpoint(checkpoint).name
+    if trained != task.name:
+        raise UsageError(f"{source} was trained for {trained}; the data set is of {task.name}")

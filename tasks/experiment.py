@@ -30,7 +30,7 @@ class Experiment:
         cls, args: argparse.Namespace, distributed: Distributed, train: bool = True
     ) -> "Experiment":
         """Read the data set named by the flags; without `train`, not its training images."""
-        task = task_named(task_of(args.data_set))
+        task = task_named(task_of(args.data_set)).of_run(args)
         data = task.data(args, image_size(ModelSpec.from_args(args)), distributed, train)
         return cls(args, task, data, distributed, Path(args.output_dir))
 

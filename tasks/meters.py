@@ -29,7 +29,7 @@ def exact_sum(values: Tensor) -> Tensor:
 
 
 class ReductionMeter:
-    """Mean of what is kept: `keep` after each stage, and `gates` [depth][2].
+    """Mean of what is kept: `keep` after each stage, `gates` [depth][2]; `passes` of an image.
 
     `keep` is the fraction of patches left, `gates` the share of images whose forward and backward
     scan runs.
@@ -37,21 +37,23 @@ class ReductionMeter:
 
     def __init__(self, model: VisionMamba, device: torch.device):
         self.num_patches = model.num_patches
-        self.images = 0
+        self.images = self.passes = 0
         self.gates = torch.zeros(model.depth, 2, dtype=torch.float64, device=device)
         self.kept = torch.zeros(len(model.pruning_layers), dtype=torch.float64)
 
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2]; kept: a [B, k] for each stage."""
         self.images += len(batch.images)
+        self.passes += result.gates.shape[1]
         self.gates += result.gates.double().sum(dim=1)
         for stage, kept in enumerate(result.kept):
             self.kept[stage] += kept.numel()
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
-        images = distributed.all_reduce_sum([self.images]).item()
+        images, passes = distributed.all_reduce_sum([self.images, self.passes]).tolist()
         gates, kept = (distributed.all_reduce_sum(part) for part in (self.gates, self.kept))
         return {
-            "keep": (kept / images / self.num_patches).tolist(),
-            "gates": (gates / images).tolist(),
+            "keep": (kept / passes / self.num_patches).tolist(),
+            "gates": (gates / passes).tolist(),
+            "passes": passes / images,
         }

@@ -109,7 +109,13 @@ class Brightness(Task):
     def predict(self, model, images):
         """Mean over an image and its mirror image."""
         result, mirrored = model(images), model(images.flip(-1))
-        return dataclasses.replace(result, logits=(result.logits + mirrored.logits) / 2)
+        kept = [torch.cat(both) for both in zip(result.kept, mirrored.kept, strict=True)]
+        gates = torch.cat([result.gates, mirrored.gates], dim=1)
+        logits = (result.logits + mirrored.logits) / 2
+        return dataclasses.replace(result, logits=logits, gates=gates, kept=kept)
+
+    def image_transform(self, args, img_size):
+        return lambda image: to_tensors(image, 0.0)[0]
 
     def meter(self, args, data, device):
         return ErrorMeter(args.tolerance, device)
@@ -244,7 +250,7 @@ def test_flags_and_checkpoints_of_another_task_are_refused(dynamic, tmp_path):
     with pytest.raises(UsageError, match="unrecognized arguments: --tolerance 1"):
         main.main(["--tolerance", "1"])
     checkpoint = str(dynamic / "best_checkpoint.pth")
-    with pytest.raises(UsageError, match="trained for brightness; --data-set DIGITS is of class"):
+    with pytest.raises(UsageError, match="trained for brightness; the data set is of class"):
         main.main(["--eval", "--model-path", checkpoint, "--data-set", "DIGITS", *HERE])
 
 
