@@ -7,7 +7,7 @@ substituted in the other, so that both decide alike; their own outputs are compa
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import VisionMamba
+from utils.errors import UserError
 
 CHECKED = 2  # images compared with the definition
 STEP_BIAS = -2.0  # steps near 0.13: the slowest state remembers about 8 tokens
@@ -106,6 +107,12 @@ def backend(name: str | None) -> Iterator[None]:
         os.environ.pop("DYVM_BACKEND", None)
         if before is not None:
             os.environ["DYVM_BACKEND"] = before
+
+
+def require_correct(wrong: Sequence[str], tolerance: float) -> None:
+    """Raise UserError where a contender is wrong, by the names of those that are."""
+    if wrong:
+        raise UserError(f"no speed without correctness: {', '.join(wrong)} beyond {tolerance}")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Where a call spends its time, by kernel on a GPU and by PyTorch operator on a CPU."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,3 +36,9 @@ def describe(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         f"  {100 * row['share']:5.1f} % {row['ms']:9.3f} ms  {row['name'][:90]}" for row in rows
     )
+
+
+def lines(record: Mapping[str, Any]) -> list[str]:
+    """What a benchmark's record holds of them, for the screen."""
+    found = record.get("hotspots", {})
+    return [f"where the time of {name} goes:\n{describe(rows)}" for name, rows in found.items()]

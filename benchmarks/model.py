@@ -22,14 +22,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: F401  (registers them)
 from benchmarks import checking, flags, hotspots, records
-from benchmarks.checking import CHECKED
+from benchmarks.checking import CHECKED, require_correct
 from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
 from models import DynamicVisionMamba
@@ -37,10 +36,11 @@ from models.flops import count_flops
 from ops import selective_scan
 from utils import arguments
 from utils.cuda_graphs import capture
-from utils.errors import UserError, first_line
+from utils.errors import first_line
 from utils.files import write_json
 from utils.precision import autocast
 from utils.program import run_main
+from utils.tables import text_table
 from utils.timing import interleaved
 
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
@@ -320,12 +320,7 @@ def table(part: dict) -> str:
         "disturbed",
         "error",
     ]
-    lines = [
-        f"batch {part['batch']}",
-        tabulate(
-            rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
-        ),
-    ]
+    lines = [f"batch {part['batch']}", text_table(rows, headers)]
     if "share" in part:
         lines.append(
             f"dynamic against dense: {part['speed_ratio']:.3f} times as fast (processor time "
@@ -333,9 +328,7 @@ def table(part: dict) -> str:
             f"{100 * part['gates']:.1f} % of the scans; {100 * part['share']:.0f} % of it reached "
             f"({100 * part['cpu_time_share']:.0f} % in processor time)"
         )
-    for name, found in part.get("hotspots", {}).items():
-        lines.append(f"where the time of {name} goes:\n{hotspots.describe(found)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *hotspots.lines(part)])
 
 
 def main() -> None:
@@ -368,10 +361,7 @@ def main() -> None:
     wrong = [
         f"{name} at batch {part['batch']}" for part in record["parts"] for name in part["wrong"]
     ]
-    if wrong:
-        raise UserError(
-            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
-        )
+    require_correct(wrong, TOLERANCES[args.precision])
 
 
 if __name__ == "__main__":

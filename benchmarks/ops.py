@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flags, records, rivals
+from benchmarks.checking import require_correct
 from benchmarks.flags import PRECISIONS
 from ops import selective_scan
 from ops.selective_scan import BranchParams
@@ -289,10 +290,7 @@ def main() -> None:
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
     if args.output:
         write_json(args.output, record)
-    if wrong:
-        raise UserError(
-            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
-        )
+    require_correct(wrong, TOLERANCES[args.precision])
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ from unittest import mock
 
 import timm
 import torch
-from tabulate import tabulate
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import checking, flags, hotspots, records
-from benchmarks.checking import CHECKED
+from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
 from losses import Budgets, Distillation, Objective
@@ -44,6 +43,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.precision import autocast
 from utils.program import run_main
+from utils.tables import text_table
 from utils.timing import interleaved
 
 # Relative difference of the loss and of each parameter's gradient (Frobenius norm) between two ways
@@ -354,14 +354,7 @@ def table(record: dict[str, Any]) -> str:
         "disturbed",
         "error",
     ]
-    lines = [
-        tabulate(
-            rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
-        )
-    ]
-    for name, rows in record.get("hotspots", {}).items():
-        lines.append(f"where the time of {name} goes:\n{hotspots.describe(rows)}")
-    return "\n".join(lines)
+    return "\n".join([text_table(rows, headers), *hotspots.lines(record)])
 
 
 def main() -> None:
@@ -382,10 +375,7 @@ def main() -> None:
         if args.output:
             write_json(args.output, record)
     wrong = [step for part in args.parts for step in record[part]["wrong"]]
-    if wrong:
-        raise UserError(
-            f"no speed without correctness: {', '.join(wrong)} beyond {TOLERANCES[args.precision]}"
-        )
+    require_correct(wrong, TOLERANCES[args.precision])
 
 
 if __name__ == "__main__":

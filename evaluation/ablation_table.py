@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from drawing import plots
 from evaluation.columns import EXACT, SPEED
 from evaluation.summary import forward_speeds
@@ -20,6 +18,7 @@ from utils.checkpoint import BEST, load_checkpoint
 from utils.environment import describe_environment, device_name
 from utils.errors import UserError
 from utils.files import atomic_file, sha256_of, write_csv, write_json
+from utils.tables import text_table
 
 DENSE = "dense"
 RECORD = "ablation.json"
@@ -182,13 +181,7 @@ def table(rows: Sequence[Mapping[str, Any]], measure: Measure, form: str) -> str
         else [row["name"], *["-"] * (len(headers) - 2), "0"]
         for row in rows
     ]
-    return tabulate(
-        shown,
-        headers=headers,
-        tablefmt=form,
-        disable_numparse=True,
-        colalign=("left", *["right"] * (len(headers) - 1)),
-    )
+    return text_table(shown, headers, form)
 
 
 def _cells(row: Mapping[str, Any], dense: Mapping[str, Any], measure: Measure) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tabulate import tabulate
 from torch import Tensor
 
 from drawing.pictures import decision_picture
@@ -22,6 +21,7 @@ from ops.selective_scan import backend_for
 from tasks import Experiment, Meter, Task
 from utils.environment import device_name
 from utils.files import write_json
+from utils.tables import text_table
 from utils.timing import interleaved
 
 from .columns import rows_of
@@ -153,12 +153,7 @@ def table(report: Mapping[str, Any], task: Task) -> str:
     lines = [
         f"{report['model']} on {report['data_set']}, {report['images']} images; backend "
         f"{report['backend']}, {report['device']}, {report['precision']}",
-        tabulate(
-            rows,
-            headers=["", "dense", "dynamic", "change"],
-            disable_numparse=True,
-            colalign=("left", "right", "right", "right"),
-        ),
+        text_table(rows, ["", "dense", "dynamic", "change"]),
     ]
     return "\n".join(lines + (_kept_lines(dynamic) if dynamic else []))
 

@@ -11,8 +11,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from drawing import plots
 from engine import validate
 from evaluation.columns import EXACT, PAPER, SPEED, measure_row
@@ -22,6 +20,7 @@ from tasks import Experiment, Task
 from utils.environment import device_name
 from utils.files import sha256_of, write_csv, write_json
 from utils.logging import Progress
+from utils.tables import text_table
 
 NAME = "sweep.json"
 DENSE = "dense"
@@ -193,9 +192,4 @@ def table(record: dict[str, Any], task: Task) -> str:
         [name + " *" * point.get("trained", False), *(row.cell(point) for row in columns)]
         for name, point in named_points(record)
     ]
-    return tabulate(
-        rows,
-        headers=["token keep ratio", *(row.label for row in columns)],
-        disable_numparse=True,
-        colalign=("left", *["right"] * len(columns)),
-    )
+    return text_table(rows, ["token keep ratio", *(row.label for row in columns)])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -291,7 +292,9 @@ class VisionMamba(TimmInterface, nn.Module):
         """A Result -> logits [B, C], or with `pre_logits` the classifier's input."""
         if self.family.registers:
             joined = as_residual(self.neck(result.class_tokens)).flatten(1)
-            pooled = self.norm_neck(joined).to(result.class_tokens.dtype)
+            weight = self.norm_neck.weight.to(joined.dtype)
+            pooled = F.rms_norm(joined, weight.shape, weight, self.norm_neck.eps)
+            pooled = pooled.to(result.class_tokens.dtype)
         elif self.global_pool == "token":
             pooled = result.class_tokens[:, 0]
         else:

@@ -106,7 +106,8 @@ class LearnedScores(Reduction):
             return predictor(extract(mixed, tokens.class_slots)[0], policy)
         previous = model.layers[model.pruning_layers[stage] - 1]
         norm = previous.norm
-        normed = F.rms_norm(tokens.residual, norm.weight.shape, norm.weight, norm.eps)
+        weight = norm.weight.to(tokens.residual.dtype)
+        normed = F.rms_norm(tokens.residual, weight.shape, weight, norm.eps)
         B, step = previous.mixer.scan_inputs(normed.to(norm.weight.dtype), tokens.mask)
         features, _ = extract(B if self.scorer_input == "B" else step, tokens.class_slots)
         return predictor(features, policy)
