@@ -24,7 +24,7 @@ from ops.operators import needs_gradient, register
 from ..params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, flatten, unflatten
 from . import passes
 from .build import BuildError
-from .library import kernels
+from .library import load
 from .passes import CONV_WIDTH, Call, Gradients, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 def available() -> str | None:
     """None once the kernels are built and loaded, or the reason why they are not."""
     try:
-        kernels()
+        load()
     except BuildError as error:
         _logger.warning("the CPU kernels are not available: %s", error)
         return str(error)

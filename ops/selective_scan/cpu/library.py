@@ -69,18 +69,19 @@ class Problem(ctypes.Structure):
     _fields_ += [("direction", Direction * 2)]
 
 
-def kernels() -> ctypes.CDLL:
-    """The library, built and loaded when it is first asked for.
-
-    Raises BuildError where that is not possible.
-    """
+def load() -> ctypes.CDLL:
+    """The library, built where this machine has not yet. Raises BuildError."""
     global _held
-    if _held is None:
-        library = load_library()
-        if library.problem_bytes() != ctypes.sizeof(Problem):
-            raise AssertionError("problem.h and its ctypes mirror disagree")
-        _held = library
-    return _held
+    library = load_library()
+    if library.problem_bytes() != ctypes.sizeof(Problem):
+        raise AssertionError("problem.h and its ctypes mirror disagree")
+    _held = library
+    return library
+
+
+def kernels() -> ctypes.CDLL:
+    """The library, loaded when an exported program is the first to ask. Raises BuildError."""
+    return load() if _held is None else _held
 
 
 def pointer(tensor: Tensor | None) -> int | None:
