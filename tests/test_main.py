@@ -332,7 +332,7 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
-def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch, two_threads):
     """Told to leave after a step, in the middle of an epoch and of evaluations; resumed each time."""
     recipe = [
         *DYNAMIC,
