@@ -6,4 +6,19 @@ processor from those that they wait for, and everything becomes ten times slower
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch computes with two threads, as it would by itself on two cores; scripts/test.sh gives
+    each of its processes one.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

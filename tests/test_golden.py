@@ -19,9 +19,12 @@ from models.pruning import kept_first
 from models.weights import resize_pos_embed
 from ops.selective_scan import reference
 
-pytestmark = pytest.mark.skipif(
-    not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
+    ),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 @pytest.fixture(params=golden.backends())

@@ -9,6 +9,8 @@ from models.mixer import BidirectionalMamba
 from ops import linear as module
 from ops.linear import Linear, linear
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def tensors(*shape, width=44, bias=True):
     generator = torch.Generator().manual_seed(0)

@@ -308,7 +308,7 @@ def test_a_mistake_in_the_program_keeps_its_trace(monkeypatch):
 
 
 def test_workers_outlive_the_signals_of_a_scheduler():
-    data = build_data(options("--num-workers", "1"), 32)
+    data = build_data(options("--num-workers", "1", "--subset", "64"), 32)
     batches = data.train_batches(0)
     next(batches)
     worker = data.train_loader.loader._iterator._workers[0]

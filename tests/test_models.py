@@ -32,6 +32,7 @@ PARAMETERS = {  # dense, dynamic; 1000 classes
     "mambareg_base": (99_301_096, 102_333_790),
     "mambareg_large": (341_222_376, 346_740_558),
 }
+pytestmark = pytest.mark.usefixtures("two_threads")
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_classes=7)
 FAMILY_ARGUMENTS = {
     "vim": {},

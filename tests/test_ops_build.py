@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def fresh_choice():
+def fresh_choice(monkeypatch):
     """Backends are asked anew whether they are available, and forget the answer afterwards."""
+    monkeypatch.setattr(library, "_held", None)
     selective_scan._unavailable.cache_clear()
     selective_scan._reported.clear()
     yield

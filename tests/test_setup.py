@@ -85,7 +85,7 @@ fi""",
         )
 
     def finish(self, job):
-        stdout, stderr = job.communicate(timeout=30)
+        stdout, stderr = job.communicate(timeout=120)
         return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
 
     def run(self, **variables):
