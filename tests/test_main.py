@@ -332,13 +332,8 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
-<<<<<<< HEAD
-def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch):
-    """Told to leave after a step, amid an epoch and amid evaluations; resumed each time."""
-=======
 def test_an_interrupted_run_ends_bit_identical(dense, tmp_path, monkeypatch, two_threads):
-    """Told to leave after a step, in the middle of an epoch and of evaluations; resumed each time."""
->>>>>>> w-ci2
+    """Told to leave after a step, amid an epoch and amid evaluations; resumed each time."""
     recipe = [
         *DYNAMIC,
         "--model-path",
