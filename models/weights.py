@@ -113,7 +113,7 @@ def load_weights(
             "checkpoint of a vision model"
         )
     _fit_pos_embed(model, state, source)
-    dropped = _drop_other_head(model, own, state, source) if new_head else set()
+    dropped = _drop_other_head(own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
     if from_dense and not any(is_new_part(key) for key in state):
         absent = [key for key in absent if not is_new_part(key)]
@@ -164,9 +164,7 @@ def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) ->
     )
 
 
-def _drop_other_head(
-    model: VisionMamba, own: dict[str, Tensor], state: dict[str, Tensor], source: str
-) -> set[str]:
+def _drop_other_head(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> set[str]:
     """Remove a head for another number of classes from `state`; -> the keys removed."""
     weight, fresh = state.get("head.weight"), own.get("head.weight")
     if (
