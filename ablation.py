@@ -73,7 +73,7 @@ SET_HERE = {
     "--throughput-seconds": "--throughput-seconds before the --",
     "--eval": "nothing: every run is evaluated",
     "--sweep": "main.py --eval --sweep on a run's checkpoint",
-    "--resume": "nothing: an interrupted run goes on",
+    "--resume": "nothing: an interrupted run is resumed",
     "--resume-override": "another --output_dir",
 }
 # Accuracies and speeds are compared on the same images.
@@ -212,7 +212,7 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
             parsed = _parse_flags(where, words)
             if parsed.method == "dense":
                 raise UsageError(
-                    f"{where}: --method dense is the teacher's; it stands in the table already"
+                    f"{where}: --method dense is the teacher's; it is in the table already"
                 )
             other = [field for field in SHARED if getattr(parsed, field) != getattr(shared, field)]
             if other:

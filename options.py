@@ -347,12 +347,12 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--resume",
         metavar="auto|FILE",
-        help="go on from FILE, or from the newest checkpoint in --output_dir if there is one",
+        help="resume from FILE, or from the newest checkpoint in --output_dir if there is one",
     )
     group.add_argument(
         "--resume-override",
         action="store_true",
-        help="go on although flags or the number of processes differ from the run's; the epoch "
+        help="resume although flags or the number of processes differ from the run's; the epoch "
         "that was begun starts again",
     )
     group.add_argument(

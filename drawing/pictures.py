@@ -103,8 +103,8 @@ def decision_picture(
         ]
         for stage in kept
     ]
-    rows = np.stack([pixels, *stages])  # [S + 1, B, H, W, 3]
-    grid = rows.repeat(scale, axis=2).repeat(scale, axis=3)
+    stacked = np.stack([pixels, *stages])  # [S + 1, B, H, W, 3]
+    grid = stacked.repeat(scale, axis=2).repeat(scale, axis=3)
     grid = np.pad(grid, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows, columns, height, width, channels = grid.shape
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)

@@ -136,7 +136,7 @@ class BidirectionalMamba(nn.Module):
 
 
 class Layer(nn.Module):
-    """Prenorm residual block: residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)).
+    """Prenorm residual layer: residual += drop_path(hidden); hidden = mixer(RMSNorm(residual)).
 
     The residual stays in float32.
     """

@@ -57,7 +57,7 @@ class Result:
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
 
 
-torch.export.register_dataclass(Result)
+torch.export.register_dataclass(Result, serialized_type_name="dyvm.Result")
 
 
 def spread(values: Tensor, owner: Tensor, before: Tensor | None) -> Tensor:

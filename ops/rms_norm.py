@@ -24,7 +24,7 @@ def add_rms_norm(
 
     Args:
         hidden: [B, L, d] in any floating-point type; None: nothing is added.
-        residual: [B, L, d] float32, the stream that the blocks add to; None before the first block.
+        residual: [B, L, d] float32, the stream that the layers add to; None before the first layer.
         weight: [d].
 
     Returns:
