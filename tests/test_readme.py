@@ -281,10 +281,8 @@ def test_report(at_home):
 def test_ablation_fits_the_teacher(at_home):
     args = ablation.parse([*find("ablation.py"), *SMALL, *FAST])
     runs = ablation.plan(args)
-    assert ablation.check_inputs(runs, args.dense_path, at_home / "new").class_names == [
-        "cat",
-        "dog",
-    ]
+    experiment = ablation.check_inputs(runs, args.dense_path, at_home / "new")
+    assert experiment.data.class_names == ["cat", "dog"]
     assert {run.variant for run in runs} == {*ablation.VARIANTS, "half"} and len(runs) == 3 * 8
 
 
