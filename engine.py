@@ -62,6 +62,7 @@ class Training:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "grid": list(self.model.patch_embed.grid),  # of the rows of pos_embed
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

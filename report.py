@@ -120,8 +120,8 @@ def task_of_run(run: RunFolder) -> Task | None:
 
     None, with a note, if it is unknown here.
     """
-    row = DATA_SETS.get((run.evaluation or {}).get("data_set"))
-    name = run.args.get("task") or (row.task if row else CLASSIFICATION.name)
+    row = DATA_SETS.get(str((run.evaluation or {}).get("data_set")))
+    name = str(run.args.get("task") or (row.task if row else CLASSIFICATION.name))
     if name not in TASKS:
         note = f"task {name!r} is unknown here: its measures are left out"
         run.notes += [] if note in run.notes else [note]

@@ -111,7 +111,7 @@ class DecisionMeter:
         gates = result.gates.double().cpu()
         self.passes += gates.shape[1]
         self.gates += gates.sum(dim=1)
-        labels = self.labels(batch)
+        labels = self.labels(batch) if self.class_names else None
         if labels is not None:
             labels = labels.cpu()
             ones = torch.ones(len(labels), dtype=torch.float64)

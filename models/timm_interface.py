@@ -165,7 +165,7 @@ class TimmInterface:
         return {"image_features": self.finish(tokens, gates)} | result
 
     def _normed(self, values: Tensor, norm: bool) -> Tensor:
-        if not norm:
+        if not norm or not isinstance(self.norm_f, nn.RMSNorm):
             return values
         return F.rms_norm(values, (self.embed_dim,), self.norm_f.weight, self.norm_f.eps)
 

@@ -25,9 +25,13 @@ _LISTED = 8  # keys named in an error before the rest is counted
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, grid: tuple[int, int], class_row: int | None, new_class_row: int | None
+    pos_embed: Tensor,
+    grid: tuple[int, int],
+    class_row: int | None,
+    new_class_row: int | None,
+    old_grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Resample a position embedding [1, rows, d] of a square grid to `grid` (h, w), bicubic.
+    """Resample a position embedding [1, rows, d] to `grid` (h, w), bicubic.
 
     class_row: row of the class token, or None; it is moved unchanged to `new_class_row`. Raises
     ValueError if the patch rows are not a square.
@@ -38,13 +42,14 @@ def resize_pos_embed(
         patches = torch.cat([pos_embed[:, :class_row], pos_embed[:, class_row + 1 :]], dim=1)
         class_token = pos_embed[:, class_row : class_row + 1]
     side = math.isqrt(patches.shape[1])
-    if side**2 != patches.shape[1]:
+    height, width = old_grid or (side, side)
+    if height * width != patches.shape[1]:
         raise ValueError(
             f"position embedding with {pos_embed.shape[1]} rows cannot be resized to "
             f"{math.prod(grid)} patches: no square grid"
         )
-    if (side, side) != tuple(grid):
-        table = rearrange(patches, "1 (h w) d -> 1 d h w", h=side).float()
+    if (height, width) != tuple(grid):
+        table = rearrange(patches, "1 (h w) d -> 1 d h w", h=height).float()
         table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
         patches = rearrange(table, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)
     if class_row is None:
@@ -112,7 +117,7 @@ def load_weights(
             f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
             "checkpoint of a vision model"
         )
-    _fit_pos_embed(model, state, source)
+    _fit_pos_embed(model, state, source, _grid_of(checkpoint))
     dropped = _drop_other_head(own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
     if from_dense and not any(is_new_part(key) for key in state):
@@ -145,18 +150,27 @@ def _listing(keys: list[str]) -> str:
     return ", ".join(keys[:_LISTED]) + more
 
 
-def _fit_pos_embed(model: VisionMamba, state: dict[str, Tensor], source: str) -> None:
+def _grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The grid of patches that a checkpoint of ours records; None: unknown, taken to be square."""
+    grid = checkpoint.get("grid")
+    return tuple(grid) if isinstance(grid, list) and len(grid) == 2 else None
+
+
+def _fit_pos_embed(
+    model: VisionMamba, state: dict[str, Tensor], source: str, old_grid: tuple[int, int] | None
+) -> None:
     """Resize the position embedding in `state` if it was trained at another image size."""
     table = state.get("pos_embed")
     if table is None or table.dim() != 3 or len(table) != 1 or table.shape[2] != model.embed_dim:
         return  # reported among the misshapen ones
-    new_row = model.class_row()
-    if table.shape == model.pos_embed.shape or table.shape[1] <= (new_row is not None):
+    grid, new_row = model.patch_embed.grid, model.class_row()
+    same_rows = table.shape == model.pos_embed.shape
+    if (same_rows and old_grid in (None, grid)) or table.shape[1] <= (new_row is not None):
         return
     try:
         patches = table.shape[1] - (new_row is not None)
         row = None if new_row is None else model.layout.class_slots(patches)[0]
-        state["pos_embed"] = resize_pos_embed(table, model.patch_embed.grid, row, new_row)
+        state["pos_embed"] = resize_pos_embed(table, grid, row, new_row, old_grid)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     _logger.info(

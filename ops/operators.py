@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 _NAMESPACE = "dyvm"
@@ -59,6 +60,17 @@ def register(
 def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd will ask for a gradient of what is computed from these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_forward_mode(what: str) -> None:
+    """Registered operators would drop tangents without a word: raise NotImplementedError where
+    forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are being taken.
+    """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{what} has no forward-mode derivative (torch.func.jvp, forward_ad); backward() and "
+            "torch.autograd.grad work"
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .operators import needs_gradient, register
+from .operators import needs_gradient, refuse_forward_mode, register
 
 
 def add_rms_norm(
@@ -33,7 +33,9 @@ def add_rms_norm(
 
     Raises:
         ValueError: both None, or shapes disagree.
+        NotImplementedError: a forward-mode derivative is being taken.
     """
+    refuse_forward_mode("add_rms_norm")
     if hidden is None and residual is None:
         raise ValueError("add_rms_norm needs hidden, residual or both")
     given = residual if hidden is None else hidden

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import mixer
 from models.mixer import BidirectionalMamba
@@ -148,3 +149,11 @@ def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, 
         off = gates.sum(dim=1) == 0
         assert 0 < off.sum() < 12  # or the test shows nothing
         assert not found[off].any() and found[~off].any()
+
+
+def test_counters_of_operations_see_the_product_alone():
+    """Not the trials that choose it."""
+    x, weight, _ = tensors(3, 52, width=37)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear(x, weight)
+    assert counter.get_total_flops() == 2 * 3 * 52 * 37

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_helpers import params_of
+from helpers.scans import params_of
 
 import ops.rms_norm  # noqa: F401 (registers an operator)
 from ops import selective_scan
@@ -76,3 +76,19 @@ def test_add_rms_norm(hidden):
     residual, weight = torch.randn(2, 3, 8).requires_grad_(), torch.rand(8).requires_grad_()
     given = None if hidden is None else torch.randn(2, 3, 8).to(hidden).requires_grad_()
     passes("add_rms_norm", (given, residual, weight, 1e-5, hidden or torch.float32))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_forward_mode_derivatives_are_refused(backend, trained, monkeypatch):
+    """They would be 0 without a word."""
+    if backend == "cpu":
+        skip_without_kernels()
+    monkeypatch.setenv("DYVM_BACKEND", backend)
+    xz, (forward, _) = scan_inputs()["xz"].detach(), weights(trained)
+    for call in (
+        lambda x: selective_scan.ssm_branch(x, forward),
+        lambda x: ops.rms_norm.add_rms_norm(None, x, torch.ones(12, requires_grad=trained))[0],
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (xz,), (xz,))

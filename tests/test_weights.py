@@ -169,3 +169,25 @@ def test_a_malformed_position_embedding_is_listed(table):
 def test_entries_that_are_no_tensors_are_refused():
     with pytest.raises(UserError, match="name of 'model' are no tensors"):
         load_weights(dense(), {"model": {"name": "x"}}, "odd.pth")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_position_embedding_knows_its_grid(family):
+    """The same number of rows, or a square number, does not make two grids the same."""
+    wide = dense(family, img_size=(8, 32), patch_size=4)
+    assert wide.patch_embed.grid == (2, 8)
+    checkpoint = {"model": wide.state_dict(), "grid": [2, 8]}
+    same, square, tall = (
+        dense(family, img_size=size, patch_size=4) for size in ((8, 32), (16, 16), (32, 8))
+    )
+    load_weights(same, checkpoint, "wide.pth")
+    assert torch.equal(same.pos_embed, wide.pos_embed)
+    for model in (square, tall):
+        load_weights(model, checkpoint, "wide.pth")
+        rows = (wide.class_row(), model.class_row())
+        expected = resize_pos_embed(wide.pos_embed.detach(), model.patch_embed.grid, *rows, (2, 8))
+        assert torch.equal(model.pos_embed, expected)
+        assert not torch.equal(model.pos_embed, wide.pos_embed)
+    ramp = torch.arange(16.0).view(1, 16, 1)  # in raster order of 2 x 8: 8 times the row
+    resized = resize_pos_embed(ramp, (4, 4), None, None, (2, 8)).view(4, 4)
+    assert (resized.diff(dim=0) > 0).all() and (resized.diff(dim=1) > 0).all()

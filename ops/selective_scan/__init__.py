@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ops.operators import refuse_forward_mode
 from utils.errors import UserError
 
 from . import cpu, reference, torch_lean  # noqa: F401 (register their operators)
@@ -238,6 +239,7 @@ def ssm_branch(
         ValueError: shapes, dtypes or devices disagree.
         BackendError: see `backend_for`.
     """
+    refuse_forward_mode("the selective scan")
     _check(xz, params, mask, active, lengths, ())
     backend = _chosen[backend_for(xz, params)]
     return backend.ssm_branch(
@@ -268,6 +270,7 @@ def bidirectional_ssm(
     Returns:
         y [B, L, E] in the dtype of xz. Raises as `ssm_branch`.
     """
+    refuse_forward_mode("the selective scan")
     _check(xz, forward, mask, active, lengths, (2,))
     _check(xz, backward, None, None, None, ())
     for name, one, other in zip(BranchParams._fields, forward, backward, strict=True):
