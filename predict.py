@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         "--top", type=positive, default=5, help="likeliest classes to list in --json"
     )
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
-    if predictor.task is not CLASSIFICATION:
+    if predictor.task.name != CLASSIFICATION.name:
         raise UserError(
             f"{predictor.args.model_path} is a model for {predictor.task.name}; predict.py names "
             "the classes of images"
