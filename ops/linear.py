@@ -7,7 +7,7 @@ more. So the first product of each size tries the libraries on numbers of its ow
 their speed, and takes one that gives each row the same bits in all that was tried:
 
 1. oneDNN, which PyTorch's eager mode does not use for float32. With AVX-512 it is 5 to 30 % faster
-   than MKL at the sizes of Vim, with AVX2 as fast.
+   than MKL at the sizes of Vim, with AVX2 up to 5 %.
 2. `torch.nn.functional.linear`: MKL, or what PyTorch was built with.
 3. The same in blocks of one size, which needs no promise beyond that equal calls give equal bits
    and that a row's place in its block does not matter; slower.
