@@ -22,9 +22,10 @@ from loading.data import Data, assemble
 from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
-from loading.transforms import ImageSize, Transforms, classification_transforms
+from loading.transforms import Transforms, classification_transforms
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
+from utils.images import CROP_RATIO, ImageSize
 
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
 CLASSIFICATION = "classification"
@@ -147,7 +148,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|HxW",
         help="image size in pixels (default: the model's)",
     )
-    group.add_argument("--eval-crop-ratio", type=ratio, default=0.875)
+    group.add_argument("--eval-crop-ratio", type=ratio, default=CROP_RATIO)
     group.add_argument(
         "--repeated-aug",
         action=on_off,

@@ -26,7 +26,7 @@ from engine import Interrupted, Training, build_training, train_one_epoch, valid
 from evaluation.calibration import calibrate
 from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
-from loading.loaders import WORKER_DIED
+from loading.loaders import worker_died
 from models import VisionMamba
 from models.build import STORED, recorded_arguments, restore, set_threshold
 from models.weights import load_weights
@@ -35,7 +35,7 @@ from utils import preemption, resume
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.distributed import init_distributed
 from utils.environment import describe_environment
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError
 from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from utils.nonfinite import NonFiniteError
@@ -264,11 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             code = train(experiment)
     except RuntimeError as error:
-        if not str(error).startswith(WORKER_DIED):
-            raise
-        raise UserError(
-            f"reading the data failed: {error}; out of memory? Try fewer --num-workers"
-        ) from None
+        if failure := worker_died(error):
+            raise failure from None
+        raise
     distributed.shutdown()
     return code
 

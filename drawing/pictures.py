@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from models.embedding import PatchEmbed
+from utils.images import MEAN, STD
 
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
@@ -29,10 +29,7 @@ GAP = 2  # pixels between the panels of `decision_picture`
 def to_pixels(images: Tensor) -> np.ndarray:
     """Undo the normalisation: [B, 3, H, W] -> [B, H, W, 3] uint8."""
     images = images.float().cpu()
-    mean, std = (
-        images.new_tensor(values)[:, None, None]
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     return (pixels * 255).round().to(torch.uint8).numpy()
 

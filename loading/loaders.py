@@ -24,7 +24,16 @@ from .transforms import Transform
 MAX_REPLACEMENTS = 100
 # The start of torch's RuntimeError about a dead worker. It is raised by a signal handler, so it can
 # also appear in the middle of a training step.
-WORKER_DIED = "DataLoader worker (pid"
+_WORKER_DIED = "DataLoader worker (pid"
+
+
+def worker_died(error: RuntimeError) -> UserError | None:
+    """What to say if this is torch's error about a dead worker, else None."""
+    if not str(error).startswith(_WORKER_DIED):
+        return None
+    return UserError(
+        f"reading the data failed: {first_line(error)} Out of memory? Try fewer --num-workers"
+    )
 
 
 class Batch(NamedTuple):
@@ -181,11 +190,9 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
                 f"reading the data failed: a worker process is gone ({error!r})"
             ) from None
     except RuntimeError as error:
-        if not str(error).startswith(WORKER_DIED):
-            raise
-        raise UserError(
-            f"reading the data failed: {first_line(error)} Out of memory? Try fewer --num-workers"
-        ) from None
+        if failure := worker_died(error):
+            raise failure from None
+        raise
 
 
 class TrainLoader:

@@ -13,20 +13,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from timm.layers import to_2tuple
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from utils.errors import UsageError
+from utils.images import MEAN, SMALL_IMAGE, STD, ImageSize
 
-MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-# DeiT's rule for CIFAR: images up to this size are shifted within a padded border, not cropped.
-SMALL_IMAGE = 32
-
-
-ImageSize = int | tuple[int, int]  # pixels: of a square, or (height, width)
 Transform = Callable[[Any, Any], tuple[Tensor, Any]]
 
 

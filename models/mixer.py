@@ -107,21 +107,25 @@ class BidirectionalMamba(nn.Module):
         size = math.ceil(batch / max(1, count))
         size = max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
-        gates, active = None, None
+        gates, active, whole = None, None, True
         if self.block_head is not None:
             gates = self.route(self.in_proj(read(hidden, class_slots)))
             active = gates > 0.5
             running = active.any(dim=1)
-            if not running.all():
+            whole = bool(running.all())
+            if not whole:
                 groups = running.nonzero()[:, 0].split(size)
         forward, backward = self.branch(False), self.branch(True)
-        out = torch.zeros_like(hidden)
+
+        def run(x: Tensor, on: Tensor | None) -> Tensor:
+            y = bidirectional_ssm(self.in_proj(x), forward, backward, scale=self.scale, active=on)
+            return self.out_proj(y)
+
+        if whole and len(groups) == 1:
+            return run(hidden, active), gates
+        out = torch.empty_like(hidden) if whole else torch.zeros_like(hidden)
         for group in groups:
-            on = None if active is None else active[group]
-            y = bidirectional_ssm(
-                self.in_proj(hidden[group]), forward, backward, scale=self.scale, active=on
-            )
-            out[group] = self.out_proj(y).to(out.dtype)
+            out[group] = run(hidden[group], None if active is None else active[group])
         return out, gates
 
     def scan_inputs(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,13 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from .backbone import DynamicVisionMamba, Family, VisionMamba
+from utils.images import CROP_RATIO, MEAN, SMALL_IMAGE, STD
 
-SMALL_IMAGE = 32  # images up to this size are shown whole, larger ones are cropped
+from .backbone import DynamicVisionMamba, Family, VisionMamba
 
 _ALIASES: dict[str, str] = {}
 _NAMES: list[str] = []
@@ -41,10 +40,10 @@ def _config(img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, Any
         input_size=(in_chans, *sides),
         fixed_input_size=True,
         interpolation="bicubic",
-        crop_pct=1.0 if small else 0.875,
+        crop_pct=1.0 if small else CROP_RATIO,
         crop_mode="squash" if small else "center",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
+        mean=MEAN,
+        std=STD,
         num_classes=1000,
         first_conv="patch_embed.proj",
         classifier="head",

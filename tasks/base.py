@@ -16,11 +16,12 @@ from torch import Tensor
 from datasets import build_data
 from loading.data import Data
 from loading.loaders import Batch
-from loading.transforms import ImageSize, Transforms, eval_transform, seen_region
+from loading.transforms import Transforms, eval_transform, seen_region
 from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
+from utils.images import ImageSize
 
 from .meters import Meter
 

@@ -16,32 +16,11 @@ from helpers.processes import ROOT, clean_environment, wait_until
 import ablation
 import main
 from evaluation import ablation_table, summary
+from tests.helpers.flags import tiny
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
-SMALL = [
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=4",
-    "--input-size",
-    "16",
-    "--subset",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "1",
-    "--warmup-epochs",
-    "0",
-    "--lr",
-    "2e-2",
-    "--unscale-lr",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-    "--no-model-ema",
-]
+SMALL = tiny("--lr", "2e-2", "--unscale-lr", "--no-model-ema")
 COMMON = ["--", *SMALL, "--pruning-layers", "1", "2"]
 HALF = ["--variant", "half", "--token-keep-ratio 0.5"]
 

@@ -10,35 +10,12 @@ from loading.loaders import Batch
 from models import sampling
 from models.build import ModelSpec, build_model
 from tasks import Experiment
+from tests.helpers.flags import tiny
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Distributed
 from utils.logging import Averages
 
-SMALL = [
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=4",
-    "--input-size",
-    "16",
-    "--mixup",
-    "0",
-    "--cutmix",
-    "0",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "0",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-    "--subset",
-    "48",
-    "--opt",
-    "sgd",
-    "--lr",
-    "2",
-]
+SMALL = tiny(*("--mixup", "0", "--cutmix", "0", "--opt", "sgd", "--lr", "2"), epochs=2, subset=48)
 METHODS = {
     "dense": [],
     "dyvm": ["--method", "dyvm", "--pruning-layers", "1", "3", "--block-keep-ratio", "0.5"],

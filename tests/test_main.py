@@ -19,36 +19,15 @@ from models.build import ModelSpec, build_model, recorded_arguments
 from report import main as write_report
 from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
 from tasks.classification import check_classes
+from tests.helpers.flags import tiny
 from utils import preemption, resume
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=4",
-    "--input-size",
-    "16",
-    "--subset",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "0",
-    "--lr",
-    "2e-3",
-    "--unscale-lr",
-    "--model-ema-decay",
-    "0.9",
-    "--num-workers",
-    "0",
-    "--throughput-seconds",
-    "0.1",
-    "--device",
-    "cpu",
-]
+SMALL = tiny(
+    *("--lr", "2e-3", "--unscale-lr", "--model-ema-decay", "0.9", "--throughput-seconds", "0.1"),
+    epochs=2,
+)
 DYNAMIC = ["--method", "dyvm", "--pruning-layers", "1", "2", "3"]
 
 

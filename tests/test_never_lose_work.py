@@ -13,33 +13,14 @@ from helpers.processes import ROOT, clean_environment
 from torch import nn
 
 import main
+from tests.helpers.flags import tiny
 from utils import resume
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.nonfinite import MOST_IN_A_ROW, NonFiniteError, NonFiniteSteps
 
-SMALL = [
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=2",
-    "--input-size",
-    "16",
-    "--subset",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "1",
-    "--warmup-epochs",
-    "0",
-    "--num-workers",
-    "0",
-    "--throughput-seconds",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = tiny("--throughput-seconds", "0", depth=2)
 
 
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path):

@@ -14,31 +14,12 @@ import torch
 from helpers.processes import ROOT, clean_environment, finish, launch, start, wait_until
 
 import main
+from tests.helpers.flags import tiny
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
 DISTURBED = ROOT / "tests" / "helpers" / "disturbed_training.py"
-SMALL = [
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=2",
-    "--input-size",
-    "16",
-    "--subset",
-    "64",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-    "--warmup-epochs",
-    "0",
-    "--num-workers",
-    "0",
-    "--throughput-seconds",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = tiny("--throughput-seconds", "0", depth=2, batch_size=8)
 OFTEN = ["--save-minutes", "1e-6"]
 
 EVALUATE = """
