@@ -26,6 +26,7 @@ from loading.options import DataOptions, default_workers
 from loading.transforms import ImageOnly
 from models import Result, VisionMamba
 from models.build import ModelSpec, recorded_arguments, restore
+from models.options import add_model_arguments, settle_model
 from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
@@ -69,7 +70,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     options.add_device_arguments(group)
-    options.add_model_arguments(parser)
+    add_model_arguments(parser)
     return parser
 
 
@@ -127,7 +128,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     task = task_of_checkpoint(checkpoint)
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
-    options.settle_model(args)
+    settle_model(args)
     task = task.of_run(args)
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device

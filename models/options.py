@@ -1,0 +1,118 @@
+"""Flags that say which model is built and how it is made dynamic."""
+
+import argparse
+
+from utils.arguments import below_one, key_value, not_negative, positive, ratio
+from utils.errors import UsageError
+
+from .reduction import SCORER_INPUTS, TOKEN_STRATEGIES
+from .registry import canonical_name, model_names
+
+METHODS = ("dense", "dyvm", "token", "block")
+
+
+def gate_threshold(text: str) -> float | str:
+    """Parse the word "calibrated" or a probability in (0, 1)."""
+    if text == "calibrated":
+        return text
+    value = not_negative(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither `calibrated` nor a probability between 0 and 1"
+        )
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the groups "model" and "method", which visualize.py and predict.py share."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="vim_micro",
+        metavar="NAME",
+        help="vim_small, dyvm_vim_small, Vim-Small, ...",
+    )
+    group.add_argument(
+        "--model-path",
+        metavar="FILE",
+        help="training: the dense teacher (dyvm, token, block) or the weights to start from "
+        "(dense); evaluation: the checkpoint to evaluate",
+    )
+    group.add_argument(
+        "--dense-path",
+        metavar="FILE",
+        help="evaluation: dense checkpoint to compare with (default: the teacher named in the "
+        "checkpoint)",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        type=key_value,
+        default=[],
+        metavar="NAME=VALUE",
+        help="further arguments of the model, such as embed_dim=96 depth=10",
+    )
+    group.add_argument(
+        "--pruning-layers",
+        nargs="+",
+        type=positive,
+        metavar="LAYER",
+        help="prune tokens before these layers (default: the model's)",
+    )
+    group.add_argument("--drop-path", type=below_one, default=0.0)
+
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="dense: the task alone; dyvm: tokens and blocks; token, block: one of them (default: "
+        "dyvm for dyvm_* models, else dense)",
+    )
+    group.add_argument(
+        "--token-keep-ratio",
+        type=ratio,
+        default=0.7,
+        metavar="R",
+        help="stage j keeps R^j of the patches; at evaluation it overrides the trained budget",
+    )
+    group.add_argument(
+        "--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate"
+    )
+    group.add_argument("--token-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument("--distill-weight", type=not_negative, default=0.5)
+    group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
+    group.add_argument(
+        "--scorer-input",
+        choices=SCORER_INPUTS,
+        default="hidden",
+        help="what the score predictors read",
+    )
+    group.add_argument(
+        "--gate-threshold",
+        type=gate_threshold,
+        default="calibrated",
+        metavar="calibrated|P",
+        help="evaluation: a scan runs if its router's probability exceeds P (0.5 in the paper, "
+        "which keeps more than was trained); calibrated: the checkpoint's own P, at which "
+        "--block-keep-ratio is met",
+    )
+
+
+def settle_model(args: argparse.Namespace) -> None:
+    """Make `--model` and `--method` agree.
+
+    Methods dyvm, token and block turn the name of a dense model into that of its dynamic form.
+    """
+    args.model_kwargs = dict(args.model_kwargs)
+    name = canonical_name(args.model)
+    if name not in model_names():
+        raise UsageError(f"--model {args.model!r} is unknown; known are {', '.join(model_names())}")
+    dynamic = name.startswith("dyvm_")
+    if args.method is None:
+        args.method = "dyvm" if dynamic else "dense"
+    if args.method == "dense" and dynamic:
+        raise UsageError(
+            f"--model {args.model} is dynamic; --method dense trains {name.removeprefix('dyvm_')}"
+        )
+    args.model = name if dynamic or args.method == "dense" else f"dyvm_{name}"
