@@ -21,11 +21,13 @@ from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 
 from .embedding import PatchEmbed, Size, check_patches, check_positive
+from .heads import MapHead
 from .initialization import initialize, initialize_router
 from .layouts import NoClassToken, TokenLayout, extract, insert
 from .mixer import BidirectionalMamba, Layer
 from .pruning import ScorePredictor
 from .reduction import Reduction, make_reduction
+from .rope import RotaryEmbedding
 from .timm_interface import TimmInterface
 from .tokens import FeatureMaps, Result, Tokens
 
@@ -69,6 +71,8 @@ class VisionMamba(TimmInterface, nn.Module):
         global_pool: what the head reads, "token" or "avg" (default: the class token if there is
             one).
         num_registers, register_reduction: MambaReg's; the other families have one class token.
+        rope: rotary position embedding besides the learned one, as in Vim's segmentation; for dense
+            models without class token.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -94,6 +98,7 @@ class VisionMamba(TimmInterface, nn.Module):
         num_registers: int = 1,
         register_reduction: int = 1,
         drop_path_rate: float = 0.0,
+        rope: bool = False,
     ):
         super().__init__()
         stride = patch_size if stride is None else stride
@@ -118,6 +123,9 @@ class VisionMamba(TimmInterface, nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim)
         height, width = self.patch_embed.grid
         self.num_patches = height * width
+        if rope and (class_token or self.route_blocks):
+            raise ValueError("rope is for dense models with class_token=False")
+        self.rope = RotaryEmbedding(embed_dim, self.patch_embed.grid) if rope else None
         self._make_class_tokens(register_reduction)
         self.head = self.make_head(num_classes)
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
@@ -240,6 +248,8 @@ class VisionMamba(TimmInterface, nn.Module):
         class_slots = self.layout.class_slots(self.num_patches)
         sequence = as_residual(insert(patches, class_tokens, class_slots))
         tokens, gates = Tokens.first(sequence, class_slots, self.num_patches), []
+        if self.rope is not None:
+            tokens = self.rope(tokens)
         for index, layer in enumerate(self.layers):
             if index == stop:
                 break
@@ -251,7 +261,11 @@ class VisionMamba(TimmInterface, nn.Module):
             )
             tokens = replace(tokens, hidden=hidden, residual=residual)
             gates.append(gate)
-            maps.after_layer(index, tokens)
+            following = tokens
+            if self.rope is not None and index + 1 < self.depth:
+                following = self.rope(tokens)
+            maps.after_layer(index, tokens, following)
+            tokens = following
         return tokens, gates
 
     def finish(
@@ -304,6 +318,11 @@ class VisionMamba(TimmInterface, nn.Module):
 
     def forward(self, images: Tensor) -> Result:
         """images [B, 3, H, W] -> Result."""
+        head = self.head
+        if isinstance(head, MapHead):
+            result = self.forward_features(images, head.layers, head.features)
+            logits, aux_logits = head([result.maps[layer] for layer in head.layers])
+            return replace(result, logits=logits, aux_logits=aux_logits)
         result = self.forward_features(images)
         return replace(result, logits=self.forward_head(result))
 

@@ -9,13 +9,15 @@ l tokens of a layer (class tokens included), d width, E = 2 d, N states, R step 
 width.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import VisionMamba
+from .heads import MapHead
 from .mixer import CONV_WIDTH
 
 
@@ -36,10 +38,33 @@ def sequence_lengths(model: VisionMamba) -> list[int]:
     return lengths
 
 
-def _linear(module: torch.nn.Module, tokens: int) -> int:
+def _linear(module: nn.Module, tokens: int) -> int:
     """Multiply-adds of all linear layers inside a module, each applied to `tokens` tokens."""
-    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return tokens * sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def decoder_operations(head: MapHead, dim: int, grid: tuple[int, ...]) -> int:
+    """Multiply-adds of one image in a head that reads maps, without its auxiliary part.
+
+    Convolutions and linear layers; norms, pooling and resizing are not counted.
+    """
+    counted = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            positions = output.numel() // output.shape[-1]
+        else:
+            image = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            positions = image.shape[-2:].numel()
+        counted.append(positions * module.weight.numel())
+
+    counting = copy.deepcopy(head).to("meta").eval()
+    for module in counting.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_hook(count)
+    counting([torch.zeros(1, dim, *grid, device="meta") for _ in head.layers])
+    return sum(counted)
 
 
 def _direction(model: VisionMamba, length: int) -> tuple[int, int]:
@@ -60,7 +85,10 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
     gates = gates.expand(model.depth, 2)
     proj = model.patch_embed.proj
     paper = model.num_patches * proj.weight.numel()
-    paper += _linear(model.head, 1)
+    if isinstance(model.head, MapHead):
+        paper += decoder_operations(model.head, model.embed_dim, model.patch_embed.grid)
+    else:
+        paper += _linear(model.head, 1)
     if model.family.registers:
         paper += _linear(model.neck, model.layout.num_tokens)
     lengths = sequence_lengths(model)

@@ -83,20 +83,43 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     )
 
 
-def read(sequence: Tensor, class_slots: ClassSlots, mask: Tensor | None = None) -> Tensor:
+@dataclass
+class RouterMean:
+    """How the mean of masked tokens is taken, for routers of models without class token.
+
+    DyVM's release divides by their number + 1 in training (`extra`), and sums over dropped tokens
+    too, which are 0 there (`zeroed`, see `reduction.freeze`).
+    """
+
+    extra: int = 0
+    zeroed: bool = False
+
+    def __call__(self, sequence: Tensor, mask: Tensor | None) -> Tensor:
+        """sequence [B, L, d], mask [B, L] with gradient -> [B, 1, d]; 0 where nothing is left."""
+        if mask is None:
+            return sequence.sum(dim=1, keepdim=True) / (sequence.shape[1] + self.extra)
+        weight = mask.unsqueeze(-1)
+        total = (sequence if self.zeroed else sequence * weight).sum(dim=1, keepdim=True)
+        count = weight.sum(dim=1, keepdim=True) + self.extra
+        return (total / count.clamp_min(1)).to(sequence.dtype)
+
+
+def read(
+    sequence: Tensor,
+    class_slots: ClassSlots,
+    mask: Tensor | None = None,
+    mean: RouterMean | None = None,
+) -> Tensor:
     """What a router reads of a sequence [B, L, d]: class tokens [B, n, d] or the mean [B, 1, d].
 
     Class tokens are read without touching the others; the mean is over all tokens if there are
-    none. mask [B, L]: tokens to average, with gradient. The divisor is then their number + 1, which
-    is never 0 (as in the segmentation code of DyVM's release).
+    none, or those that `mask` [B, L] keeps.
     """
     if class_count(class_slots):
         return class_tokens_of(sequence, class_slots)
-    if mask is None:
+    if mask is None and mean is None:
         return sequence.mean(dim=1, keepdim=True)
-    weight = mask.unsqueeze(-1)
-    total = (sequence * weight).sum(dim=1, keepdim=True)
-    return (total / (weight.sum(dim=1, keepdim=True) + 1)).to(sequence.dtype)
+    return (mean or RouterMean())(sequence, mask)
 
 
 def class_count(class_slots: ClassSlots) -> int:

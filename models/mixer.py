@@ -15,7 +15,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
-from .layouts import ClassSlots, read
+from .layouts import ClassSlots, RouterMean, read
 
 CONV_WIDTH = 4
 ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
@@ -48,6 +48,7 @@ class BidirectionalMamba(nn.Module):
         self.block_head = Linear(2 * inner, 2) if router else None
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
+        self.router_mean = RouterMean()
 
     def branch(self, backward: bool) -> BranchParams:
         """The weights of one direction, as the scan reads them."""
@@ -86,7 +87,8 @@ class BidirectionalMamba(nn.Module):
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
-            gates = self.route(read(xz, class_slots, mask))
+            mean = self.router_mean if self.training else None
+            gates = self.route(read(xz, class_slots, mask, mean))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
             xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import sampling
 from .layouts import TokenLayout, extract, insert, reordered, take
 from .pruning import best_in_order, kept_first
-from .tokens import Tokens
+from .tokens import Frozen, Tokens, thaw
 
 SCORER_INPUTS = ("hidden", "B", "delta")
 
@@ -43,6 +43,8 @@ class Reduction:
     """
 
     learns = False  # whether it has score predictors, which a budget term holds to the fractions
+    freezes = False  # whether feature maps go on to show dropped patches, and so teach decisions
+    zeroes = False  # as DyVM's release: dropped tokens become 0, with its gradients (see `freeze`)
 
     def __init__(self, token_keep: Sequence[float] = ()):
         self.token_keep = tuple(token_keep)  # fraction of the original patches after each stage
@@ -52,7 +54,14 @@ class Reduction:
         return [int(ratio * patches) for ratio in self.token_keep]
 
     def __call__(self, stage: int, tokens: Tokens, model: Staged, images: Tensor) -> Tokens:
-        """The sequence after a stage; its hidden state is then part of the residual."""
+        """The sequence after a stage; its hidden state is then part of the residual, unless what
+        is dropped is frozen in training.
+        """
+        if model.training and self.freezes:
+            whole = thaw(tokens, model.layout)
+            mixed = whole.residual + whole.hidden
+            decision = self.decide(stage, whole, mixed, model, images)
+            return freeze(whole, decision, model.layout, self.zeroes)
         drop_path = model.layers[model.pruning_layers[stage]].drop_path
         mixed = tokens.residual + drop_path(tokens.hidden)
         if model.training:
@@ -127,8 +136,8 @@ class FixedBudget(Reduction):
     def decide(self, stage, tokens, mixed, model, images):
         counts = [model.num_patches, *self.kept_counts(model.num_patches)]
         chosen = self.slots(stage, images, counts[stage], counts[stage + 1], fresh=True)
-        # Alive tokens are in front.
-        return torch.zeros_like(tokens.alive).scatter_(1, chosen, 1.0)
+        alive_first, _ = kept_first(tokens.alive)
+        return torch.zeros_like(tokens.alive).scatter_(1, take(alive_first, chosen), 1.0)
 
     def choose(self, stage, tokens, mixed, model, images):
         count = self.kept_counts(model.num_patches)[stage]
@@ -171,20 +180,27 @@ def make_reduction(strategy: str, scorer_input: str) -> Reduction:
     return STRATEGIES[strategy]()
 
 
-def rearrange(tokens: Tokens, mixed: Tensor, decision: Tensor, layout: TokenLayout) -> Tokens:
+def rearrange(
+    tokens: Tokens,
+    residual: Tensor,
+    decision: Tensor,
+    layout: TokenLayout,
+    hidden: Tensor | None = None,
+) -> Tokens:
     """Training: kept tokens to the front, dropped ones behind them and masked.
 
-    mixed [B, L, d]; decision [B, m], 1 or 0, with gradient.
+    residual, hidden [B, L, d]; decision [B, m], 1 or 0, with gradient.
     """
     order, kept = kept_first(decision.detach())
     class_slots = layout.class_slots(kept)
     alive = take(decision, order)
     slots = torch.arange(order.shape[1], device=order.device).expand_as(order)
     moved = torch.where(decision > 0.5, torch.empty_like(order).scatter_(1, order, slots), -1)
+    index = reordered(order, tokens.class_slots, class_slots)
     return replace(
         tokens,
-        hidden=None,
-        residual=take(mixed, reordered(order, tokens.class_slots, class_slots)),
+        hidden=None if hidden is None else take(hidden, index),
+        residual=take(residual, index),
         class_slots=class_slots,
         origin=take(tokens.origin, order),
         alive=alive,
@@ -192,6 +208,28 @@ def rearrange(tokens: Tokens, mixed: Tensor, decision: Tensor, layout: TokenLayo
         mask=insert(alive, alive.new_ones(class_slots.shape), class_slots),
         decisions=(*tokens.decisions, decision),
     )
+
+
+def freeze(whole: Tokens, decision: Tensor, layout: TokenLayout, zeroes: bool) -> Tokens:
+    """Training: as `rearrange`; feature maps keep what they showed of the dropped tokens.
+
+    The decision is taught through these maps, and through the mask. With `zeroes` dropped tokens
+    are multiplied by their decision too, as in DyVM's release: the values are equal, but RMSNorm
+    has a slope of 316 at 0, and the gradients that come back through it are tens of times too
+    large.
+
+    whole: from `thaw`; decision [B, M] in raster order.
+    """
+    hidden, class_tokens = extract(whole.hidden, whole.class_slots)
+    residual, _ = extract(whole.residual, whole.class_slots)
+    keep = decision.unsqueeze(-1)
+    frozen = Frozen((1 - keep) * hidden, (1 - keep) * residual)
+    sequence = whole.hidden, whole.residual
+    if zeroes:
+        factor = insert(keep, torch.ones_like(class_tokens[..., :1]), whole.class_slots)
+        sequence = tuple((factor * part).to(part.dtype) for part in sequence)
+    arranged = rearrange(whole, sequence[1], decision, layout, sequence[0])
+    return replace(arranged, frozen=frozen)
 
 
 def gather(tokens: Tokens, mixed: Tensor, chosen: Tensor, layout: TokenLayout) -> Tokens:

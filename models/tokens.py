@@ -4,12 +4,23 @@ B images, M patches, m slots for patches (M, or the k that are left), n class to
 width, C classes; h, w the grid of patches.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layouts import ClassSlots, extract, take
+from .layouts import ClassSlots, TokenLayout, extract, insert, take
+
+
+class Frozen(NamedTuple):
+    """Patches in raster order as they were when they were dropped, 0 where alive.
+
+    With the decisions' gradient: a map that shows a dropped patch teaches its decision.
+    """
+
+    hidden: Tensor  # [B, M, d]
+    residual: Tensor  # [B, M, d]
 
 
 @dataclass
@@ -29,6 +40,7 @@ class Tokens:
     mask: Tensor | None = None  # [B, L], factor of each token in the scans; None: all ones
     decisions: tuple[Tensor, ...] = ()  # per stage, training: [B, m], with gradient
     kept: tuple[Tensor, ...] = ()  # per stage, evaluation: [B, k], original patches
+    frozen: Frozen | None = None  # training of a model that freezes what it drops
 
     @classmethod
     def first(cls, sequence: Tensor, class_slots: ClassSlots, patches: int) -> "Tokens":
@@ -55,6 +67,7 @@ class Result:
     owner: Tensor | None = None  # [B, M], see Tokens
     class_tokens: Tensor | None = None  # [B, n, d] after norm_f
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
+    aux_logits: Tensor | None = None  # of an auxiliary head, in training
 
 
 torch.export.register_dataclass(Result, serialized_type_name="dyvm.Result")
@@ -69,6 +82,39 @@ def spread(values: Tensor, owner: Tensor, before: Tensor | None) -> Tensor:
         return before
     owned = take(values, owner.clamp_min(0))
     return owned if before is None else torch.where(owner.unsqueeze(-1) >= 0, owned, before)
+
+
+def in_raster(values: Tensor, origin: Tensor) -> Tensor:
+    """Values of all slots [B, M] or [B, M, d] in the order of the patches; origin [B, M]."""
+    slots = torch.arange(origin.shape[1], device=origin.device).expand_as(origin)
+    return take(values, torch.empty_like(origin).scatter_(1, origin, slots))
+
+
+def thaw(tokens: Tokens, layout: TokenLayout) -> Tokens:
+    """All patches in raster order, those dropped before as they were then; not masked."""
+    patches = tokens.owner.shape[1]
+    class_slots = layout.class_slots(patches)
+    alive = in_raster(tokens.alive, tokens.origin)
+
+    def whole(sequence: Tensor, frozen: Tensor | None) -> Tensor:
+        values, class_tokens = extract(sequence, tokens.class_slots)
+        values = in_raster(values, tokens.origin)
+        if frozen is not None:
+            values = (frozen + alive.detach().unsqueeze(-1) * values).to(sequence.dtype)
+        return insert(values, class_tokens, class_slots)
+
+    hidden, residual = tokens.frozen or (None, None)
+    raster = torch.arange(patches, device=tokens.owner.device).expand_as(tokens.owner)
+    return replace(
+        tokens,
+        hidden=whole(tokens.hidden, hidden),
+        residual=whole(tokens.residual, residual),
+        class_slots=class_slots,
+        origin=raster,
+        alive=alive,
+        owner=torch.where(tokens.owner >= 0, raster, -1),
+        mask=None,
+    )
 
 
 class FeatureMaps:
@@ -94,15 +140,28 @@ class FeatureMaps:
         if self.layers:
             self._update(tokens)
 
-    def after_layer(self, layer: int, tokens: Tokens) -> None:
-        """Store the map of a requested layer."""
+    def after_layer(self, layer: int, tokens: Tokens, following: Tokens | None = None) -> None:
+        """Store the map of a requested layer.
+
+        following: the stream as the next layer reads it, if that differs (rotated positions).
+        """
         if layer in self.layers:
-            self.class_tokens[layer] = self._update(tokens)
+            other = following if self.kind == "residual" else None
+            self.class_tokens[layer] = self._update(tokens if other is None else other)
             self.maps[layer] = self._canvas.transpose(1, 2).unflatten(2, self.grid)
 
     def _update(self, tokens: Tokens) -> Tensor:
         """Bring the canvas up to date; -> class tokens [B, n, d]."""
         values = tokens.hidden if self.kind == "hidden" else tokens.residual + tokens.hidden
         patches, class_tokens = extract(values, tokens.class_slots)
-        self._canvas = spread(patches, tokens.owner, self._canvas)
+        if tokens.frozen is None:
+            self._canvas = spread(patches, tokens.owner, self._canvas)
+        else:
+            hidden, residual = tokens.frozen
+            if self.kind == "hidden":  # that of a dropped slot is 0, but for its gradient
+                frozen = hidden + in_raster(patches, tokens.origin)
+            else:
+                alive = in_raster(tokens.alive.detach(), tokens.origin).unsqueeze(-1)
+                frozen = residual + hidden + alive * in_raster(patches, tokens.origin)
+            self._canvas = frozen.to(values.dtype)
         return class_tokens
