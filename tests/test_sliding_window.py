@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.shell import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tasks.sliding_window import (
     coverage,
@@ -210,3 +211,13 @@ def test_bands_bound_the_memory():
 
     assert peak("whole") > 384, "the measurement sees what it looks for"
     assert peak("bands") < 80
+
+
+def test_host_does_not_wait():
+    """Fake tensors of a GPU have no values that a host could wait for."""
+    with FakeTensorMode():
+        images = torch.zeros(2, 3, 25, 31, device="cuda")
+        logits = sliding_logits(forward, images, (8, 8), (5, 5), batch=4)
+        assert labels_of(logits, (20, 20)).device.type == "cuda"
+        for _, labels in label_bands(forward, parts_of(images[0]), (25, 31), (8, 8), (5, 5)):
+            assert labels.device.type == "cuda"
