@@ -105,7 +105,7 @@ def _known_names() -> str:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the groups "data" and "augmentation", with DeiT's names and defaults where it has any."""
+    """Add the group "data", with DeiT's names and defaults where it has any."""
     group = parser.add_argument_group("data")
     on_off = argparse.BooleanOptionalAction
     group.add_argument(
@@ -162,6 +162,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image that cannot be decoded ends the run",
     )
 
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group "augmentation", which `classification_transforms` reads."""
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--color-jitter", type=not_negative, default=0.3, help="has no effect beside --aa"

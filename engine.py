@@ -23,7 +23,7 @@ from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
 from models.weights import load_weights
 from tasks import Experiment, Meter, ReductionMeter
-from tasks.base import BatchTransform, check_task
+from tasks.base import BatchTransform, check_task, task_of_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
@@ -269,7 +269,8 @@ def validate(
         additional `meters` compute.
     """
     data, distributed = experiment.data, experiment.distributed
-    whole_batch = experiment.args.batch_size * distributed.world_size
+    batch_size = experiment.task.eval_batch_size(experiment.args) or experiment.args.batch_size
+    whole_batch = batch_size * distributed.world_size
     share = -(-data.num_val // whole_batch) if data.num_val else None
     batches = Progress(data.val_batches(), description, total=share, shown=distributed.is_main)
     own = [
@@ -295,6 +296,8 @@ def evaluation_forward(
         with autocast(experiment.device, experiment.args.amp):
             return experiment.task.predict(model, images)
 
+    if not experiment.task.fixed_size:
+        return forward
     return graphed(forward, experiment.device, experiment.args.cuda_graph)
 
 
@@ -362,6 +365,9 @@ def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None
     """Load `--model-path` into a new model; -> the teacher, or None if nothing is distilled."""
     source, spec = experiment.args.model_path, experiment.spec
     dense_weights = load_checkpoint(source)
+    if task_of_checkpoint(dense_weights).name != experiment.task.name:
+        if experiment.task.load_start(model, dense_weights, source):
+            return None
     check_task(dense_weights, experiment.task, source)
     if not spec.dynamic:
         load_weights(model, dense_weights, source, new_head=True)

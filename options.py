@@ -292,6 +292,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             raise UsageError(f"{name} is not a flag here; use {REPLACED[name]}")
     task = task_for(argv, recorded or {})
     parser = build_parser(task)
+    parser.set_defaults(**task.defaults)
     if recorded:
         parser.set_defaults(**recorded)
     args, unknown = parser.parse_known_args(argv)

@@ -3,7 +3,7 @@
 from . import mambareg, videomamba, vim
 from .backbone import DynamicVisionMamba, Family, VisionMamba, cumulative_keep
 from .registry import canonical_name, model_names
-from .tokens import Result
+from .tokens import FeatureMaps, Result
 
 FAMILIES = {family.name: family for family in (vim.VIM, videomamba.VIDEOMAMBA, mambareg.MAMBAREG)}
 
@@ -11,6 +11,7 @@ __all__ = [
     "FAMILIES",
     "DynamicVisionMamba",
     "Family",
+    "FeatureMaps",
     "Result",
     "VisionMamba",
     "canonical_name",

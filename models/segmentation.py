@@ -7,18 +7,18 @@ B images, d width, C classes; h, w the grid of patches. Source: Vim's and DyVM's
 mmsegmentation.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import VisionMamba
 from .heads import MapHead
 from .layouts import RouterMean
-from .upernet import FCNHead, FeaturePyramid, UPerHead
+from .upernet import FCNHead, FeaturePyramid, LightHead, UPerHead
 
 AUX_MAP = 2  # which of the four maps the auxiliary head reads
+AUX_CHANNELS = 256
 
 
 class SegmentationHead(MapHead):
@@ -26,19 +26,19 @@ class SegmentationHead(MapHead):
 
     def __init__(
         self,
+        decoder: nn.Module,
         dim: int,
         patch_size: int,
         num_classes: int,
         layers: Sequence[int],
         features: str = "hidden",
-        channels: int | None = None,
-        aux_channels: int = 256,
+        aux_channels: int = AUX_CHANNELS,
     ):
         super().__init__(layers, features)
         if len(self.layers) not in (1, 4):
-            raise ValueError(f"UPerNet reads 4 maps, or one in four sizes, not {len(self.layers)}")
+            raise ValueError(f"a decoder reads 4 maps, or one in 4 sizes, not {len(self.layers)}")
         self.pyramid = FeaturePyramid(dim, patch_size)
-        self.decode_head = UPerHead(dim, channels or dim, num_classes)
+        self.decode_head = decoder
         self.auxiliary_head = FCNHead(dim, aux_channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -46,6 +46,52 @@ class SegmentationHead(MapHead):
         levels = self.pyramid(maps)
         aux_logits = self.auxiliary_head(levels[AUX_MAP]) if self.training else None
         return self.decode_head(levels), aux_logits
+
+
+class Decoder(NamedTuple):
+    """A row of the table of decoders."""
+
+    build: Callable[[int, int, int], nn.Module]  # width of the maps, own width, classes
+    channels: Callable[[int], int]  # its width by default, from that of the maps
+    what: str
+
+
+DECODERS = {
+    "upernet": Decoder(UPerHead, lambda dim: dim, "pooled context and a feature pyramid"),
+    "light": Decoder(LightHead, lambda dim: max(32, dim // 2), "the sum of the maps, a tenth of it"),
+}
+
+
+def make_head(
+    decoder: str,
+    model: VisionMamba,
+    num_classes: int,
+    layers: Sequence[int] | None = None,
+    features: str = "hidden",
+    channels: int | None = None,
+) -> SegmentationHead:
+    """A fresh head for a backbone.
+
+    Args:
+        decoder: a name of `DECODERS`.
+        layers: after which maps are taken; None: `output_layers`.
+        channels: width of the decoder; None: its own.
+
+    Raises:
+        ValueError: patches of a size that has no pyramid, too few layers.
+    """
+    row, dim = DECODERS[decoder], model.embed_dim
+    height, width = model.patch_embed.patch_size
+    if height != width or model.patch_embed.stride != (height, width):
+        raise ValueError("a feature pyramid needs square patches that do not overlap")
+    return SegmentationHead(
+        row.build(dim, channels or row.channels(dim), num_classes),
+        dim,
+        height,
+        num_classes,
+        layers or output_layers(model.depth),
+        features,
+    )
 
 
 def output_layers(depth: int) -> tuple[int, ...]:
@@ -63,30 +109,6 @@ def follow_release(model: VisionMamba) -> None:
     model.reduction.zeroes = True
     for layer in model.layers:
         layer.mixer.router_mean = RouterMean(extra=1, zeroed=True)
-
-
-_OFFICIAL = (
-    (r"backbone\.(fpn\d\..*)", r"head.pyramid.\1"),
-    (r"backbone\.(.*)", r"\1"),
-    (r"((?:decode|auxiliary)_head\..*)", r"head.\1"),
-)
-
-
-def is_official(state: Mapping[str, Any]) -> bool:
-    """Whether parameters have mmsegmentation's names."""
-    return any(name.startswith("backbone.") for name in state)
-
-
-def from_official(state: Mapping[str, Any]) -> dict[str, Any]:
-    """mmsegmentation's parameter names -> ours; other names stay."""
-    return {_renamed(name): value for name, value in state.items()}
-
-
-def _renamed(name: str) -> str:
-    for pattern, ours in _OFFICIAL:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, ours, name)
-    return name
 
 
 def as_segmenter(model: VisionMamba, head: MapHead, num_classes: int) -> VisionMamba:

@@ -104,6 +104,28 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.dropout(self.fpn_bottleneck(joined)))
 
 
+class LightHead(nn.Module):
+    """The four maps projected, resized to the finest and added, then one 3x3 convolution.
+
+    [B, d, h_i, w_i] x 4, finest first -> logits [B, C, h_0, w_0]. For vim_tiny at 512 pixels it has
+    a fifteenth of UPerHead's operations, so that what a dynamic backbone saves shows in the whole.
+    """
+
+    def __init__(self, dim: int, channels: int, num_classes: int, dropout: float = 0.1):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1) for _ in range(4))
+        self.bottleneck = ConvModule(channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        total = levels[0]
+        for level in levels[1:]:
+            total = total + resize(level, total.shape[2:])
+        return self.conv_seg(self.dropout(self.bottleneck(total)))
+
+
 class FCNHead(nn.Module):
     """The auxiliary head: one map [B, d, h, w] -> logits [B, C, h, w]."""
 

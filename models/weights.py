@@ -18,9 +18,12 @@ from torch import Tensor
 from utils.errors import UserError
 
 from .backbone import VisionMamba
+from .official_names import from_official
 
 _logger = logging.getLogger(__name__)
 
+# What maps to classes: the head itself, or parts of a segmenter's.
+_CLASSIFIERS = ("head", "head.decode_head.conv_seg", "head.auxiliary_head.conv_seg")
 _LISTED = 8  # keys named in an error before the rest is counted
 
 
@@ -33,8 +36,8 @@ def resize_pos_embed(
 ) -> Tensor:
     """Resample a position embedding [1, rows, d] to `grid` (h, w), bicubic.
 
-    class_row: row of the class token, or None; it is moved unchanged to `new_class_row`. Raises
-    ValueError if the patch rows are not a square.
+    class_row: row of the class token, or None; it is moved unchanged to `new_class_row`, or left
+    out if that is None. Raises ValueError if the patch rows are not a square.
     """
     if class_row is None:
         patches, class_token = pos_embed, pos_embed[:, :0]
@@ -52,7 +55,7 @@ def resize_pos_embed(
         table = rearrange(patches, "1 (h w) d -> 1 d h w", h=height).float()
         table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
         patches = rearrange(table, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)
-    if class_row is None:
+    if class_row is None or new_class_row is None:
         return patches
     return torch.cat([patches[:, :new_class_row], class_token, patches[:, new_class_row:]], dim=1)
 
@@ -110,14 +113,14 @@ def load_weights(
             "--model to agree with the checkpoint"
         )
     own = model.state_dict()
-    state = {key: value for key, value in checkpoint["model"].items()}
+    state = from_official(checkpoint["model"])
     not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
         raise UserError(
             f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
             "checkpoint of a vision model"
         )
-    _fit_pos_embed(model, state, source, _grid_of(checkpoint))
+    _fit_pos_embed(model, state, source, grid_of(checkpoint))
     dropped = _drop_other_head(own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
     if from_dense and not any(is_new_part(key) for key in state):
@@ -150,7 +153,7 @@ def _listing(keys: list[str]) -> str:
     return ", ".join(keys[:_LISTED]) + more
 
 
-def _grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+def grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """The grid of patches that a checkpoint of ours records; None: unknown, taken to be square."""
     grid = checkpoint.get("grid")
     return tuple(grid) if isinstance(grid, list) and len(grid) == 2 else None
@@ -179,20 +182,23 @@ def _fit_pos_embed(
 
 
 def _drop_other_head(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> set[str]:
-    """Remove a head for another number of classes from `state`; -> the keys removed."""
-    weight, fresh = state.get("head.weight"), own.get("head.weight")
-    if (
-        weight is None
-        or fresh is None
-        or weight.dim() != 2
-        or len(weight) == len(fresh)
-        or weight.shape[1] != fresh.shape[1]
-    ):
-        return set()
-    _logger.info(
-        "%s: head of %d classes replaced by a new one of %d", source, len(weight), len(fresh)
-    )
-    dropped = {"head.weight", "head.bias"}
+    """Remove classifiers for another number of classes from `state`; -> the keys removed."""
+    dropped: set[str] = set()
+    for classifier in _CLASSIFIERS:
+        old, fresh = (part.get(f"{classifier}.weight") for part in (state, own))
+        if (
+            not isinstance(old, Tensor)
+            or fresh is None
+            or old.dim() != fresh.dim()
+            or len(old) == len(fresh)
+            or old.shape[1:] != fresh.shape[1:]
+        ):
+            continue
+        if not dropped:
+            _logger.info(
+                "%s: head of %d classes replaced by a new one of %d", source, len(old), len(fresh)
+            )
+        dropped |= {f"{classifier}.weight", f"{classifier}.bias"}
     for key in dropped:
         state.pop(key, None)
     return dropped

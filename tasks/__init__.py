@@ -4,9 +4,11 @@ from .base import TASKS, Measure, Task, check_task, register, task_named, task_o
 from .classification import CLASSIFICATION
 from .experiment import Experiment
 from .meters import Meter, ReductionMeter, exact_sum
+from .segmentation import SEGMENTATION
 
 __all__ = [
     "CLASSIFICATION",
+    "SEGMENTATION",
     "TASKS",
     "Experiment",
     "Measure",

@@ -89,6 +89,9 @@ class Task:
     Attributes:
         measures: what its meter computes, as reports show it; the first one determines the best
             checkpoint.
+        details: names of further values of its meter, for eval.json.
+        defaults: of flags of all tasks, where this one's differ.
+        fixed_size: whether all images of an evaluation have one size (CUDA graphs need it).
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
         recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
             given.
@@ -96,6 +99,9 @@ class Task:
 
     name: str
     measures: tuple[Measure, ...]
+    details: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = {}
+    fixed_size = True
     distils = True
     recorded: tuple[str, ...] = ()
     args: argparse.Namespace | None = None  # the flags of the run, see `of_run`
@@ -111,7 +117,10 @@ class Task:
         return self.measures[0]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flags that only this task has."""
+        """Add the flags that only this task has.
+
+        Those of `datasets.add_augmentation_arguments` belong to `classification_transforms`.
+        """
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise UsageError for flags that cannot work together."""
@@ -162,6 +171,17 @@ class Task:
         self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
     ) -> None:
         """Raise UserError for a checkpoint that was trained on something else."""
+
+    def recognises(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint that records no task is of this one, by its parameters."""
+        return False
+
+    def load_start(self, model: VisionMamba, checkpoint: Mapping[str, Any], source: str) -> bool:
+        """Load another task's checkpoint where that is a sensible start; -> whether it was.
+
+        There is no teacher then.
+        """
+        return False
 
     def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
         """The `num_classes` that a checkpoint's model was built with.
@@ -228,7 +248,11 @@ def task_named(name: str) -> Task:
 
 
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
-    """The task that a checkpoint was trained for; earlier and foreign ones classify."""
+    """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
+    if "task" not in checkpoint:
+        for task in TASKS.values():
+            if task.recognises(checkpoint):
+                return task
     return task_named(checkpoint.get("task", "classification"))
 
 
@@ -237,3 +261,6 @@ def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
     trained = task_of_checkpoint(checkpoint).name
     if trained != task.name:
         raise UsageError(f"{source} was trained for {trained}; the data set is of {task.name}")
+
+
+

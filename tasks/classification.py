@@ -13,6 +13,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from datasets import add_augmentation_arguments
 from loading.data import Data
 from loading.loaders import Batch
 from losses import logits_terms
@@ -21,7 +22,7 @@ from utils.arguments import below_one, not_negative, probability
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 
-from .base import Measure, Task, register
+from .base import Measure, Task, check_classes, register
 from .meters import exact_sum
 
 SHOWN = 5  # classes in a picture
@@ -72,6 +73,7 @@ class Classification(Task):
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_augmentation_arguments(parser)
         group = parser.add_argument_group("mixup")
         group.add_argument("--mixup", type=not_negative, default=0.8)
         group.add_argument("--cutmix", type=not_negative, default=1.0)
@@ -138,6 +140,17 @@ class Classification(Task):
 
 
 CLASSIFICATION = register(Classification())
+
+
+def likeliest(
+    logits: Tensor, class_names: Sequence[str], count: int
+) -> list[list[tuple[int, str, float]]]:
+    """logits [B, C] -> (class, name, probability) of each image's likeliest classes, sorted."""
+    probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
+    return [
+        [(label, class_names[label], p) for label, p in zip(*image, strict=True)]
+        for image in zip(classes.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def likeliest(

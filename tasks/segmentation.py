@@ -1,16 +1,49 @@
 """Semantic segmentation: one class for each pixel.
 
-B images, C classes; H, W pixels of the labels.
+A segmenter is trained on crops of the model's image size and predicts larger images in windows of
+it. Its backbone starts from a classifier, or from a dense segmenter, which is then the teacher.
+
+B images, C classes; H, W pixels of an image or label map. Source: Vim's and DyVM's releases, after
+mmsegmentation.
 """
 
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from models import Result
+from loading.data import Data
+from loading.joint_transforms import (
+    SegmentationAugmentation,
+    segmentation_eval_transform,
+    segmentation_train_transform,
+)
+from loading.loaders import Batch
+from loading.masks import IGNORED
+from loading.transforms import Transforms
+from models import FeatureMaps, Result, VisionMamba
+from models.build import ModelSpec, build_model
+from models.segmentation import DECODERS, as_segmenter, follow_release, make_head
+from models.official_names import is_segmenter
+from models.segmentation_weights import load_backbone
 from models.upernet import resize
+from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
+from utils.errors import UsageError, UserError
+from utils.images import MEAN, STD, ImageSize
 
-IGNORED = 255
-AUX_WEIGHT = 0.4
+from .base import Measure, Task, check_classes, register
+from .segmentation_measures import ConfusionMeter
+from .sliding_window import labels_of, sliding_logits
+
+WINDOWS_AT_ONCE = 8
+SHOWN = 5  # classes in a picture's caption
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +59,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class SegmentationTerms(nn.Module):
     """`decode` and, of the auxiliary head, `aux`: cross entropy of the pixels."""
 
-    def __init__(self, aux_weight: float = AUX_WEIGHT):
+    def __init__(self, aux_weight: float):
         super().__init__()
         self.aux_weight = aux_weight
 
@@ -35,3 +68,273 @@ class SegmentationTerms(nn.Module):
         if result.aux_logits is not None:
             terms["aux"] = self.aux_weight * pixel_cross_entropy(result.aux_logits, labels)
         return terms
+
+
+class SegmentationMeter:
+    """Mean IoU and accuracies from the confusion matrix of all pixels."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.confusion = ConfusionMeter(num_classes, device)
+
+    def update(self, batch: Batch, result: Result) -> None:
+        labels = batch.targets
+        self.confusion.update_labels(labels_of(result.logits, labels.shape[-2:]), labels)
+
+    def compute(self, distributed) -> dict[str, Any]:
+        return self.confusion.compute(distributed)
+
+
+class Segmentation(Task):
+    """Pixel-wise cross entropy and mean IoU, as on ADE20K."""
+
+    name = "segmentation"
+    measures = (
+        Measure("miou", "mIoU", "miou", unit="%"),
+        Measure("macc", "mean class accuracy", "macc", unit="%"),
+        Measure("aacc", "pixel accuracy", "aacc", unit="%"),
+    )
+    details = ("iou_per_class", "accuracy_per_class")
+    recorded = (
+        "decoder",
+        "decoder_channels",
+        "output_layers",
+        "features",
+        "eval_mode",
+        "eval_stride",
+        "eval_short_side",
+    )
+    fixed_size = False
+    defaults = {
+        "model_ema": False,
+        "repeated_aug": False,
+        "token_pruning_weight": 20.0,
+        "block_pruning_weight": 20.0,
+    }
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("segmentation model")
+        group.add_argument(
+            "--decoder",
+            choices=tuple(DECODERS),
+            default="upernet",
+            help="; ".join(f"{name}: {row.what}" for name, row in DECODERS.items()),
+        )
+        group.add_argument(
+            "--decoder-channels", type=positive, help="width of the decoder (default: its own)"
+        )
+        group.add_argument(
+            "--output-layers",
+            nargs="+",
+            type=whole,
+            metavar="LAYER",
+            help="the decoder reads maps after these (default: the last one of each quarter)",
+        )
+        group.add_argument(
+            "--features",
+            choices=FeatureMaps.KINDS,
+            default="hidden",
+            help="what the maps show: the mixer's output, or the residual stream",
+        )
+        group.add_argument("--aux-weight", type=not_negative, default=0.4)
+        group.add_argument(
+            "--release-gradients",
+            action="store_true",
+            help="train with the gradients of DyVM's release, tens of times too large (for parity)",
+        )
+        group = parser.add_argument_group("segmentation augmentation")
+        group.add_argument(
+            "--scale-range",
+            nargs=2,
+            type=not_negative,
+            default=[0.5, 2.0],
+            metavar=("LOW", "HIGH"),
+            help="of the image's short side, in sides of the crop",
+        )
+        group.add_argument(
+            "--cat-max-ratio",
+            type=ratio,
+            default=0.75,
+            help="a crop with more of one class is drawn again; 1: no limit",
+        )
+        group.add_argument("--hflip", type=probability, default=0.5)
+        group.add_argument("--photometric", action=argparse.BooleanOptionalAction, default=True)
+        group = parser.add_argument_group("segmentation evaluation")
+        group.add_argument(
+            "--eval-mode",
+            choices=("slide", "whole"),
+            default="slide",
+            help="slide: mean over windows; whole: the image is squeezed into the model's size",
+        )
+        group.add_argument(
+            "--eval-stride",
+            type=image_size,
+            metavar="N|HxW",
+            help="of the windows, in pixels (default: two thirds of their size)",
+        )
+        group.add_argument(
+            "--eval-short-side",
+            type=whole,
+            metavar="N",
+            help="images are resized to this short side (default: the model's; 0: as they are)",
+        )
+        group.add_argument("--flip-test", action="store_true", help="mean with the mirror image")
+
+    def check(self, args: argparse.Namespace) -> None:
+        low, high = args.scale_range
+        if not 0 < low <= high:
+            raise UsageError(f"--scale-range {low:g} {high:g}: must be 0 < LOW <= HIGH")
+        if args.scorer_input != "hidden":
+            raise UsageError(f"--scorer-input {args.scorer_input}: segmenters score hidden states")
+
+    def transforms(self, args: argparse.Namespace, img_size: ImageSize, train: bool) -> Transforms:
+        augmentation = SegmentationAugmentation(
+            crop=img_size,
+            ratio_range=tuple(args.scale_range),
+            cat_max_ratio=args.cat_max_ratio,
+            flip=args.hflip,
+            photometric=args.photometric,
+        )
+        return Transforms(
+            segmentation_train_transform(augmentation) if train else None,
+            segmentation_eval_transform(_short_side(args, img_size)),
+        )
+
+    def eval_batch_size(self, args: argparse.Namespace) -> int:
+        return 1  # images differ in size
+
+    def image_transform(
+        self, args: argparse.Namespace, img_size: ImageSize
+    ) -> Callable[[Image.Image], Tensor]:
+        """Squeezes an image into one window, so that a picture shows one set of decisions."""
+        return v2.Compose(
+            [
+                v2.ToImage(),
+                v2.Resize(to_2tuple(img_size)),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+                v2.ToPureTensor(),
+            ]
+        )
+
+    def seen_region(
+        self, size: tuple[int, int], args: argparse.Namespace, img_size: ImageSize
+    ) -> tuple[float, float, float, float]:
+        return 0.0, 0.0, float(size[0]), float(size[1])
+
+    def check_checkpoint(
+        self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
+    ) -> None:
+        check_classes(checkpoint, class_names, source)
+
+    def recognises(self, checkpoint: Mapping[str, Any]) -> bool:
+        return is_segmenter(checkpoint["model"])
+
+    def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
+        for name, value in checkpoint["model"].items():
+            if name.endswith("decode_head.conv_seg.weight") and isinstance(value, Tensor):
+                return len(value)
+        raise UserError(f"{source}: no decode_head.conv_seg.weight in it; it is no segmenter")
+
+    def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
+        args = self.args
+        kwargs = dict(spec.kwargs)
+        if not spec.name.removeprefix("dyvm_").startswith("mambareg"):  # it cannot do without
+            kwargs.setdefault("class_token", False)
+        model = build_model(dataclasses.replace(spec, kwargs=kwargs), 0)
+        try:
+            head = make_head(
+                args.decoder,
+                model,
+                num_classes,
+                layers=args.output_layers,
+                features=args.features,
+                channels=args.decoder_channels,
+            )
+            as_segmenter(model, head, num_classes)
+        except ValueError as error:
+            raise UsageError(f"--model {spec.name}, --decoder {args.decoder}: {error}") from None
+        if args.release_gradients:
+            follow_release(model)
+        return model
+
+    def load_start(self, model: VisionMamba, checkpoint: Mapping[str, Any], source: str) -> bool:
+        if is_segmenter(checkpoint["model"]):
+            return False
+        load_backbone(model, checkpoint, source)
+        return True
+
+    def criterion(self, args: argparse.Namespace) -> SegmentationTerms:
+        return SegmentationTerms(args.aux_weight)
+
+    def distillation(self, result: Result, teacher_result: Result) -> dict[str, Tensor]:
+        """`pixel_kl`: KL divergence to the teacher's class probabilities, mean over pixels."""
+        student, teacher = (
+            r.logits.float().log_softmax(1).flatten(2) for r in (result, teacher_result)
+        )
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True)
+        return {"pixel_kl": divergence.sum(1).mean()}
+
+    def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
+        """The mean of the windows' logits [B, C, H, W], the decisions of all windows."""
+        args, results = self.args, []
+        crop = model.patch_embed.img_size
+
+        def forward(windows: Tensor) -> Tensor:
+            results.append(model(windows))
+            return results[-1].logits.float()
+
+        size = images.shape[-2:]
+        if args.eval_mode == "whole" and size != crop:
+            images = resize(images, crop)
+        stride = to_2tuple(args.eval_stride) if args.eval_stride else _two_thirds(crop)
+        if any(step > side for step, side in zip(stride, crop, strict=True)):
+            raise UsageError(f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}")
+        logits = sliding_logits(forward, images, crop, stride, WINDOWS_AT_ONCE)
+        if args.flip_test:
+            mirrored = sliding_logits(forward, images.flip(-1), crop, stride, WINDOWS_AT_ONCE)
+            logits = (logits + mirrored.flip(-1)) / 2
+        return _joined(results, logits)
+
+    def meter(
+        self, args: argparse.Namespace, data: Data, device: torch.device
+    ) -> SegmentationMeter:
+        return SegmentationMeter(data.num_classes, device)
+
+    def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """The largest classes of each image, with their share of its pixels."""
+        answers = []
+        for labels in result.logits.argmax(1).flatten(1):
+            shares = labels.bincount(minlength=len(class_names)) / len(labels)
+            top = shares.topk(min(SHOWN, len(class_names)))
+            pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            answers.append([(class_names[label], share) for share, label in pairs if share])
+        return answers
+
+
+def _short_side(args: argparse.Namespace, img_size: ImageSize) -> int | None:
+    if args.eval_short_side is None:
+        return min(to_2tuple(img_size))
+    return args.eval_short_side or None
+
+
+def _two_thirds(crop: tuple[int, int]) -> tuple[int, int]:
+    return tuple(max(1, side * 2 // 3) for side in crop)
+
+
+def _sides(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _joined(results: Sequence[Result], logits: Tensor) -> Result:
+    """One Result of all forward passes of a prediction: the last one's, with all decisions."""
+    stages = zip(*(result.kept for result in results), strict=True)
+    return dataclasses.replace(
+        results[-1],
+        logits=logits,
+        gates=torch.cat([result.gates for result in results], dim=1),
+        kept=[torch.cat(stage) for stage in stages],
+        maps={},
+    )
+
+
+SEGMENTATION = register(Segmentation())

@@ -160,7 +160,7 @@ class CheckpointWriter:
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint to the CPU: `{'model': ...}`, a bare state dict or `.safetensors`.
 
-    The last two are returned as `{'model': state_dict}`. Nothing in the file is executed: apart
+    The last two are returned as `{'model': state_dict}`, as are those of mmcv (`state_dict`). Nothing in the file is executed: apart
     from tensors and plain Python values only `argparse.Namespace` is allowed. The checksum is
     verified if the file has one.
 
@@ -267,11 +267,20 @@ def _envelope(content: Any) -> dict:
     if isinstance(content, dict):
         if isinstance(content.get("model"), dict):
             return content
+        if isinstance(content.get("state_dict"), dict):  # of mmcv's runners
+            return {"model": content["state_dict"], **_classes_of(content)}
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {"model": content}
         keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
         raise _Unusable(f"it has no 'model' entry with a state dict (it holds {keys})")
     raise _Unusable(f"it holds a {type(content).__name__} and no 'model' entry")
+
+
+def _classes_of(content: dict) -> dict:
+    """The class names in the `meta` of a checkpoint of mmcv."""
+    meta = content.get("meta")
+    classes = meta.get("CLASSES") if isinstance(meta, dict) else None
+    return {"class_names": list(classes)} if isinstance(classes, (list, tuple)) else {}
 
 
 def _one_line(error: Exception) -> str:
