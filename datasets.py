@@ -22,6 +22,7 @@ from loading.data import Data, assemble
 from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
+from loading.segmentation import ade20k, cityscapes, mask_folders, voc
 from loading.transforms import Transforms, classification_transforms
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
@@ -29,6 +30,7 @@ from utils.images import CROP_RATIO, ImageSize
 
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
 CLASSIFICATION = "classification"
+SEGMENTATION = "segmentation"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ DATA_SETS: dict[str, DataSet] = {
         DataSet("INAT", CLASSIFICATION, partial(inaturalist, 2018), _LISTINGS.format(2018)),
         DataSet("INAT19", CLASSIFICATION, partial(inaturalist, 2019), _LISTINGS.format(2019)),
         DataSet("FOLDER", CLASSIFICATION, image_folders, _FOLDERS),
+        DataSet(
+            "ADE20K",
+            SEGMENTATION,
+            ade20k,
+            "a folder with images/ and annotations/, and in each training/ and validation/",
+        ),
+        DataSet(
+            "CITYSCAPES", SEGMENTATION, cityscapes, "the folder that holds leftImg8bit/ and gtFine/"
+        ),
+        DataSet("VOC", SEGMENTATION, voc, "the folder that holds VOCdevkit/"),
+        DataSet(
+            "SEG_FOLDER",
+            SEGMENTATION,
+            mask_folders,
+            "a folder with images/ and masks/, and in each train/ and val/",
+        ),
     )
 }
 

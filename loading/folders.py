@@ -13,13 +13,7 @@ from .images import FileImages, ImageSet
 
 def image_folders(path: Path, split: str) -> ImageSet:
     """One folder per split and class, in the order of torchvision's ImageFolder."""
-    root = path / split
-    if not root.is_dir():
-        there = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in path.iterdir())[:5]
-        raise UserError(
-            f"{printable(str(path))}: no folder {split}/ in it (there is "
-            f"{', '.join(there) or 'nothing'})"
-        )
+    root = folder_in(path, split)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise UserError(f"{printable(str(root))}: no class folders in it")
@@ -34,6 +28,17 @@ def image_folders(path: Path, split: str) -> ImageSet:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise UserError(f"{printable(str(root))}: no images in class {', '.join(empty[:5])}{more}")
     return FileImages(str(root), paths, labels, classes)
+
+
+def folder_in(path: Path, name: str) -> Path:
+    """The folder `name` in `path`; raises UserError with what there is instead."""
+    if not (path / name).is_dir():
+        there = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in path.iterdir())[:5]
+        raise UserError(
+            f"{printable(str(path))}: no folder {name}/ in it (there is "
+            f"{', '.join(there) or 'nothing'})"
+        )
+    return path / name
 
 
 def list_images(top: Path) -> list[str]:

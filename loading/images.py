@@ -8,11 +8,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from utils.errors import printable
 
@@ -24,6 +24,18 @@ MAX_ASPECT_RATIO = 100
 # The decoders that Pillow may try, whatever the file's name. Others are risky (EPS runs
 # ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+# What turns an image of this EXIF orientation upright; orientation 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Decoded = TypeVar("Decoded")
 
 
 class BadImageError(Exception):
@@ -37,6 +49,23 @@ def decode_image(file: BinaryIO) -> Image.Image:
     dropped, as in torchvision's loader: a transparent pixel shows the colour stored below. 16-bit
     grey keeps its upper 8 bits. Of several frames the first is used.
     """
+    return upright(*decode_stored(file))
+
+
+def decode_stored(file: BinaryIO) -> tuple[Image.Image, int]:
+    """As `decode_image`, but the pixels as they are stored, and the EXIF orientation beside them.
+
+    For an image with a label map, which has no EXIF block of its own.
+    """
+    return decode(file, lambda image: (_to_rgb(image), _orientation(image)))
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def decode(file: BinaryIO, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+    """`convert`(the image in `file`, loaded, in Pillow's mode for it), or `BadImageError`."""
     try:
         with warnings.catch_warnings():
             # Pillow would warn of odd metadata once per image and worker. Our own size limit is
@@ -45,7 +74,7 @@ def decode_image(file: BinaryIO) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             _check_size(*image.size)
             image.load()
-            return _to_rgb(_upright(image))
+            return convert(image)
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -58,6 +87,11 @@ def decode_image(file: BinaryIO) -> Image.Image:
 
 def read_image(path: bytes | str) -> Image.Image:
     """Open and decode the file at `path` to 8-bit RGB, or raise `BadImageError`."""
+    return read_file(path, decode_image)
+
+
+def read_file(path: bytes | str, decoder: Callable[[BinaryIO], Decoded]) -> Decoded:
+    """`decoder`(the open file at `path`), or `BadImageError` for what is not a readable file."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -65,7 +99,7 @@ def read_image(path: bytes | str) -> Image.Image:
                 raise BadImageError("not a regular file")
             if status.st_size == 0:
                 raise BadImageError("the file is empty")
-            return decode_image(file)
+            return decoder(file)
     except OSError as error:
         raise BadImageError(error.strerror or str(error)) from None
 
@@ -83,11 +117,12 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if value in UPRIGHT else 1
     except Exception:  # the pixels may be fine although the EXIF block is damaged
-        return image
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -298,7 +298,7 @@ def test_a_row_from_outside_is_a_data_set(monkeypatch):
 
 
 def test_the_task_of_each_name():
-    assert {task_of(name) for name in DATA_SETS} == {"classification"}
+    assert {task_of(name) for name in DATA_SETS} == {"classification", "segmentation"}
     assert task_of("wds/birds") == task_of("HFDS/x") == "classification"
     with pytest.raises(UsageError, match="--data-set 'MOONS' is unknown; known are DIGITS"):
         task_of("MOONS")
