@@ -58,7 +58,7 @@ class Decoder(NamedTuple):
 
 DECODERS = {
     "upernet": Decoder(UPerHead, lambda dim: dim, "pooled context and a feature pyramid"),
-    "light": Decoder(LightHead, lambda dim: max(32, dim // 2), "the sum of the maps, a tenth of it"),
+    "light": Decoder(LightHead, lambda dim: max(32, dim // 2), "the sum of four maps"),
 }
 
 

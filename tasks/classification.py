@@ -151,33 +151,3 @@ def likeliest(
         [(label, class_names[label], p) for label, p in zip(*image, strict=True)]
         for image in zip(classes.tolist(), probabilities.tolist(), strict=True)
     ]
-
-
-def likeliest(
-    logits: Tensor, class_names: Sequence[str], count: int
-) -> list[list[tuple[int, str, float]]]:
-    """logits [B, C] -> (class, name, probability) of each image's likeliest classes, sorted."""
-    probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
-    return [
-        [(label, class_names[label], p) for label, p in zip(*image, strict=True)]
-        for image in zip(classes.tolist(), probabilities.tolist(), strict=True)
-    ]
-
-
-def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str) -> None:
-    """Raise UserError if a checkpoint of ours was trained on classes other than `class_names`."""
-    recorded = checkpoint.get("class_names")
-    if recorded is None or list(recorded) == list(class_names):
-        return
-    if len(recorded) != len(class_names):
-        difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
-    else:
-        pairs = enumerate(zip(recorded, class_names, strict=True))
-        label, (before, now) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-        difference = (
-            f"other classes than the data set's: class {label} was {before!r}, here it is {now!r}"
-        )
-    raise UserError(
-        f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
-        "fine-tune it first with --method dense --model-path"
-    )

@@ -30,8 +30,8 @@ from loading.masks import IGNORED
 from loading.transforms import Transforms
 from models import FeatureMaps, Result, VisionMamba
 from models.build import ModelSpec, build_model
-from models.segmentation import DECODERS, as_segmenter, follow_release, make_head
 from models.official_names import is_segmenter
+from models.segmentation import DECODERS, as_segmenter, follow_release, make_head
 from models.segmentation_weights import load_backbone
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
@@ -288,7 +288,9 @@ class Segmentation(Task):
             images = resize(images, crop)
         stride = to_2tuple(args.eval_stride) if args.eval_stride else _two_thirds(crop)
         if any(step > side for step, side in zip(stride, crop, strict=True)):
-            raise UsageError(f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}")
+            raise UsageError(
+                f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}"
+            )
         logits = sliding_logits(forward, images, crop, stride, WINDOWS_AT_ONCE)
         if args.flip_test:
             mirrored = sliding_logits(forward, images.flip(-1), crop, stride, WINDOWS_AT_ONCE)

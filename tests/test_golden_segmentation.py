@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from losses import Budgets, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
 from models.flops import count_flops, decoder_operations, sequence_lengths
-from models.segmentation import (
-    AUX_MAP,
-    SegmentationHead,
-    as_segmenter,
-    follow_release,
-    from_official,
-)
+from models.official_names import from_official
+from models.segmentation import AUX_MAP, SegmentationHead, as_segmenter, follow_release
 from models.upernet import FCNHead, UPerHead, resize
 from models.weights import load_weights
 from tasks.segmentation import SegmentationTerms
@@ -67,19 +62,20 @@ def build(info: dict, dynamic: bool = False) -> VisionMamba:
         model = DynamicVisionMamba(family, **sizes, **stages)
     else:
         model = VisionMamba(family, **sizes, rope=config.get("rope", False))
+    classes, width = config.get("num_classes", 2), config["embed_dim"]
     head = SegmentationHead(
-        config["embed_dim"],
+        UPerHead(width, config.get("head_channels", 4), classes),
+        width,
         config["patch_size"],
-        config.get("num_classes", 2),
+        classes,
         config["out_layers"],
         config["feature"],
-        channels=config.get("head_channels", 4),
         aux_channels=config.get("aux_channels", 4),
     )
     for module in head.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
-    return as_segmenter(model, head, config.get("num_classes", 2))
+    return as_segmenter(model, head, classes)
 
 
 def build_loaded(case: golden.Case, dynamic: bool = False, device: str = "cpu") -> VisionMamba:

@@ -160,9 +160,9 @@ class CheckpointWriter:
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint to the CPU: `{'model': ...}`, a bare state dict or `.safetensors`.
 
-    The last two are returned as `{'model': state_dict}`, as are those of mmcv (`state_dict`). Nothing in the file is executed: apart
-    from tensors and plain Python values only `argparse.Namespace` is allowed. The checksum is
-    verified if the file has one.
+    The last two, and mmcv's `{'state_dict': ...}`, are returned as `{'model': state_dict}`. Nothing
+    in the file is executed: apart from tensors and plain Python values only `argparse.Namespace` is
+    allowed. The checksum is verified if the file has one.
 
     Raises UserError, naming the file and the reason, for everything else.
     """
