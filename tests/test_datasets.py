@@ -290,6 +290,7 @@ def test_flag_values_are_checked(flags, capsys):
 def test_flags_have_deits_defaults():
     args = datasets.argparse.ArgumentParser()
     datasets.add_data_arguments(args)
+    datasets.add_augmentation_arguments(args)
     args = args.parse_args([])
     assert (args.data_set, args.batch_size, args.input_size, args.subset) == (
         "DIGITS",

@@ -307,6 +307,7 @@ def test_the_task_of_each_name():
 def test_options_are_the_flags():
     parser = datasets.argparse.ArgumentParser()
     datasets.add_data_arguments(parser)
+    datasets.add_augmentation_arguments(parser)
     args = parser.parse_args([], datasets.argparse.Namespace(seed=0))
     assert DataOptions.from_args(args) == DataOptions()
     args = options("--subset", "7", "--no-pin-mem", "--bad-images", "skip", seed=5)

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets import add_data_arguments
+from datasets import add_augmentation_arguments, add_data_arguments
 
 
 def options(*flags: str, seed: int = 0) -> argparse.Namespace:
     """The parsed data flags; no workers and batches of 4 unless the flags say otherwise."""
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)
+    add_augmentation_arguments(parser)
     args = parser.parse_args(["--num-workers", "0", "--batch-size", "4", *flags])
     args.seed = seed
     return args
