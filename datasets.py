@@ -152,6 +152,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=DataOptions.batch_size, help="per process"
     )
     group.add_argument(
+        "--epoch-steps",
+        type=positive,
+        metavar="N",
+        help="an epoch has N batches, whatever the number of images (default: all images)",
+    )
+    group.add_argument(
         "--num-workers", "--num_workers", type=whole, default=default_workers(), help="per process"
     )
     group.add_argument(

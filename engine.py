@@ -325,6 +325,8 @@ def build_training(experiment: Experiment) -> Training:
     parallel: nn.Module = model
     if experiment.distributed.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
+        if ids:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     updates = data.steps_per_epoch // args.accum_steps
     if not updates:
@@ -339,6 +341,7 @@ def build_training(experiment: Experiment) -> Training:
         min_lr=args.min_lr,
         warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs,
+        decay_rate=args.poly_power,  # timm's name for it
         step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=updates,
     )

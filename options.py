@@ -36,6 +36,10 @@ def _chooses_splits(args: argparse.Namespace) -> bool:
     return args.data_set.lower().startswith(TIMM_PREFIXES)
 
 
+def _has_a_length(args: argparse.Namespace) -> bool:
+    return not _chooses_splits(args)
+
+
 _SPLITS = (
     "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to "
     "choose"
@@ -48,6 +52,10 @@ READ_IF = {
         "the teacher or the initial weights",
     ),
     "--train-split": (_chooses_splits, _SPLITS),
+    "--epoch-steps": (
+        _has_a_length,
+        "with --data-set {data_set}, which timm reads by its own epochs",
+    ),
     "--val-split": (_chooses_splits, _SPLITS),
     # scripts/slurm.sh passes `auto` to everything it runs: there may be nothing to resume
     "--resume": (
@@ -178,10 +186,16 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument("--min-lr", type=not_negative, default=1e-6)
     group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
     group.add_argument(
-        "--warmup-epochs", type=whole, help="default: 5, or fewer in a run of less than 10 epochs"
+        "--warmup-epochs",
+        type=not_negative,
+        help="default: 5, or fewer in a run of less than 10 epochs; with --sched-on-updates, "
+        "fractions too",
     )
     group.add_argument(
         "--sched", choices=("cosine", "poly", "tanh"), default="cosine", help="of the learning rate"
+    )
+    group.add_argument(
+        "--poly-power", type=not_negative, default=1.0, help="of --sched poly; 1: linear"
     )
     group.add_argument(
         "--sched-on-updates", action="store_true", help="change the learning rate every step"
@@ -352,13 +366,17 @@ def _check(args: argparse.Namespace, task: Task) -> None:
             f"--method {args.method} needs --model-path, the checkpoint of its dense teacher"
         )
     task.check(args)
+    if args.warmup_epochs != int(args.warmup_epochs) and not args.sched_on_updates:
+        raise UsageError(
+            f"--warmup-epochs {args.warmup_epochs:g}: fractions need --sched-on-updates"
+        )
     if args.opt.lower() not in list_optimizers():
         raise UsageError(
             f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}"
         )
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
         raise UsageError(
-            f"--warmup-epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs} "
+            f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
         )
 

@@ -66,6 +66,13 @@ SPEED = Row(
 PARAMETERS = Row("parameters", lambda column: column.get("parameters"), "{:,}")
 
 
+DECODER = Row(
+    "of these, the decoder",
+    lambda column: column["decoder_flops"] / 1e6 if "decoder_flops" in column else None,
+    "{:,.2f}",
+)
+
+
 def measure_rows(task: Task) -> list[Row]:
     """The best measure, the same for the averaged weights, the other measures."""
     best, *others = task.measures
@@ -75,4 +82,5 @@ def measure_rows(task: Task) -> list[Row]:
 
 def rows_of(task: Task) -> Sequence[Row]:
     """All rows, in the order of a table."""
-    return [*measure_rows(task), PAPER, EXACT, SPEED, PARAMETERS]
+    flops = [PAPER, EXACT, DECODER] if task.has_decoder else [PAPER, EXACT]
+    return [*measure_rows(task), *flops, SPEED, PARAMETERS]

@@ -16,7 +16,7 @@ from drawing.pictures import decision_picture
 from engine import evaluation_forward, validate
 from models import Result, VisionMamba
 from models.build import sigmoid
-from models.flops import count_flops
+from models.flops import count_flops, decoder_operations
 from ops.selective_scan import backend_for
 from tasks import Experiment, Meter, Task
 from utils.environment import device_name
@@ -88,7 +88,12 @@ def column(
     """What is reported of one model; without `values`, what does not depend on its weights."""
     flops = count_flops(model, values["gates"] if values else None)
     passes = values["passes"] if values else 1
-    scores = {m.key: values[m.key] for m in task.measures} if values else {}
+    scores = {}
+    if values:
+        scores = {key: values[key] for key in (*(m.key for m in task.measures), *task.details)}
+    decoder = decoder_operations(model)
+    if decoder:
+        scores |= {"decoder_flops": passes * decoder, "windows": passes}
     return scores | {
         "flops": {kind: passes * count for kind, count in flops._asdict().items()},
         "images_per_s": images_per_s,
@@ -106,12 +111,16 @@ def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any]:
     speeds = dynamic["images_per_s"], dense["images_per_s"]
+    reduction = {
+        kind: 1 - dynamic["flops"][kind] / dense["flops"][kind] for kind in dynamic["flops"]
+    }
+    if "decoder_flops" in dense:
+        alone = [column["flops"]["exact"] - column["decoder_flops"] for column in (dynamic, dense)]
+        reduction["backbone_exact"] = 1 - alone[0] / alone[1]
     return {
         "dense": dense,
         "dynamic": dynamic,
-        "reduction": {
-            kind: 1 - dynamic["flops"][kind] / dense["flops"][kind] for kind in dynamic["flops"]
-        },
+        "reduction": reduction,
         "speedup": speeds[0] / speeds[1] if speeds[1] else None,
     }
 

@@ -213,6 +213,7 @@ class TrainLoader:
             options.rank,
             options.world_size,
             options.repeated_aug,
+            options.epoch_steps,
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
         if not self.steps_per_epoch:

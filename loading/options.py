@@ -14,7 +14,8 @@ class DataOptions:
     """The flags of the group "data", by name and with their defaults, and additions of the task.
 
     `seed` determines the order of the training images and their augmentation. `subset` is a
-    fraction (float) or a number of images (int). `rank` of `world_size` processes.
+    fraction (float) or a number of images (int). An epoch has `epoch_steps` batches, or all images.
+    `rank` of `world_size` processes.
     `eval_batch_size` is for a task that cannot evaluate `batch_size` images at once, such as one
     whose images differ in size.
     """
@@ -33,6 +34,7 @@ class DataOptions:
     rank: int = 0
     world_size: int = 1
     eval_batch_size: int | None = None
+    epoch_steps: int | None = None
 
     @classmethod
     def from_args(

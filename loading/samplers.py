@@ -17,6 +17,9 @@ class TrainBatchSampler(Sampler):
     neither on the worker nor on the steps done before. Positions interleave the ranks, as in
     DistributedSampler. The last incomplete batch is dropped.
 
+    An epoch is one pass over the images, or `epoch_steps` batches: these go on where the epoch
+    before has ended, through as many passes as they take.
+
     Set `epoch` and `start_step` before iterating.
     """
 
@@ -28,6 +31,7 @@ class TrainBatchSampler(Sampler):
         rank: int,
         world_size: int,
         repeated_aug: bool,
+        epoch_steps: int | None = None,
     ):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.epoch = self.start_step = 0
@@ -36,21 +40,26 @@ class TrainBatchSampler(Sampler):
             self.order = RepeatAugSampler(images, world_size, rank, num_repeats=REPEATS)
         else:
             self.order = DistributedSampler(images, world_size, rank, shuffle=True, drop_last=True)
-        self.steps_per_epoch = len(self.order) // batch_size
+        self.steps_per_pass = len(self.order) // batch_size
+        self.steps_per_epoch = (epoch_steps or self.steps_per_pass) if self.steps_per_pass else 0
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.start_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Both samplers seed their shuffle with the epoch.
-        self.order.set_epoch(self.seed + self.epoch)
-        indices = list(self.order)
+        passing, indices = None, []
         for step in range(self.start_step, self.steps_per_epoch):
-            places = range(step * self.batch_size, (step + 1) * self.batch_size)
+            number, within = divmod(self.epoch * self.steps_per_epoch + step, self.steps_per_pass)
+            if number != passing:
+                passing = number
+                # Both samplers seed their shuffle with the epoch.
+                self.order.set_epoch(self.seed + passing)
+                indices = list(self.order)
+            places = range(within * self.batch_size, (within + 1) * self.batch_size)
             yield [
                 (
                     indices[place],
-                    derive_seed(self.seed, self.epoch, place * self.world_size + self.rank),
+                    derive_seed(self.seed, passing, place * self.world_size + self.rank),
                 )
                 for place in places
             ]

@@ -44,11 +44,14 @@ def _linear(module: nn.Module, tokens: int) -> int:
     return tokens * sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def decoder_operations(head: MapHead, dim: int, grid: tuple[int, ...]) -> int:
-    """Multiply-adds of one image in a head that reads maps, without its auxiliary part.
+def decoder_operations(model: VisionMamba) -> int:
+    """Multiply-adds of one image in a head that reads maps, without its auxiliary part; else 0.
 
     Convolutions and linear layers; norms, pooling and resizing are not counted.
     """
+    head = model.head
+    if not isinstance(head, MapHead):
+        return 0
     counted = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -63,7 +66,8 @@ def decoder_operations(head: MapHead, dim: int, grid: tuple[int, ...]) -> int:
     for module in counting.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             module.register_forward_hook(count)
-    counting([torch.zeros(1, dim, *grid, device="meta") for _ in head.layers])
+    size = 1, model.embed_dim, *model.patch_embed.grid
+    counting([torch.zeros(size, device="meta") for _ in head.layers])
     return sum(counted)
 
 
@@ -86,7 +90,7 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
     proj = model.patch_embed.proj
     paper = model.num_patches * proj.weight.numel()
     if isinstance(model.head, MapHead):
-        paper += decoder_operations(model.head, model.embed_dim, model.patch_embed.grid)
+        paper += decoder_operations(model)
     else:
         paper += _linear(model.head, 1)
     if model.family.registers:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_norm import BatchNorm2d
+
 POOL_SCALES = (1, 2, 3, 6)
 
 
@@ -22,7 +24,7 @@ class ConvModule(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn = BatchNorm2d(outputs)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class FeaturePyramid(nn.Module):
 
         steps = {
             16: (
-                nn.Sequential(double(), nn.BatchNorm2d(dim), nn.GELU(), double()),
+                nn.Sequential(double(), BatchNorm2d(dim), nn.GELU(), double()),
                 nn.Sequential(double()),
                 nn.Identity(),
                 nn.MaxPool2d(2),

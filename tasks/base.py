@@ -91,6 +91,7 @@ class Task:
             checkpoint.
         details: names of further values of its meter, for eval.json.
         defaults: of flags of all tasks, where this one's differ.
+        has_decoder: whether its models have a decoder, whose operations are told apart.
         fixed_size: whether all images of an evaluation have one size (CUDA graphs need it).
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
         recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
@@ -101,6 +102,7 @@ class Task:
     measures: tuple[Measure, ...]
     details: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = {}
+    has_decoder = False
     fixed_size = True
     distils = True
     recorded: tuple[str, ...] = ()

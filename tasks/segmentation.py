@@ -103,6 +103,7 @@ class Segmentation(Task):
         "eval_stride",
         "eval_short_side",
     )
+    has_decoder = True
     fixed_size = False
     defaults = {
         "model_ema": False,

@@ -324,6 +324,6 @@ def test_parameters_and_operations(entry):
     assert sequence_lengths(dynamic) == entry["seq_len_per_layer"]
     assert dynamic.kept_counts() == entry["kept_per_stage"]
     operations = entry["multiply_adds"]
-    head = decoder_operations(dense.head, dense.embed_dim, dense.patch_embed.grid)
+    head = decoder_operations(dense)
     assert head == operations["fpn"] + operations["decode_head"]
     assert count_flops(dense).paper > head + operations["patch_embed"]

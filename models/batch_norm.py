@@ -1,0 +1,32 @@
+"""Batch norm over the images of all processes, on any device."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`; in training with several processes its statistics are those of all images.
+
+    PyTorch's `nn.SyncBatchNorm`, into which engine.py converts it on GPUs, does not run on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same size; processes may have different B, H and W."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        values = x.float()
+        count = values.new_full((1,), values.numel() / values.shape[1])
+        total, count = all_reduce(torch.cat([values.sum(dim=(0, 2, 3)), count])).split(
+            [self.num_features, 1]
+        )
+        centred = values - (total / count)[:, None, None]
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1).clamp_min(1)
+            self.running_mean.lerp_((total / count).to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
