@@ -34,9 +34,11 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
         or ".block_head." in name
         or (is_new_part(name) and name not in state)
     }
+    checkpoint = {**checkpoint, "model": state}
     if not model.has_class_token and "cls_token" in state:
         _remove_class_token(model, state, checkpoint)
-    load_weights(model, {**checkpoint, "model": state}, source)
+        checkpoint["grid"] = list(model.patch_embed.grid)
+    load_weights(model, checkpoint, source)
     _logger.info("%s: the backbone starts from a classifier; decoder and routers are new", source)
 
 

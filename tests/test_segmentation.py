@@ -1,0 +1,391 @@
+"""Segmentation as it is used: train, interrupt, resume, evaluate; what is said of mistakes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.processes import launch
+from PIL import Image
+
+import main
+from models.build import ModelSpec, build_model
+from models.flops import count_flops, decoder_operations
+from models.segmentation import as_segmenter, make_head
+from models.weights import load_weights
+from tasks import task_named
+from tasks.segmentation import SegmentationTerms, pixel_cross_entropy
+from tests.helpers.flags import tiny
+from utils import preemption
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError
+
+CLASSES = ("ground", "box", "bar")
+SIZE = 32
+
+
+def draw(folder, split: str, count: int, seed: int) -> None:
+    """Boxes and bars on the ground, with their masks; sizes differ from image to image."""
+    random = np.random.RandomState(seed)
+    for kind in ("images", "masks"):
+        (folder / kind / split).mkdir(parents=True)
+    for number in range(count):
+        height, width = random.randint(SIZE, 2 * SIZE, 2)
+        mask = np.zeros((height, width), np.uint8)
+        top, left = random.randint(0, SIZE // 2, 2)
+        mask[top : top + 12, left : left + 12] = 1
+        mask[-6:] = 2
+        mask[:, :2] = 255
+        colours = np.array([[60, 60, 60], [200, 40, 40], [40, 40, 200]], np.uint8)
+        pixels = colours[mask % 3] + random.randint(0, 40, (height, width, 1)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / split / f"{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / split / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    draw(folder, "train", 24, seed=0)
+    draw(folder, "val", 5, seed=1)
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
+
+
+def flags(folder, *more: str) -> list[str]:
+    settings = tiny(
+        *("--throughput-seconds", "0", "--input-size", str(SIZE), "--decoder", "light"),
+        *("--lr", "2e-3", "--unscale-lr", *more),
+        batch_size=8,
+        epochs=2,
+        subset=24,
+    )
+    return ["--data-set", "SEG_FOLDER", "--data-path", str(folder), *settings]
+
+
+def run(folder, output, *more, code=0) -> None:
+    assert main.main([*flags(folder, *map(str, more)), "--output_dir", str(output)]) == code
+
+
+DYNAMIC = ["--method", "dyvm", "--pruning-layers", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def dense(scenes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("dense")
+    run(scenes, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def student(scenes, dense, tmp_path_factory):
+    output = tmp_path_factory.mktemp("student")
+    run(scenes, output, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth")
+    return output
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    output = tmp_path_factory.mktemp("classifier")
+    settings = tiny("--throughput-seconds", "0", "--input-size", "16", subset=32)
+    assert main.main([*settings, "--output_dir", str(output)]) == 0
+    return output / "best_checkpoint.pth"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def logged(output):
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def test_a_dense_run_reports_iou_and_the_decoders_operations(dense):
+    report = read(dense / "eval.json")
+    column = report["dense"]
+    assert {"miou", "macc", "aacc", "flops", "decoder_flops", "windows"} <= column.keys()
+    assert len(column["iou_per_class"]) == len(CLASSES) and report["images"] == 5
+    defined = [value for value in column["iou_per_class"] if value is not None]
+    assert column["miou"] == pytest.approx(sum(defined) / len(defined))
+    assert column["miou"] == max(line["test_miou"] for line in logged(dense))
+    assert 0 < column["decoder_flops"] < column["flops"]["exact"]
+    assert column["windows"] > 1, "images larger than a window"
+    assert logged(dense)[0].keys() >= {"train_decode", "train_aux", "best_miou"}
+
+
+def test_a_student_saves_in_the_backbone_alone(student):
+    report = read(student / "eval.json")
+    dense, dynamic, reduction = report["dense"], report["dynamic"], report["reduction"]
+    assert dynamic["decoder_flops"] == dense["decoder_flops"]
+    assert 0 < reduction["exact"] < reduction["backbone_exact"] < 1
+    assert len(dynamic["keep"]) == 2 and len(dynamic["gates"]) == 4
+    terms = {"train_pixel_kl", "train_token_distill", "train_token_ratio", "train_block_ratio"}
+    assert terms <= logged(student)[0].keys()
+
+
+def test_evaluation_needs_no_repeated_flags(student, scenes, tmp_path):
+    checkpoint = ["--eval", "--model-path", str(student / "best_checkpoint.pth")]
+    here = ["--device", "cpu", "--num-workers", "0", "--throughput-seconds", "0"]
+    assert main.main([*checkpoint, *here, "--output_dir", str(tmp_path)]) == 0
+    again, trained = read(tmp_path / "eval.json"), read(student / "eval.json")
+    assert again["dynamic"] == trained["dynamic"] and again["dense"] == trained["dense"]
+    for mode in (["--flip-test"], ["--eval-mode", "whole"], ["--eval-short-side", "0"]):
+        assert main.main([*checkpoint, *here, *mode, "--output_dir", str(tmp_path)]) == 0
+        other = read(tmp_path / "eval.json")["dynamic"]
+        assert 0 <= other["miou"] <= 100
+        assert (other["windows"] == 1) == (mode[-1] == "whole")
+        assert other["windows"] != trained["dynamic"]["windows"]
+    assert (
+        main.main([*checkpoint, *here, "--sweep", "0.5:1:0.5", "--output_dir", str(tmp_path)]) == 0
+    )
+    assert (tmp_path / "sweep.csv").read_text().startswith("token_keep_ratio,trained,miou,macc,")
+
+
+def test_an_interrupted_run_ends_bit_identical(scenes, dense, student, tmp_path, monkeypatch):
+    recipe = [*DYNAMIC, "--model-path", dense / "best_checkpoint.pth"]
+    with monkeypatch.context() as patch:
+        answers = iter([False, True])
+        patch.setattr(preemption, "requested", lambda: next(answers, False))
+        patch.setattr(preemption, "received", lambda: "SIGTERM")
+        run(scenes, tmp_path, *recipe, code=preemption.EXIT_CODE)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
+    run(scenes, tmp_path, *recipe, "--resume", "auto")
+    assert logged(tmp_path) == logged(student)
+    ends = [load_checkpoint(folder / "checkpoint.pth")["model"] for folder in (tmp_path, student)]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+
+
+def test_epochs_of_a_number_of_steps(scenes, tmp_path):
+    run(scenes, tmp_path, "--epoch-steps", 5, "--sched", "poly", "--sched-on-updates",
+        "--warmup-epochs", 0.4, "--min-lr", 0)  # fmt: skip
+    lines = logged(tmp_path)
+    rates = [line["train_lr"] for line in lines]
+    steps = [2e-3 * (1 - t / 10) for t in range(10)]
+    assert rates[1] == pytest.approx(sum(steps[5:]) / 5)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
+
+
+def test_a_segmenter_starts_from_a_classifier(scenes, classifier, tmp_path, caplog):
+    run(scenes, tmp_path / "dense", "--model-path", classifier, "--epochs", 1)
+    recipe = [*DYNAMIC, "--model-path", classifier, "--epochs", 1]
+    run(scenes, tmp_path / "dynamic", *recipe)
+    assert "train_pixel_kl" not in logged(tmp_path / "dynamic")[0], "a classifier is no teacher"
+    source = load_checkpoint(classifier)
+    rows = source["model"]["pos_embed"].clone()
+    middle = (rows.shape[1] - 1) // 2
+    rows[:, middle] = 1e6  # the class token's: it must not reach a patch
+    source["model"]["pos_embed"] = rows
+    args = main.options.parse(flags(scenes))
+    task = task_named("segmentation").of_run(args)
+    model = task.model(ModelSpec.from_args(args), 3)
+    assert task.load_start(model, source, "classifier")
+    assert model.pos_embed.shape[1] == model.num_patches and model.pos_embed.abs().max() < 1
+    for name, value in source["model"].items():
+        if name.startswith("layers."):
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_mmsegmentations_names_load_strictly(scenes, dense, tmp_path):
+    """An envelope of mmcv with `backbone.*`, `decode_head.*`, `auxiliary_head.*`."""
+    ours = load_checkpoint(dense / "best_checkpoint.pth")["model"]
+    state = {}
+    for name, value in ours.items():
+        if name.startswith("head.pyramid."):
+            name = name.replace("head.pyramid.", "backbone.")
+        else:
+            name = name.removeprefix("head.") if name.startswith("head.") else f"backbone.{name}"
+        state[name] = value
+    path = tmp_path / "official.pth"
+    torch.save({"meta": {"CLASSES": CLASSES, "iter": 3}, "state_dict": state}, path)
+    evaluation = ["--eval", "--model-path", path]
+    run(scenes, tmp_path, *evaluation)
+    assert (
+        read(tmp_path / "eval.json")["dense"]["miou"] == read(dense / "eval.json")["dense"]["miou"]
+    )
+    torch.save({"state_dict": {k: v for k, v in state.items() if "conv_seg.bias" not in k}}, path)
+    with pytest.raises(UserError, match="2 missing: head.decode_head.conv_seg.bias"):
+        run(scenes, tmp_path, *evaluation)
+
+
+def test_ignored_pixels_count_nothing_in_the_sum_and_one_each_in_the_mean():
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 8, 8))
+    labels[0] = 255
+    half = pixel_cross_entropy(logits, labels)
+    alone = pixel_cross_entropy(logits[1:], labels[1:])
+    torch.testing.assert_close(half, alone / 2)
+    assert pixel_cross_entropy(logits, torch.full_like(labels, 255)) == 0
+
+
+def segmenter(dynamic: bool, **sizes):
+    sizes = dict(embed_dim=16, depth=4, class_token=False) | sizes
+    spec = ModelSpec("vim_micro", kwargs=sizes, img_size=32)
+    if dynamic:
+        spec = replace(spec, name="dyvm_vim_micro", method="dyvm", pruning_layers=(1, 2, 3))
+    model = build_model(spec, 0)
+    return as_segmenter(model, make_head("light", model, 3), 3)
+
+
+def test_dropped_patches_show_in_later_maps_what_they_were():
+    """The map of the last layer at a patch that stage 1 dropped is its map before stage 1."""
+    torch.manual_seed(0)
+    model = segmenter(dynamic=True).eval()
+    with torch.no_grad():
+        result = model(torch.randn(2, 3, 32, 32))
+    first, last = (result.maps[layer].flatten(2) for layer in (0, 3))
+    for image, kept in enumerate(result.kept[0]):
+        gone = [patch for patch in range(model.num_patches) if patch not in set(kept.tolist())]
+        assert gone and torch.equal(first[image][:, gone], last[image][:, gone])
+    assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("features", ["hidden", "residual"])
+def test_training_and_evaluation_agree_on_the_maps(class_token, features, monkeypatch):
+    """For equal decisions, all maps of masked training are those of evaluation's kept tokens."""
+    torch.manual_seed(0)
+    model = segmenter(dynamic=True, class_token=class_token)
+    model.head.features = features
+    for layer in model.layers:
+        layer.mixer.block_head.bias.data.fill_(50.0)  # every scan runs
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        evaluated = model.eval()(images)
+        kept = evaluated.kept
+
+        def chosen(stage, tokens, mixed, staged, images):
+            decision = torch.zeros_like(tokens.alive)
+            return decision.scatter_(1, kept[stage], 1.0)
+
+        monkeypatch.setattr(model.reduction, "decide", chosen)
+        trained = model.train()(images)
+    for layer, expected in evaluated.maps.items():
+        torch.testing.assert_close(trained.maps[layer], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_every_parameter_is_taught(scenes):
+    """None is without gradient, which several processes would wait for."""
+    torch.manual_seed(0)
+    model = segmenter(dynamic=True).train()
+    result = model(torch.randn(2, 3, 32, 32))
+    terms = SegmentationTerms(0.4)(result, torch.randint(3, (2, 32, 32)))
+    sum(terms.values()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_operations_of_a_segmenter():
+    model = segmenter(dynamic=False)
+    total, decoder = count_flops(model), decoder_operations(model)
+    backbone = build_model(
+        ModelSpec("vim_micro", kwargs=dict(embed_dim=16, depth=4, class_token=False), img_size=32),
+        0,
+    )
+    assert decoder > 0 and total.exact == count_flops(backbone).exact + decoder
+    assert decoder_operations(backbone) == 0
+
+
+BATCH_NORM = """
+import torch
+from models.batch_norm import BatchNorm2d
+from utils.distributed import init_distributed
+
+distributed = init_distributed("cpu")
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(6, 3, 5, 4, generator=generator) * 3 + 7
+weight = torch.randn(6, 3, 5, 4, generator=generator)
+norm = BatchNorm2d(3)
+mine = slice(None) if distributed.world_size == 1 else [slice(0, 2), slice(2, 6)][distributed.rank]
+part = x[mine].clone().requires_grad_()
+y = norm(part)
+(y * weight[mine]).sum().backward()
+rows = [y, part.grad]
+grads = torch.stack([norm.weight.grad, norm.bias.grad])
+if distributed.world_size > 1:
+    torch.distributed.all_reduce(grads)
+name = f"{OUT}/{distributed.world_size}_{distributed.rank}.pt"
+torch.save([rows, grads, norm.running_mean, norm.running_var], name)
+distributed.shutdown()
+"""
+
+
+def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
+    for processes in (1, 2):
+        launch(processes, ["-c", f"OUT = {str(tmp_path)!r}\n{BATCH_NORM}"])
+    (whole, grads, mean, variance), *parts = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1")
+    )
+    for expected, *halves in zip(whole, *(part[0] for part in parts), strict=True):
+        torch.testing.assert_close(torch.cat(halves), expected, atol=1e-5, rtol=1e-4)
+    for _, grads_here, mean_here, variance_here in parts:
+        torch.testing.assert_close(grads_here, grads, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mean_here, mean)
+        torch.testing.assert_close(variance_here, variance)
+
+
+def test_two_processes_train_and_evaluate(scenes, tmp_path):
+    settings = [*flags(scenes, "--epochs", "1"), "--output_dir", str(tmp_path)]
+    launch(2, ["main.py", *settings])
+    trained = read(tmp_path / "eval.json")["dense"]
+    best = str(tmp_path / "best_checkpoint.pth")
+    run(scenes, tmp_path / "one", "--eval", "--model-path", best)
+    assert (
+        read(tmp_path / "one" / "eval.json")["dense"]["iou_per_class"] == trained["iou_per_class"]
+    )
+
+
+@pytest.mark.parametrize(
+    "more, kind, words",
+    [
+        (["--eval-stride", "64", "--eval"], UsageError, "--eval-stride 64x64 is larger than a"),
+        (["--scale-range", "2", "1"], UsageError, "--scale-range 2 1: must be 0 < LOW <= HIGH"),
+        (["--output-layers", "1", "9", "2", "3"], UsageError, "output layers .* within 0 ... 3"),
+        (["--output-layers", "1", "2"], UsageError, "a decoder reads 4 maps"),
+        (["--input-size", "30"], UsageError, "image size 30 leaves 2 pixels"),
+        (["--input-size", "2"], UsageError, "image size 2 is smaller than the patch size 4"),
+        (["--model-kwargs", "patch_size=2"], UsageError, "patches of 16, 8 or 4, not 2"),
+        (["--model-kwargs", "stride=2"], UsageError, "square patches that do not overlap"),
+        (["--warmup-epochs", "0.5"], UsageError, "fractions need --sched-on-updates"),
+        (["--mixup", "0.5"], UsageError, "unrecognized arguments: --mixup"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(scenes, dense, tmp_path, more, kind, words):
+    if "--eval" in more:
+        more = [*more, "--model-path", dense / "best_checkpoint.pth"]
+    with pytest.raises(kind, match=words) as caught:
+        run(scenes, tmp_path, *more)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_the_other_task(scenes, dense, classifier, tmp_path):
+    with pytest.raises(UsageError, match="was trained for classification; the data set is of segm"):
+        run(scenes, tmp_path, "--eval", "--model-path", classifier)
+    digits = ["--eval", "--data-set", "DIGITS", "--model-path", str(dense / "best_checkpoint.pth")]
+    with pytest.raises(UsageError, match="was trained for segmentation; the data set is of class"):
+        main.main([*digits, "--device", "cpu"])
+    state = load_checkpoint(dense / "best_checkpoint.pth")
+    save_checkpoint({"model": state["model"]}, tmp_path / "bare.pth")
+    digits[-1] = str(tmp_path / "bare.pth")
+    with pytest.raises(UsageError, match="was trained for segmentation"):
+        main.main([*digits, "--device", "cpu"])
+
+
+def test_more_classes_in_the_masks_than_names(scenes, dense, tmp_path):
+    other = tmp_path / "two"
+    draw(other, "train", 8, seed=0)
+    draw(other, "val", 2, seed=1)
+    (other / "classes.txt").write_text("ground\nbox\n")
+    with pytest.raises(UserError, match="masks.*2"):
+        run(other, tmp_path / "run", "--subset", 8)
+    with pytest.raises(UserError, match="trained on 3 classes, the data set has 2"):
+        run(other, tmp_path / "run", "--eval", "--model-path", dense / "best_checkpoint.pth")
+
+
+def test_another_number_of_classes_gets_a_new_classifier(scenes, dense, tmp_path):
+    args = main.options.parse(flags(scenes))
+    model = task_named("segmentation").of_run(args).model(ModelSpec.from_args(args), 5)
+    checkpoint = load_checkpoint(dense / "best_checkpoint.pth")
+    load_weights(model, checkpoint, "dense", new_head=True)
+    fresh = model.head.decode_head
+    assert len(fresh.conv_seg.weight) == 5
+    trained = checkpoint["model"]["head.decode_head.bottleneck.conv.weight"]
+    assert torch.equal(fresh.bottleneck.conv.weight, trained)
