@@ -30,7 +30,7 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
     state |= {
         name: value
         for name, value in own.items()
-        if name.startswith("head.")
+        if name.startswith(("head.", "rope."))
         or ".block_head." in name
         or (is_new_part(name) and name not in state)
     }

@@ -1,0 +1,78 @@
+"""The recipes of segmentation are the published ones, and main.py takes every flag of them."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import options
+from datasets import task_of
+
+ROOT = Path(__file__).parents[1]
+
+# Processes, images of each, learning rate, weight decay, layer decay, thousands of steps, clipping,
+# token and block keep ratio, features, rope.
+PUBLISHED = {
+    "upernet-vim-t": (4, 8, 2e-4, 0.1, 0.92, 60, None, None, "hidden", False),
+    "upernet-vim-s": (4, 8, 1e-4, 0.05, 0.95, 60, None, None, "residual", True),
+    "dyvm-vim-t": (2, 8, 6e-5, 0.01, 0.92, 80, 5, (0.9, 0.8), "hidden", False),
+    "dyvm-vim-s": (2, 16, 1.2e-4, 0.01, 0.92, 80, 5, (0.8, 0.8), "hidden", False),
+}
+
+
+def recipe(name: str, tmp_path: Path, **variables: str):
+    """The flags of a recipe, parsed by main.py's own parser."""
+    environment = os.environ | {
+        "DRY_RUN": "1",
+        "MODEL_PATH": str(tmp_path),
+        "DATA_PATH": str(tmp_path),
+        "PYTHON": "python3",
+        **variables,
+    }
+    script = ROOT / "scripts" / "seg" / f"{name}.sh"
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    start = next(i for i, word in enumerate(words) if word.endswith("main.py"))
+    return words[:start], options.parse(words[start + 1 :])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_is_the_published_one(name, tmp_path):
+    gpus, batch, lr, decay, layer_decay, thousands, clip, keep, features, rope = PUBLISHED[name]
+    launcher, args = recipe(name, tmp_path, GPUS=str(gpus))
+    assert f"--nproc_per_node={gpus}" in launcher
+    assert task_of(args.data_set) == "segmentation" and args.input_size == 512
+    assert (args.batch_size, args.lr, args.unscale_lr) == (batch, lr, True)
+    assert (args.weight_decay, args.layer_decay, args.clip_grad) == (decay, layer_decay, clip)
+    assert (args.epochs, args.epoch_steps) == (thousands, 1000)
+    assert (args.sched, args.poly_power, args.min_lr) == ("poly", 1, 0)
+    assert args.sched_on_updates and args.warmup_epochs * args.epoch_steps == 1500
+    assert args.warmup_lr == pytest.approx(1e-6 * lr)
+    assert (args.features, args.model_kwargs) == (features, {"rope": True} if rope else {})
+    assert (args.decoder, args.aux_weight, args.drop_path) == ("upernet", 0.4, 0.1)
+    assert (args.model_ema, args.amp, args.opt_betas) == (False, "off", [0.9, 0.999])
+    if keep:
+        assert args.method == "dyvm" and args.model.startswith("dyvm_")
+        assert (args.token_keep_ratio, args.block_keep_ratio) == keep
+        assert (args.token_pruning_weight, args.block_pruning_weight) == (20, 20)
+    else:
+        assert args.method == "dense"
+
+
+def test_vim_base_has_vim_smalls_recipe(tmp_path):
+    small, base = (
+        vars(recipe(f"upernet-vim-{size}", tmp_path, GPUS="4")[1]) for size in ("s", "b")
+    )
+    differ = {name for name in small if small[name] != base[name]}
+    assert differ == {"model", "output_dir"} and base["model"] == "vim_base"
+
+
+def test_missing_variables_are_named(tmp_path):
+    script = ROOT / "scripts" / "seg" / "dyvm-vim-t.sh"
+    environment = {k: v for k, v in os.environ.items() if k not in ("MODEL_PATH", "DATA_PATH")}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "MODEL_PATH is not set" in done.stderr
+    assert "bash scripts/seg/dyvm-vim-t.sh" in done.stderr
