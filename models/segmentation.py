@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .backbone import VisionMamba
 from .heads import MapHead
 from .layouts import RouterMean
+from .smp_decoder import PREFIX, SmpHead
 from .upernet import FCNHead, FeaturePyramid, LightHead, UPerHead
 
 AUX_MAP = 2  # which of the four maps the auxiliary head reads
@@ -73,25 +74,36 @@ def make_head(
     """A fresh head for a backbone.
 
     Args:
-        decoder: a name of `DECODERS`.
+        decoder: a name of `DECODERS`, or "smp:NAME" for one of segmentation_models_pytorch.
         layers: after which maps are taken; None: `output_layers`.
         channels: width of the decoder; None: its own.
 
     Raises:
-        ValueError: patches of a size that has no pyramid, too few layers.
+        ValueError: patches of a size that has no pyramid, too few layers, an unknown decoder.
     """
-    row, dim = DECODERS[decoder], model.embed_dim
+    dim = model.embed_dim
     height, width = model.patch_embed.patch_size
     if height != width or model.patch_embed.stride != (height, width):
         raise ValueError("a feature pyramid needs square patches that do not overlap")
     return SegmentationHead(
-        row.build(dim, channels or row.channels(dim), num_classes),
+        _make_decoder(decoder, dim, num_classes, channels),
         dim,
         height,
         num_classes,
         layers or output_layers(model.depth),
         features,
     )
+
+
+def _make_decoder(decoder: str, dim: int, num_classes: int, channels: int | None) -> nn.Module:
+    if decoder.startswith(PREFIX):
+        if channels is not None:
+            raise ValueError(f"{decoder} has a width of its own, not {channels} channels")
+        return SmpHead(decoder.removeprefix(PREFIX), dim, num_classes)
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder {decoder!r} is unknown; known: {', '.join(DECODERS)}, smp:NAME")
+    row = DECODERS[decoder]
+    return row.build(dim, channels or row.channels(dim), num_classes)
 
 
 def output_layers(depth: int) -> tuple[int, ...]:

@@ -68,6 +68,7 @@ class Result:
     class_tokens: Tensor | None = None  # [B, n, d] after norm_f
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
     aux_logits: Tensor | None = None  # of an auxiliary head, in training
+    labels: Tensor | None = None  # [B, H, W] in place of logits that would not fit in memory
 
 
 torch.export.register_dataclass(Result, serialized_type_name="dyvm.Result")

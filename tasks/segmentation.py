@@ -40,9 +40,10 @@ from utils.images import MEAN, STD, ImageSize
 
 from .base import Measure, Task, check_classes, register
 from .segmentation_measures import ConfusionMeter
-from .sliding_window import labels_of, sliding_logits
+from .sliding_window import labels_of, parts_of, sliding_labels, sliding_logits
 
 WINDOWS_AT_ONCE = 8
+MOST_LOGITS = 1 << 29  # numbers of one image (2 GiB); above that only labels are kept
 SHOWN = 5  # classes in a picture's caption
 
 
@@ -70,6 +71,16 @@ class SegmentationTerms(nn.Module):
         return terms
 
 
+def predicted_labels(result: Result, size: Sequence[int]) -> Tensor:
+    """The class of each pixel of an image of `size` (height, width): [B, *size] int64."""
+    if result.labels is None:
+        return labels_of(result.logits, tuple(size))
+    labels = result.labels.long()
+    if labels.shape[-2:] != tuple(size):
+        labels = F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0]
+    return labels.long()
+
+
 class SegmentationMeter:
     """Mean IoU and accuracies from the confusion matrix of all pixels."""
 
@@ -78,7 +89,8 @@ class SegmentationMeter:
 
     def update(self, batch: Batch, result: Result) -> None:
         labels = batch.targets
-        self.confusion.update_labels(labels_of(result.logits, labels.shape[-2:]), labels)
+        predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
+        self.confusion.update_labels(predicted, labels)
 
     def compute(self, distributed) -> dict[str, Any]:
         return self.confusion.compute(distributed)
@@ -116,9 +128,10 @@ class Segmentation(Task):
         group = parser.add_argument_group("segmentation model")
         group.add_argument(
             "--decoder",
-            choices=tuple(DECODERS),
             default="upernet",
-            help="; ".join(f"{name}: {row.what}" for name, row in DECODERS.items()),
+            metavar="|".join((*DECODERS, "smp:NAME")),
+            help="; ".join(f"{name}: {row.what}" for name, row in DECODERS.items())
+            + "; smp:NAME: of segmentation_models_pytorch",
         )
         group.add_argument(
             "--decoder-channels", type=positive, help="width of the decoder (default: its own)"
@@ -232,9 +245,10 @@ class Segmentation(Task):
 
     def num_classes(self, checkpoint: Mapping[str, Any], source: str) -> int:
         for name, value in checkpoint["model"].items():
-            if name.endswith("decode_head.conv_seg.weight") and isinstance(value, Tensor):
+            # The auxiliary head is the same whatever the decoder is.
+            if name.endswith("auxiliary_head.conv_seg.weight") and isinstance(value, Tensor):
                 return len(value)
-        raise UserError(f"{source}: no decode_head.conv_seg.weight in it; it is no segmenter")
+        raise UserError(f"{source}: no auxiliary_head.conv_seg.weight in it; it is no segmenter")
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
         args = self.args
@@ -292,6 +306,13 @@ class Segmentation(Task):
             raise UsageError(
                 f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}"
             )
+        height, width = images.shape[-2:]
+        if model.num_classes * height * width > MOST_LOGITS and len(images) == 1:
+            if args.flip_test:
+                raise UserError(f"--flip-test: {height} x {width} pixels are too many for it")
+            read = parts_of(images[0])
+            labels = sliding_labels(forward, read, (height, width), crop, stride, WINDOWS_AT_ONCE)
+            return dataclasses.replace(_joined(results, None), labels=labels[None])
         logits = sliding_logits(forward, images, crop, stride, WINDOWS_AT_ONCE)
         if args.flip_test:
             mirrored = sliding_logits(forward, images.flip(-1), crop, stride, WINDOWS_AT_ONCE)
@@ -306,7 +327,8 @@ class Segmentation(Task):
     def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
         """The largest classes of each image, with their share of its pixels."""
         answers = []
-        for labels in result.logits.argmax(1).flatten(1):
+        labelled = result.logits.argmax(1) if result.labels is None else result.labels.long()
+        for labels in labelled.flatten(1):
             shares = labels.bincount(minlength=len(class_names)) / len(labels)
             top = shares.topk(min(SHOWN, len(class_names)))
             pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -328,7 +350,7 @@ def _sides(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def _joined(results: Sequence[Result], logits: Tensor) -> Result:
+def _joined(results: Sequence[Result], logits: Tensor | None) -> Result:
     """One Result of all forward passes of a prediction: the last one's, with all decisions."""
     stages = zip(*(result.kept for result in results), strict=True)
     return dataclasses.replace(

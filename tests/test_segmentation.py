@@ -14,7 +14,7 @@ from models.build import ModelSpec, build_model
 from models.flops import count_flops, decoder_operations
 from models.segmentation import as_segmenter, make_head
 from models.weights import load_weights
-from tasks import task_named
+from tasks import segmentation, task_named
 from tasks.segmentation import SegmentationTerms, pixel_cross_entropy
 from tests.helpers.flags import tiny
 from utils import preemption
@@ -139,6 +139,20 @@ def test_evaluation_needs_no_repeated_flags(student, scenes, tmp_path):
         main.main([*checkpoint, *here, "--sweep", "0.5:1:0.5", "--output_dir", str(tmp_path)]) == 0
     )
     assert (tmp_path / "sweep.csv").read_text().startswith("token_keep_ratio,trained,miou,macc,")
+
+
+def test_an_image_too_large_for_its_logits_is_labelled_in_bands(student, tmp_path, monkeypatch):
+    checkpoint = ["--eval", "--model-path", str(student / "best_checkpoint.pth")]
+    here = ["--device", "cpu", "--num-workers", "0", "--throughput-seconds", "0"]
+    reports = []
+    for most in (segmentation.MOST_LOGITS, 1):
+        monkeypatch.setattr(segmentation, "MOST_LOGITS", most)
+        flags = [*checkpoint, *here, "--eval-short-side", "0", "--output_dir", str(tmp_path)]
+        assert main.main(flags) == 0
+        reports.append(read(tmp_path / "eval.json"))
+    assert reports[0] == reports[1]
+    with pytest.raises(UserError, match="--flip-test: .* pixels are too many for it"):
+        main.main([*flags, "--flip-test"])
 
 
 def test_an_interrupted_run_ends_bit_identical(scenes, dense, student, tmp_path, monkeypatch):
