@@ -69,6 +69,9 @@ class Result:
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
     aux_logits: Tensor | None = None  # of an auxiliary head, in training
     labels: Tensor | None = None  # [B, H, W] in place of logits that would not fit in memory
+    frozen: Tensor | None = (
+        None  # [B, H, W] bool, pixels of dropped patches, if there is one window
+    )
 
 
 torch.export.register_dataclass(Result, serialized_type_name="dyvm.Result")

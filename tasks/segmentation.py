@@ -35,6 +35,7 @@ from models.segmentation import DECODERS, as_segmenter, follow_release, make_hea
 from models.segmentation_weights import load_backbone
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
+from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.images import MEAN, STD, ImageSize
 
@@ -75,25 +76,47 @@ def predicted_labels(result: Result, size: Sequence[int]) -> Tensor:
     """The class of each pixel of an image of `size` (height, width): [B, *size] int64."""
     if result.labels is None:
         return labels_of(result.logits, tuple(size))
-    labels = result.labels.long()
+    return resized_labels(result.labels, size)
+
+
+def resized_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, H, W] -> [B, *size] int64, the nearest pixel."""
     if labels.shape[-2:] != tuple(size):
         labels = F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0]
     return labels.long()
 
 
+def frozen_pixels(result: Result, grid: Sequence[int], crop: Sequence[int]) -> Tensor:
+    """Which pixels of a window [B, *crop] belong to dropped patches."""
+    dropped = (result.owner < 0).unflatten(1, tuple(grid))
+    return resized_labels(dropped, crop).bool()
+
+
 class SegmentationMeter:
-    """Mean IoU and accuracies from the confusion matrix of all pixels."""
+    """Mean IoU and accuracies from the confusion matrix of all pixels.
+
+    `frozen_per_class`: what the patches dropped after the last stage show, as the share [C] of each
+    class in their labelled pixels; None where nothing is dropped, or images have several windows.
+    """
 
     def __init__(self, num_classes: int, device: torch.device):
         self.confusion = ConfusionMeter(num_classes, device)
+        self.frozen = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, batch: Batch, result: Result) -> None:
         labels = batch.targets
         predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
         self.confusion.update_labels(predicted, labels)
+        if result.frozen is not None:
+            frozen = resized_labels(result.frozen, labels.shape[-2:])
+            shown = torch.where(frozen.bool(), labels, IGNORED)
+            for label, count in enumerate(self.frozen):
+                count += (shown == label).sum()
 
-    def compute(self, distributed) -> dict[str, Any]:
-        return self.confusion.compute(distributed)
+    def compute(self, distributed: Distributed) -> dict[str, Any]:
+        frozen = distributed.all_reduce_sum(self.frozen.double())
+        shares = (frozen / frozen.sum()).tolist() if frozen.any() else None
+        return self.confusion.compute(distributed) | {"frozen_per_class": shares}
 
 
 class Segmentation(Task):
@@ -105,7 +128,7 @@ class Segmentation(Task):
         Measure("macc", "mean class accuracy", "macc", unit="%"),
         Measure("aacc", "pixel accuracy", "aacc", unit="%"),
     )
-    details = ("iou_per_class", "accuracy_per_class")
+    details = ("iou_per_class", "accuracy_per_class", "frozen_per_class")
     recorded = (
         "decoder",
         "decoder_channels",
@@ -317,7 +340,11 @@ class Segmentation(Task):
         if args.flip_test:
             mirrored = sliding_logits(forward, images.flip(-1), crop, stride, WINDOWS_AT_ONCE)
             logits = (logits + mirrored.flip(-1)) / 2
-        return _joined(results, logits)
+        joined = _joined(results, logits)
+        if len(results) == 1 and results[0].kept and len(results[0].owner) == len(images):
+            frozen = frozen_pixels(results[0], model.patch_embed.grid, crop)
+            joined.frozen = frozen[:, :height, :width]
+        return joined
 
     def meter(
         self, args: argparse.Namespace, data: Data, device: torch.device
