@@ -108,10 +108,11 @@ class SegmentationMeter:
         predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
         self.confusion.update_labels(predicted, labels)
         if result.frozen is not None:
-            frozen = resized_labels(result.frozen, labels.shape[-2:])
-            shown = torch.where(frozen.bool(), labels, IGNORED)
-            for label, count in enumerate(self.frozen):
-                count += (shown == label).sum()
+            frozen = resized_labels(result.frozen, labels.shape[-2:]).bool()
+            classes = len(self.frozen)
+            shown = torch.where(frozen & (labels < classes), labels, classes).flatten()
+            counts = self.frozen.new_zeros(classes + 1)
+            self.frozen += counts.scatter_add_(0, shown, torch.ones_like(shown))[:classes]
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
         frozen = distributed.all_reduce_sum(self.frozen.double())

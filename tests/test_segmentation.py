@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tasks.segmentation import SegmentationTerms, pixel_cross_entropy
 from tests.helpers.flags import tiny
 from utils import preemption
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 
 CLASSES = ("ground", "box", "bar")
@@ -228,6 +230,20 @@ def test_ignored_pixels_count_nothing_in_the_sum_and_one_each_in_the_mean():
     alone = pixel_cross_entropy(logits[1:], labels[1:])
     torch.testing.assert_close(half, alone / 2)
     assert pixel_cross_entropy(logits, torch.full_like(labels, 255)) == 0
+
+
+def test_what_dropped_patches_show():
+    """Two of four patches are dropped; the shares are of their labelled pixels."""
+    labels = torch.tensor([[0, 0, 1, 1], [0, 2, 1, 255], [2, 2, 0, 0], [2, 2, 0, 0]])[None]
+    owner = torch.tensor([[-1, -1, 0, 1]])  # the upper two patches are gone
+    frozen = segmentation.frozen_pixels(SimpleNamespace(owner=owner), (2, 2), (8, 8))
+    assert frozen.shape == (1, 8, 8) and frozen[0, :4].all() and not frozen[0, 4:].any()
+    meter = segmentation.SegmentationMeter(3, torch.device("cpu"))
+    shown = SimpleNamespace(labels=labels, logits=None, frozen=frozen)
+    meter.update(SimpleNamespace(targets=labels), shown)
+    values = meter.compute(Distributed(torch.device("cpu")))
+    assert values["frozen_per_class"] == pytest.approx([3 / 7, 3 / 7, 1 / 7])
+    assert values["aacc"] == 100
 
 
 def segmenter(dynamic: bool, **sizes):
