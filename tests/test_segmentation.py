@@ -181,6 +181,27 @@ def test_epochs_of_a_number_of_steps(scenes, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    "model, more",
+    [
+        ("videomamba_tiny", ["--amp", "bf16"]),
+        ("mambareg_tiny", ["--grad-checkpointing"]),
+        ("vim_tiny", ["--token-strategy", "random"]),
+        ("vim_tiny", ["--token-strategy", "static", "--accum-steps", "2"]),
+    ],
+)
+def test_other_families_and_strategies(scenes, tmp_path, model, more):
+    small = ["--model", model, "--epochs", "1", "--subset", "16"]
+    small += ["--model-kwargs", "embed_dim=16", "depth=4", "patch_size=8"]
+    if model.startswith("mambareg"):
+        small += ["num_registers=2", "register_reduction=1"]
+    run(scenes, tmp_path / "dense", *small)
+    teacher = tmp_path / "dense" / "best_checkpoint.pth"
+    run(scenes, tmp_path / "dyvm", *small, *more, *DYNAMIC, "--model-path", teacher)
+    line = logged(tmp_path / "dyvm")[0]
+    assert line["train_loss"] > 0 and line["train_skipped_steps"] == 0
+
+
 def test_a_segmenter_starts_from_a_classifier(scenes, classifier, tmp_path, caplog):
     run(scenes, tmp_path / "dense", "--model-path", classifier, "--epochs", 1)
     recipe = [*DYNAMIC, "--model-path", classifier, "--epochs", 1]
