@@ -18,6 +18,7 @@ from models.segmentation import AUX_MAP, SegmentationHead, as_segmenter, follow_
 from models.upernet import FCNHead, UPerHead, resize
 from models.weights import load_weights
 from tasks.segmentation import SegmentationTerms
+from tasks.sliding_window import sliding_logits, windows
 
 pytestmark = [
     pytest.mark.skipif(
@@ -108,8 +109,8 @@ def compare_features(model: VisionMamba, result, case: golden.Case) -> None:
 
 
 def compare_labels(logits: Tensor, case: golden.Case, size) -> None:
-    expected = case.tensors["out.labels"].long()
     whole = resize(logits, size)
+    expected = case.tensors["out.labels"].long().view(len(whole), *size)
     best = whole.topk(2, dim=1).values
     sure = (best[:, 0] - best[:, 1]) > 1e-4
     wrong = (whole.argmax(1) != expected) & sure
@@ -158,6 +159,29 @@ def test_dynamic_evaluation(name, device):
     assert recorder.compare(case) >= 2 * model.depth
     golden.close(result.logits, t["out.logits"], 1e-4, 1e-4, "logits")
     compare_labels(result.logits, case, t["input.images"].shape[-2:])
+
+
+@pytest.mark.parametrize("name", golden.names("seg_slide"))
+def test_sliding_windows(name, device):
+    """Mean logits and labels of a whole image; a dynamic model decides for each window."""
+    case = golden.load(name, device)
+    t, info = case.tensors, case.info
+    dynamic = "pruning_loc" in info["config"]
+    model, results = build_loaded(case, dynamic=dynamic, device=device).eval(), []
+
+    def forward(images: Tensor) -> Tensor:
+        results.append(model(images))
+        return results[-1].logits
+
+    image = t["input.image"]
+    crop, stride = tuple(info["crop"]), tuple(info["stride"])
+    assert windows(image.shape[-2:], crop, stride) == [tuple(w) for w in info["windows_top_left"]]
+    logits = sliding_logits(forward, image, crop, stride, batch=4)
+    golden.close(logits, t["out.logits"], 1e-4, 1e-4, "logits")
+    compare_labels(logits, case, info["original_shape"])
+    for s in range(len(model.pruning_layers)):
+        kept = torch.cat([result.kept[s] for result in results])
+        assert torch.equal(kept, t[f"mid.keep_origin.stage{s}"]), f"stage {s}"
 
 
 def official(name: str) -> str:
