@@ -219,11 +219,11 @@ def draw_strip(
         if index:
             layer, left = report.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
             frozen = model.num_patches - len(kept) if model.reduction.freezes else 0
-            patches = f"{left} patches" + (f", {frozen} frozen" if frozen else "")
+            more = f", {frozen} frozen" if frozen else ""
             captions = [
-                f"stage {index}, before layer {layer}: {patches}",
-                f"stage {index}: {patches}",
-                f"stage {index}: {left}",
+                f"stage {index}, before layer {layer}: {left} patches{more}",
+                f"stage {index}: {left} patches{more}",
+                f"stage {index}: {left}{more}",
             ]
         _draw_caption(draw, (x, y + layout.height), panel_width, u, captions, kept, model)
     _draw_info(draw, origin, info_width, u, report, _legend(model))
