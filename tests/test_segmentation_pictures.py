@@ -201,7 +201,7 @@ def confusion(count):
 @pytest.mark.parametrize("count", [1, 2, 12, 60, 150, 255])
 def test_plots_of_any_number_of_classes(count, tmp_path):
     matrix, iou = confusion(count)
-    names = [f"a class with a long name {label}" for label in range(count)]
+    names = [f"$a_ class^ $ with a long name {label}" for label in range(count)]
     figure = iou_bars(iou, names)
     values = [bar.get_width() for axes in figure.axes for bar in axes.patches]
     assert len(values) == count - 1 and values == sorted(values, reverse=True)
