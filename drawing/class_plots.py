@@ -112,6 +112,6 @@ def _cell(axes, row: int, column: int, name: str, share: float) -> None:
 
 
 def _short(name: str, limit: int) -> str:
-    """A name cut off at a length, safe from matplotlib, which sets what is between $ as formulas."""
+    """A name cut off at a length; matplotlib would set what is between $ as a formula."""
     cut = name if len(name) <= limit else name[: limit - 1] + "…"
     return cut.replace("$", r"\$")
