@@ -1,87 +1,147 @@
-"""Classify images: class and probability of each file.
+"""Name what is in images: the class of each file, or the classes of its pixels.
 
 python predict.py --model-path output/dyvm/best_checkpoint.pth photo.jpg more/
 python predict.py --model-path output/dyvm/best_checkpoint.pth --json more/ > predictions.json
+python predict.py --model-path output/segmenter/best_checkpoint.pth --overlay pictures photos/
+
+With `--overlay DIR`, of a segmenter: `DIR/overlays/X.png` shows the classes over each image,
+`DIR/predictions/X.png` holds them, as a palette PNG of the image's own size.
 """
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
-from evaluation.inference import Predictor, build_parser, find_images, load_predictor
+from drawing.pictures import save_picture
+from drawing.segmentation import draw_overlay, label_map
+from evaluation.inference import Predictor, build_parser, check_outside, find_images, load_predictor
+from evaluation.samples import PictureNames
 from loading.bad_images import BadImages
 from loading.images import FileImages
-from tasks.classification import CLASSIFICATION, likeliest
+from tasks import TASKS, Named
 from utils.arguments import positive
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
+from utils.files import prepare_output_dir
 from utils.program import run_main
 
 
-def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[dict[str, Any]]:
-    """One entry per image, in the order of the files: its classes, or why it could not be read."""
+class Prediction(NamedTuple):
+    """Of one file: what the model says of it, or why it could not be read."""
+
+    index: int
+    file: str
+    named: Named | None
+    error: str | None = None
+
+    @property
+    def entry(self) -> dict:
+        """For --json."""
+        return {"file": self.file} | ({"error": self.error} if self.error else self.named.values)
+
+
+def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[Prediction]:
+    """One per image, in the order of the files."""
     bad_images = BadImages("skip")
     names = iter(range(len(images)))
 
-    def unreadable(before: int | None) -> Iterator[dict[str, Any]]:
-        """Entries of the files before image `before` that were missing from the batches."""
+    def unreadable(before: int | None) -> Iterator[Prediction]:
+        """Of the files before image `before` that were missing from the batches."""
         for index in names:
             if index == before:
                 return
             name = images.describe(index)
-            yield {"file": name, "error": bad_images.found[name]}
+            yield Prediction(index, name, None, bad_images.found[name])
 
-    for batch, result in predictor.results(images, bad_images):
-        answers = likeliest(result.logits, predictor.class_names, top)
-        for index, classes in zip(batch.indices.tolist(), answers, strict=True):
+    for batch, result in predictor.results(images, bad_images, evaluated=True):
+        answers = predictor.task.named(result, batch.targets, predictor.class_names, top)
+        for index, named in zip(batch.indices.tolist(), answers, strict=True):
             yield from unreadable(index)
-            label, name, probability = classes[0]
-            yield {
-                "file": images.describe(index),
-                "class": label,
-                "name": name,
-                "probability": probability,
-                "top": [{"class": c, "name": n, "probability": p} for c, n, p in classes],
-            }
+            yield Prediction(index, images.describe(index), named)
     yield from unreadable(None)
+
+
+class Overlays:
+    """Writes label maps, and pictures of them over their images."""
+
+    def __init__(self, output: Path, images: FileImages, class_names: list[str]):
+        self.images, self.class_names, self.names = images, class_names, PictureNames()
+        self.pictures, self.labels = (
+            prepare_output_dir(output / folder) for folder in ("overlays", "predictions")
+        )
+        folders = {os.path.dirname(os.path.abspath(images.describe(i))) for i in range(len(images))}
+        self.root = os.path.commonpath(folders)
+
+    def write(self, prediction: Prediction) -> None:
+        """The image is read a second time, to be drawn at its own resolution."""
+        labels = prediction.named.labels
+        shown = os.path.relpath(os.path.abspath(prediction.file), self.root)
+        name = self.names.name(shown)
+        image = self.images.load_image(prediction.index)
+        save_picture(label_map(labels), self.labels / name)
+        save_picture(draw_overlay(image, labels, self.class_names, shown), self.pictures / name)
+
+
+def check(predictor: Predictor) -> None:
+    """Raise UserError for a model that cannot do what is asked for."""
+    task, args = predictor.task, predictor.args
+    if not task.predicts:
+        raise UserError(
+            f"{args.model_path} is a model for {task.name}; predict.py names the classes of images"
+        )
+    if args.overlay and not task.labels_pixels:
+        able = ", ".join(name for name, other in TASKS.items() if other.labels_pixels)
+        raise UsageError(
+            f"--overlay needs a model for {able}; {args.model_path} is one for {task.name}"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = build_parser(
         "predict.py",
-        "Print class and probability of images; unreadable files are reported and skipped.",
+        "Print the class of images and its probability, or the classes of their pixels and their "
+        "shares; unreadable files are reported and skipped.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="image or folder of images")
     parser.add_argument(
         "--json", action="store_true", help="a JSON list with one entry per file and line"
     )
+    parser.add_argument("--top", type=positive, default=5, help="classes to list of an image")
     parser.add_argument(
-        "--top", type=positive, default=5, help="likeliest classes to list in --json"
+        "--overlay",
+        metavar="DIR",
+        help="for the label maps of a segmenter, and pictures of them over the images",
     )
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
-    if predictor.task.name != CLASSIFICATION.name:
-        raise UserError(
-            f"{predictor.args.model_path} is a model for {predictor.task.name}; predict.py names "
-            "the classes of images"
-        )
-    images = find_images(predictor.args.files)
+    check(predictor)
+    args, overlays = predictor.args, None
+    images = find_images(args.files)
+    if args.overlay:
+        check_outside("--overlay", Path(args.overlay), args.files)
+        overlays = Overlays(Path(args.overlay), images, predictor.class_names)
     read = failed = 0
-    if predictor.args.json:
+    if args.json:
         print("[", end="")
-    for entry in predictions(predictor, images, predictor.args.top):
-        if "error" in entry:
+    for prediction in predictions(predictor, images, args.top):
+        if prediction.error:
             failed += 1
-            print(f"{entry['file']}: {entry['error']}", file=sys.stderr)
+            print(f"{prediction.file}: {prediction.error}", file=sys.stderr)
         else:
             read += 1
-        if predictor.args.json:
-            print(",\n" if read + failed > 1 else "\n", json.dumps(entry), sep="", end="")
-        elif "error" not in entry:
-            print(f"{entry['file']}\t{entry['name']}\t{100 * entry['probability']:.1f} %")
-    if predictor.args.json:
+            if overlays:
+                overlays.write(prediction)
+        if args.json:
+            print(
+                ",\n" if read + failed > 1 else "\n", json.dumps(prediction.entry), sep="", end=""
+            )
+        elif not prediction.error:
+            print(f"{prediction.file}\t{prediction.named.text}")
+    if args.json:
         print("\n]")
     if not read:
         raise UserError(

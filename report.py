@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from datasets import DATA_SETS
@@ -252,7 +253,7 @@ def decision_charts(run: RunFolder) -> list[Markup]:
 
 
 def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
-    """Pictures that the run's evaluation left, as data URIs with their alternative text."""
+    """Pictures of decisions that the run's evaluation left."""
     pictures = []
     for path in sorted(run.folder.glob("decisions/sample*.png")) + [
         run.folder / "kept_patches.png"
@@ -268,14 +269,45 @@ def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
                 f"{run.name}: validation images, and below each what every stage left of it, "
                 "dropped patches dimmed"
             )
+        pictures.append((path, alt))
+    return embedded(run, pictures)
+
+
+def embedded(run: RunFolder, pictures: list[tuple[Path, str]]) -> list[dict[str, Any]]:
+    """Pictures as data URIs with their alternative texts; a note for those that are damaged."""
+    shown = []
+    for path, alt in pictures:
         try:
             uri, size = picture_uri(path)
-            pictures.append(
-                {"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]}
-            )
+            shown.append({"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]})
         except (OSError, UnidentifiedImageError) as error:
             run.notes.append(f"{path.name} cannot be read ({error})")
-    return pictures
+    return shown
+
+
+def task_part(run: RunFolder) -> dict[str, Any]:
+    """What the run's task itself drew of the evaluation."""
+    task, charts, pictures = task_of_run(run), [], []
+    if task is not None:
+        try:
+            charts, pictures = task.drawn_evaluation(run.folder)
+        except (OSError, ValueError) as error:
+            run.notes.append(f"{task.name}: a table cannot be read ({error})")
+    return {
+        "run": run,
+        "charts": [wide_chart(figure, alt) for figure, alt in charts],
+        "pictures": embedded(run, [(path, f"{run.name}, {alt}") for path, alt in pictures]),
+    }
+
+
+def wide_chart(figure: Figure, alt: str) -> dict[str, Any]:
+    """A plot as SVG with the width in CSS pixels at which its type is still readable."""
+    inches = figure.get_figwidth()
+    return {
+        "svg": Markup(plots.svg(figure, alt)),
+        "least": round(80 * inches) if inches > plots.WIDTH else 0,
+        "full": inches > 1.5 * plots.WIDTH,
+    }
 
 
 def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
@@ -343,6 +375,7 @@ def render(runs: list[RunFolder]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    of_tasks = [task_part(run) for run in runs]
     decided = [
         {"run": run, "charts": decision_charts(run), "pictures": sample_pictures(run)}
         for run in runs
@@ -354,6 +387,7 @@ def render(runs: list[RunFolder]) -> str:
         charts=time_charts(runs),
         evaluation=evaluation_table(runs),
         sweep=sweep_section(runs),
+        of_tasks=[part for part in of_tasks if part["charts"] or part["pictures"]],
         decided=[part for part in decided if part["charts"] or part["pictures"]],
         palette=Markup(plots.css_variables()),
     )

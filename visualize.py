@@ -14,35 +14,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from drawing.pictures import ImageReport, draw_strip
+from drawing.pictures import ImageReport, draw_strip, save_picture
 from drawing.sheets import ContactSheets
-from evaluation.inference import Predictor, build_parser, find_images, load_predictor
-from evaluation.samples import explain, save_picture
+from evaluation.inference import Predictor, build_parser, check_outside, find_images, load_predictor
+from evaluation.samples import PictureNames, explain
 from loading.bad_images import BadImages
 from loading.images import FileImages
-from utils.errors import UsageError, UserError
+from utils.errors import UserError
 from utils.files import prepare_output_dir, write_csv
 from utils.program import run_main
 
 _logger = logging.getLogger(__name__)
-
-
-class PictureNames:
-    """Names for the images' pictures: the image's own name with .png, made unique."""
-
-    def __init__(self):
-        self._taken: set[str] = set()
-
-    def name(self, image: str) -> str:
-        """`image`: path relative to the folder passed by the user."""
-        flat = image.replace(os.sep, "_")
-        stem, ending = os.path.splitext(flat)
-        name, number = f"{stem}.png", 1
-        while name in self._taken:
-            suffix = number if number > 1 else ""
-            name, number = f"{stem}_{ending.lstrip('.')}{suffix}.png", number + 1
-        self._taken.add(name)
-        return name
 
 
 def draw_all(
@@ -101,11 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
     source, output = predictor.args.images, Path(predictor.args.output_dir)
     root = source if os.path.isdir(source) else os.path.dirname(source)
-    if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
-        raise UsageError(
-            f"--output_dir {output} lies in --images {source}, whose pictures would be drawn again "
-            "next time; choose another folder"
-        )
+    check_outside("--output_dir", output, [source], "--images")
     images = find_images([source])
     prepare_output_dir(output)
     log_what_is_missing(predictor)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from models.embedding import PatchEmbed
+from utils.files import atomic_file
 from utils.images import MEAN, STD
 
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
@@ -142,6 +143,12 @@ def flops_text(flops: float) -> str:
     return f"{flops / factor:.2f} {unit}FLOPs"
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, atomically."""
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG", optimize=False, compress_level=4)
+
+
 # Strips: one picture an image
 
 PANEL_SIDE = 256  # smaller images are enlarged by a whole factor
@@ -211,14 +218,23 @@ def draw_strip(
         captions = [f"input: {len(kept)} patches"]
         if index:
             layer, left = report.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
+            frozen = model.num_patches - len(kept) if model.reduction.freezes else 0
+            more = f", {frozen} frozen" if frozen else ""
             captions = [
-                f"stage {index}, before layer {layer}: {left} patches",
-                f"stage {index}: {left} patches",
-                f"stage {index}: {left}",
+                f"stage {index}, before layer {layer}: {left} patches{more}",
+                f"stage {index}: {left} patches{more}",
+                f"stage {index}: {left}{more}",
             ]
         _draw_caption(draw, (x, y + layout.height), panel_width, u, captions, kept, model)
-    _draw_info(draw, origin, info_width, u, report)
+    _draw_info(draw, origin, info_width, u, report, _legend(model))
     return picture
+
+
+def _legend(model) -> dict[str, str]:
+    """What the bars below the panels show, with the colours."""
+    marks = {"▼ class tokens": ACCENT} if class_marks(np.arange(model.num_patches), model) else {}
+    without = "■ frozen" if model.reduction.freezes else "■ dropped"
+    return marks | {"■ kept": BLUE, without: GRID}
 
 
 def class_marks(kept: np.ndarray, model) -> list[float]:
@@ -261,9 +277,14 @@ def _draw_caption(
 
 
 def _draw_info(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, u: float, report: ImageReport
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    width: int,
+    u: float,
+    report: ImageReport,
+    legend: dict[str, str],
 ) -> None:
-    """Name, likeliest classes, gates and cost of an image."""
+    """Name, likeliest classes, gates and cost of an image; a legend of texts with colours."""
     x, y = corner
     bold, plain, small = font(12 * u, bold=True), font(10.5 * u), font(9 * u)
     draw.text((x, y), fitted(draw, report.name, bold, width), rgb(INK), bold)
@@ -292,8 +313,7 @@ def _draw_info(
     draw.text((x + width, top), f"{100 * share:.0f} % of dense", rgb(INK), plain, anchor="ra")
     draw.rectangle((x, top + 17 * u, x + width, top + 25 * u), rgb(GRID))
     draw.rectangle((x, top + 17 * u, x + width * share, top + 25 * u), rgb(BLUE))
-    legend = "▼ class tokens   ■ kept   ■ dropped"
-    for part, colour in zip(legend.split("   "), (ACCENT, BLUE, GRID), strict=True):
+    for part, colour in legend.items():
         draw.text((x, top + 33 * u), part[0], rgb(colour), small)
         draw.text((x + 11 * u, top + 33 * u), part[2:], rgb(MUTED), small)
         x += 26 * u + draw.textlength(part, small)

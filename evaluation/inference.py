@@ -7,13 +7,14 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from loading.folders import list_images
 from loading.images import FileImages
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
-from loading.transforms import ImageOnly
 from models import Result, VisionMamba
 from models.build import ModelSpec, recorded_arguments, restore
 from models.options import add_model_arguments, settle_model
@@ -31,7 +31,7 @@ from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
-from utils.errors import UserError, printable
+from utils.errors import UsageError, UserError, printable
 from utils.logging import Progress
 from utils.precision import autocast
 
@@ -74,6 +74,16 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     return parser
 
 
+class WithSize:
+    """Turns a transform of an image into one of an example; its target is (height, width)."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, Tensor]:
+        return self.transform(image), torch.tensor([image.height, image.width])
+
+
 @dataclass
 class Predictor:
     """A model in evaluation mode, with what it takes to feed it images and name its answers."""
@@ -95,13 +105,21 @@ class Predictor:
         return self.model.patch_embed.img_size
 
     def results(
-        self, images: FileImages, bad_images: BadImages, shown: bool = True
+        self, images: FileImages, bad_images: BadImages, shown: bool = True, evaluated: bool = False
     ) -> Iterator[tuple[Batch, Result]]:
-        """The model's results, batch by batch; files that cannot be used go to `bad_images`."""
-        batch_size = self.args.batch_size
+        """The model's results, batch by batch; files that cannot be used go to `bad_images`.
+
+        A batch's targets [B, 2] are the heights and widths of the files' images. With `evaluated`,
+        images are transformed and batched as in an evaluation, else as for pictures of decisions.
+        """
+        task, batch_size = self.task, self.args.batch_size
+        transform = task.image_transform(self.args, self.img_size)
+        if evaluated:
+            transform = task.prediction_transform(self.args, self.img_size)
+            batch_size = task.eval_batch_size(self.args) or batch_size
         loader = EvalLoader(
             images,
-            ImageOnly(self.task.image_transform(self.args, self.img_size)),
+            WithSize(transform),
             DataOptions(
                 batch_size=batch_size,
                 num_workers=self.args.num_workers if len(images) > batch_size else 0,
@@ -126,6 +144,8 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
         parser.error("--model-path is needed, the checkpoint to use")
     checkpoint = load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
+    own = vars(_flags_of(task).parse_args([]))
+    parser.set_defaults(**{name: value for name, value in own.items() if name not in args})
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
     settle_model(args)
@@ -136,6 +156,12 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
     names = class_names(args.class_names, checkpoint, count, args.model_path)
     return Predictor(model.to(device).eval(), task, names, args, device)
+
+
+def _flags_of(task: Task) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    task.add_arguments(parser)
+    return parser
 
 
 def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source: str) -> list[str]:
@@ -189,6 +215,17 @@ def _read_names(path: Path) -> list[str]:
         printable(str(entry[-1] if isinstance(entry, list) and entry else entry))
         for entry in entries
     ]
+
+
+def check_outside(flag: str, output: Path, sources: Sequence[str], source_flag: str = "") -> None:
+    """Raise UsageError if pictures would be written into a folder that images are read from."""
+    for source in sources:
+        if os.path.isdir(source) and output.resolve().is_relative_to(Path(source).resolve()):
+            where = f"{source_flag} {source}".strip()
+            raise UsageError(
+                f"{flag} {output} lies in {where}, whose pictures would be read again next time; "
+                "choose another folder"
+            )
 
 
 def find_images(paths: Sequence[str]) -> FileImages:

@@ -1,18 +1,17 @@
 """What a model decided for single images, as pictures."""
 
+import os
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from drawing.pictures import ImageReport, draw_strip
+from drawing.pictures import ImageReport, draw_strip, save_picture
 from evaluation.inference import Predictor
 from loading.data import Data
 from loading.images import BadImageError
 from models import Result
 from models.build import ModelSpec
 from models.flops import count_flops, exact_per_image
-from utils.files import atomic_file
 
 
 def dense_flops(predictor: Predictor) -> float:
@@ -44,10 +43,22 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
     ]
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, atomically."""
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG", optimize=False, compress_level=4)
+class PictureNames:
+    """Names for the images' pictures: the image's own name with .png, made unique."""
+
+    def __init__(self):
+        self._taken: set[str] = set()
+
+    def name(self, image: str) -> str:
+        """`image`: path relative to the folder passed by the user."""
+        flat = image.replace(os.sep, "_")
+        stem, ending = os.path.splitext(flat)
+        name, number = f"{stem}.png", 1
+        while name in self._taken:
+            suffix = number if number > 1 else ""
+            name, number = f"{stem}_{ending.lstrip('.')}{suffix}.png", number + 1
+        self._taken.add(name)
+        return name
 
 
 def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4) -> None:

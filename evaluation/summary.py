@@ -5,6 +5,7 @@ It goes to `eval.json` and to a table on the screen.
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from drawing.pictures import decision_picture
 from engine import evaluation_forward, validate
+from loading.images import BadImageError
 from models import Result, VisionMamba
 from models.build import sigmoid
 from models.flops import count_flops, decoder_operations
@@ -187,17 +189,32 @@ def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     """Picture [H, W, 3] of validation images, dropped patches dimmed; None if none are dropped."""
     if not model.pruning_layers:
         return None
-    images = next(iter(experiment.data.val_batches())).images[:count]
+    images = _model_sized(experiment, model.patch_embed.img_size, count)
+    if images is None:
+        return None
     kept = evaluation_forward(model, experiment)(images.to(experiment.device)).kept
     if len(kept[0]) != len(images):
         return None  # the task looks at an image more than once
     return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
 
 
+def _model_sized(experiment: Experiment, size: tuple[int, int], count: int) -> Tensor | None:
+    """The first validation images [B, 3, *size]; None where there are none of this size."""
+    task, val = experiment.task, experiment.data.val
+    if task.fixed_size:
+        images = next(iter(experiment.data.val_batches())).images[:count]
+        return images if images.shape[-2:] == size else None
+    transform, images = task.image_transform(experiment.args, size), []
+    for index in range(0 if val is None else min(count, len(val))):
+        with suppress(BadImageError):  # the evaluation has reported it
+            images.append(transform(val.load(index).image))
+    return torch.stack(images) if images else None
+
+
 def report_evaluation(
     model: VisionMamba, ema: VisionMamba | None, dense: VisionMamba | None, experiment: Experiment
 ) -> None:
-    """Evaluate, print the table, write eval.json and the picture of the kept patches."""
+    """Evaluate, print the table, write eval.json, pictures of the decisions and the task's own."""
     task, data, output = experiment.task, experiment.data, experiment.output
     dense_trained = dense is not None
     if experiment.spec.dynamic and dense is None:
@@ -208,10 +225,12 @@ def report_evaluation(
     data.list_bad_images(output, experiment.distributed.rank)
     if not experiment.is_main:
         return
+    predictor = Predictor.of(model, experiment)
     if decides:
         values["decisions"].write(output / "decisions")
-        draw_samples(Predictor.of(model, experiment), data, output / "decisions")
+        draw_samples(predictor, data, output / "decisions")
     write_json(output / "eval.json", report)
+    task.draw_evaluation(predictor.forward, data, predictor.img_size, values, output)
     print(table(report, task))
     picture = draw_decisions(model, experiment)
     if picture is not None:

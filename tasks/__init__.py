@@ -1,6 +1,6 @@
 """What differs between tasks, and nothing else: one file per task, and what they share."""
 
-from .base import TASKS, Measure, Task, check_task, register, task_named, task_of_checkpoint
+from .base import TASKS, Measure, Named, Task, check_task, register, task_named, task_of_checkpoint
 from .classification import CLASSIFICATION
 from .experiment import Experiment
 from .meters import Meter, ReductionMeter, exact_sum
@@ -13,6 +13,7 @@ __all__ = [
     "Experiment",
     "Measure",
     "Meter",
+    "Named",
     "ReductionMeter",
     "Task",
     "check_task",

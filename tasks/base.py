@@ -7,9 +7,12 @@ import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -83,6 +86,17 @@ class Measure:
         return value >= best if self.higher_is_better else value <= best
 
 
+class Named(NamedTuple):
+    """What predict.py says of an image.
+
+    labels: the class of each pixel [H, W] uint8, at the image's own size; None for tasks without.
+    """
+
+    values: dict[str, Any]  # of its JSON entry
+    text: str
+    labels: np.ndarray | None = None
+
+
 class Task:
     """One kind of problem. A new task overrides what differs and is registered under its name.
 
@@ -96,6 +110,8 @@ class Task:
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
         recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
             given.
+        predicts: whether predict.py can use it: `named` is implemented.
+        labels_pixels: whether what it names has label maps.
     """
 
     name: str
@@ -106,6 +122,8 @@ class Task:
     fixed_size = True
     distils = True
     recorded: tuple[str, ...] = ()
+    predicts = False
+    labels_pixels = False
     args: argparse.Namespace | None = None  # the flags of the run, see `of_run`
 
     def of_run(self, args: argparse.Namespace) -> "Task":
@@ -160,6 +178,12 @@ class Task:
     ) -> Callable[[Image.Image], Tensor]:
         """What an RGB image becomes where it has no target: in predictions and pictures."""
         return eval_transform(args, img_size)
+
+    def prediction_transform(
+        self, args: argparse.Namespace, img_size: ImageSize
+    ) -> Callable[[Image.Image], Tensor]:
+        """What an RGB image becomes where predict.py names what is in it: as in an evaluation."""
+        return self.image_transform(args, img_size)
 
     def seen_region(
         self, size: tuple[int, int], args: argparse.Namespace, img_size: ImageSize
@@ -231,6 +255,39 @@ class Task:
     def answers(self, result: Result, class_names: Sequence[str]) -> list[list[tuple[str, float]]]:
         """A picture's caption for each image: a few (name, share), the most important first."""
         return [[] for _ in range(len(result.logits))]
+
+    def named(
+        self, result: Result, sizes: Tensor, class_names: Sequence[str], top: int
+    ) -> list[Named]:
+        """What predict.py says of each image: of its classes at most `top`.
+
+        sizes [B, 2]: height and width of the images themselves.
+        """
+        raise NotImplementedError
+
+    def draw_evaluation(
+        self,
+        predict: Callable[[Tensor], Result],
+        data: Data,
+        img_size: ImageSize,
+        values: Mapping[str, Any],
+        output: Path,
+    ) -> None:
+        """Leave this task's own tables and pictures of an evaluation in the run's folder.
+
+        predict: a batch of images [B, 3, H, W], normalised -> `predict` of the evaluated model.
+        values: what the meter computed.
+        """
+
+    def drawn_evaluation(
+        self, output: Path
+    ) -> tuple[list[tuple[Figure, str]], list[tuple[Path, str]]]:
+        """What `draw_evaluation` left, for a report: plots and pictures, each with its alternative
+        text.
+
+        Raises OSError or ValueError for a damaged table.
+        """
+        return [], []
 
 
 TASKS: dict[str, Task] = {}

@@ -22,7 +22,7 @@ from utils.arguments import below_one, not_negative, probability
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 
-from .base import Measure, Task, check_classes, register
+from .base import Measure, Named, Task, check_classes, register
 from .meters import exact_sum
 
 SHOWN = 5  # classes in a picture
@@ -71,6 +71,7 @@ class Classification(Task):
         Measure("top5", "top-5", "acc5", unit="%"),
         Measure("loss", "loss", "loss", format="{:.4f}", higher_is_better=False, compared=False),
     )
+    predicts = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_augmentation_arguments(parser)
@@ -137,6 +138,21 @@ class Classification(Task):
             [(name, share) for _, name, share in image]
             for image in likeliest(result.logits, class_names, SHOWN)
         ]
+
+    def named(
+        self, result: Result, sizes: Tensor, class_names: Sequence[str], top: int
+    ) -> list[Named]:
+        named = []
+        for classes in likeliest(result.logits, class_names, top):
+            label, name, probability = classes[0]
+            values = {
+                "class": label,
+                "name": name,
+                "probability": probability,
+                "top": [{"class": c, "name": n, "probability": p} for c, n, p in classes],
+            }
+            named.append(Named(values, f"{name}\t{100 * probability:.1f} %"))
+        return named
 
 
 CLASSIFICATION = register(Classification())

@@ -10,6 +10,7 @@ mmsegmentation.
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,16 @@ from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.images import MEAN, STD, ImageSize
 
-from .base import Measure, Task, check_classes, register
+from .base import Measure, Named, Task, check_classes, register
 from .segmentation_measures import ConfusionMeter
+from .segmentation_pictures import (
+    PICTURES,
+    draw_comparisons,
+    list_comparisons,
+    name_pixels,
+    read_class_scores,
+    write_class_scores,
+)
 from .sliding_window import labels_of, parts_of, sliding_labels, sliding_logits
 
 WINDOWS_AT_ONCE = 8
@@ -141,6 +150,7 @@ class Segmentation(Task):
     )
     has_decoder = True
     fixed_size = False
+    predicts = labels_pixels = True
     defaults = {
         "model_ema": False,
         "repeated_aug": False,
@@ -362,6 +372,37 @@ class Segmentation(Task):
             pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
             answers.append([(class_names[label], share) for share, label in pairs if share])
         return answers
+
+    def prediction_transform(
+        self, args: argparse.Namespace, img_size: ImageSize
+    ) -> Callable[[Image.Image], Tensor]:
+        return self.transforms(args, img_size, train=False).eval
+
+    def named(
+        self, result: Result, sizes: Tensor, class_names: Sequence[str], top: int
+    ) -> list[Named]:
+        """The largest classes with their share of the pixels, at the image's own size."""
+        return [
+            name_pixels(logits, size, class_names, top)
+            for logits, size in zip(result.logits, sizes.tolist(), strict=True)
+        ]
+
+    def draw_evaluation(
+        self,
+        predict: Callable[[Tensor], Result],
+        data: Data,
+        img_size: ImageSize,
+        values: Mapping[str, Any],
+        output: Path,
+    ) -> None:
+        folder = output / PICTURES
+        folder.mkdir(exist_ok=True)
+        write_class_scores(values, data.class_names, folder)
+        transform = self.transforms(self.args, img_size, train=False).eval
+        draw_comparisons(predict, data, transform, folder)
+
+    def drawn_evaluation(self, output: Path):
+        return read_class_scores(output / PICTURES), list_comparisons(output / PICTURES)
 
 
 def _short_side(args: argparse.Namespace, img_size: ImageSize) -> int | None:
