@@ -26,7 +26,6 @@ from loading.joint_transforms import (
     segmentation_eval_transform,
     segmentation_train_transform,
 )
-from loading.loaders import Batch
 from loading.masks import IGNORED
 from loading.transforms import Transforms
 from models import FeatureMaps, Result, VisionMamba
@@ -36,12 +35,11 @@ from models.segmentation import DECODERS, as_segmenter, follow_release, make_hea
 from models.segmentation_weights import load_backbone
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
-from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.images import MEAN, STD, ImageSize
 
 from .base import Measure, Named, Task, check_classes, register
-from .segmentation_measures import ConfusionMeter
+from .segmentation_measures import SegmentationMeter, frozen_pixels
 from .segmentation_pictures import (
     PICTURES,
     draw_comparisons,
@@ -50,7 +48,7 @@ from .segmentation_pictures import (
     read_class_scores,
     write_class_scores,
 )
-from .sliding_window import labels_of, parts_of, sliding_labels, sliding_logits
+from .sliding_window import parts_of, sliding_labels, sliding_logits
 
 WINDOWS_AT_ONCE = 8
 MOST_LOGITS = 1 << 29  # numbers of one image (2 GiB); above that only labels are kept
@@ -79,54 +77,6 @@ class SegmentationTerms(nn.Module):
         if result.aux_logits is not None:
             terms["aux"] = self.aux_weight * pixel_cross_entropy(result.aux_logits, labels)
         return terms
-
-
-def predicted_labels(result: Result, size: Sequence[int]) -> Tensor:
-    """The class of each pixel of an image of `size` (height, width): [B, *size] int64."""
-    if result.labels is None:
-        return labels_of(result.logits, tuple(size))
-    return resized_labels(result.labels, size)
-
-
-def resized_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, H, W] -> [B, *size] int64, the nearest pixel."""
-    if labels.shape[-2:] != tuple(size):
-        labels = F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0]
-    return labels.long()
-
-
-def frozen_pixels(result: Result, grid: Sequence[int], crop: Sequence[int]) -> Tensor:
-    """Which pixels of a window [B, *crop] belong to dropped patches."""
-    dropped = (result.owner < 0).unflatten(1, tuple(grid))
-    return resized_labels(dropped, crop).bool()
-
-
-class SegmentationMeter:
-    """Mean IoU and accuracies from the confusion matrix of all pixels.
-
-    `frozen_per_class`: what the patches dropped after the last stage show, as the share [C] of each
-    class in their labelled pixels; None where nothing is dropped, or images have several windows.
-    """
-
-    def __init__(self, num_classes: int, device: torch.device):
-        self.confusion = ConfusionMeter(num_classes, device)
-        self.frozen = torch.zeros(num_classes, dtype=torch.int64, device=device)
-
-    def update(self, batch: Batch, result: Result) -> None:
-        labels = batch.targets
-        predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
-        self.confusion.update_labels(predicted, labels)
-        if result.frozen is not None:
-            frozen = resized_labels(result.frozen, labels.shape[-2:]).bool()
-            classes = len(self.frozen)
-            shown = torch.where(frozen & (labels < classes), labels, classes).flatten()
-            counts = self.frozen.new_zeros(classes + 1)
-            self.frozen += counts.scatter_add_(0, shown, torch.ones_like(shown))[:classes]
-
-    def compute(self, distributed: Distributed) -> dict[str, Any]:
-        frozen = distributed.all_reduce_sum(self.frozen.double())
-        shares = (frozen / frozen.sum()).tolist() if frozen.any() else None
-        return self.confusion.compute(distributed) | {"frozen_per_class": shares}
 
 
 class Segmentation(Task):
@@ -383,8 +333,8 @@ class Segmentation(Task):
     ) -> list[Named]:
         """The largest classes with their share of the pixels, at the image's own size."""
         return [
-            name_pixels(logits, size, class_names, top)
-            for logits, size in zip(result.logits, sizes.tolist(), strict=True)
+            name_pixels(result, index, size, class_names, top)
+            for index, size in enumerate(sizes.tolist())
         ]
 
     def draw_evaluation(

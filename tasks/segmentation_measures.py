@@ -9,15 +9,21 @@ B images, H x W pixels, C classes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from loading.loaders import Batch
+from loading.masks import IGNORED
+from models import Result
 from utils.distributed import Distributed
 from utils.errors import UserError
 
-IGNORED = 255
+from .sliding_window import labels_of
+
 # Pixels counted at once: the indexes of a huge image would take 8 bytes for each of its pixels.
 CHUNK = 1 << 24
 
@@ -134,3 +140,51 @@ class ConfusionMeter:
         if wrong_predictions:
             raise UserError(f"{wrong_predictions} pixels have a prediction that is none {expected}")
         return measures(counts[:-2].reshape(self.num_classes, self.num_classes))
+
+
+def predicted_labels(result: Result, size: Sequence[int]) -> Tensor:
+    """The class of each pixel of an image of `size` (height, width): [B, *size] int64."""
+    if result.labels is None:
+        return labels_of(result.logits, tuple(size))
+    return resized_labels(result.labels, size)
+
+
+def resized_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, H, W] -> [B, *size] int64, the nearest pixel."""
+    if labels.shape[-2:] != tuple(size):
+        labels = F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0]
+    return labels.long()
+
+
+def frozen_pixels(result: Result, grid: Sequence[int], crop: Sequence[int]) -> Tensor:
+    """Which pixels of a window [B, *crop] belong to dropped patches."""
+    dropped = (result.owner < 0).unflatten(1, tuple(grid))
+    return resized_labels(dropped, crop).bool()
+
+
+class SegmentationMeter:
+    """Mean IoU and accuracies from the confusion matrix of all pixels.
+
+    `frozen_per_class`: what the patches dropped after the last stage show, as the share [C] of each
+    class in their labelled pixels; None where nothing is dropped, or images have several windows.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.confusion = ConfusionMeter(num_classes, device)
+        self.frozen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    def update(self, batch: Batch, result: Result) -> None:
+        labels = batch.targets
+        predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
+        self.confusion.update_labels(predicted, labels)
+        if result.frozen is not None:
+            frozen = resized_labels(result.frozen, labels.shape[-2:]).bool()
+            classes = len(self.frozen)
+            shown = torch.where(frozen & (labels < classes), labels, classes).flatten()
+            counts = self.frozen.new_zeros(classes + 1)
+            self.frozen += counts.scatter_add_(0, shown, torch.ones_like(shown))[:classes]
+
+    def compute(self, distributed: Distributed) -> dict[str, Any]:
+        frozen = distributed.all_reduce_sum(self.frozen.double())
+        shares = (frozen / frozen.sum()).tolist() if frozen.any() else None
+        return self.confusion.compute(distributed) | {"frozen_per_class": shares}

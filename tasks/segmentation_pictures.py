@@ -4,6 +4,7 @@ H, W pixels, C classes.
 """
 
 import csv
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,40 +22,31 @@ from loading.data import Data
 from loading.images import BadImageError
 from loading.transforms import Transform
 from models import Result
-from models.upernet import resize
 from utils.files import write_csv
 
 from .base import Named
+from .segmentation_measures import predicted_labels
 
 PICTURES = "segmentation"  # the folder in that of the run
 COMPARISONS = 4
-CLASSES_AT_ONCE = 16  # whose logits are held at an image's own size
 _SCORES, _CONFUSION = "iou_per_class.csv", "confusion.csv"
 
 
-def labels_at(logits: Tensor, size: Sequence[int]) -> np.ndarray:
-    """logits [C, h, w] -> `sliding_window.labels_of` of them at a size, as uint8 [H, W].
-
-    The logits of a few classes are resized at a time: of all, a photograph takes gigabytes.
-    """
-    best = labels = None
-    for first in range(0, len(logits), CLASSES_AT_ONCE):
-        part = resize(logits[None, first : first + CLASSES_AT_ONCE].float(), tuple(size))[0]
-        value, index = part.max(0)
-        index = (index + first).to(torch.uint8)
-        if best is None:
-            best, labels = value, index
-        else:
-            better = value > best
-            best, labels = torch.where(better, value, best), torch.where(better, index, labels)
-    return labels.cpu().numpy()
+def labels_at(result: Result, index: int, size: Sequence[int]) -> np.ndarray:
+    """The prediction of an image of a batch at a size: uint8 [H, W]."""
+    one = dataclasses.replace(
+        result,
+        logits=None if result.logits is None else result.logits[index : index + 1],
+        labels=None if result.labels is None else result.labels[index : index + 1],
+    )
+    return predicted_labels(one, size)[0].to(torch.uint8).cpu().numpy()
 
 
-def name_pixels(logits: Tensor, size: Sequence[int], class_names: Sequence[str], top: int) -> Named:
-    """The classes of an image of a size (height, width), the largest first: its logits [C, h, w]
-    resized to it.
-    """
-    labels = labels_at(logits, size)
+def name_pixels(
+    result: Result, index: int, size: Sequence[int], class_names: Sequence[str], top: int
+) -> Named:
+    """The classes of an image of a batch, at its size (height, width), the largest first."""
+    labels = labels_at(result, index, size)
     rows, _ = legend_rows([labels], class_names, top)
     classes = [{"class": row.label, "name": row.name, "share": row.shares[0]} for row in rows]
     text = ", ".join(f"{row.name} {100 * row.shares[0]:.1f} %" for row in rows)
@@ -137,7 +129,7 @@ def draw_comparisons(
             continue
         pixels, _ = transform(image, target)
         truth = target.numpy()
-        prediction = labels_at(predict(pixels[None]).logits[0], truth.shape)
+        prediction = labels_at(predict(pixels[None]), 0, truth.shape)
         title = f"sample {number + 1}: {Path(data.val.describe(index)).name}"
         picture = draw_comparison(image, truth, prediction, data.class_names, title)
         save_picture(picture, folder / f"sample{number + 1}.png")

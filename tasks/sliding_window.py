@@ -20,6 +20,7 @@ What else the model returns for each window (its gates and kept patches) is coll
 function itself: it is called in the order of the windows.
 """
 Size = tuple[int, int]  # height, width
+CLASSES_AT_ONCE = 16
 
 
 def positions(length: int, crop: int, stride: int) -> list[int]:
@@ -113,10 +114,22 @@ def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
 
 
 def labels_of(logits: Tensor, size: Size | None = None) -> Tensor:
-    """logits [B, C, H, W], resized (bilinear) to `size` unless None -> labels [B, *size] int64."""
-    if size is not None and logits.shape[-2:] != tuple(size):
-        logits = _resized(logits, size)
-    return logits.argmax(1)
+    """logits [B, C, H, W], resized (bilinear) to `size` unless None -> labels [B, *size] int64.
+
+    A few classes are resized at a time: of all, a photograph takes gigabytes.
+    """
+    if size is None or logits.shape[-2:] == tuple(size):
+        return logits.argmax(1)
+    best = labels = None
+    for first in range(0, logits.shape[1], CLASSES_AT_ONCE):
+        part = _resized(logits[:, first : first + CLASSES_AT_ONCE].float(), tuple(size))
+        value, index = part.max(1)
+        if best is None:
+            best, labels = value, index
+        else:
+            labels = torch.where(value > best, index + first, labels)
+            best = torch.maximum(value, best)
+    return labels
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from models.build import ModelSpec, build_model
 from models.flops import count_flops, decoder_operations
 from models.segmentation import as_segmenter, make_head
 from models.weights import load_weights
-from tasks import segmentation, task_named
+from tasks import segmentation, segmentation_measures, task_named
 from tasks.segmentation import SegmentationTerms, pixel_cross_entropy
 from tests.helpers.flags import tiny
 from utils import preemption
@@ -257,9 +257,9 @@ def test_what_dropped_patches_show():
     """Two of four patches are dropped; the shares are of their labelled pixels."""
     labels = torch.tensor([[0, 0, 1, 1], [0, 2, 1, 255], [2, 2, 0, 0], [2, 2, 0, 0]])[None]
     owner = torch.tensor([[-1, -1, 0, 1]])  # the upper two patches are gone
-    frozen = segmentation.frozen_pixels(SimpleNamespace(owner=owner), (2, 2), (8, 8))
+    frozen = segmentation_measures.frozen_pixels(SimpleNamespace(owner=owner), (2, 2), (8, 8))
     assert frozen.shape == (1, 8, 8) and frozen[0, :4].all() and not frozen[0, 4:].any()
-    meter = segmentation.SegmentationMeter(3, torch.device("cpu"))
+    meter = segmentation_measures.SegmentationMeter(3, torch.device("cpu"))
     shown = SimpleNamespace(labels=labels, logits=None, frozen=frozen)
     meter.update(SimpleNamespace(targets=labels), shown)
     values = meter.compute(Distributed(torch.device("cpu")))

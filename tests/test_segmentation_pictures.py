@@ -4,10 +4,12 @@ import csv
 import json
 import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.scenes import CLASSES, IGNORED, save_scenes
 from helpers.seeing import DYNAMIC, SMALL, save_images, save_model
 from PIL import Image
@@ -35,6 +37,7 @@ from drawing.segmentation import (
     overlay,
 )
 from evaluation.inference import build_parser, load_predictor
+from models import Result
 from tasks.segmentation import SEGMENTATION
 from tasks.segmentation_pictures import labels_at, read_class_scores
 from tasks.sliding_window import labels_of
@@ -182,10 +185,15 @@ def test_a_label_map_holds_the_labels(tmp_path):
 
 def test_labels_at_a_size_are_those_that_are_scored():
     torch.manual_seed(0)
-    logits = torch.randn(37, 6, 9)
+    logits = torch.randn(2, 37, 6, 9)
+    result = Result(logits, tokens=None, origin=None, alive=None, gates=None)
     for size in ((6, 9), (31, 20)):
-        expected = labels_of(logits[None], size)[0].numpy()
-        assert (labels_at(logits, size) == expected).all()
+        whole = F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+        for index in (0, 1):
+            assert (labels_at(result, index, size) == whole[index].numpy()).all()
+        assert torch.equal(labels_of(logits, size), whole)
+    banded = replace(result, logits=None, labels=whole.to(torch.uint8))
+    assert (labels_at(banded, 1, size) == whole[1].numpy()).all()
 
 
 def confusion(count):
