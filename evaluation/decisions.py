@@ -119,7 +119,10 @@ class DecisionMeter:
             self.class_gates.index_add_(0, labels, gates.transpose(0, 1))
         for total, stage in zip(self.kept, result.kept, strict=True):
             total += torch.bincount(stage.flatten().cpu(), minlength=self.model.num_patches)
-        self.costs.append(exact_per_image(self.model, gates).round().long().numpy())
+        costs = exact_per_image(self.model, gates)
+        if len(batch.images) == 1:  # several passes are its windows or views
+            costs = costs.sum(dim=0, keepdim=True)
+        self.costs.append(costs.round().long().numpy())
 
     def compute(self, distributed: Distributed) -> dict[str, DecisionTotals | None]:
         sums = (self.counts, self.class_gates, self.gates, self.kept)

@@ -52,6 +52,8 @@ def decoder_operations(model: VisionMamba) -> int:
     head = model.head
     if not isinstance(head, MapHead):
         return 0
+    if head.operations is not None:
+        return head.operations
     counted = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -68,7 +70,8 @@ def decoder_operations(model: VisionMamba) -> int:
             module.register_forward_hook(count)
     size = 1, model.embed_dim, *model.patch_embed.grid
     counting([torch.zeros(size, device="meta") for _ in head.layers])
-    return sum(counted)
+    head.operations = sum(counted)
+    return head.operations
 
 
 def _direction(model: VisionMamba, length: int) -> tuple[int, int]:

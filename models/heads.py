@@ -20,6 +20,7 @@ class MapHead(nn.Module):
         if features not in FeatureMaps.KINDS:
             raise ValueError(f"features {features!r} must be one of {', '.join(FeatureMaps.KINDS)}")
         self.layers, self.features = tuple(layers), features
+        self.operations: int | None = None  # kept by `flops.decoder_operations`
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Maps [B, d, h, w] in the order of `layers` -> logits [B, C, ...] and, in training, those

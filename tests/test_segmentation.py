@@ -121,6 +121,10 @@ def test_a_student_saves_in_the_backbone_alone(student):
     assert dynamic["decoder_flops"] == dense["decoder_flops"]
     assert 0 < reduction["exact"] < reduction["backbone_exact"] < 1
     assert len(dynamic["keep"]) == 2 and len(dynamic["gates"]) == 4
+    costs = (student / "decisions" / "costs.csv").read_text().split()[1:]
+    assert len(costs) == report["images"] and dynamic["windows"] > 1
+    mean = sum(map(int, costs)) / len(costs)
+    assert mean == pytest.approx(dynamic["flops"]["exact"], rel=1e-5)
     terms = {"train_pixel_kl", "train_token_distill", "train_token_ratio", "train_block_ratio"}
     assert terms <= logged(student)[0].keys()
 
