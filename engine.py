@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from loading.loaders import Batch
 from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
+from models.batch_norm import statistics_kept
 from models.weights import load_weights
 from tasks import Experiment, Meter, ReductionMeter
 from tasks.base import BatchTransform, check_task, task_of_checkpoint
@@ -151,14 +152,16 @@ def accumulate_gradients(
     """Gradients of the loss on the joined parts; -> means of the loss, its terms and the rates.
 
     Some terms depend on the joined batch. With several parts its statistics need a forward pass of
-    their own, without gradient; equal seeds make it equal to the one that follows.
+    their own, without gradient; equal seeds make it equal to the one that follows. A decoder's
+    batch norm sees each part by itself.
     """
     whole = None
     if len(parts) > 1:
-        whole = training.objective.whole_batch(
-            _forward(training, training.model, part, i, experiment)[0]
-            for i, part in enumerate(parts)
-        )
+        with statistics_kept(training.model):
+            whole = training.objective.whole_batch(
+                _forward(training, training.model, part, i, experiment)[0]
+                for i, part in enumerate(parts)
+            )
     training.optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for i, part in enumerate(parts):

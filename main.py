@@ -200,7 +200,7 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         return restore(model, checkpoint, args.model_path, ema=ema, threshold=args.gate_threshold)
 
     model, dense = restored(ema=False), None
-    if args.dense_path and spec.dynamic:
+    if args.dense_path and spec.dynamic and not starts_from_another_task(checkpoint, experiment):
         dense = experiment.model(spec.dense())
         load_weights(dense, load_checkpoint(args.dense_path), args.dense_path)
     # A training that wrote to this folder has recorded its own: that one stays.
@@ -219,6 +219,18 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
     report_evaluation(model, ema, dense, experiment)
 
 
+def starts_from_another_task(checkpoint: dict[str, Any], experiment: Experiment) -> bool:
+    """Whether `--dense-path` is a checkpoint's own start, and that of another task: no teacher."""
+    path = experiment.args.dense_path
+    if path != recorded_arguments(checkpoint).get("dense_path"):
+        return False
+    trained = task_of_checkpoint(load_checkpoint(path)).name
+    if trained == experiment.task.name:
+        return False
+    _logger.info("%s was trained for %s: the dense column has no score", path, trained)
+    return True
+
+
 def save_calibrated(
     checkpoint: dict[str, Any],
     thresholds: dict[str, float],
@@ -227,9 +239,10 @@ def save_calibrated(
 ) -> None:
     """`--calibrate`: write the checkpoint with its thresholds and the budgets they are for.
 
-    Of a checkpoint without recorded arguments only the weights are kept.
+    Of a checkpoint without recorded arguments only the weights and class names are kept.
     """
     content = {"model": checkpoint["model"], "family": model.family.name}
+    content |= {name: checkpoint[name] for name in ("class_names",) if name in checkpoint}
     if recorded_arguments(checkpoint):
         budgets = {
             "block_keep_ratio": experiment.args.block_keep_ratio,

@@ -69,7 +69,7 @@ def evaluate_all(
     own = column(model, task, values, speeds["dynamic" if dynamic else "dense"])
     own |= {best.ema_key: ema_best}
     if dynamic:
-        other = column(dense, task, dense_values, speeds["dense"])
+        other = column(dense, task, dense_values, speeds["dense"], values["passes"])
         report = _comparison(other, own | _kept(model, values))
     else:
         report = {"dense": own, "dynamic": None, "reduction": None, "speedup": None}
@@ -85,19 +85,27 @@ def evaluate_all(
 
 
 def column(
-    model: VisionMamba, task: Task, values: Mapping[str, Any] | None, images_per_s: float | None
+    model: VisionMamba,
+    task: Task,
+    values: Mapping[str, Any] | None,
+    images_per_s: float | None,
+    passes: float = 1,
 ) -> dict[str, Any]:
-    """What is reported of one model; without `values`, what does not depend on its weights."""
+    """What is reported of one model; without `values`, what does not depend on its weights.
+
+    passes: forward passes of an image, if there are no values.
+    """
     flops = count_flops(model, values["gates"] if values else None)
-    passes = values["passes"] if values else 1
+    passes = values["passes"] if values else passes
     scores = {}
     if values:
         scores = {key: values[key] for key in (*(m.key for m in task.measures), *task.details)}
     decoder = decoder_operations(model)
     if decoder:
-        scores |= {"decoder_flops": passes * decoder, "windows": passes}
+        scores["decoder_flops"] = passes * decoder
     return scores | {
         "flops": {kind: passes * count for kind, count in flops._asdict().items()},
+        "passes": passes,
         "images_per_s": images_per_s,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -128,21 +136,38 @@ def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any
 
 
 def forward_speeds(
-    models: Mapping[Hashable, Callable[[Tensor], Result]], experiment: Experiment, seconds: float
+    models: Mapping[Hashable, VisionMamba],
+    experiment: Experiment,
+    seconds: float,
+    settings: Mapping[Hashable, Callable[[], None]] | None = None,
 ) -> dict[Hashable, float | None]:
     """Median images/s of each model on the same validation images, in turn, by this process alone;
     None for each when `seconds` is 0.
+
+    settings: called before the model of that name runs, for one model at several budgets.
     """
     if not seconds:
         return dict.fromkeys(models)
     images = next(iter(experiment.data.val_batches())).images.to(experiment.device)
-    forwards = {name: evaluation_forward(model, experiment) for name, model in models.items()}
-    calls = {name: partial(forward, images) for name, forward in forwards.items()}
+    calls = {
+        name: partial(
+            _run, evaluation_forward(model, experiment), images, (settings or {}).get(name)
+        )
+        for name, model in models.items()
+    }
     with torch.inference_mode():
         for call in [*calls.values()] * WARM_UP:
             call()
         times = interleaved(calls, images.device.type, LEAST_ROUNDS, seconds)
     return {name: 1e3 * len(images) / row["ms"] for name, row in times.items()}
+
+
+def _run(
+    forward: Callable[[Tensor], Result], images: Tensor, setting: Callable[[], None] | None
+) -> Result:
+    if setting is not None:
+        setting()
+    return forward(images)
 
 
 def _backend(model: VisionMamba) -> str:

@@ -8,6 +8,7 @@ after every budget, and an interrupted sweep resumes from it.
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from drawing import plots
 from engine import validate
 from evaluation.columns import EXACT, PAPER, SPEED, measure_row
 from evaluation.summary import column, forward_speeds
-from models import DynamicVisionMamba, VisionMamba
+from models import VisionMamba
 from tasks import Experiment, Task
 from utils.environment import device_name
 from utils.files import sha256_of, write_csv, write_json
@@ -69,7 +70,8 @@ def run_sweep(
         dense = experiment.model(experiment.spec.dense())
     if distributed.all_reduce_sum([float(distributed.is_main and not record["dense"])]).item():
         values = validate(dense, experiment, "evaluation (dense)") if dense_trained else None
-        record["dense"] = column(dense, task, values, None)
+        passes = record["points"][0]["passes"] if record["points"] else 1
+        record["dense"] = column(dense, task, values, None, passes)
         _save(record, experiment)
     if not distributed.is_main:
         return None
@@ -87,7 +89,7 @@ def point_of(record: dict[str, Any], ratio: float) -> dict[str, Any] | None:
 
 def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
     """The record of an interrupted sweep under the same conditions, or else an empty one."""
-    args = experiment.args
+    args, task = experiment.args, experiment.task
     conditions = {
         "checkpoint_sha256": sha256_of(args.model_path),
         "model": experiment.spec.name,
@@ -95,6 +97,7 @@ def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
         "data_path": args.data_path,
         "input_size": args.input_size,
         "eval_crop_ratio": args.eval_crop_ratio,
+        **{name: getattr(args, name) for name in task.evaluation_flags},
         "dense_sha256": sha256_of(args.dense_path) if args.dense_path else None,
         "device": device_name(experiment.device),
         "precision": experiment.precision,
@@ -126,24 +129,15 @@ def _measure_speeds(
     if all(point["images_per_s"] for point in points.values()):
         return
     keep = model.token_keep
-    models = {ratio: _at_budget(model, ratio) for ratio in ratios} | {DENSE: dense}
+    models = dict.fromkeys(ratios, model) | {DENSE: dense}
+    settings = {ratio: partial(model.set_token_keep, ratio) for ratio in ratios}
     seconds = experiment.args.throughput_seconds / 2 * len(models)
-    speeds = forward_speeds(models, experiment, seconds)
+    speeds = forward_speeds(models, experiment, seconds, settings)
     if ratios:
         model.set_token_keep(keep)
     for name, point in points.items():
         point["images_per_s"] = speeds[name]
     _save(record, experiment)
-
-
-def _at_budget(model: DynamicVisionMamba, ratio: float):
-    """The model at a token keep ratio as a function of images; it shares the weights of `model`."""
-
-    def forward(images):
-        model.set_token_keep(ratio)
-        return model(images)
-
-    return forward
 
 
 def _save(record: dict[str, Any], experiment: Experiment) -> None:

@@ -58,13 +58,18 @@ def segmentation_train_transform(augmentation: SegmentationAugmentation) -> Tran
     return v2.Compose([*steps, *_to_tensors(), PadTo(crop), v2.ToPureTensor()])
 
 
-def segmentation_eval_transform(short: int | None = None) -> Transform:
-    """The image resized to fit (4 * short, short), or in its own size; the label map as it is.
+def segmentation_eval_transform(
+    short: int | None = None, size: tuple[int, int] | None = None
+) -> Transform:
+    """The image resized to fit (4 * short, short), squeezed into `size` (height, width), or in its
+    own size; the label map as it is.
 
     Predictions are compared in the label map's size. As sizes differ, a batch has one image. The
     transform can be called with the image alone.
     """
     resize = [] if short is None else [ResizeToFit(short, masks=False)]
+    if size is not None:
+        resize = [Squeeze(size)]
     return v2.Compose([v2.ToImage(), *resize, *_to_tensors(), v2.ToPureTensor()])
 
 
@@ -119,6 +124,19 @@ class ResizeToFit(v2.Transform):
         values = inpt.as_subclass(Tensor)[None]
         nearest = InterpolationMode.NEAREST_EXACT  # F.resize would take the other one for a Mask
         return wrap(F.resize_image(values, size, interpolation=nearest)[0], like=inpt)
+
+
+class Squeeze(v2.Transform):
+    """Resize images to (height, width), whatever their aspect; label maps stay as they are."""
+
+    _transformed_types = (Image,)
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.size = list(size)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.resize, inpt, self.size, antialias=True)
 
 
 class BalancedCrop(v2.Transform):

@@ -61,6 +61,11 @@ def mask_folders(path: Path, split: str) -> ImageSet:
     else:
         source = path / "masks"
         classes = [f"class {label}" for label in range(_largest_value(source) + 1)]
+        if len(classes) < 2:
+            raise UserError(
+                f"{printable(str(source))}: the masks hold one class only; 255 means ignored: "
+                f"write 1, 2, ... for the others, or name the classes in {CLASSES_FILE}"
+            )
     return MaskedImages(str(path), pairs, label_table(str(source), len(classes)), classes)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from utils.errors import UsageError, UserError
 from utils.files import sha256_of
@@ -139,15 +138,6 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
         return timm.create_model(spec.name, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model {spec.name}: {error}") from None
-
-
-def image_size(spec: ModelSpec) -> tuple[int, int]:
-    """Height and width in pixels of the images that a model takes.
-
-    The model is built without memory, which also checks its arguments before any data is read.
-    """
-    with torch.device("meta"):
-        return build_model(spec, num_classes=1).patch_embed.img_size
 
 
 def restore(

@@ -96,7 +96,7 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
         paper += decoder_operations(model)
     else:
         paper += _linear(model.head, 1)
-    if model.family.registers:
+    if model.family.registers and not isinstance(model.head, MapHead):
         paper += _linear(model.neck, model.layout.num_tokens)
     lengths = sequence_lengths(model)
     if hasattr(model, "score_predictors"):

@@ -85,6 +85,12 @@ def make_head(
     height, width = model.patch_embed.patch_size
     if height != width or model.patch_embed.stride != (height, width):
         raise ValueError("a feature pyramid needs square patches that do not overlap")
+    least = {16: 2, 8: 4}.get(height, 8)
+    if min(model.patch_embed.grid) < least:
+        raise ValueError(
+            f"an image of {' x '.join(map(str, model.patch_embed.img_size))} pixels is too small: "
+            f"a feature pyramid needs {least} patches of {height} a side"
+        )
     return SegmentationHead(
         _make_decoder(decoder, dim, num_classes, channels),
         dim,
@@ -127,13 +133,18 @@ def as_segmenter(model: VisionMamba, head: MapHead, num_classes: int) -> VisionM
     """Give a backbone a head that reads maps; dropped patches stay in the maps as they were.
 
     Raises:
-        ValueError: the head reads a layer that the model does not have.
+        ValueError: layers that do not ascend to the last one.
     """
-    if not all(0 <= layer < model.depth for layer in head.layers):
+    layers, last = list(head.layers), model.depth - 1
+    if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != last:
         raise ValueError(
-            f"output layers {list(head.layers)} must lie within 0 ... {model.depth - 1}"
+            f"output layers {layers} must ascend and end with the last layer, {last}: nothing "
+            "reads what comes after them"
         )
     model.head, model.num_classes = head, num_classes
+    for name in ("neck", "norm_neck"):  # MambaReg's, in front of a classifier
+        if hasattr(model, name):
+            delattr(model, name)
     model.norm_f.requires_grad_(False)  # no map has passed it
     model.reduction.freezes = True
     return model

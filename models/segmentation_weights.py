@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from utils.errors import UserError
+
 from .backbone import VisionMamba
 from .weights import grid_of, is_new_part, load_weights, resize_pos_embed
 
@@ -36,7 +38,10 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
     }
     checkpoint = {**checkpoint, "model": state}
     if not model.has_class_token and "cls_token" in state:
-        _remove_class_token(model, state, checkpoint)
+        try:
+            _remove_class_token(model, state, checkpoint)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from None
         checkpoint["grid"] = list(model.patch_embed.grid)
     load_weights(model, checkpoint, source)
     _logger.info("%s: the backbone starts from a classifier; decoder and routers are new", source)

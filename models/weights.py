@@ -23,7 +23,12 @@ from .official_names import from_official
 _logger = logging.getLogger(__name__)
 
 # What maps to classes: the head itself, or parts of a segmenter's.
-_CLASSIFIERS = ("head", "head.decode_head.conv_seg", "head.auxiliary_head.conv_seg")
+_CLASSIFIERS = (
+    "head",
+    "head.decode_head.conv_seg",
+    "head.decode_head.segmentation_head.0",
+    "head.auxiliary_head.conv_seg",
+)
 _LISTED = 8  # keys named in an error before the rest is counted
 
 

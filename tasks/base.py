@@ -108,6 +108,7 @@ class Task:
         has_decoder: whether its models have a decoder, whose operations are told apart.
         fixed_size: whether all images of an evaluation have one size (CUDA graphs need it).
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
+        evaluation_flags: names of its own flags that alter the result of an evaluation.
         recorded: names of its own flags that `--eval` takes from the checkpoint, unless they are
             given.
         predicts: whether predict.py can use it: `named` is implemented.
@@ -121,6 +122,7 @@ class Task:
     has_decoder = False
     fixed_size = True
     distils = True
+    evaluation_flags: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
     predicts = False
     labels_pixels = False
@@ -220,6 +222,14 @@ class Task:
         """A model with fresh weights."""
         return build_model(spec, num_classes)
 
+    def image_size(self, spec: ModelSpec) -> tuple[int, int]:
+        """Height and width in pixels of the images that a model takes.
+
+        The model is built without memory, which also checks its arguments before any data is read.
+        """
+        with torch.device("meta"):
+            return self.model(spec, num_classes=1).patch_embed.img_size
+
     def batch_transform(self, args: argparse.Namespace, num_classes: int) -> BatchTransform | None:
         """A function that mixes a training batch's images [B, 3, H, W] and targets, or None."""
         return None
@@ -232,7 +242,7 @@ class Task:
         """Distance of the answers to the teacher's, as terms by name, without that of tokens."""
         return {}
 
-    def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
+    def predict(self, model: VisionMamba, images: Tensor) -> Result:
         """The prediction of an evaluation, such as a sliding window or a mean over views.
 
         With several forward passes, the gates [depth, passes, 2] and kept patches of all of them

@@ -9,7 +9,7 @@ import torch
 from datasets import task_of
 from loading.data import Data
 from models import VisionMamba
-from models.build import ModelSpec, image_size
+from models.build import ModelSpec
 from utils.distributed import Distributed
 
 from .base import Task, task_named
@@ -31,7 +31,7 @@ class Experiment:
     ) -> "Experiment":
         """Read the data set named by the flags; without `train`, not its training images."""
         task = task_named(task_of(args.data_set)).of_run(args)
-        data = task.data(args, image_size(ModelSpec.from_args(args)), distributed, train)
+        data = task.data(args, task.image_size(ModelSpec.from_args(args)), distributed, train)
         return cls(args, task, data, distributed, Path(args.output_dir))
 
     @property

@@ -9,6 +9,7 @@ mmsegmentation.
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from loading.data import Data
 from loading.joint_transforms import (
@@ -27,7 +27,7 @@ from loading.joint_transforms import (
     segmentation_train_transform,
 )
 from loading.masks import IGNORED
-from loading.transforms import Transforms
+from loading.transforms import Transform, Transforms
 from models import FeatureMaps, Result, VisionMamba
 from models.build import ModelSpec, build_model
 from models.official_names import is_segmenter
@@ -36,7 +36,7 @@ from models.segmentation_weights import load_backbone
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError
-from utils.images import MEAN, STD, ImageSize
+from utils.images import ImageSize
 
 from .base import Measure, Named, Task, check_classes, register
 from .segmentation_measures import SegmentationMeter, frozen_pixels
@@ -89,6 +89,7 @@ class Segmentation(Task):
         Measure("aacc", "pixel accuracy", "aacc", unit="%"),
     )
     details = ("iou_per_class", "accuracy_per_class", "frozen_per_class")
+    evaluation_flags = ("eval_mode", "eval_stride", "eval_short_side", "flip_test")
     recorded = (
         "decoder",
         "decoder_channels",
@@ -181,6 +182,12 @@ class Segmentation(Task):
         low, high = args.scale_range
         if not 0 < low <= high:
             raise UsageError(f"--scale-range {low:g} {high:g}: must be 0 < LOW <= HIGH")
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if args.decoder == "upernet" and args.batch_size == 1 and alone and not args.eval:
+            raise UsageError(
+                "--batch-size 1: UPerNet's batch norm needs 2 images or more; --accum-steps does "
+                "not help, --decoder light does"
+            )
         if args.scorer_input != "hidden":
             raise UsageError(f"--scorer-input {args.scorer_input}: segmenters score hidden states")
 
@@ -194,7 +201,7 @@ class Segmentation(Task):
         )
         return Transforms(
             segmentation_train_transform(augmentation) if train else None,
-            segmentation_eval_transform(_short_side(args, img_size)),
+            _eval_transform(args, img_size),
         )
 
     def eval_batch_size(self, args: argparse.Namespace) -> int:
@@ -204,15 +211,7 @@ class Segmentation(Task):
         self, args: argparse.Namespace, img_size: ImageSize
     ) -> Callable[[Image.Image], Tensor]:
         """Squeezes an image into one window, so that a picture shows one set of decisions."""
-        return v2.Compose(
-            [
-                v2.ToImage(),
-                v2.Resize(to_2tuple(img_size)),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
-                v2.ToPureTensor(),
-            ]
-        )
+        return segmentation_eval_transform(size=to_2tuple(img_size))
 
     def seen_region(
         self, size: tuple[int, int], args: argparse.Namespace, img_size: ImageSize
@@ -273,35 +272,28 @@ class Segmentation(Task):
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True)
         return {"pixel_kl": divergence.sum(1).mean()}
 
-    def predict(self, model: Callable[[Tensor], Result], images: Tensor) -> Result:
+    def predict(self, model: VisionMamba, images: Tensor) -> Result:
         """The mean of the windows' logits [B, C, H, W], the decisions of all windows."""
         args, results = self.args, []
         crop = model.patch_embed.img_size
 
-        def forward(windows: Tensor) -> Tensor:
-            results.append(model(windows))
-            return results[-1].logits.float()
+        def answer(windows: Tensor) -> Tensor:
+            result = model(windows)
+            results.append(_decisions_of(result))
+            return result.logits.float()
 
-        size = images.shape[-2:]
-        if args.eval_mode == "whole" and size != crop:
-            images = resize(images, crop)
+        def forward(windows: Tensor) -> Tensor:
+            logits = answer(windows)
+            return (logits + answer(windows.flip(-1)).flip(-1)) / 2 if args.flip_test else logits
+
         stride = to_2tuple(args.eval_stride) if args.eval_stride else _two_thirds(crop)
-        if any(step > side for step, side in zip(stride, crop, strict=True)):
-            raise UsageError(
-                f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}"
-            )
         height, width = images.shape[-2:]
         if model.num_classes * height * width > MOST_LOGITS and len(images) == 1:
-            if args.flip_test:
-                raise UserError(f"--flip-test: {height} x {width} pixels are too many for it")
             read = parts_of(images[0])
             labels = sliding_labels(forward, read, (height, width), crop, stride, WINDOWS_AT_ONCE)
-            return dataclasses.replace(_joined(results, None), labels=labels[None])
+            return dataclasses.replace(_joined(results), labels=labels[None])
         logits = sliding_logits(forward, images, crop, stride, WINDOWS_AT_ONCE)
-        if args.flip_test:
-            mirrored = sliding_logits(forward, images.flip(-1), crop, stride, WINDOWS_AT_ONCE)
-            logits = (logits + mirrored.flip(-1)) / 2
-        joined = _joined(results, logits)
+        joined = dataclasses.replace(_joined(results), logits=logits)
         if len(results) == 1 and results[0].kept and len(results[0].owner) == len(images):
             frozen = frozen_pixels(results[0], model.patch_embed.grid, crop)
             joined.frozen = frozen[:, :height, :width]
@@ -355,10 +347,18 @@ class Segmentation(Task):
         return read_class_scores(output / PICTURES), list_comparisons(output / PICTURES)
 
 
-def _short_side(args: argparse.Namespace, img_size: ImageSize) -> int | None:
+def _eval_transform(args: argparse.Namespace, img_size: ImageSize) -> Transform:
+    if args.eval_mode == "whole":
+        return segmentation_eval_transform(size=to_2tuple(img_size))
+    if args.eval_stride:
+        stride, crop = to_2tuple(args.eval_stride), to_2tuple(img_size)
+        if any(step > side for step, side in zip(stride, crop, strict=True)):
+            raise UsageError(
+                f"--eval-stride {_sides(stride)} is larger than a window of {_sides(crop)}"
+            )
     if args.eval_short_side is None:
-        return min(to_2tuple(img_size))
-    return args.eval_short_side or None
+        return segmentation_eval_transform(min(to_2tuple(img_size)))
+    return segmentation_eval_transform(args.eval_short_side or None)
 
 
 def _two_thirds(crop: tuple[int, int]) -> tuple[int, int]:
@@ -369,15 +369,20 @@ def _sides(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def _joined(results: Sequence[Result], logits: Tensor | None) -> Result:
+def _decisions_of(result: Result) -> Result:
+    """A Result without what grows with the number of windows and nobody reads later."""
+    return dataclasses.replace(
+        result, logits=None, aux_logits=None, tokens=None, class_tokens=None, maps={}
+    )
+
+
+def _joined(results: Sequence[Result]) -> Result:
     """One Result of all forward passes of a prediction: the last one's, with all decisions."""
     stages = zip(*(result.kept for result in results), strict=True)
     return dataclasses.replace(
         results[-1],
-        logits=logits,
         gates=torch.cat([result.gates for result in results], dim=1),
         kept=[torch.cat(stage) for stage in stages],
-        maps={},
     )
 
 

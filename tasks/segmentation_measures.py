@@ -166,18 +166,21 @@ class SegmentationMeter:
     """Mean IoU and accuracies from the confusion matrix of all pixels.
 
     `frozen_per_class`: what the patches dropped after the last stage show, as the share [C] of each
-    class in their labelled pixels; None where nothing is dropped, or images have several windows.
+    class in their labelled pixels; None where nothing is dropped, or an image has several windows.
     """
 
     def __init__(self, num_classes: int, device: torch.device):
         self.confusion = ConfusionMeter(num_classes, device)
         self.frozen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.images = self.single = 0  # all, and those of one window
 
     def update(self, batch: Batch, result: Result) -> None:
         labels = batch.targets
         predicted = predicted_labels(result, labels.shape[-2:]).to(labels.device)
         self.confusion.update_labels(predicted, labels)
+        self.images += len(labels)
         if result.frozen is not None:
+            self.single += len(labels)
             frozen = resized_labels(result.frozen, labels.shape[-2:]).bool()
             classes = len(self.frozen)
             shown = torch.where(frozen & (labels < classes), labels, classes).flatten()
@@ -186,5 +189,6 @@ class SegmentationMeter:
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
         frozen = distributed.all_reduce_sum(self.frozen.double())
-        shares = (frozen / frozen.sum()).tolist() if frozen.any() else None
+        images, single = distributed.all_reduce_sum([self.images, self.single]).tolist()
+        shares = (frozen / frozen.sum()).tolist() if frozen.any() and images == single else None
         return self.confusion.compute(distributed) | {"frozen_per_class": shares}

@@ -377,6 +377,12 @@ def test_checkpoints_of_earlier_versions_name_no_task(student):
     assert checkpoint.pop("task") == "classification"
     assert task_of_checkpoint(checkpoint) is CLASSIFICATION
     assert resume.check_agreement(checkpoint, path, record, override=False)
+    recorded = dict(checkpoint["args"])
+    del recorded["poly_power"]  # a flag that came later, and its default
+    assert resume.flag_differences(recorded, checkpoint["args"]) == []
+    assert resume.flag_differences(recorded, {**recorded, "poly_power": 2.0}) == [
+        "--poly-power: None -> 2.0"
+    ]
 
 
 def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):

@@ -105,13 +105,13 @@ def logged(output):
 def test_a_dense_run_reports_iou_and_the_decoders_operations(dense):
     report = read(dense / "eval.json")
     column = report["dense"]
-    assert {"miou", "macc", "aacc", "flops", "decoder_flops", "windows"} <= column.keys()
+    assert {"miou", "macc", "aacc", "flops", "decoder_flops", "passes"} <= column.keys()
     assert len(column["iou_per_class"]) == len(CLASSES) and report["images"] == 5
     defined = [value for value in column["iou_per_class"] if value is not None]
     assert column["miou"] == pytest.approx(sum(defined) / len(defined))
     assert column["miou"] == max(line["test_miou"] for line in logged(dense))
     assert 0 < column["decoder_flops"] < column["flops"]["exact"]
-    assert column["windows"] > 1, "images larger than a window"
+    assert column["passes"] > 1, "images larger than a window"
     assert logged(dense)[0].keys() >= {"train_decode", "train_aux", "best_miou"}
 
 
@@ -122,7 +122,7 @@ def test_a_student_saves_in_the_backbone_alone(student):
     assert 0 < reduction["exact"] < reduction["backbone_exact"] < 1
     assert len(dynamic["keep"]) == 2 and len(dynamic["gates"]) == 4
     costs = (student / "decisions" / "costs.csv").read_text().split()[1:]
-    assert len(costs) == report["images"] and dynamic["windows"] > 1
+    assert len(costs) == report["images"] and dynamic["passes"] > 1
     mean = sum(map(int, costs)) / len(costs)
     assert mean == pytest.approx(dynamic["flops"]["exact"], rel=1e-5)
     terms = {"train_pixel_kl", "train_token_distill", "train_token_ratio", "train_block_ratio"}
@@ -139,8 +139,8 @@ def test_evaluation_needs_no_repeated_flags(student, scenes, tmp_path):
         assert main.main([*checkpoint, *here, *mode, "--output_dir", str(tmp_path)]) == 0
         other = read(tmp_path / "eval.json")["dynamic"]
         assert 0 <= other["miou"] <= 100
-        assert (other["windows"] == 1) == (mode[-1] == "whole")
-        assert other["windows"] != trained["dynamic"]["windows"]
+        assert (other["passes"] == 1) == (mode[-1] == "whole")
+        assert other["passes"] != trained["dynamic"]["passes"]
     assert (
         main.main([*checkpoint, *here, "--sweep", "0.5:1:0.5", "--output_dir", str(tmp_path)]) == 0
     )
@@ -151,14 +151,18 @@ def test_an_image_too_large_for_its_logits_is_labelled_in_bands(student, tmp_pat
     checkpoint = ["--eval", "--model-path", str(student / "best_checkpoint.pth")]
     here = ["--device", "cpu", "--num-workers", "0", "--throughput-seconds", "0"]
     reports = []
-    for most in (segmentation.MOST_LOGITS, 1):
+    usual = segmentation.MOST_LOGITS
+    for most in (usual, 1):
         monkeypatch.setattr(segmentation, "MOST_LOGITS", most)
         flags = [*checkpoint, *here, "--eval-short-side", "0", "--output_dir", str(tmp_path)]
         assert main.main(flags) == 0
         reports.append(read(tmp_path / "eval.json"))
     assert reports[0] == reports[1]
-    with pytest.raises(UserError, match="--flip-test: .* pixels are too many for it"):
-        main.main([*flags, "--flip-test"])
+    for most in (1, usual):
+        monkeypatch.setattr(segmentation, "MOST_LOGITS", most)
+        assert main.main([*flags, "--flip-test"]) == 0
+        reports.append(read(tmp_path / "eval.json"))
+    assert reports[2] == reports[3] != reports[0]
 
 
 def test_an_interrupted_run_ends_bit_identical(scenes, dense, student, tmp_path, monkeypatch):
@@ -211,6 +215,20 @@ def test_a_segmenter_starts_from_a_classifier(scenes, classifier, tmp_path, capl
     recipe = [*DYNAMIC, "--model-path", classifier, "--epochs", 1]
     run(scenes, tmp_path / "dynamic", *recipe)
     assert "train_pixel_kl" not in logged(tmp_path / "dynamic")[0], "a classifier is no teacher"
+    report = read(tmp_path / "dynamic" / "eval.json")
+    assert report["dense"]["passes"] == report["dynamic"]["passes"] > 1
+    assert "miou" not in report["dense"] and 0 < report["reduction"]["backbone_exact"] < 1
+    checkpoint = ["--eval", "--model-path", tmp_path / "dynamic" / "best_checkpoint.pth"]
+    run(scenes, tmp_path / "again", *checkpoint)
+    assert read(tmp_path / "again" / "eval.json")["dynamic"] == report["dynamic"]
+    sweep = ["--sweep", "0.5:1:0.5", "--throughput-seconds", "0.2"]
+    run(scenes, tmp_path / "again", *checkpoint, *sweep)
+    swept = read(tmp_path / "again" / "sweep.json")
+    assert all(point["images_per_s"] > 0 for point in [*swept["points"], swept["dense"]])
+    assert swept["dense"]["flops"]["exact"] > swept["points"][0]["flops"]["exact"]
+    run(scenes, tmp_path / "again", *checkpoint, *sweep, "--flip-test")
+    flipped = read(tmp_path / "again" / "sweep.json")
+    assert flipped["dense"]["passes"] == 2 * swept["dense"]["passes"], "not taken from before"
     source = load_checkpoint(classifier)
     rows = source["model"]["pos_embed"].clone()
     middle = (rows.shape[1] - 1) // 2
@@ -237,7 +255,8 @@ def test_mmsegmentations_names_load_strictly(scenes, dense, tmp_path):
             name = name.removeprefix("head.") if name.startswith("head.") else f"backbone.{name}"
         state[name] = value
     path = tmp_path / "official.pth"
-    torch.save({"meta": {"CLASSES": CLASSES, "iter": 3}, "state_dict": state}, path)
+    classes = tuple(f"{name} " for name in CLASSES)  # as mmsegmentation's "bed "
+    torch.save({"meta": {"CLASSES": classes, "iter": 3}, "state_dict": state}, path)
     evaluation = ["--eval", "--model-path", path]
     run(scenes, tmp_path, *evaluation)
     assert (
@@ -257,6 +276,50 @@ def test_ignored_pixels_count_nothing_in_the_sum_and_one_each_in_the_mean():
     assert pixel_cross_entropy(logits, torch.full_like(labels, 255)) == 0
 
 
+def test_rotary_embedding_and_residual_features(scenes, tmp_path):
+    small = ["--model-kwargs", "embed_dim=16", "depth=4", "rope=True", "--features", "residual"]
+    run(scenes, tmp_path, *small, "--epochs", 1)
+    state = load_checkpoint(tmp_path / "best_checkpoint.pth")["model"]
+    assert {"rope.freqs_cos", "rope.freqs_sin"} <= state.keys()
+    checkpoint = ["--model-path", str(tmp_path / "best_checkpoint.pth")]
+    here = ["--device", "cpu", "--num-workers", "0", "--throughput-seconds", "0"]
+    again = ["--eval", *checkpoint, *here, "--output_dir", str(tmp_path / "again")]
+    assert main.main(again) == 0
+    assert read(tmp_path / "again" / "eval.json")["dense"] == read(tmp_path / "eval.json")["dense"]
+    with pytest.raises(UsageError, match="rope is for dense models with class_token=False"):
+        run(scenes, tmp_path / "dynamic", *small, *DYNAMIC, *checkpoint)
+
+
+def test_parts_of_a_step_move_the_running_statistics_once_each(scenes, dense, tmp_path):
+    recipe = [*DYNAMIC, "--model-path", dense / "best_checkpoint.pth", "--epochs", 1]
+    run(scenes, tmp_path, *recipe, "--batch-size", 4, "--accum-steps", 3)
+    state = load_checkpoint(tmp_path / "checkpoint.pth")["model"]
+    before = load_checkpoint(dense / "best_checkpoint.pth")["model"]
+    name = "head.decode_head.bottleneck.bn.num_batches_tracked"
+    assert state[name] - before[name] == 6, "24 images, 4 at a time"
+
+
+def test_a_prediction_keeps_nothing_that_grows_with_its_windows(scenes):
+    args = main.options.parse(flags(scenes))
+    task = task_named("segmentation").of_run(args)
+    model = task.model(ModelSpec.from_args(args), 3).eval()
+    with torch.no_grad():
+        result = task.predict(model, torch.randn(1, 3, 64, 64))
+    assert result.logits.shape == (1, 3, 64, 64) and result.gates.shape[1] == 9
+    assert (result.tokens, result.class_tokens, result.maps) == (None, None, {})
+
+
+def test_a_mambareg_classifier_starts_a_segmenter(scenes, tmp_path):
+    small = ["--model-kwargs", "embed_dim=16", "depth=4", "patch_size=8", "num_registers=2"]
+    model = ["--model", "mambareg_tiny", *small, "register_reduction=1"]
+    digits = tiny("--throughput-seconds", "0", "--input-size", "16", *model, subset=32)
+    assert main.main([*digits, "--output_dir", str(tmp_path / "digits")]) == 0
+    start = ["--model-path", tmp_path / "digits" / "best_checkpoint.pth", "--epochs", 1]
+    run(scenes, tmp_path / "segmenter", *model, *start)
+    state = load_checkpoint(tmp_path / "segmenter" / "best_checkpoint.pth")["model"]
+    assert not any(name.startswith(("neck", "norm_neck")) for name in state)
+
+
 def test_what_dropped_patches_show():
     """Two of four patches are dropped; the shares are of their labelled pixels."""
     labels = torch.tensor([[0, 0, 1, 1], [0, 2, 1, 255], [2, 2, 0, 0], [2, 2, 0, 0]])[None]
@@ -269,6 +332,9 @@ def test_what_dropped_patches_show():
     values = meter.compute(Distributed(torch.device("cpu")))
     assert values["frozen_per_class"] == pytest.approx([3 / 7, 3 / 7, 1 / 7])
     assert values["aacc"] == 100
+    meter.update(SimpleNamespace(targets=labels), SimpleNamespace(**vars(shown) | {"frozen": None}))
+    values = meter.compute(Distributed(torch.device("cpu")))
+    assert values["frozen_per_class"] is None, "an image of several windows is not told apart"
 
 
 def segmenter(dynamic: bool, **sizes):
@@ -393,7 +459,11 @@ def test_two_processes_train_and_evaluate(scenes, tmp_path):
     [
         (["--eval-stride", "64", "--eval"], UsageError, "--eval-stride 64x64 is larger than a"),
         (["--scale-range", "2", "1"], UsageError, "--scale-range 2 1: must be 0 < LOW <= HIGH"),
-        (["--output-layers", "1", "9", "2", "3"], UsageError, "output layers .* within 0 ... 3"),
+        (["--output-layers", "0", "1", "3", "9"], UsageError, "must ascend and end with .* 3"),
+        (["--output-layers", "3", "2", "1", "0"], UsageError, "must ascend and end with .* 3"),
+        (["--output-layers", "0", "0", "1", "2"], UsageError, "must ascend and end with .* 3"),
+        (["--input-size", "16"], UsageError, "16 x 16 pixels is too small: .* 8 patches of 4"),
+        (["--batch-size", "1", "--decoder", "upernet"], UsageError, "needs 2 images or more"),
         (["--output-layers", "1", "2"], UsageError, "a decoder reads 4 maps"),
         (["--input-size", "30"], UsageError, "image size 30 leaves 2 pixels"),
         (["--input-size", "2"], UsageError, "image size 2 is smaller than the patch size 4"),

@@ -138,6 +138,15 @@ def test_only_ignored_pixels_make_no_classes(tmp_path):
         build(root, "SEG_FOLDER")
 
 
+def test_masks_of_0_and_255_make_no_classes(tmp_path):
+    """The most likely mistake: 255 for the object would be ignored, without a word."""
+    root = folders(tmp_path)
+    for file in root.glob("masks/*/*.png"):
+        Image.fromarray(labels(0, 0, 2) * 255).save(file)
+    with pytest.raises(UserError, match="hold one class only; 255 means ignored: write 1, 2"):
+        build(root, "SEG_FOLDER")
+
+
 def test_ade20k(tmp_path):
     root = ade20k_folders(tmp_path)
     Image.fromarray(np.full((HEIGHT, WIDTH), 150, np.uint8)).save(

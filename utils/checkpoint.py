@@ -280,7 +280,9 @@ def _classes_of(content: dict) -> dict:
     """The class names in the `meta` of a checkpoint of mmcv."""
     meta = content.get("meta")
     classes = meta.get("CLASSES") if isinstance(meta, dict) else None
-    return {"class_names": list(classes)} if isinstance(classes, (list, tuple)) else {}
+    if not isinstance(classes, (list, tuple)):
+        return {}
+    return {"class_names": [str(name).strip() for name in classes]}  # mmsegmentation has "bed "
 
 
 def _one_line(error: Exception) -> str:

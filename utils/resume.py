@@ -36,6 +36,8 @@ HARMLESS = {
 }
 # Entries that checkpoints of earlier versions lack, and that follow from their flags.
 RECORDED_LATER = {"task"}
+# What flags that runs of earlier versions did not have stand for in them.
+FLAGS_ADDED_LATER = {"poly_power": 1.0}
 NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
 
 _logger = logging.getLogger(__name__)
@@ -110,7 +112,8 @@ def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return [
         f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if name not in HARMLESS and _plain(before.get(name)) != _plain(now.get(name))
+        if name not in HARMLESS
+        and _plain(before.get(name, FLAGS_ADDED_LATER.get(name))) != _plain(now.get(name))
     ]
 
 
