@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.upernet import resize
+
 Forward = Callable[[Tensor], Tensor]
 """Images [N, 3, h, w] -> logits [N, C, h', w'] at any resolution.
 
@@ -67,7 +69,7 @@ def _window_logits(
     def answer() -> Iterator[Tensor]:
         for logits in forward(torch.stack(pending)):
             if logits.shape[-2:] != crop:
-                logits = _resized(logits[None], crop)[0]
+                logits = resize(logits[None], crop)[0]
             yield logits
         pending.clear()
 
@@ -78,10 +80,6 @@ def _window_logits(
             yield from answer()
     if pending:
         yield from answer()
-
-
-def _resized(logits: Tensor, size: Size) -> Tensor:
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
@@ -122,7 +120,7 @@ def labels_of(logits: Tensor, size: Size | None = None) -> Tensor:
         return logits.argmax(1)
     best = labels = None
     for first in range(0, logits.shape[1], CLASSES_AT_ONCE):
-        part = _resized(logits[:, first : first + CLASSES_AT_ONCE].float(), tuple(size))
+        part = resize(logits[:, first : first + CLASSES_AT_ONCE].float(), tuple(size))
         value, index = part.max(1)
         if best is None:
             best, labels = value, index

@@ -11,6 +11,7 @@ from helpers.processes import launch
 from PIL import Image
 
 import main
+import predict
 from models.build import ModelSpec, build_model
 from models.flops import count_flops, decoder_operations
 from models.segmentation import as_segmenter, make_head
@@ -262,6 +263,9 @@ def test_mmsegmentations_names_load_strictly(scenes, dense, tmp_path):
     assert (
         read(tmp_path / "eval.json")["dense"]["miou"] == read(dense / "eval.json")["dense"]["miou"]
     )
+    picture = str(scenes / "images" / "val" / "0.png")
+    with pytest.raises(UserError, match="does not record the flags of its segmentation model"):
+        predict.main(["--model-path", str(path), picture, "--device", "cpu"])
     torch.save({"state_dict": {k: v for k, v in state.items() if "conv_seg.bias" not in k}}, path)
     with pytest.raises(UserError, match="2 missing: head.decode_head.conv_seg.bias"):
         run(scenes, tmp_path, *evaluation)
