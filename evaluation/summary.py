@@ -103,9 +103,10 @@ def column(
     decoder = decoder_operations(model)
     if decoder:
         scores["decoder_flops"] = passes * decoder
+    if decoder or passes != 1:
+        scores["passes"] = passes
     return scores | {
         "flops": {kind: passes * count for kind, count in flops._asdict().items()},
-        "passes": passes,
         "images_per_s": images_per_s,
         "parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -70,7 +70,7 @@ def run_sweep(
         dense = experiment.model(experiment.spec.dense())
     if distributed.all_reduce_sum([float(distributed.is_main and not record["dense"])]).item():
         values = validate(dense, experiment, "evaluation (dense)") if dense_trained else None
-        passes = record["points"][0]["passes"] if record["points"] else 1
+        passes = record["points"][0].get("passes", 1) if record["points"] else 1
         record["dense"] = column(dense, task, values, None, passes)
         _save(record, experiment)
     if not distributed.is_main:
