@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -122,6 +121,8 @@ class ImageReport(NamedTuple):
 
 
 def font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path  # whose import takes a while
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf" / name), max(8, round(size)))
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drawing import plots
 from loading.loaders import Batch
 from models import Result, VisionMamba
 from models.flops import exact_per_image
@@ -36,11 +35,16 @@ class DecisionTotals:
 
     def write(self, folder: Path) -> None:
         """Write the numbers as CSV and their plots as PNG."""
+        from drawing import plots  # here, since importing matplotlib takes a second
+
         folder.mkdir(parents=True, exist_ok=True)
         if self.gates is not None:
-            self._write_gates(folder)
+            self._write_gates(folder / "gates.csv")
+            plots.save(plots.gates(self.gates, self.pruning_layers), folder / "gates.png")
         if self.gates_per_class is not None:
-            self._write_gates_per_class(folder)
+            self._write_gates_per_class(folder / "gates_per_class.csv")
+            figure = plots.gates_per_class(self.gates_per_class, self.class_names)
+            plots.save(figure, folder / "gates_per_class.png")
         if self.gates is not None:
             write_csv(folder / "costs.csv", ("exact_flops",), ([cost] for cost in self.costs))
             plots.save(plots.costs(self.costs), folder / "costs.png")
@@ -59,16 +63,15 @@ class DecisionTotals:
         )
         write_csv(path, header, rows)
 
-    def _write_gates(self, folder: Path) -> None:
+    def _write_gates(self, path: Path) -> None:
         stage = {layer: number for number, layer in enumerate(self.pruning_layers, start=1)}
         rows = (
             (layer, *map(_short, gate), stage.get(layer, 0))
             for layer, gate in enumerate(self.gates)
         )
-        write_csv(folder / "gates.csv", ("layer", *DIRECTIONS, "stage_before"), rows)
-        plots.save(plots.gates(self.gates, self.pruning_layers), folder / "gates.png")
+        write_csv(path, ("layer", *DIRECTIONS, "stage_before"), rows)
 
-    def _write_gates_per_class(self, folder: Path) -> None:
+    def _write_gates_per_class(self, path: Path) -> None:
         columns = [
             f"layer{layer}_{name}" for layer in range(len(self.gates)) for name in DIRECTIONS
         ]
@@ -78,11 +81,7 @@ class DecisionTotals:
                 self.class_names, self.images_per_class, self.gates_per_class, strict=True
             )
         )
-        write_csv(folder / "gates_per_class.csv", ("class", "images", *columns), rows)
-        plots.save(
-            plots.gates_per_class(self.gates_per_class, self.class_names),
-            folder / "gates_per_class.png",
-        )
+        write_csv(path, ("class", "images", *columns), rows)
 
 
 def _short(value: float) -> str:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drawing import plots
 from engine import validate
 from evaluation.columns import EXACT, PAPER, SPEED, measure_row
 from evaluation.summary import column, forward_speeds
@@ -147,6 +146,8 @@ def _save(record: dict[str, Any], experiment: Experiment) -> None:
 
 def _write(record: dict[str, Any], task: Task, output: Path) -> None:
     """Write the points as CSV and their plots."""
+    from drawing import plots  # here, since importing matplotlib takes a second
+
     keys = [measure.key for measure in task.measures]
     header = ["token_keep_ratio", "trained", *keys, "paper_flops", "exact_flops", "images_per_s"]
     write_csv(

@@ -8,11 +8,10 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +26,9 @@ from utils.errors import UsageError, UserError
 from utils.images import ImageSize
 
 from .meters import Meter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Criterion = Callable[[Result, Tensor], dict[str, Tensor]]
@@ -291,7 +293,7 @@ class Task:
 
     def drawn_evaluation(
         self, output: Path
-    ) -> tuple[list[tuple[Figure, str]], list[tuple[Path, str]]]:
+    ) -> tuple[list[tuple["Figure", str]], list[tuple[Path, str]]]:
         """What `draw_evaluation` left, for a report: plots and pictures, each with its alternative
         text.
 

@@ -7,15 +7,12 @@ import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from drawing import plots
-from drawing.class_plots import confusion_of_worst, iou_bars, worst_classes
 from drawing.pictures import save_picture
 from drawing.segmentation import draw_comparison, legend_rows
 from loading.data import Data
@@ -26,6 +23,9 @@ from utils.files import write_csv
 
 from .base import Named
 from .segmentation_measures import predicted_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURES = "segmentation"  # the folder in that of the run
 COMPARISONS = 4
@@ -55,6 +55,8 @@ def name_pixels(
 
 def write_class_scores(values: Mapping[str, Any], class_names: Sequence[str], folder: Path) -> None:
     """Tables of what `ConfusionMeter` computed, and their plots."""
+    from drawing import plots
+
     scores = zip(class_names, values["iou_per_class"], values["accuracy_per_class"], strict=True)
     rows = ((label, name, *map(_text, pair)) for label, (name, *pair) in enumerate(scores))
     write_csv(folder / _SCORES, ("class", "name", "iou", "accuracy"), rows)
@@ -69,11 +71,13 @@ def _text(percent: float | None) -> str:
     return "" if percent is None else f"{percent:.4f}"
 
 
-def read_class_scores(folder: Path) -> list[tuple[Figure, str]]:
+def read_class_scores(folder: Path) -> list[tuple["Figure", str]]:
     """The plots of the tables that `write_class_scores` left, with their alternative texts.
 
     Raises OSError or ValueError if they cannot be read; without tables there are no plots.
     """
+    from drawing.class_plots import confusion_of_worst, iou_bars, worst_classes
+
     if not (folder / _SCORES).exists():
         return []
     rows = _read(folder / _SCORES)

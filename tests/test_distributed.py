@@ -3,14 +3,19 @@ them dies.
 """
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import LAUNCHER_VARIABLES, clean_environment, free_port
+from helpers.processes import (
+    LAUNCHER_VARIABLES,
+    Program,
+    clean_environment,
+    finish,
+    free_port,
+    torchrun,
+)
 
 from utils import preemption
 from utils.distributed import Launch, first_node, init_distributed, read_launch
@@ -32,15 +37,7 @@ class Pair:
                 env |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
             else:
                 env |= {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), case],
-                    env=env,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            self.processes.append(Program([WORKER, case], env))
 
     def __enter__(self) -> "Pair":
         return self
@@ -52,11 +49,7 @@ class Pair:
 
     def ends(self) -> list[tuple[int, str, str]]:
         """(exit code, standard output, standard error) by rank."""
-        outputs = [process.communicate(timeout=180) for process in self.processes]
-        return [
-            (process.returncode, *output)
-            for process, output in zip(self.processes, outputs, strict=True)
-        ]
+        return finish(self.processes)
 
 
 def assert_one_line(stderr: str, *words: str) -> None:
@@ -215,23 +208,7 @@ def test_signal_to_one_rank_stops_both_after_the_same_step(number):
 
 
 def test_torchrun_restarts_after_a_killed_worker():
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "--max-restarts",
-            "1",
-            str(WORKER),
-            "restarted",
-        ],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("attempt 1 ended") == 2 and "attempt 0" not in result.stdout
+    run = torchrun("--max-restarts", "1", WORKER, "restarted")
+    output, errors = run.communicate(timeout=180)
+    assert run.returncode == 0, errors
+    assert output.count("attempt 1 ended") == 2 and "attempt 0" not in output

@@ -110,7 +110,7 @@ def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
 
 @kernel
 @pytest.mark.parametrize(
-    "L, E, N, R, masks", [(17, 40, 16, 4, "general"), (33, 20, 16, 3, "prefix"), (1, 8, 8, 2, None)]
+    "L, E, N, R, masks", [(17, 72, 16, 4, "general"), (33, 20, 16, 3, "prefix"), (1, 8, 8, 2, None)]
 )
 def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
     """Awkward sizes; `general` adds gates, lengths and directions that are off."""

@@ -5,13 +5,11 @@ the run goes on.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers.processes import ROOT, clean_environment, finish, launch, start, wait_until
+from helpers.processes import ROOT, finish, launch, start, torchrun, wait_until
 
 import main
 from tests.helpers.flags import tiny
@@ -142,30 +140,14 @@ def test_another_number_of_processes_is_refused_or_begins_the_epoch_again(surviv
     assert load_checkpoint(output / "checkpoint.pth")["epoch"] == 1
 
 
-def torchrun(log, *arguments) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *arguments,
-    ]
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env=clean_environment(), stdout=file, stderr=file
-        )
-
-
 def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
     """SIGTERM to torchrun, then again with --resume auto; and a worker killed under --max-restarts
     1.
     """
     flags = [*SMALL, *OFTEN, "--subset", "256", "--resume", "auto"]
-    told, killed, pids, log = (tmp_path / name for name in ("told", "killed", "pids", "log"))
+    told, killed, pids = (tmp_path / name for name in ("told", "killed", "pids"))
     pids.mkdir()
-    run = torchrun(log, DISTURBED, "slow=0.2", "--", *flags, "--output_dir", told)
+    run = torchrun(DISTURBED, "slow=0.2", "--", *flags, "--output_dir", told)
     try:
         wait_until(lambda: (told / "checkpoint_prev.pth").exists())
         begin = time.monotonic()
@@ -173,23 +155,15 @@ def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
         assert run.wait(timeout=60) != 0 and time.monotonic() - begin < 30
     finally:
         run.kill()
-    assert "told to leave by SIGTERM; saved" in log.read_text()
+    assert "told to leave by SIGTERM; saved" in "".join(run.communicate(timeout=60))
     step = load_checkpoint(told / "checkpoint.pth")["step"]
     assert 0 < step < 16
-    run = torchrun(log, "main.py", *flags, "--output_dir", told)
-    assert run.wait(timeout=180) == 0 and f"at epoch 1, step {step}" in log.read_text()
+    first, _ = launch(2, ["main.py", *flags, "--output_dir", told])
+    assert f"at epoch 1, step {step}" in first
 
+    disturbances = ["slow=0.2", f"pids={pids}"]
     run = torchrun(
-        log,
-        "--max-restarts",
-        "1",
-        DISTURBED,
-        "slow=0.2",
-        f"pids={pids}",
-        "--",
-        *flags,
-        "--output_dir",
-        killed,
+        "--max-restarts", "1", DISTURBED, *disturbances, "--", *flags, "--output_dir", killed
     )
     try:
         wait_until(lambda: (killed / "checkpoint_prev.pth").exists())
@@ -197,7 +171,7 @@ def test_torchrun_preempted_or_restarted_ends_with_the_same_weights(tmp_path):
         assert run.wait(timeout=180) == 0
     finally:
         run.kill()
-    assert "resumed from" in log.read_text()
+    assert "resumed from" in "".join(run.communicate(timeout=60))
     states = [load_checkpoint(folder / "checkpoint.pth") for folder in (told, killed)]
     assert all(
         torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items()

@@ -28,9 +28,9 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 64
 _CONV_WIDTH = 4
-_BACKWARD_BLOCK = (
-    32  # channels per program: one a thread, since the backward scan fills the registers
-)
+# Channels per program of the backward scan: one a thread, since it fills the registers. In the
+# interpreter a program costs the same whatever its width.
+_BACKWARD_BLOCK = 64 if _INTERPRETED else 32
 
 
 def _tuned(kernel, configs: list, key: list[str]):
@@ -45,11 +45,11 @@ _scan_forward_kernel = _tuned(
     [
         triton.Config({"BLOCK": block, "PREFETCH": prefetch}, num_warps=warps, num_stages=1)
         for block, warps, prefetch in (
-            (32, 1, False),
-            (32, 1, True),
             (64, 1, False),
             (64, 2, True),
             (128, 4, False),
+            (32, 1, True),
+            (32, 1, False),
         )
     ],
     key=["E", "N", "SAVE", "BOTH", "batch_class"],
