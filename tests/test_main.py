@@ -383,6 +383,11 @@ def test_checkpoints_of_earlier_versions_name_no_task(student):
     assert resume.flag_differences(recorded, {**recorded, "poly_power": 2.0}) == [
         "--poly-power: None -> 2.0"
     ]
+    recorded["sched"] = "poly"  # it ran with timm's power
+    assert resume.flag_differences(recorded, {**recorded, "poly_power": 0.1}) == []
+    assert resume.flag_differences(recorded, {**recorded, "poly_power": 1.0}) == [
+        "--poly-power: None -> 1.0"
+    ]
 
 
 def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):

@@ -36,8 +36,6 @@ HARMLESS = {
 }
 # Entries that checkpoints of earlier versions lack, and that follow from their flags.
 RECORDED_LATER = {"task"}
-# What flags that runs of earlier versions did not have stand for in them.
-FLAGS_ADDED_LATER = {"poly_power": 1.0}
 NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
 
 _logger = logging.getLogger(__name__)
@@ -113,8 +111,15 @@ def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if name not in HARMLESS
-        and _plain(before.get(name, FLAGS_ADDED_LATER.get(name))) != _plain(now.get(name))
+        and _plain(before.get(name, _unrecorded(name, before))) != _plain(now.get(name))
     ]
+
+
+def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
+    """What a flag stands for in runs of earlier versions, which did not have it."""
+    if name == "poly_power":  # timm's power, where the run had such a schedule
+        return 0.1 if flags.get("sched") == "poly" else 1.0
+    return None
 
 
 def _plain(value: Any) -> Any:
