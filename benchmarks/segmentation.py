@@ -80,6 +80,7 @@ def maps_of(model: VisionMamba, images: Tensor) -> Any:
 
 def measure(size: str, args) -> dict[str, Any]:
     """Speeds of all contenders of one size that are right, and what they say."""
+    torch.manual_seed(0)
     images = random_images(args.batch, args.img_size, args.device)
     precision = partial(autocast, args.device, args.precision)
     calls, errors, operations = {}, {}, {}

@@ -9,6 +9,7 @@ mmsegmentation.
 
 import argparse
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from .segmentation_measures import SegmentationMeter, frozen_pixels
 from .segmentation_pictures import (
     PICTURES,
     draw_comparisons,
+    frozen_text,
     list_comparisons,
     name_pixels,
     read_class_scores,
@@ -53,6 +55,8 @@ from .sliding_window import parts_of, sliding_labels, sliding_logits
 WINDOWS_AT_ONCE = 8
 MOST_LOGITS = 1 << 29  # numbers of one image (2 GiB); above that only labels are kept
 SHOWN = 5  # classes in a picture's caption
+
+_logger = logging.getLogger(__name__)
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -340,6 +344,8 @@ class Segmentation(Task):
         folder = output / PICTURES
         folder.mkdir(exist_ok=True)
         write_class_scores(values, data.class_names, folder)
+        if values["frozen_per_class"] is not None:
+            _logger.info("dropped patches show %s", frozen_text(values, data.class_names))
         transform = self.transforms(self.args, img_size, train=False).eval
         draw_comparisons(predict, data, transform, folder)
 

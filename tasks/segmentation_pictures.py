@@ -67,6 +67,18 @@ def write_class_scores(values: Mapping[str, Any], class_names: Sequence[str], fo
         plots.save(figure, (folder / table).with_suffix(".png"))
 
 
+def frozen_text(values: Mapping[str, Any], class_names: Sequence[str], count: int = 3) -> str:
+    """What the dropped patches of an evaluation show most, beside its share of all pixels."""
+    pixels = np.array(values["confusion"]).sum(axis=1)
+    everywhere, frozen = pixels / pixels.sum(), np.array(values["frozen_per_class"])
+    return ", ".join(
+        f"{class_names[label]} {100 * frozen[label]:.1f} % (of all pixels: "
+        f"{100 * everywhere[label]:.1f} %)"
+        for label in np.argsort(-frozen, kind="stable")[:count]
+        if frozen[label]
+    )
+
+
 def _text(percent: float | None) -> str:
     return "" if percent is None else f"{percent:.4f}"
 

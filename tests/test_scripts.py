@@ -378,28 +378,6 @@ def test_slurm_says_how_to_submit(cluster, tmp_path):
 # test.sh, gpu_check.sh and demo.sh with a python that notes what it is asked to run
 
 
-@pytest.fixture
-def python(tmp_path):
-    """A python that notes its arguments in calls.log; `-` runs what it is given, `-c` (the checks)
-    always succeeds.
-    """
-    return program(
-        tmp_path / "python",
-        f"""
-case "$1" in
-  -) exec {sys.executable} "$@" ;;
-  -c) exit ;;
-esac
-printf '%q ' "$@" >>{tmp_path}/calls.log
-echo "GOLDEN_DIR=${{GOLDEN_DIR:-}}" >>{tmp_path}/calls.log
-case "$*" in
-  *benchmarks/model.py*) echo "a line of the benchmark"; exit 7 ;;
-  *benchmarks/train.py*) sleep 20 ;;
-  *"-m gpu"*) echo "3 passed in 1.00s" ;;
-esac""",
-    )
-
-
 def test_test_command(python, tmp_path):
     assert run("scripts/test.sh", PYTHON=python, cwd=tmp_path).returncode == 0
     check, layout, everything = (tmp_path / "calls.log").read_text().splitlines()

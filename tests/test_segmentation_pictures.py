@@ -39,7 +39,7 @@ from drawing.segmentation import (
 from evaluation.inference import build_parser, load_predictor
 from models import Result
 from tasks.segmentation import SEGMENTATION
-from tasks.segmentation_pictures import labels_at, read_class_scores
+from tasks.segmentation_pictures import frozen_text, labels_at, read_class_scores
 from tasks.sliding_window import labels_of
 from utils.errors import UsageError, UserError
 
@@ -243,6 +243,16 @@ def test_an_evaluation_leaves_tables_plots_and_comparisons(dense, dynamic):
             matrix = np.array([row[1:] for row in csv.reader(file)][1:], dtype=int)
         right = np.diag(matrix).sum() / matrix.sum()
         assert 100 * right == pytest.approx(scores["aacc"])
+
+
+def test_what_dropped_patches_show_is_told_beside_its_share_of_all_pixels():
+    values = {
+        "confusion": [[60, 12, 0], [4, 14, 0], [5, 5, 0]],
+        "frozen_per_class": [0.9, 0.0, 0.1],
+    }
+    assert frozen_text(values, ["wall", "cat", "dog"]) == (
+        "wall 90.0 % (of all pixels: 72.0 %), dog 10.0 % (of all pixels: 10.0 %)"
+    )
 
 
 def test_strips_say_what_is_frozen(dynamic, scenes, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.shell import run
 
 import options
 from datasets import task_of
@@ -76,3 +77,25 @@ def test_missing_variables_are_named(tmp_path):
     done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "MODEL_PATH is not set" in done.stderr
     assert "bash scripts/seg/dyvm-vim-t.sh" in done.stderr
+
+
+@pytest.mark.parametrize("decoder, epochs", [("upernet", ("4", "2")), ("light", ("8", "4"))])
+def test_the_demo(decoder, epochs, python, tmp_path):
+    """What it runs; a step with the light decoder takes half as long, so that it makes more."""
+    output, scenes = tmp_path / "demo", tmp_path / "scenes"
+    variables = dict(PYTHON=python, OUTPUT=output, SCENES=scenes, DECODER=decoder)
+    result = run("scripts/seg/demo.sh", **variables)
+    assert result.returncode == 0, result.stderr
+    calls = [shlex.split(line)[:-1] for line in (tmp_path / "calls.log").read_text().splitlines()]
+    programs = [Path(call[0]).name for call in calls]
+    assert programs == ["scenes.py", "main.py", "main.py", "main.py", "report.py"]
+    assert calls[0][1:3] == ["--output", str(scenes)]
+    assert calls[-1][1:] == [str(output / "dyvm")]
+    dense, student, evaluated = (options.parse(call[1:]) for call in calls[1:4])
+    assert [(args.method, args.decoder, str(args.epochs)) for args in (dense, student)] == [
+        ("dense", decoder, epochs[0]),
+        ("dyvm", decoder, epochs[1]),
+    ]
+    best = str(output / "dense" / "best_checkpoint.pth")
+    assert student.model_path == evaluated.dense_path == best
+    assert evaluated.model_path == str(output / "dyvm" / "best_checkpoint.pth")

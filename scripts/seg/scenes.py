@@ -34,8 +34,8 @@ from utils.program import run_main
 
 BACKGROUND, FIRST_GARMENT, DIGIT = 1, 2, 12  # values in a label map
 SPLITS = {"training": "train", "validation": "val"}
-OBJECTS = (3, 8)  # in a scene
-SIDES = (16, 64)  # of an object, in pixels
+OBJECTS = (3, 6)  # in a scene
+SIDES = (28, 72)  # of an object, in pixels
 SMALLEST = 32  # scene
 # An object ends where it is half opaque, at this intensity (of 255).
 GARMENT_EDGE, DIGIT_EDGE = 16, 96
