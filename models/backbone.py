@@ -5,9 +5,11 @@ differs between them is a `Family`. One loop walks the layers; what becomes of t
 a `Reduction`.
 
 B images, M patches, L = M + n tokens (n class or register tokens), d width, k kept patches, C
-classes. Source: "Dynamic Vision Mamba" (arXiv 2504.04787).
+classes. Clips are images with an axis of time: [B, 3, T, H, W], whose patches are one sequence.
+Source: "Dynamic Vision Mamba" (arXiv 2504.04787).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 
-from .embedding import PatchEmbed, Size, check_patches, check_positive
+from .embedding import ClipEmbed, PatchEmbed, Size, check_frames, check_patches, check_positive
 from .heads import MapHead
 from .initialization import initialize, initialize_router
 from .layouts import NoClassToken, TokenLayout, extract, insert
@@ -38,6 +40,7 @@ class Family:
 
     Args:
         layout: builds the rule for the class tokens from their number.
+        clips: models of clips exist.
         registers: several class tokens with a position embedding of their own, all read by the
             head; without, one table holds the rows of the patches and of the class token, in the
             order of the sequence.
@@ -47,6 +50,7 @@ class Family:
     layout: type[TokenLayout]
     halve_directions: bool
     registers: bool = False
+    clips: bool = False
 
     def make_layout(self, num_registers: int, class_token: bool) -> TokenLayout:
         if not class_token:
@@ -71,6 +75,8 @@ class VisionMamba(TimmInterface, nn.Module):
         global_pool: what the head reads, "token" or "avg" (default: the class token if there is
             one).
         num_registers, register_reduction: MambaReg's; the other families have one class token.
+        num_frames, tubelet_size: for clips of so many frames (VideoMamba's), of which a patch spans
+            `tubelet_size`; None for images.
         rope: rotary position embedding besides the learned one, as in Vim's segmentation; for dense
             models without class token.
 
@@ -98,6 +104,8 @@ class VisionMamba(TimmInterface, nn.Module):
         num_registers: int = 1,
         register_reduction: int = 1,
         drop_path_rate: float = 0.0,
+        num_frames: int | None = None,
+        tubelet_size: int = 1,
         rope: bool = False,
     ):
         super().__init__()
@@ -112,17 +120,25 @@ class VisionMamba(TimmInterface, nn.Module):
             depth=depth,
             d_state=d_state,
             num_registers=num_registers,
+            num_frames=1 if num_frames is None else num_frames,
+            tubelet_size=tubelet_size,
         )
         check_patches(img_size, patch_size, stride)
+        self._check_clips(family, class_token, num_frames, tubelet_size)
         self._check_registers(family, class_token, num_registers, register_reduction, embed_dim)
         self.family, self.embed_dim, self.d_state = family, embed_dim, d_state
         self.num_classes = num_classes
         self.layout = family.make_layout(num_registers, class_token)
         self.global_pool = self.check_pool(global_pool or ("token" if class_token else "avg"))
         self.reduction = Reduction()
-        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim)
-        height, width = self.patch_embed.grid
-        self.num_patches = height * width
+        sizes = img_size, patch_size, stride, in_chans, embed_dim
+        self.num_frames = num_frames
+        self.patch_embed = (
+            PatchEmbed(*sizes)
+            if num_frames is None
+            else ClipEmbed(num_frames, tubelet_size, *sizes)
+        )
+        self.num_patches = math.prod(self.patch_embed.grid)
         if rope and (class_token or self.route_blocks):
             raise ValueError("rope is for dense models with class_token=False")
         self.rope = RotaryEmbedding(embed_dim, self.patch_embed.grid) if rope else None
@@ -152,6 +168,18 @@ class VisionMamba(TimmInterface, nn.Module):
                 f"embed_dim {embed_dim}"
             )
 
+    @staticmethod
+    def _check_clips(
+        family: Family, class_token: bool, num_frames: int | None, tubelet_size: int
+    ) -> None:
+        if num_frames is None:
+            if tubelet_size != 1:
+                raise ValueError("tubelet_size is for clips: give num_frames too")
+            return
+        if not family.clips or not class_token:
+            raise ValueError("num_frames is for videomamba models with their class token")
+        check_frames(num_frames, tubelet_size)
+
     def _make_class_tokens(self, register_reduction: int) -> None:
         """Class tokens, position embeddings, and MambaReg's neck."""
         count, width = self.layout.num_tokens, self.embed_dim
@@ -164,7 +192,11 @@ class VisionMamba(TimmInterface, nn.Module):
             self.neck = Linear(width, reduced, bias=False)
             self.norm_neck = nn.RMSNorm(count * reduced, eps=1e-5)
         else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + count, width))
+            rows = math.prod(self.patch_embed.plane) + count
+            self.pos_embed = nn.Parameter(torch.zeros(1, rows, width))
+        if self.num_frames is not None:
+            slots = self.patch_embed.slots
+            self.temporal_pos_embedding = nn.Parameter(torch.zeros(1, slots, width))
 
     def _layer(self, index: int, drop_path_rate: float) -> Layer:
         halve = self.family.halve_directions
@@ -217,7 +249,7 @@ class VisionMamba(TimmInterface, nn.Module):
         """Row of the class token in `pos_embed`, or None."""
         if self.family.registers or not self.has_class_token:
             return None
-        return self.layout.class_slots(self.num_patches)[0]
+        return self.layout.class_slots(math.prod(self.patch_embed.plane))[0]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> patch tokens [B, M, d], class tokens [B, n, d], with position embeddings."""
@@ -227,9 +259,12 @@ class VisionMamba(TimmInterface, nn.Module):
         if self.family.registers:
             pos_patches, pos_class = self.pos_embed, self.pos_embed_cls
         else:
-            slots = self.layout.class_slots(self.num_patches)
-            pos_patches, pos_class = extract(self.pos_embed, slots)
-        return patches + pos_patches, (self.cls_token + pos_class).expand(images.shape[0], -1, -1)
+            pos_patches, pos_class = extract(self.pos_embed, (self.class_row(),))
+        class_tokens = (self.cls_token + pos_class).expand(images.shape[0], -1, -1)
+        if self.num_frames is None:
+            return patches + pos_patches, class_tokens
+        slots = patches.unflatten(1, (self.patch_embed.slots, -1)) + pos_patches.unsqueeze(1)
+        return (slots + self.temporal_pos_embedding.unsqueeze(2)).flatten(1, 2), class_tokens
 
     def run_layer(self, layer: Layer, *inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run a layer; with `grad_checkpointing` the backward pass repeats it, with equal noise."""

@@ -65,7 +65,7 @@ class TimmInterface:
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides biases and norms, which are one-dimensional."""
-        names = {"cls_token", "pos_embed", "pos_embed_cls"}
+        names = {"cls_token", "pos_embed", "pos_embed_cls", "temporal_pos_embedding"}
         return names | {
             name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))
         }
@@ -77,7 +77,7 @@ class TimmInterface:
         What matches nothing (head, score predictors) comes last.
         """
         return dict(
-            stem=r"^(?:cls_token|pos_embed|pos_embed_cls)$|^patch_embed\.",
+            stem=r"^(?:cls_token|pos_embed|pos_embed_cls|temporal_pos_embedding)$|^patch_embed\.",
             blocks=[(r"^layers\.(\d+)\.", None), (r"^norm_f\.", (99999,))],
         )
 

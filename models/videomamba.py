@@ -1,10 +1,10 @@
-"""VideoMamba for images (arXiv 2403.06977): class token in front, directions not halved."""
+"""VideoMamba, images and clips (arXiv 2403.06977): class token in front, directions not halved."""
 
 from .backbone import Family
 from .layouts import HeadClassToken
 from .registry import register
 
-VIDEOMAMBA = Family("videomamba", HeadClassToken, halve_directions=False)
+VIDEOMAMBA = Family("videomamba", HeadClassToken, halve_directions=False, clips=True)
 
 register(
     VIDEOMAMBA,

@@ -54,14 +54,16 @@ def test_tolerances_are_explained_by_the_float32_errors():
 @pytest.mark.skipif(
     not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
 )
-@pytest.mark.parametrize("name", golden.names("dense_", "eval_", "train_"))
+@pytest.mark.parametrize(
+    "name", golden.names("dense_", "eval_", "train_", "video_dense", "video_eval", "video_train")
+)
 @pytest.mark.parametrize("backend", golden.backends())
 def test_recorded_cases(name, backend, monkeypatch):
     device = golden.use_backend(backend, monkeypatch)
     precision = autocast(torch.device(device), "bf16")
-    case, training = golden.load(name, device), name.startswith("train_")
+    case, training = golden.load(name, device), "train_" in name
     t = case.tensors
-    dynamic = not name.startswith("dense_")
+    dynamic = "dense" not in name
     model = golden.build_loaded(case, "weights_file", dynamic, device).train(training)
     recorded = recorded_decisions(case, model)
     with (
@@ -69,7 +71,7 @@ def test_recorded_cases(name, backend, monkeypatch):
         sampling.replay(case.group("noise.")),
         precision,
     ):
-        result = model(t["input.images"])
+        result = model(case.inputs)
     for decider, value in recorded.items():
         close(said[decider], value, DECIDERS, decider)
     close(result.logits, t["out.logits"], OUTPUTS, "logits")
@@ -80,7 +82,7 @@ def test_recorded_cases(name, backend, monkeypatch):
     teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False, device=device).eval()
     with precision:
         with torch.no_grad():
-            teacher_result = teacher(t["input.images"])
+            teacher_result = teacher(case.inputs)
         total, terms = dynamic_loss(case.info["loss_config"])(
             result, t["input.soft_targets"], teacher_result
         )

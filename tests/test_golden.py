@@ -59,27 +59,31 @@ def test_operators(name):
             golden.gradient_close(value.grad, t[f"grad.{key}"], 1e-4, f"{what} gradient of {key}")
 
 
-@pytest.mark.parametrize("name", golden.names("dense_"))
+@pytest.mark.parametrize("name", golden.names("dense_", "video_dense"))
 def test_dense(name, device):
     case = golden.load(name, device)
     model = golden.build_loaded(case, "weights_file", dynamic=False, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with torch.no_grad():
-        result = model(case.tensors["input.images"])
+        result = model(case.inputs)
     assert sequence_lengths(model) == case.info["seq_len_per_layer"]
     assert recorder.compare(case) == 2 * model.depth
+    if "mid.embedding" in case.tensors:
+        class_slots = model.layout.class_slots(model.num_patches)
+        embedded = insert(*model.embed(case.inputs), class_slots)
+        golden.close(embedded, case.tensors["mid.embedding"], 1e-5, 1e-4, "embedding")
     golden.close(result.tokens, case.tensors["out.other_tokens"], 1e-4, 1e-4, "tokens")
     golden.close(result.logits, case.tensors["out.logits"], 1e-4, 1e-4, "logits")
 
 
-@pytest.mark.parametrize("name", golden.names("eval_"))
+@pytest.mark.parametrize("name", golden.names("eval_", "video_eval"))
 def test_dynamic_evaluation(name, device):
     case = golden.load(name, device)
     t = case.tensors
     model = golden.build_loaded(case, "weights_file", dynamic=True, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with torch.no_grad():
-        result = model(t["input.images"])
+        result = model(case.inputs)
     assert sequence_lengths(model) == case.info["seq_len_per_layer"]
     for s, kept in enumerate(result.kept):
         assert torch.equal(kept, t[f"mid.keep_origin.stage{s}"]), f"stage {s}"
@@ -118,7 +122,7 @@ def dynamic_loss(config: dict) -> losses.Objective:
     return objective(soft_target, config)
 
 
-@pytest.mark.parametrize("name", golden.names("train_"))
+@pytest.mark.parametrize("name", golden.names("train_", "video_train"))
 def test_dynamic_training(name, device):
     """Replayed noise: decisions, re-arrangement, outputs, every loss term, every parameter's
     gradient.
@@ -129,9 +133,9 @@ def test_dynamic_training(name, device):
     teacher = golden.build_loaded(case, "teacher_weights_file", dynamic=False, device=device).eval()
     recorder = golden.LayerRecorder(model)
     with sampling.replay(case.group("noise.")):
-        result = model(t["input.images"])
+        result = model(case.inputs)
     with torch.no_grad():
-        teacher_result = teacher(t["input.images"])
+        teacher_result = teacher(case.inputs)
     for s, decision in enumerate(result.decisions):
         assert torch.equal(decision.detach(), t[f"out.decision.stage{s}"]), f"stage {s}"
     assert torch.equal(result.origin, t["out.current_pos"])
@@ -282,7 +286,7 @@ def test_pos_embed(name):
             )
 
 
-@pytest.mark.parametrize("name", golden.names("flops_"))
+@pytest.mark.parametrize("name", golden.names("flops_", "video_flops"))
 def test_flops(name):
     for entry in golden.load(name).info["entries"]:
         with torch.device("meta"):

@@ -33,6 +33,15 @@ class Case(NamedTuple):
             if key.startswith(prefix)
         }
 
+    @property
+    def inputs(self) -> Tensor:
+        """Images [B, 3, H, W] or clips [B, 3, T, H, W]."""
+        return next(
+            self.tensors[f"input.{kind}"]
+            for kind in ("images", "clips")
+            if f"input.{kind}" in self.tensors
+        )
+
 
 def names(*prefixes: str) -> list[str]:
     """Cases whose file names start with one of the prefixes."""
@@ -84,13 +93,15 @@ def build(info: dict[str, Any], dynamic: bool) -> VisionMamba:
     sizes = dict(
         img_size=config["img_size"],
         patch_size=config["patch_size"],
-        stride=config["stride"],
+        stride=config.get("stride"),
         in_chans=config["channels"],
         embed_dim=config["embed_dim"],
         depth=config["depth"],
         d_state=config["d_state"],
         num_classes=config["num_classes"],
     )
+    if "num_frames" in config:
+        sizes |= dict(num_frames=config["num_frames"], tubelet_size=config["tubelet_size"])
     if "num_cls_tokens" in config:
         sizes |= dict(
             num_registers=config["num_cls_tokens"], register_reduction=config["cls_reduce"]
