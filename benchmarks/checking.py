@@ -31,7 +31,7 @@ def set_telling_weights(model: VisionMamba) -> None:
     speed does not depend on it.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     for layer in model.layers:
         layer.mixer.out_proj.weight.div_(math.sqrt(model.depth))

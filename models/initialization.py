@@ -34,7 +34,8 @@ def initialize(module: nn.Module) -> None:
     if hasattr(module, "patch_embed"):
         lecun_normal_(module.patch_embed.proj.weight)
         nn.init.zeros_(module.patch_embed.proj.bias)
-    for name in ("cls_token", "pos_embed", "pos_embed_cls"):
+    clips = hasattr(module, "temporal_pos_embedding")  # whose class token begins at zero
+    for name in ("pos_embed",) if clips else ("cls_token", "pos_embed", "pos_embed_cls"):
         if hasattr(module, name):
             trunc_normal_(getattr(module, name), std=0.02)
 

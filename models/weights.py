@@ -1,8 +1,8 @@
 """Loading weights into a model: strict, with every difference named.
 
-Three things may differ, each logged in one line: the new parts of a dynamic model that starts from
-a dense checkpoint, the size of the position embedding (another image size), and the head (another
-number of classes).
+Four things may differ, each logged in one line: the new parts of a dynamic model that starts from a
+dense checkpoint, the size of the position embedding (another image size), that of the temporal one
+(another number of frames), and the head (another number of classes).
 """
 
 import logging
@@ -29,6 +29,7 @@ _CLASSIFIERS = (
     "head.decode_head.segmentation_head.0",
     "head.auxiliary_head.conv_seg",
 )
+TEMPORAL = "temporal_pos_embedding"
 _LISTED = 8  # keys named in an error before the rest is counted
 
 
@@ -63,6 +64,13 @@ def resize_pos_embed(
     if class_row is None or new_class_row is None:
         return patches
     return torch.cat([patches[:, :new_class_row], class_token, patches[:, new_class_row:]], dim=1)
+
+
+def resize_temporal(table: Tensor, slots: int) -> Tensor:
+    """Resample a temporal position embedding [1, S, d] to `slots`, linear."""
+    rows = table.float().transpose(1, 2)
+    rows = F.interpolate(rows, size=slots, mode="linear", align_corners=False)
+    return rows.transpose(1, 2).to(table.dtype)
 
 
 def is_new_part(key: str) -> bool:
@@ -125,7 +133,9 @@ def load_weights(
             f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
             "checkpoint of a vision model"
         )
+    _check_frames(model, state, source)
     _fit_pos_embed(model, state, source, grid_of(checkpoint))
+    _fit_temporal(model, state, source)
     dropped = _drop_other_head(own, state, source) if new_head else set()
     absent = [key for key in own if key not in state]
     if from_dense and not any(is_new_part(key) for key in state):
@@ -159,9 +169,41 @@ def _listing(keys: list[str]) -> str:
 
 
 def grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The grid of patches that a checkpoint of ours records; None: unknown, taken to be square."""
+    """The grid of an image's patches, or of a slot's, that a checkpoint of ours records; None:
+    unknown, taken to be square.
+    """
     grid = checkpoint.get("grid")
-    return tuple(grid) if isinstance(grid, list) and len(grid) == 2 else None
+    return tuple(grid[-2:]) if isinstance(grid, list) and len(grid) in (2, 3) else None
+
+
+def _check_frames(model: VisionMamba, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError for an image model's weights in a model of clips, and the reverse."""
+    if TEMPORAL in state and model.num_frames is None:
+        raise UserError(
+            f"{source}: this is a checkpoint of clips ({state[TEMPORAL].shape[1]} temporal "
+            "positions), the model is one of images; give a --data-set of videos"
+        )
+    if model.num_frames is not None and TEMPORAL not in state and "pos_embed" in state:
+        raise UserError(
+            f"{source}: this is a checkpoint of images, the model is one of clips; train it on "
+            "clips first (--method dense --model-path starts from images)"
+        )
+
+
+def _fit_temporal(model: VisionMamba, state: dict[str, Tensor], source: str) -> None:
+    """Resample the temporal position embedding in `state` if it is of another number of frames."""
+    table = state.get(TEMPORAL)
+    if table is None or table.dim() != 3 or len(table) != 1 or not table.shape[1]:
+        return  # reported among the misshapen ones
+    slots = model.patch_embed.slots
+    if table.shape[1] != slots:
+        state[TEMPORAL] = resize_temporal(table, slots)
+        _logger.info(
+            "%s: temporal position embedding resampled from %d to %d positions",
+            source,
+            table.shape[1],
+            slots,
+        )
 
 
 def _fit_pos_embed(
@@ -171,7 +213,7 @@ def _fit_pos_embed(
     table = state.get("pos_embed")
     if table is None or table.dim() != 3 or len(table) != 1 or table.shape[2] != model.embed_dim:
         return  # reported among the misshapen ones
-    grid, new_row = model.patch_embed.grid, model.class_row()
+    grid, new_row = model.patch_embed.plane, model.class_row()
     same_rows = table.shape == model.pos_embed.shape
     if (same_rows and old_grid in (None, grid)) or table.shape[1] <= (new_row is not None):
         return
@@ -182,7 +224,7 @@ def _fit_pos_embed(
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     _logger.info(
-        "%s: position embedding resized from %d to %d patches", source, patches, model.num_patches
+        "%s: position embedding resized from %d to %d patches", source, patches, math.prod(grid)
     )
 
 
