@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import golden
 
+from loading.frames import Dense, Parts, Uniform, centre, crop_starts, short_side
 from models import FAMILIES, VisionMamba
 from models.clip_weights import inflate, load_images
 from models.weights import TEMPORAL, load_weights, resize_pos_embed, resize_temporal
@@ -66,3 +67,76 @@ def test_position_tables(name):
         load_weights(after, {"model": state}, name)
         golden.close(after.temporal_pos_embedding, t[f"out.{TEMPORAL}"], 1e-5, 0, name)
         golden.close(after.pos_embed, t["out.pos_embed"], 1e-5, 0, name)
+
+
+def lowest(low: int, high: int) -> int:
+    return low
+
+
+def highest(low: int, high: int) -> int:
+    return high
+
+
+def views(sampling, frames: int, count: int, number: int) -> list[list[int]]:
+    return [sampling.view(frames, count, view, number) for view in range(number)]
+
+
+def check_sampling(entry: dict) -> None:
+    n, count = entry["video_frames"], entry["num_frames"]
+    samplings = {
+        "uniform": Uniform(),
+        "dense.rate4": Dense(4),
+        "dense.rate2": Dense(2),
+        "tsn_video": Parts(),
+        "tsn_frames": Parts(folders=True),
+    }
+    for key, recorded in entry.items():
+        name, _, rest = key.partition(".t" if ".t" in key else ".v")
+        if name not in samplings:
+            assert key in ("video_frames", "num_frames"), f"{key} is not compared"
+            continue
+        sampling, what = samplings[name], (key, n, count)
+        if rest.startswith("est.segments"):
+            assert views(sampling, n, count, len(recorded)) == recorded, what
+        elif rest == "alidation" and name.startswith("dense") and n > count * sampling.rate:
+            # The release takes the wanted start for the end; numbers below 0 it rounds up.
+            later = [index + count * sampling.rate for index in recorded]
+            ours = sampling.middle(n, count)
+            pairs = zip(ours, later, recorded, strict=True)
+            assert all(abs(a - b) <= (c <= 0) for a, b, c in pairs), what
+        elif rest == "alidation":
+            assert sampling.middle(n, count) == recorded, what
+        elif rest == "rain.bounds":
+            ends = (sampling.train(n, count, draw) for draw in (lowest, highest))
+            assert [list(pair) for pair in zip(*ends, strict=True)] == recorded, what
+        elif "end_from" in recorded:
+            first, last = (sampling.train(n, count, draw) for draw in (lowest, highest))
+            assert first == recorded["indexes_at_first_end"], what
+            shift = recorded["end_below"] - 1 - recorded["end_from"]
+            assert last[0] == first[0] + shift and last[-1] == first[-1] + shift, what
+        elif "part_length" in recorded:
+            first, last = (sampling.train(n, count, draw) for draw in (lowest, highest))
+            assert first == recorded["starts"], what
+            assert last == [start + recorded["part_length"] - 1 for start in first], what
+        elif recorded.get("kind") == "first frame repeated":  # ours shows all frames that there are
+            ours = sampling.train(n, count, lowest)
+            assert ours == [0] * (count - n) + list(range(n)), what
+        else:
+            assert sampling.train(n, count, lowest) == recorded["indexes"], what
+
+
+@pytest.mark.parametrize("name", golden.names("video_sampling"))
+def test_frames_and_crops(name):
+    info = golden.load(name).info
+    for entry in info["entries"]:
+        check_sampling(entry)
+    for entry in info["crops"]:
+        size = entry["height"], entry["width"], entry["crop_size"]
+        if isinstance(entry["crops"], int):
+            starts = crop_starts(*size, entry["crops"])
+        else:
+            starts = [centre(*size)]
+        assert [list(start) for start in starts] == entry["top_left"], entry
+    for entry in info["resize"]:
+        size = short_side(entry["height"], entry["width"], entry["short_side"])
+        assert list(size) == entry["to"], entry
