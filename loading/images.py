@@ -72,7 +72,7 @@ def decode(file: BinaryIO, convert: Callable[[Image.Image], Decoded]) -> Decoded
             # below the one at which it warns.
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=FORMATS)
-            _check_size(*image.size)
+            check_size(*image.size)
             image.load()
             return convert(image)
     except BadImageError:
@@ -108,7 +108,7 @@ def _open_without_waiting(path, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe among the images must not stop the run
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError(f"too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):

@@ -1,0 +1,206 @@
+"""Videos in files and in folders of frames: exact access to single frames.
+
+Files are decoded by PyAV, whose wheels bring FFmpeg with them (torchcodec needs FFmpeg's libraries
+to be installed on the machine). A video is told by its packets, not by what its header says of its
+length: they are listed without being decoded, and sorted by the time at which their frames are
+shown. Wanted frames are then reached from the last key frame before them.
+
+T frames; H, W pixels, upright.
+"""
+
+import bisect
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from utils.errors import first_line, printable
+
+from .images import BadImageError, check_size, read_image
+
+MAX_CLIP_PIXELS = 2_000_000_000  # of all frames that are read together, 3 bytes each
+VIDEO_EXTENSIONS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
+    ".ogv",
+)  # fmt: skip
+
+
+class Video:
+    """A video whose frames are read by number."""
+
+    def __len__(self) -> int:
+        """The number of frames. Raises `BadImageError`."""
+        raise NotImplementedError
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames by number, in any order, also several times: [T, H, W, 3] uint8, RGB.
+
+        Raises `BadImageError`.
+        """
+        raise NotImplementedError
+
+
+class VideoFile(Video):
+    """A video in a file of any container and codec that FFmpeg knows.
+
+    A rotation in the display matrix is applied, transparency is dropped, and 10-bit frames become
+    8-bit ones.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._listed: _Listing | None = None
+
+    def __len__(self) -> int:
+        return len(self._listing().times)
+
+    def _listing(self) -> "_Listing":
+        if self._listed is None:
+            with _opened(self.path) as (container, stream):
+                self._listed = _list_frames(container, stream)
+        return self._listed
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        wanted = sorted(set(indices))
+        frames = self._decode(wanted, seek=self._listing().timed)
+        missing = [index for index in wanted if index not in frames]
+        if missing:  # some containers seek too far
+            frames |= self._decode(missing, seek=False)
+        for index in missing:
+            if index not in frames:
+                raise BadImageError(f"frame {index} of {len(self)} cannot be decoded")
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise BadImageError("its frames change their size")
+        return np.stack([frames[index] for index in indices])
+
+    def _decode(self, wanted: Sequence[int], seek: bool) -> dict[int, np.ndarray]:
+        """Those of the wanted frames, ascending, that are found on a way through the file."""
+        listing, found, place = self._listing(), {}, None
+        with _opened(self.path) as (container, stream):
+            _check_pixels(stream.codec_context, len(wanted))
+            decoded = _frames(container, stream, listing)
+            for index in wanted:
+                time = listing.times[index]
+                key = listing.key_before(time)
+                if seek and (place is None or key > place):
+                    container.seek(key, stream=stream)
+                    decoded = _frames(container, stream, listing)
+                elif place is not None and place >= time:
+                    continue
+                for place, frame in decoded:
+                    if place == time:
+                        found[index] = _pixels(frame)
+                    if place >= time:
+                        break
+        return found
+
+
+def _check_pixels(codec: av.VideoCodecContext, frames: int) -> None:
+    check_size(codec.width, codec.height)
+    pixels = codec.width * codec.height
+    if pixels * frames > MAX_CLIP_PIXELS:
+        raise BadImageError(
+            f"too large: {frames} frames of {pixels:,} pixels, at most {MAX_CLIP_PIXELS:,} in all"
+        )
+
+
+class _Listing:
+    """When the frames of a stream are shown, and which of these are key frames.
+
+    timed: False if the packets have no times; frames are then counted from the first one.
+    """
+
+    def __init__(self, times: list[int], keys: list[int], timed: bool = True):
+        self.times, self.keys, self.timed = times, keys, timed
+
+    def key_before(self, time: int) -> int:
+        """The time of the last key frame up to `time`."""
+        return self.keys[max(bisect.bisect_right(self.keys, time) - 1, 0)]
+
+
+def _list_frames(container, stream) -> _Listing:
+    """Lists the packets; decodes all frames only if a packet does not say when it is shown."""
+    packets = [
+        packet for packet in container.demux(stream) if packet.size and not packet.is_discard
+    ]
+    if any(packet.pts is None for packet in packets):
+        container.seek(0)
+        count = sum(1 for _ in container.decode(stream))
+        listing = _Listing(list(range(count)), [0], timed=False)
+    else:
+        keys = sorted({packet.pts for packet in packets if packet.is_keyframe})
+        # What is shown before the first key frame cannot be decoded.
+        times = sorted({packet.pts for packet in packets if keys and packet.pts >= keys[0]})
+        listing = _Listing(times, keys)
+    if not listing.times:
+        raise BadImageError("it has no frames")
+    return listing
+
+
+def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(time or number, frame) from where the container stands."""
+    for number, frame in enumerate(container.decode(stream)):
+        place = frame.pts if listing.timed else number
+        if place is not None:
+            yield place, frame
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """A frame, upright: [H, W, 3] uint8."""
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+@contextmanager
+def _opened(path: str):
+    """The container and its video stream; whatever FFmpeg reports becomes a `BadImageError`."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImageError("not a regular file")
+        if status.st_size == 0:
+            raise BadImageError("the file is empty")
+        # A playlist could name other files and hosts.
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            streams = [
+                stream
+                for stream in container.streams.video
+                if not stream.disposition & Disposition.attached_pic
+            ]
+            if not streams:
+                raise BadImageError("it has no video stream")
+            if streams[0].codec_context is None:
+                raise BadImageError("FFmpeg knows no decoder of its codec")
+            streams[0].codec_context.thread_count = 1  # there is a process for each core
+            yield container, streams[0]
+    except BadImageError:
+        raise
+    except MemoryError:
+        raise BadImageError("not enough memory to decode it") from None
+    except (av.FFmpegError, OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadImageError(printable(reason)) from None
+
+
+class FrameFolder(Video):
+    """A video as a folder of image files, one for each frame.
+
+    paths: in the order of the frames.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        frames = {index: np.asarray(read_image(self.paths[index])) for index in set(indices)}
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise BadImageError("its frames differ in size")
+        return np.stack([frames[index] for index in indices])
