@@ -49,24 +49,35 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A worker's result for one example; `image` is None if there is none.
+    """A worker's result for one example; `image` is None if there is none. Image and target are
+    lists where a transform made several versions of it.
 
     Errors are passed on, not raised: an exception would leave a worker process as a stack trace.
     `problems` has a (name, reason) for each unusable image, to be judged by `BadImages`; `failure`
     ends the run in any case.
     """
 
-    image: Tensor | None
-    target: Tensor | None = None
+    image: Tensor | list[Tensor] | None
+    target: Tensor | list[Tensor] | None = None
     index: int = -1
     problems: list[tuple[str, str]] = []
     failure: str | None = None
 
+    def versions(self) -> list[tuple[Tensor, Tensor, int]]:
+        """(image, target, index) of each."""
+        if not isinstance(self.image, list):
+            return [(self.image, self.target, self.index)]
+        return [(*pair, self.index) for pair in zip(self.image, self.target, strict=True)]
 
-def transformed(transform: Transform, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-    """A transformed example as plain tensors; Python numbers become int64 or float32."""
-    image, target = transform(image, target)
-    return _plain(image), _plain(target)
+
+def transformed(transform: Transform, image: Any, target: Any) -> tuple[Any, Any]:
+    """A transformed example, or each of its versions, as plain tensors; Python numbers become int64
+    or float32.
+    """
+    return tuple(
+        [_plain(part) for part in value] if isinstance(value, list) else _plain(value)
+        for value in transform(image, target)
+    )
 
 
 def _plain(value: Any) -> Tensor:
@@ -112,11 +123,12 @@ class WorkerBatch(NamedTuple):
 
 
 def collate(samples: list[Sample]) -> WorkerBatch:
-    usable = [sample for sample in samples if sample.image is not None]
+    usable = [part for sample in samples if sample.image is not None for part in sample.versions()]
+    images, targets, indices = zip(*usable, strict=True) if usable else ((), (), ())
     return WorkerBatch(
-        default_collate([sample.image for sample in usable]) if usable else torch.empty(0),
-        default_collate([sample.target for sample in usable]) if usable else torch.empty(0),
-        torch.tensor([sample.index for sample in usable], dtype=torch.int64),
+        default_collate(list(images)) if usable else torch.empty(0),
+        default_collate(list(targets)) if usable else torch.empty(0),
+        torch.tensor(indices, dtype=torch.int64),
         [problem for sample in samples for problem in sample.problems],
         next((sample.failure for sample in samples if sample.failure), None),
     )

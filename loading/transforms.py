@@ -2,9 +2,10 @@
 
 A transform is called with (image, target) and returns both: the image as a tensor [3, H, W] (a
 clip: [3, T, H, W]), the target as a tensor of any shape or a number. This is the convention of a
-`torchvision.transforms.v2.Compose`, which can be used as it is. The transforms below are
-classification's: timm's, with DeiT's choices. They take the image alone, and `ImageOnly` adapts
-them.
+`torchvision.transforms.v2.Compose`, which can be used as it is. A transform may also return a list
+of images and one of targets: versions of the example, each of which counts in the batch. The
+transforms below are classification's: timm's, with DeiT's choices. They take the image alone, and
+`ImageOnly` adapts them.
 """
 
 import itertools
