@@ -24,6 +24,7 @@ from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
 from loading.segmentation import ade20k, cityscapes, mask_folders, voc
 from loading.transforms import Transforms, classification_transforms
+from loading.video_sets import video_folders, video_list
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
 from utils.images import CROP_RATIO, ImageSize
@@ -31,6 +32,7 @@ from utils.images import CROP_RATIO, ImageSize
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
 CLASSIFICATION = "classification"
 SEGMENTATION = "segmentation"
+VIDEO = "video"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class DataSet:
 
 _FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
 _CIFAR = "the folder that holds {}/"
+_LISTS = "a folder with train.csv and val.csv: path and label, relative to it"
 _LISTINGS = "the folder with train{0}.json and val{0}.json"
 DATA_SETS: dict[str, DataSet] = {
     row.name: row
@@ -88,6 +91,14 @@ DATA_SETS: dict[str, DataSet] = {
             mask_folders,
             "a folder with images/ and masks/, and in each train/ and val/",
         ),
+        DataSet(
+            "VIDEO_FOLDER",
+            VIDEO,
+            video_folders,
+            "a folder with train/ and val/, and in each a folder of videos per class",
+        ),
+        DataSet("K400", VIDEO, video_list, _LISTS),
+        DataSet("SSV2", VIDEO, video_list, _LISTS),
     )
 }
 

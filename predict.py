@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from drawing.pictures import save_picture
 from drawing.segmentation import draw_overlay, label_map
-from evaluation.inference import Predictor, build_parser, check_outside, find_images, load_predictor
+from evaluation.inference import Predictor, build_parser, check_outside, load_predictor
 from evaluation.samples import PictureNames
 from loading.bad_images import BadImages
-from loading.images import FileImages
+from loading.images import ImageSet
 from tasks import TASKS, Named
 from utils.arguments import positive
 from utils.errors import UsageError, UserError
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
         return {"file": self.file} | ({"error": self.error} if self.error else self.named.values)
 
 
-def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[Prediction]:
+def predictions(predictor: Predictor, images: ImageSet, top: int) -> Iterator[Prediction]:
     """One per image, in the order of the files."""
     bad_images = BadImages("skip")
     names = iter(range(len(images)))
@@ -68,7 +68,7 @@ def predictions(predictor: Predictor, images: FileImages, top: int) -> Iterator[
 class Overlays:
     """Writes label maps, and pictures of them over their images."""
 
-    def __init__(self, output: Path, images: FileImages, class_names: list[str]):
+    def __init__(self, output: Path, images: ImageSet, class_names: list[str]):
         self.images, self.class_names, self.names = images, class_names, PictureNames()
         self.pictures, self.labels = (
             prepare_output_dir(output / folder) for folder in ("overlays", "predictions")
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
     check(predictor)
     args, overlays = predictor.args, None
-    images = find_images(args.files)
+    images = predictor.task.files(args.files)
     if args.overlay:
         check_outside("--overlay", Path(args.overlay), args.files)
         overlays = Overlays(Path(args.overlay), images, predictor.class_names)

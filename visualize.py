@@ -16,10 +16,10 @@ from pathlib import Path
 
 from drawing.pictures import ImageReport, draw_strip, save_picture
 from drawing.sheets import ContactSheets
-from evaluation.inference import Predictor, build_parser, check_outside, find_images, load_predictor
+from evaluation.inference import Predictor, build_parser, check_outside, load_predictor
 from evaluation.samples import PictureNames, explain
 from loading.bad_images import BadImages
-from loading.images import FileImages
+from loading.images import ImageSet
 from utils.errors import UserError
 from utils.files import prepare_output_dir, write_csv
 from utils.program import run_main
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def draw_all(
-    predictor: Predictor, images: FileImages, root: str, output: Path
+    predictor: Predictor, images: ImageSet, root: str, output: Path
 ) -> Iterator[tuple[ImageReport, str]]:
     """Write the strip of each readable image; -> its report and the name of its picture.
 
@@ -38,11 +38,12 @@ def draw_all(
     sheets = ContactSheets(output) if len(images) > 1 else None
     for batch, result in predictor.results(images, bad_images):
         files = [os.path.relpath(images.describe(index), root) for index in batch.indices.tolist()]
-        for index, report in zip(
-            batch.indices.tolist(), explain(predictor, result, files), strict=True
-        ):
-            image = images.load_image(index)
-            region = predictor.task.seen_region(image.size, predictor.args, predictor.img_size)
+        reports = explain(predictor, result, files)
+        for place, (index, report) in enumerate(zip(batch.indices.tolist(), reports, strict=True)):
+            patches = predictor.model.patch_embed
+            image, region = predictor.task.picture(
+                images.load(index).image, batch.images[place], patches
+            )
             picture = names.name(report.name)
             save_picture(draw_strip(image, region, predictor.model, report), output / picture)
             if sheets is not None:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     source, output = predictor.args.images, Path(predictor.args.output_dir)
     root = source if os.path.isdir(source) else os.path.dirname(source)
     check_outside("--output_dir", output, [source], "--images")
-    images = find_images([source])
+    images = predictor.task.files([source])
     prepare_output_dir(output)
     log_what_is_missing(predictor)
     rows = [

@@ -3,6 +3,7 @@
 M patches on a grid, k kept patches, S stages, n class or register tokens, B images; H, W pixels.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +40,21 @@ def patch_edges(patches: PatchEmbed, axis: int) -> np.ndarray:
 
     Where patches overlap, a pixel belongs to the patch whose centre is nearest.
     """
-    size, stride, count = patches.patch_size[axis], patches.stride[axis], patches.grid[axis]
+    size, stride, count = patches.patch_size[axis], patches.stride[axis], patches.plane[axis]
     inner = np.arange(1, count) * stride + (size - stride) / 2
     return np.concatenate([[0.0], inner, [(count - 1) * stride + size]])
+
+
+def filmstrip(clips: Tensor, patches: PatchEmbed) -> Tensor:
+    """Clips as pictures: the middle frame of each slot, side by side.
+
+    [B, 3, T, H, W] -> [B, 3, H, S W]; images [B, 3, H, W] stay.
+    """
+    if clips.dim() == 4:
+        return clips
+    shown = clips.unflatten(2, (patches.slots, -1))
+    shown = shown[:, :, :, shown.shape[3] // 2]
+    return shown.permute(0, 1, 3, 2, 4).flatten(3)
 
 
 def patch_of_pixels(
@@ -49,7 +62,7 @@ def patch_of_pixels(
     size: tuple[int, int],
     region: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    """Patch index of each pixel of an image [H, W]; -1 where the model sees nothing.
+    """Patch index of each pixel of an image or filmstrip [H, W]; -1 where the model sees nothing.
 
     Args:
         size: width, height of the image.
@@ -58,14 +71,19 @@ def patch_of_pixels(
     width, height = size
     left, top, right, bottom = region or (0, 0, width, height)
 
-    def cells(axis: int, pixels: int, low: float, high: float) -> np.ndarray:
-        edges = patch_edges(patches, axis)
-        seen = (np.arange(pixels) + 0.5 - low) / (high - low) * patches.img_size[axis]
-        index = np.searchsorted(edges, seen, side="right") - 1
-        return np.where((seen >= 0) & (seen < edges[-1]), index, -1)
+    def cells(axis: int, pixels: int, low: float, high: float, repeats: int = 1) -> tuple:
+        """Which of the pictures beside each other a pixel lies in, and in which row or column."""
+        edges, side = patch_edges(patches, axis), patches.img_size[axis]
+        seen = (np.arange(pixels) + 0.5 - low) / (high - low) * side * repeats
+        which = np.floor(seen / side).clip(0, repeats - 1).astype(int)
+        within = seen - which * side
+        index = np.searchsorted(edges, within, side="right") - 1
+        return which, np.where((within >= 0) & (within < edges[-1]), index, -1)
 
-    rows, columns = cells(0, height, top, bottom)[:, None], cells(1, width, left, right)[None]
-    return np.where((rows >= 0) & (columns >= 0), rows * patches.grid[1] + columns, -1)
+    rows = cells(0, height, top, bottom)[1][:, None]
+    slot, columns = (part[None] for part in cells(1, width, left, right, patches.slots))
+    places = slot * math.prod(patches.plane) + rows * patches.plane[1] + columns
+    return np.where((rows >= 0) & (columns >= 0), places, -1)
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
@@ -87,10 +105,10 @@ def decision_picture(
 ) -> np.ndarray:
     """One column per image: the image, then for each stage the same with dropped patches dimmed.
 
-    images [B, 3, H, W] normalised, kept S x [B, k] -> [height, width, 3] uint8; `scale` enlarges
-    small images.
+    images [B, 3, H, W] normalised (clips [B, 3, T, H, W]), kept S x [B, k] -> [height, width, 3]
+    uint8; `scale` enlarges small images.
     """
-    pixels = to_pixels(images)
+    pixels = to_pixels(filmstrip(images, patches))
     height, width = pixels.shape[1:3]
     patch_of = patch_of_pixels(patches, (width, height))
     stages = [

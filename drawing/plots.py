@@ -201,9 +201,13 @@ def costs(flops: np.ndarray) -> Figure:
 
 
 @styled
-def keep_maps(keep: np.ndarray, grid: tuple[int, int] | None = None) -> Figure:
-    """Maps [S, M] of how often each stage keeps each patch, on a grid (h, w), square by default."""
+def keep_maps(keep: np.ndarray, grid: tuple[int, ...] | None = None) -> Figure:
+    """Maps [S, M] of how often each stage keeps each patch, on a grid (h, w), square by default, or
+    on that of clips (s, h, w).
+    """
     grid = grid or (round(keep.shape[1] ** 0.5),) * 2
+    if len(grid) == 3:
+        return _keep_strips(keep, grid)
     columns = max(3, len(keep))  # fewer would be drawn larger than the other plots of a page
     figure, [panels] = _figure(0.8 + 1.2 * columns, 1.8, columns=columns)
     for axes in panels[len(keep) :]:
@@ -221,6 +225,24 @@ def keep_maps(keep: np.ndarray, grid: tuple[int, int] | None = None) -> Figure:
         image, ax=list(panels), ticks=[0, 0.5, 1], aspect=12, shrink=0.8, pad=0.03
     )
     bar.outline.set_visible(False)
+    return figure
+
+
+def _keep_strips(keep: np.ndarray, grid: tuple[int, ...]) -> Figure:
+    """A row for each stage [S, M]: the maps of a clip's slots, and above each its share."""
+    stages, slots = len(keep), grid[0]
+    figure, panels = _figure(
+        max(WIDTH, 0.7 * slots), 0.4 + 0.9 * stages, rows=stages, columns=slots
+    )
+    for stage, (row, values) in enumerate(zip(panels, keep.reshape(stages, *grid), strict=True)):
+        for slot, axes in enumerate(row):
+            axes.grid(False)
+            axes.imshow(values[slot], cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(f"{100 * values[slot].mean():.0f} %", loc="center", fontsize=7)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(f"stage {stage + 1}")
     return figure
 
 

@@ -30,7 +30,7 @@ class DecisionTotals:
     gates: np.ndarray | None  # [depth, 2] means
     costs: np.ndarray  # [N] int64, `exact` operations of each image
     keep: np.ndarray  # [S, M] fraction of the images that keep a patch
-    grid: tuple[int, int]  # of the M patches
+    grid: tuple[int, ...]  # of the M patches, (h, w) or that of clips (s, h, w)
     pruning_layers: tuple[int, ...]
 
     def write(self, folder: Path) -> None:
@@ -54,11 +54,11 @@ class DecisionTotals:
 
     def _write_keep_maps(self, path: Path) -> None:
         """A row for each patch; where the grid is no square, with its place in it."""
-        height, width = self.grid
-        place = ("row", "column") if height != width else ()
+        names = ("slot", "row", "column")[-len(self.grid) :]
+        place = names if len(set(self.grid)) > 1 or len(self.grid) > 2 else ()
         header = ("patch", *(f"stage{s + 1}" for s in range(len(self.keep))), *place)
         rows = (
-            (patch, *map(_short, shares), *(divmod(patch, width) if place else ()))
+            (patch, *map(_short, shares), *(np.unravel_index(patch, self.grid) if place else ()))
             for patch, shares in enumerate(self.keep.T)
         )
         write_csv(path, header, rows)
@@ -106,8 +106,11 @@ class DecisionMeter:
         self.costs: list[np.ndarray] = []
 
     def update(self, batch: Batch, result: Result) -> None:
-        """gates [depth, B, 2], kept S x [B, k]."""
+        """gates [depth, B, 2], kept S x [B, k]; or of several passes of each image, beside each
+        other.
+        """
         gates = result.gates.double().cpu()
+        passes = gates.shape[1] // len(batch.images)
         self.passes += gates.shape[1]
         self.gates += gates.sum(dim=1)
         labels = self.labels(batch) if self.class_names else None
@@ -115,12 +118,11 @@ class DecisionMeter:
             labels = labels.cpu()
             ones = torch.ones(len(labels), dtype=torch.float64)
             self.counts.index_add_(0, labels, ones)
-            self.class_gates.index_add_(0, labels, gates.transpose(0, 1))
+            of_images = gates.unflatten(1, (-1, passes)).mean(dim=2)
+            self.class_gates.index_add_(0, labels, of_images.transpose(0, 1))
         for total, stage in zip(self.kept, result.kept, strict=True):
             total += torch.bincount(stage.flatten().cpu(), minlength=self.model.num_patches)
-        costs = exact_per_image(self.model, gates)
-        if len(batch.images) == 1:  # several passes are its windows or views
-            costs = costs.sum(dim=0, keepdim=True)
+        costs = exact_per_image(self.model, gates).unflatten(0, (-1, passes)).sum(dim=1)
         self.costs.append(costs.round().long().numpy())
 
     def compute(self, distributed: Distributed) -> dict[str, DecisionTotals | None]:
@@ -150,11 +152,12 @@ class DecisionMeter:
         return {"decisions": totals}
 
 
-def read_keep_maps(path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Read keep_maps.csv; -> shares [S, M], and the grid (h, w) unless it is square."""
+def read_keep_maps(path: Path) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Read keep_maps.csv; -> shares [S, M], and the grid, None for a square one."""
     table = read_csv(path)[:, 1:].T
     with open(path, encoding="utf-8") as file:
-        placed = file.readline().rstrip().endswith(",row,column")
-    if not placed:
+        columns = file.readline().rstrip().split(",")
+    if columns[-1] != "column":
         return table, None
-    return table[:-2], tuple(int(places.max()) + 1 for places in table[-2:])
+    places = 3 if "slot" in columns else 2
+    return table[:-places], tuple(int(place.max()) + 1 for place in table[-places:])

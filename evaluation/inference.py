@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
 import options
 from loading.bad_images import BadImages
-from loading.folders import list_images
-from loading.images import FileImages
+from loading.images import ImageSet
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from models import Result, VisionMamba
@@ -77,11 +74,13 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
 class WithSize:
     """Turns a transform of an image into one of an example; its target is (height, width)."""
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]):
-        self.transform = transform
+    def __init__(
+        self, transform: Callable[[Any], Tensor], size_of: Callable[[Any], tuple[int, int]]
+    ):
+        self.transform, self.size_of = transform, size_of
 
-    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, Tensor]:
-        return self.transform(image), torch.tensor([image.height, image.width])
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
+        return self.transform(image), torch.tensor(self.size_of(image))
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Predictor:
         return self.model.patch_embed.img_size
 
     def results(
-        self, images: FileImages, bad_images: BadImages, shown: bool = True, evaluated: bool = False
+        self, images: ImageSet, bad_images: BadImages, shown: bool = True, evaluated: bool = False
     ) -> Iterator[tuple[Batch, Result]]:
         """The model's results, batch by batch; files that cannot be used go to `bad_images`.
 
@@ -119,7 +118,7 @@ class Predictor:
             batch_size = task.eval_batch_size(self.args) or batch_size
         loader = EvalLoader(
             images,
-            WithSize(transform),
+            WithSize(transform, task.size_of),
             DataOptions(
                 batch_size=batch_size,
                 num_workers=self.args.num_workers if len(images) > batch_size else 0,
@@ -231,22 +230,3 @@ def check_outside(flag: str, output: Path, sources: Sequence[str], source_flag: 
                 f"{flag} {output} lies in {where}, whose pictures would be read again next time; "
                 "choose another folder"
             )
-
-
-def find_images(paths: Sequence[str]) -> FileImages:
-    """The named files, and all images below the named folders.
-
-    Raises UserError for a folder without images.
-    """
-    files: list[str] = []
-    for path in paths:
-        if os.path.isdir(path):
-            inside = list_images(Path(path))
-            if not inside:
-                raise UserError(
-                    f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)"
-                )
-            files += inside
-        else:
-            files.append(path)
-    return FileImages("", files, np.zeros(len(files)), [])

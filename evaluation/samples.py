@@ -72,12 +72,13 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
         index = (2 * number + 1) * len(data.val) // (2 * count)
         try:
             image, target = data.val.load(index)
+            inputs = transform(image)
         except BadImageError:  # the evaluation has reported it, or ended there
             continue
         name = f"sample {number + 1}"
         label = task.name_of(target, data.class_names)
         title = f"{name}: {label}" if label else name
-        [report] = explain(predictor, predictor.forward(transform(image)[None]), [title])
-        region = task.seen_region(image.size, args, img_size)
-        strip = draw_strip(image, region, predictor.model, report)
+        [report] = explain(predictor, predictor.forward(inputs[None]), [title])
+        picture, region = task.picture(image, inputs, predictor.model.patch_embed)
+        strip = draw_strip(picture, region, predictor.model, report)
         save_picture(strip, output / f"sample{number + 1}.png")

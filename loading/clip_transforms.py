@@ -102,7 +102,9 @@ class TrainClips:
 
 
 class EvalViews:
-    """A video -> its views [V, 3, T, side, side], segment by segment, in each crop by crop.
+    """A video -> its views [V, 3, T, side, side], or a single one [3, T, side, side].
+
+    They are in the order of the segments, and in each of the crops.
 
     One segment and one crop are those of a validation: the middle of the video and of its frames.
     All frames are read at once.
@@ -155,7 +157,8 @@ class EvalViews:
             dim=1,
         )
         views = F.normalize(F.to_dtype(views.flatten(0, 1), torch.float32, scale=True), MEAN, STD)
-        return views.transpose(1, 2), target
+        views = views.transpose(1, 2)
+        return views[0] if len(views) == 1 else views, target
 
 
 def _channels_second(frames) -> Tensor:

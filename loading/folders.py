@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, printable
@@ -52,6 +54,25 @@ def list_images(top: Path) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         files += [(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     return [os.path.join(root, name) for root, name in sorted(files)]
+
+
+def find_images(paths: Sequence[str]) -> FileImages:
+    """The named files, and all images below the named folders.
+
+    Raises UserError for a folder without images.
+    """
+    files: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = list_images(Path(path))
+            if not inside:
+                raise UserError(
+                    f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)"
+                )
+            files += inside
+        else:
+            files.append(path)
+    return FileImages("", files, np.zeros(len(files)), [])
 
 
 def inaturalist(year: int, path: Path, split: str) -> ImageSet:

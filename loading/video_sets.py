@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, printable
 
@@ -52,7 +53,8 @@ def open_video(path: str) -> Video:
 def is_video(path: str) -> bool:
     """Whether a path is that of a video file, by its name, or of a folder of frames."""
     return path.lower().endswith(VIDEO_EXTENSIONS) or (
-        os.path.isdir(path) and any(entry.is_file() for entry in os.scandir(path))
+        os.path.isdir(path)
+        and any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(path))
     )
 
 
@@ -116,6 +118,28 @@ def _entry(line: str, where: str) -> tuple[str, int]:
     if not words[-1].isdecimal():
         raise UserError(f"{where}: the label {printable(words[-1])!r} is no integer from 0 on")
     return words[0], int(words[-1])
+
+
+def find_videos(paths: Sequence[str]) -> Videos:
+    """The named videos, and all video files below the named folders; a folder that holds images is
+    a video itself.
+
+    Raises UserError for a folder without videos.
+    """
+    found: list[str] = []
+    for path in paths:
+        inside = [path]
+        if os.path.isdir(path) and not is_video(path):
+            inside = sorted(
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(path)
+                for name in names
+                if name.lower().endswith(VIDEO_EXTENSIONS)
+            )
+            if not inside:
+                raise UserError(f"{printable(path)}: no videos in this folder")
+        found += inside
+    return Videos("", found, np.zeros(len(found)), [])
 
 
 def _class_names(path: Path, largest: int, file: Path) -> list[str]:

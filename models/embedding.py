@@ -47,8 +47,10 @@ class PatchEmbed(nn.Module):
     """Images [B, 3, H, W] to patch embeddings [B, M, d] in raster order.
 
     Patches overlap if the stride is smaller than they are. Sizes are one number or (height, width).
-    `grid` is that of all patches, `plane` that of an image, or of one slot of a clip.
+    `grid` is that of all patches, `plane` that of an image, or of one of the `slots` of a clip.
     """
+
+    slots = 1
 
     def __init__(
         self, img_size: Size, patch_size: Size, stride: Size, in_chans: int, embed_dim: int
@@ -86,6 +88,8 @@ class ClipEmbed(PatchEmbed):
     def __init__(self, num_frames: int, tubelet_size: int, *sizes):
         self.num_frames, self.tubelet_size = num_frames, tubelet_size
         super().__init__(*sizes)
+        if self.patch_size != self.stride:
+            raise ValueError("patches of clips do not overlap; give no stride")
         self.slots = num_frames // tubelet_size
         self.grid = (self.slots, *self.plane)
 

@@ -68,6 +68,7 @@ class Result:
     class_tokens: Tensor | None = None  # [B, n, d] after norm_f
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested
     aux_logits: Tensor | None = None  # of an auxiliary head, in training
+    view_logits: Tensor | None = None  # [B, V, C] of each view, if several were looked at
     labels: Tensor | None = None  # [B, H, W] in place of logits that would not fit in memory
     frozen: Tensor | None = (
         None  # [B, H, W] bool, pixels of dropped patches, if there is one window

@@ -5,11 +5,13 @@ from .classification import CLASSIFICATION
 from .experiment import Experiment
 from .meters import Meter, ReductionMeter, exact_sum
 from .segmentation import SEGMENTATION
+from .video import VIDEO
 
 __all__ = [
     "CLASSIFICATION",
     "SEGMENTATION",
     "TASKS",
+    "VIDEO",
     "Experiment",
     "Measure",
     "Meter",

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from datasets import build_data
 from loading.data import Data
+from loading.folders import find_images
+from loading.images import ImageSet
 from loading.loaders import Batch
 from loading.transforms import Transforms, eval_transform, seen_region
 from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
+from models.embedding import PatchEmbed
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.images import ImageSize
@@ -29,6 +32,8 @@ from .meters import Meter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+CLIP_ARGUMENTS = {"num_frames", "tubelet_size"}  # of models of clips
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Criterion = Callable[[Result, Tensor], dict[str, Tensor]]
@@ -197,6 +202,28 @@ class Task:
         """
         return seen_region(size, args, img_size)
 
+    def picture(
+        self, image: Any, inputs: Tensor, patches: PatchEmbed
+    ) -> tuple[Image.Image, tuple[float, float, float, float]]:
+        """What a picture of decisions shows of an example's `image`, and the part of it that the
+        model sees (left, top, right, bottom).
+
+        inputs: what `image_transform` made of it.
+        """
+        return image, self.seen_region(image.size, self.args, patches.img_size)
+
+    def files(self, paths: Sequence[str]) -> ImageSet:
+        """The files that predict.py and visualize.py are given, and those below the folders among
+        them.
+
+        Raises UserError for a folder without any.
+        """
+        return find_images(paths)
+
+    def size_of(self, image: Any) -> tuple[int, int]:
+        """Height and width of an example's image, for `named`."""
+        return image.height, image.width
+
     def check_checkpoint(
         self, checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str
     ) -> None:
@@ -221,7 +248,9 @@ class Task:
         return len(checkpoint.get("class_names") or ())
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
-        """A model with fresh weights."""
+        """A model with fresh weights, of images."""
+        for name in CLIP_ARGUMENTS & spec.kwargs.keys():
+            raise UsageError(f"--model-kwargs {name}=...: clips need a --data-set of videos")
         return build_model(spec, num_classes)
 
     def image_size(self, spec: ModelSpec) -> tuple[int, int]:

@@ -75,12 +75,7 @@ class Classification(Task):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_augmentation_arguments(parser)
-        group = parser.add_argument_group("mixup")
-        group.add_argument("--mixup", type=not_negative, default=0.8)
-        group.add_argument("--cutmix", type=not_negative, default=1.0)
-        group.add_argument("--mixup-prob", type=probability, default=1.0)
-        group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
-        group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
+        add_mixup_arguments(parser)
 
     def check(self, args: argparse.Namespace) -> None:
         if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
@@ -153,6 +148,15 @@ class Classification(Task):
             }
             named.append(Named(values, f"{name}\t{100 * probability:.1f} %"))
         return named
+
+
+def add_mixup_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("mixup")
+    group.add_argument("--mixup", type=not_negative, default=0.8)
+    group.add_argument("--cutmix", type=not_negative, default=1.0)
+    group.add_argument("--mixup-prob", type=probability, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
+    group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
 
 
 CLASSIFICATION = register(Classification())

@@ -46,9 +46,9 @@ def seeds():
 def test_a_validation_sees_the_middle():
     video = Frames(numbered(80, 64, 96))
     views, target = EvalViews(Uniform(), 8, 64)(video, 3)
-    assert views.shape == (1, 3, 8, 64, 64) and target == 3
+    assert views.shape == (3, 8, 64, 64) and target == 3
     assert video.calls == [Uniform().middle(80, 8)]
-    assert np.array_equal(pixels(views[0]), video.frames[video.calls[0]][:, :, 16:80])
+    assert np.array_equal(pixels(views), video.frames[video.calls[0]][:, :, 16:80])
 
 
 @pytest.mark.parametrize("sampling", [Uniform(), Dense(2), Parts()])

@@ -7,7 +7,8 @@ import pytest
 from helpers.seeing import DYNAMIC, SMALL, planted, save_images, save_model
 
 import predict
-from evaluation.inference import build_parser, find_images, load_predictor
+from evaluation.inference import build_parser, load_predictor
+from loading.folders import find_images
 from loading.images import FileImages
 from loading.transforms import eval_transform
 from utils.errors import UserError

@@ -1,0 +1,298 @@
+"""Video classification from end to end: training, views, resume, evaluation, pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.processes import launch
+from helpers.videos import write_video
+
+import main
+import predict
+import visualize
+from loading.loaders import Batch
+from models import Result
+from tasks import VIDEO, task_of_checkpoint
+from tasks.video import ClipMixup, VideoMeter, _mean
+from utils.checkpoint import load_checkpoint
+from utils.distributed import Distributed
+from utils.errors import UsageError, UserError
+
+CPU = torch.device("cpu")
+
+
+def moving(generator, right: bool, frames: int = 12) -> np.ndarray:
+    """A bright square that moves to the right or to the left: [frames, 16, 24, 3]."""
+    clip = generator.integers(0, 60, (frames, 16, 24, 3)).astype(np.uint8)
+    top, path = generator.integers(0, 10), np.linspace(0, 18, frames).astype(int)
+    for frame, left in zip(clip, path if right else path[::-1], strict=True):
+        frame[top : top + 6, left : left + 6] = 220
+    return clip
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for name in ("left", "right"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                path = folder / split / name / f"{number}.mp4"
+                write_video(path, moving(generator, name == "right"))
+    return folder
+
+
+def flags(videos, *more: str) -> list[str]:
+    return [
+        *("--data-set", "VIDEO_FOLDER", "--data-path", str(videos), "--model", "videomamba_tiny"),
+        *("--model-kwargs", "embed_dim=16", "depth=4", "patch_size=8", "--input-size", "16"),
+        *("--num-frames", "4", "--batch-size", "4", "--num-workers", "0", "--device", "cpu"),
+        *("--aa", "none", "--throughput-seconds", "0.1", "--epochs", "1", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def dense(videos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("dense")
+    assert main.main(flags(videos, "--num-sample", "2", "--output_dir", str(output))) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def dynamic(videos, dense, tmp_path_factory):
+    output = tmp_path_factory.mktemp("dynamic")
+    more = ("--method", "dyvm", "--pruning-layers", "1", "2")
+    more += ("--model-path", str(dense / "best_checkpoint.pth"), "--output_dir", str(output))
+    assert main.main(flags(videos, *more)) == 0
+    return output
+
+
+def report(folder) -> dict:
+    return json.loads((folder / "eval.json").read_text())
+
+
+def test_a_run_leaves_its_files(dense, dynamic):
+    assert report(dense)["images"] == 10 and report(dense)["dense"]["view_top1"] is not None
+    column = report(dynamic)["dynamic"]
+    stages = column["kept_per_slot"]
+    assert [len(stage) for stage in stages] == [4, 4]
+    assert [sum(stage) for stage in stages] == pytest.approx([11, 7]), "of 16 patches"
+    assert column["view_top1"] == column["top1"]
+    assert (dynamic / "kept_patches.png").exists()
+    assert (
+        (dynamic / "decisions" / "keep_maps.csv").read_text().startswith("patch,stage1,stage2,slot")
+    )
+    assert (dynamic / "decisions" / "sample1.png").exists()
+
+
+def test_views_are_merged_by_their_mean_probability(dynamic, tmp_path):
+    """Two segments of three crops; a video counts once, its operations six times."""
+    path = str(dynamic / "best_checkpoint.pth")
+    views = ("--eval-segments", "2", "--eval-crops", "3", "--output_dir", str(tmp_path))
+    evaluate = ["--eval", "--model-path", path, "--device", "cpu", "--num-workers", "0"]
+    assert main.main([*evaluate, *views, "--throughput-seconds", "0"]) == 0
+    one, six = report(dynamic)["dynamic"], report(tmp_path)["dynamic"]
+    assert report(tmp_path)["images"] == 10 and six["passes"] == 6
+    assert six["flops"]["exact"] == pytest.approx(6 * one["flops"]["exact"], rel=0.05)
+    assert [sum(stage) for stage in six["kept_per_slot"]] == pytest.approx([11, 7])
+    with open(tmp_path / "decisions" / "costs.csv") as file:
+        costs = [int(line) for line in file.read().splitlines()[1:]]
+    assert len(costs) == 10 and np.mean(costs) == pytest.approx(six["flops"]["exact"])
+
+
+def test_the_mean_of_views_is_that_of_probabilities():
+    torch.manual_seed(0)
+    logits, gates = torch.randn(3, 4, 5), torch.rand(2, 3, 4, 2)
+    kept = [torch.arange(3 * 4).view(3, 4, 1)]
+    results = [
+        Result(logits[:, v], *[torch.zeros(0)] * 3, gates[:, :, v], kept=[kept[0][:, v]])
+        for v in range(4)
+    ]
+    merged = _mean(results)
+    torch.testing.assert_close(merged.logits.exp(), logits.softmax(-1).mean(1))
+    assert torch.equal(merged.gates, gates.flatten(1, 2)) and torch.equal(
+        merged.view_logits, logits
+    )
+    assert merged.kept[0].flatten().tolist() == list(range(12)), "those of a video are neighbours"
+
+
+def test_the_meter_tells_views_from_videos():
+    meter = VideoMeter(CPU, slots=2)
+    views = torch.tensor([[[4.0, 0, 0], [0, 1, 0]], [[0, 3, 0], [2, 0, 0]]])  # [B, V, C]
+    merged = views.softmax(-1).mean(1).log()
+    result = Result(
+        merged, *[torch.zeros(0)] * 3, torch.ones(1, 4, 2), view_logits=views,
+        owner=torch.zeros(2, 6), kept=[torch.tensor([[0, 1], [2, 3], [3, 4], [0, 5]])],
+    )  # fmt: skip
+    meter.update(Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.arange(2)), result)
+    values = meter.compute(Distributed(CPU))
+    assert values["top1"] == 100 and values["view_top1"] == 50
+    assert values["kept_per_slot"] == [[4 / 4, 4 / 4]]
+
+
+def test_mixup_treats_all_frames_alike():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    still = torch.randn(4, 3, 1, 8, 8).expand(-1, -1, 5, -1, -1)
+    for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0)):
+        mixed, targets = ClipMixup(mixup, cutmix, num_classes=3)(still.clone(), torch.arange(4) % 3)
+        assert mixed.shape == still.shape and targets.shape == (4, 3)
+        assert torch.equal(mixed, mixed[:, :, :1].expand_as(mixed))
+        assert not torch.equal(mixed, still)
+
+
+def test_evaluation_needs_no_repeated_flags(dynamic, tmp_path):
+    evaluate = ["--eval", "--model-path", str(dynamic / "best_checkpoint.pth"), "--device", "cpu"]
+    more = ["--num-workers", "0", "--throughput-seconds", "0", "--output_dir", str(tmp_path)]
+    assert main.main([*evaluate, *more]) == 0
+    assert report(tmp_path)["dynamic"]["loss"] == report(dynamic)["dynamic"]["loss"]
+
+
+def test_another_number_of_frames_is_resampled(dense, tmp_path, capsys):
+    evaluate = ["--eval", "--model-path", str(dense / "best_checkpoint.pth"), "--device", "cpu"]
+    more = ["--num-workers", "0", "--throughput-seconds", "0", "--output_dir", str(tmp_path)]
+    assert main.main([*evaluate, *more, "--num-frames", "6"]) == 0
+    assert "temporal position embedding resampled from 4 to 6 positions" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_ends_bit_identical(videos, tmp_path, monkeypatch):
+    from engine import train_one_epoch
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ("--num-sample", "2", "--save-minutes", "1e-6", "--reprob", "0.5")
+    assert main.main(flags(videos, *more, "--output_dir", str(whole))) == 0
+
+    def interrupted(training, experiment, *rest, **options):
+        batches, steps = experiment.data.train_batches, 0
+
+        def some(*arguments):
+            nonlocal steps
+            for batch in batches(*arguments):
+                steps += 1
+                if steps == 4:
+                    raise KeyboardInterrupt
+                yield batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(experiment.data), "train_batches", lambda self, *a: some(*a))
+            return train_one_epoch(training, experiment, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(main, "train_one_epoch", interrupted)
+        main.main(flags(videos, *more, "--output_dir", str(parts)))
+    assert 0 < load_checkpoint(parts / "checkpoint.pth")["step"] < 6
+    assert main.main(flags(videos, *more, "--resume", "auto", "--output_dir", str(parts))) == 0
+    one, other = (load_checkpoint(folder / "checkpoint.pth") for folder in (whole, parts))
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
+
+
+def test_two_processes_evaluate_as_one(dense, tmp_path):
+    """Every video once, also where they cannot be shared out evenly."""
+    evaluate = [
+        "main.py",
+        "--eval",
+        "--model-path",
+        dense / "best_checkpoint.pth",
+        "--device",
+        "cpu",
+    ]
+    more = ["--num-workers", "0", "--throughput-seconds", "0", "--batch-size", "3"]
+    views = ["--eval-segments", "2", "--eval-crops", "3"]
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        launch(processes, [*evaluate, *more, *views, "--output_dir", output])
+        found.append(report(output)["dense"])
+    assert found[0] == found[1]
+
+
+def test_a_start_from_an_image_model(videos, tmp_path, capsys):
+    image = ("--model", "videomamba_tiny", "--model-kwargs", "embed_dim=16", "depth=4")
+    digits = ["--input-size", "16", "--epochs", "1", "--subset", "32", "--batch-size", "16"]
+    common = ["--num-workers", "0", "--device", "cpu", "--throughput-seconds", "0"]
+    start = tmp_path / "images"
+    kwargs = [*image, "patch_size=8", *digits, *common, "--output_dir", str(start)]
+    assert main.main(["--data-set", "DIGITS", *kwargs]) == 0
+    capsys.readouterr()
+    path = str(start / "checkpoint.pth")
+    output = tmp_path / "clips"
+    assert main.main(flags(videos, "--model-path", path, "--output_dir", str(output))) == 0
+    assert "an image model; its patches are inflated to 1 frames" in capsys.readouterr().out
+    with pytest.raises((UserError, UsageError), match="classification|images"):
+        main.main(["--eval", *flags(videos, "--model-path", path)])
+    video = str(output / "best_checkpoint.pth")
+    with pytest.raises((UserError, UsageError), match="was trained for video"):
+        main.main(["--eval", "--data-set", "DIGITS", "--model-path", video, "--device", "cpu"])
+
+
+def test_a_checkpoint_of_clips_tells_its_task(dense):
+    checkpoint = load_checkpoint(dense / "best_checkpoint.pth")
+    assert task_of_checkpoint({"model": checkpoint["model"]}) is VIDEO
+
+
+def test_predictions_of_ones_own_videos(dense, videos, tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    path = str(dense / "best_checkpoint.pth")
+    clip = str(videos / "val" / "left" / "0.mp4")
+    predict.main(["--model-path", path, "--json", clip, str(tmp_path)])
+    said = capsys.readouterr()
+    entry, broken = json.loads(said.out)
+    assert entry["file"] == clip and entry["name"] in ("left", "right")
+    assert broken["file"].endswith("broken.mp4") and "Invalid data" in broken["error"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="no videos in this folder"):
+        predict.main(["--model-path", path, str(empty)])
+
+
+def test_pictures_of_ones_own_videos(dynamic, videos, tmp_path):
+    from PIL import Image
+
+    path = str(dynamic / "best_checkpoint.pth")
+    visualize.main(
+        ["--model-path", path, "--images", str(videos / "val"), "--output_dir", str(tmp_path)]
+    )
+    assert len(list(tmp_path.glob("left_*.png"))) == 5 and (tmp_path / "images.csv").exists()
+    with Image.open(next(tmp_path.glob("left_*.png"))) as picture:
+        assert picture.width > 4 * 16
+
+
+def test_a_bad_video_is_named_or_skipped(videos, tmp_path):
+    import shutil
+
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    (folder / "train" / "left" / "3.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"3\.mp4: the file is empty.*--bad-images skip"):
+        main.main(flags(folder, "--output_dir", str(tmp_path / "one")))
+    more = ("--bad-images", "skip", "--output_dir", str(tmp_path / "two"))
+    assert main.main(flags(folder, *more)) == 0
+    assert "3.mp4: the file is empty" in (tmp_path / "two" / "bad_images_rank0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--num-frames", "5", "--tubelet-size", "2"], "5 is not divided by tubelet_size 2"),
+        (["--input-size", "16x24"], "crops of videos are square"),
+        (["--eval-short-side", "8"], "--eval-short-side 8 is less than a crop of 16"),
+        (["--model", "vim_tiny"], "num_frames is for videomamba"),
+        (["--aa", "augmix-m3"], "rand-mM-nN-mstdS-inc1"),
+        (["--batch-size", "3"], "must be even for mixup"),
+        (["--model-kwargs", "num_frames=4"], "use --num-frames"),
+        (["--model-kwargs", "patch_size=8", "stride=4"], "do not overlap"),
+    ],
+)
+def test_flags_that_do_not_fit(videos, tmp_path, more, words):
+    with pytest.raises(UsageError, match=words):
+        main.main(flags(videos, *more, "--output_dir", str(tmp_path)))
+
+
+def test_images_have_no_clips(tmp_path):
+    with pytest.raises(UsageError, match="num_frames"):
+        main.main(
+            ["--model", "videomamba_tiny", "--model-kwargs", "num_frames=4", "--input-size", "16",
+             "--device", "cpu", "--output_dir", str(tmp_path)]
+        )  # fmt: skip
