@@ -28,6 +28,7 @@ WITH_STAND_INS = {
     "scripts/test.sh",
     "scripts/gpu_check.sh",
     "scripts/slurm.sh",
+    "scripts/seg/demo.sh",
     "scripts/ablation/fmnist.sh",
 }
 FAST = ["--num-workers", "0", "--device", "cpu"]

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers.processes import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,3 +128,7 @@ def test_that_these_checks_see_what_they_look_for():
     assert imports_of("from . import files", "utils.errors", False, known) == {"utils.files"}
     assert upward_imports({"engine": found}) == ["engine imports evaluation.summary"]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_training_starts_without_what_only_pictures_need():
+    launch(1, ["-c", "import main, sys; sys.exit('matplotlib' in sys.modules)"])
