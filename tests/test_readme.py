@@ -198,7 +198,7 @@ def home(tmp_path_factory):
         for method in ("dense", "dyvm"):
             start(
                 "main.py",
-                *find("main.py", "--method", method),
+                *find("main.py", "--method", method, "vim_tiny"),
                 *SMALL,
                 *FAST,
                 "--throughput-seconds",
