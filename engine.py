@@ -411,7 +411,8 @@ def build_objective(
 def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.Optimizer:
     """timm's optimizer `--opt`; `--lr` is scaled by the whole batch."""
     args = experiment.args
-    whole_batch = args.batch_size * args.accum_steps * experiment.distributed.world_size
+    clips = experiment.task.clips_of(args)
+    whole_batch = args.batch_size * clips * args.accum_steps * experiment.distributed.world_size
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
     try:
         return create_optimizer_v2(

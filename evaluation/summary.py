@@ -215,6 +215,7 @@ def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     """Picture [H, W, 3] of validation images, dropped patches dimmed; None if none are dropped."""
     if not model.pruning_layers:
         return None
+    count = max(1, count // model.patch_embed.slots)
     images = _model_sized(experiment, model.patch_embed.img_size, count)
     if images is None:
         return None

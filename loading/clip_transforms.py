@@ -31,8 +31,9 @@ _GREY = 128
 class RandomOperations(v2.Transform):
     """RandAugment with one draw for all frames, from timm's name of a policy.
 
-    `rand-m7-n4-mstd0.5`: four operations of a magnitude of 7 out of 10, each with a deviation of
-    0.5. The operations are torchvision's, bilinear. Raises UsageError for another kind of policy.
+    `rand-m7-n4-mstd0.5`: four operations of a magnitude of 7 out of 10, with a deviation of 0.5,
+    each applied with a probability of one half, as timm does. The operations are torchvision's,
+    bilinear. Raises UsageError for another kind of policy.
     """
 
     def __init__(self, policy: str):
@@ -41,7 +42,7 @@ class RandomOperations(v2.Transform):
         values = dict(
             match.groups()
             for word in settings
-            if (match := re.fullmatch(r"([a-z]+)([\d.]+)", word))
+            if (match := re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", word))
         )
         if kind != "rand" or len(values) != len(settings) or values.keys() - _SETTINGS:
             raise UsageError(f"--aa {policy!r}: of clips only rand-mM-nN-mstdS-inc1 is known")
@@ -50,10 +51,12 @@ class RandomOperations(v2.Transform):
             v2.RandAugment(1, step, _MAGNITUDES, InterpolationMode.BILINEAR, fill=_GREY)
             for step in range(_MAGNITUDES)
         ]
-        self.count = int(values.get("n", 2))
+        self.count = int(float(values.get("n", 2)))
 
     def forward(self, clip: Any) -> Any:
         for _ in range(self.count):
+            if random.random() > 0.5:
+                continue
             magnitude = min(max(random.gauss(self.magnitude, self.deviation), 0.0), 10.0)
             clip = self.operations[round(magnitude / 10 * (_MAGNITUDES - 1))](clip)
         return clip

@@ -141,8 +141,8 @@ def centre(height: int, width: int, side: int) -> tuple[int, int]:
 def short_side(height: int, width: int, side: int) -> tuple[int, int]:
     """Height and width of frames resized to a short side; the long one is rounded down."""
     if height <= width:
-        return side, int(side / height * width)
-    return int(side / width * height), side
+        return side, side * width // height
+    return side * height // width, side
 
 
 def crop_starts(height: int, width: int, side: int, crops: int) -> list[tuple[int, int]]:

@@ -74,10 +74,10 @@ def transformed(transform: Transform, image: Any, target: Any) -> tuple[Any, Any
     """A transformed example, or each of its versions, as plain tensors; Python numbers become int64
     or float32.
     """
-    return tuple(
-        [_plain(part) for part in value] if isinstance(value, list) else _plain(value)
-        for value in transform(image, target)
-    )
+    image, target = transform(image, target)
+    if isinstance(image, list):
+        return [_plain(version) for version in image], [_plain(one) for one in target]
+    return _plain(image), _plain(target)
 
 
 def _plain(value: Any) -> Tensor:

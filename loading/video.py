@@ -124,17 +124,19 @@ class _Listing:
 
 def _list_frames(container, stream) -> _Listing:
     """Lists the packets; decodes all frames only if a packet does not say when it is shown."""
-    packets = [
-        packet for packet in container.demux(stream) if packet.size and not packet.is_discard
+    packets = [  # without their data
+        (packet.pts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
     ]
-    if any(packet.pts is None for packet in packets):
+    if any(time is None for time, _ in packets):
         container.seek(0)
         count = sum(1 for _ in container.decode(stream))
         listing = _Listing(list(range(count)), [0], timed=False)
     else:
-        keys = sorted({packet.pts for packet in packets if packet.is_keyframe})
+        keys = sorted({time for time, is_key in packets if is_key})
         # What is shown before the first key frame cannot be decoded.
-        times = sorted({packet.pts for packet in packets if keys and packet.pts >= keys[0]})
+        times = sorted({time for time, _ in packets if keys and time >= keys[0]})
         listing = _Listing(times, keys)
     if not listing.times:
         raise BadImageError("it has no frames")

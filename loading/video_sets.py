@@ -4,6 +4,7 @@ A video is a file, or a folder of image files, one for each frame.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, printable
 
-from .folders import folder_in, list_images
+from .folders import folder_in
 from .images import BadImageError, Example, ImageSet
 from .video import VIDEO_EXTENSIONS, FrameFolder, Video, VideoFile
 
@@ -44,10 +45,16 @@ def open_video(path: str) -> Video:
     """The video in a file or in a folder of frames. Raises `BadImageError` for an empty folder."""
     if not os.path.isdir(path):
         return VideoFile(path)
-    frames = list_images(Path(path))
-    if not frames:
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMG_EXTENSIONS)]
+    if not names:
         raise BadImageError("a folder without images")
-    return FrameFolder(frames)
+    return FrameFolder([os.path.join(path, name) for name in sorted(names, key=_by_number)])
+
+
+def _by_number(name: str) -> list:
+    """A key that sorts 2.jpg before 10.jpg."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def is_video(path: str) -> bool:
@@ -132,9 +139,9 @@ def find_videos(paths: Sequence[str]) -> Videos:
         if os.path.isdir(path) and not is_video(path):
             inside = sorted(
                 os.path.join(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if name.lower().endswith(VIDEO_EXTENSIONS)
+                for folder, folders, names in os.walk(path)
+                for name in (*folders, *names)
+                if is_video(os.path.join(folder, name))
             )
             if not inside:
                 raise UserError(f"{printable(path)}: no videos in this folder")
@@ -147,7 +154,10 @@ def _class_names(path: Path, largest: int, file: Path) -> list[str]:
     names = path / NAMES
     if not names.is_file():
         return [str(label) for label in range(_largest_label(path, largest) + 1)]
-    classes = names.read_text(encoding="utf-8").splitlines()
+    try:
+        classes = [name for name in names.read_text(encoding="utf-8").splitlines() if name.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{printable(str(names))}: not a text file in UTF-8") from None
     if largest >= len(classes):
         raise UserError(
             f"{printable(str(file))}: label {largest} is beyond the {len(classes)} names in {NAMES}"

@@ -182,6 +182,10 @@ class Task:
         """Images that an evaluation takes at once; None: `--batch-size`."""
         return None
 
+    def clips_of(self, args: argparse.Namespace) -> int:
+        """Versions of each example in a training batch; the learning rate is scaled by them."""
+        return 1
+
     def image_transform(
         self, args: argparse.Namespace, img_size: ImageSize
     ) -> Callable[[Image.Image], Tensor]:

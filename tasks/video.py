@@ -100,8 +100,7 @@ class VideoClassification(Classification):
     name = "video"
     details = ("view_top1", "view_top5", "kept_per_slot")
     defaults = {"repeated_aug": False, "model": "videomamba_tiny"}
-    evaluation_flags = ("eval_segments", "eval_crops", "eval_short_side")
-    recorded = (
+    recorded = evaluation_flags = (
         "num_frames",
         "tubelet_size",
         "frame_sampling",
@@ -120,9 +119,8 @@ class VideoClassification(Classification):
         group.add_argument(
             "--frame-sampling",
             choices=SAMPLINGS,
-            default="uniform",
-            help="uniform: over the whole video (Kinetics); parts: a frame of each of its parts "
-            "(Something-Something); dense: at a distance of --sampling-rate frames",
+            help="uniform: over the whole video (the default); parts: a frame of each of its parts "
+            "(that of SSV2); dense: at a distance of --sampling-rate frames",
         )
         group.add_argument("--sampling-rate", type=positive, default=4, metavar="N")
         group.add_argument(
@@ -140,7 +138,11 @@ class VideoClassification(Classification):
             metavar="POLICY",
             help="RandAugment by timm's name, the same for all frames; or none",
         )
-        group.add_argument("--hflip", type=probability, default=0.5)
+        group.add_argument(
+            "--hflip",
+            type=probability,
+            help="default: 0.5; for SSV2, where left and right differ, 0",
+        )
         group.add_argument("--reprob", type=probability, default=0.25, help="random erasing")
         add_mixup_arguments(parser)
         group = parser.add_argument_group("video evaluation")
@@ -162,6 +164,11 @@ class VideoClassification(Classification):
         )
 
     def check(self, args: argparse.Namespace) -> None:
+        sided = args.data_set == "SSV2"
+        if args.frame_sampling is None:
+            args.frame_sampling = "parts" if sided else "uniform"
+        if args.hflip is None:
+            args.hflip = 0.0 if sided else 0.5
         if (args.mixup or args.cutmix) and args.batch_size * args.num_sample % 2 and not args.eval:
             raise UsageError(
                 f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 "
@@ -184,6 +191,12 @@ class VideoClassification(Classification):
         policy = None if args.aa in ("", "none", "None") else args.aa
         augment = clip_augmentation(side, policy, args.hflip, args.reprob)
         return Transforms(TrainClips(sampling, args.num_frames, augment, args.num_sample), views)
+
+    def eval_batch_size(self, args: argparse.Namespace) -> int:
+        return max(1, args.batch_size // (args.eval_segments * args.eval_crops))
+
+    def clips_of(self, args: argparse.Namespace) -> int:
+        return args.num_sample
 
     def _side(self, args: argparse.Namespace, img_size: ImageSize) -> int:
         height, width = to_2tuple(img_size)
@@ -228,6 +241,11 @@ class VideoClassification(Classification):
     def load_start(self, model: VisionMamba, checkpoint: Mapping[str, Any], source: str) -> bool:
         if not is_of_images(checkpoint):
             return False
+        if model.pruning_layers or model.route_blocks:
+            raise UsageError(
+                f"--model-path {source} is an image model; a dynamic model of clips starts from a "
+                "dense one, its teacher: train that first with --method dense"
+            )
         load_images(model, checkpoint, source)
         return True
 

@@ -65,7 +65,9 @@ def test_views_are_segments_and_in_them_crops(sampling):
         assert np.array_equal(pixels(view), video.frames[wanted][:, :, left : left + 64])
 
 
-@pytest.mark.parametrize("height, width", [(48, 64), (64, 48), (100, 100), (31, 77)])
+@pytest.mark.parametrize(
+    "height, width", [(48, 64), (64, 48), (100, 100), (31, 77), (187, 187), (196, 196)]
+)
 def test_frames_are_resized_by_their_short_side(height, width):
     video = Frames(numbered(10, height, width))
     views, _ = EvalViews(Uniform(), 4, 32, resized=40, segments=3, crops=5)(video, 0)
@@ -117,13 +119,13 @@ def test_magnitudes_have_the_policys_mean_and_deviation(monkeypatch):
     operations = RandomOperations("rand-m5-n2-mstd0.5-inc1")
     for _ in range(500):
         operations(None)
-    assert len(drawn) == 1000
+    assert 450 < len(drawn) < 550, "one half of them"
     assert np.mean(drawn) == pytest.approx(15, abs=0.3) and np.std(drawn) == pytest.approx(
         1.5, abs=0.2
     )
 
 
-@pytest.mark.parametrize("policy", ["augmix-m3", "rand-m9-x3", "rand-loud", "original"])
+@pytest.mark.parametrize("policy", ["augmix-m3", "rand-m9-x3", "rand-loud", "rand-m1.2.3"])
 def test_other_policies_are_refused(policy):
     with pytest.raises(UsageError, match="rand-mM-nN-mstdS-inc1"):
         RandomOperations(policy)

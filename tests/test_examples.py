@@ -289,7 +289,7 @@ def test_a_row_from_outside_is_a_data_set(monkeypatch):
     assert task_of("STARS") == "regression"
     with pytest.raises(UsageError, match="STARS needs --data-path: stars.csv"):
         build_data(options("--data-set", "STARS"), 32)
-    with pytest.raises(UsageError, match="known are DIGITS, .*FOLDER, STARS, wds/"):
+    with pytest.raises(UsageError, match="known are DIGITS, .*SSV2, STARS, wds/"):
         build_data(options("--data-set", "MOONS"), 32)
     for taken in (row, DataSet("DIGITS", "x", row.load), DataSet("wds/x", "x", row.load)):
         with pytest.raises(ValueError, match="there is a data set called .* already"):
@@ -298,7 +298,8 @@ def test_a_row_from_outside_is_a_data_set(monkeypatch):
 
 
 def test_the_task_of_each_name():
-    assert {task_of(name) for name in DATA_SETS} == {"classification", "segmentation"}
+    tasks = {"classification", "segmentation", "video"}
+    assert {task_of(name) for name in DATA_SETS} == tasks
     assert task_of("wds/birds") == task_of("HFDS/x") == "classification"
     with pytest.raises(UsageError, match="--data-set 'MOONS' is unknown; known are DIGITS"):
         task_of("MOONS")

@@ -7,9 +7,12 @@ import torch
 from helpers import golden
 
 from loading.frames import Dense, Parts, Uniform, centre, crop_starts, short_side
-from models import FAMILIES, VisionMamba
+from loading.loaders import Batch
+from models import FAMILIES, Result, VisionMamba
 from models.clip_weights import inflate, load_images
 from models.weights import TEMPORAL, load_weights, resize_pos_embed, resize_temporal
+from tasks.video import VideoMeter, _mean
+from utils.distributed import Distributed
 
 pytestmark = pytest.mark.skipif(
     not golden.GOLDEN_DIR.is_dir(), reason=f"no recorded cases at {golden.GOLDEN_DIR}"
@@ -123,6 +126,23 @@ def check_sampling(entry: dict) -> None:
             assert ours == [0] * (count - n) + list(range(n)), what
         else:
             assert sampling.train(n, count, lowest) == recorded["indexes"], what
+
+
+@pytest.mark.parametrize("name", golden.names("video_views"))
+def test_merged_views(name):
+    """Segments and crops of each video, merged."""
+    case = golden.load(name)
+    views, labels = case.tensors["in.logits"].flatten(1, 2), case.tensors["in.labels"]
+    gates, nothing = torch.ones(1, len(views), 2), torch.zeros(0)
+    merged = _mean([Result(view, nothing, nothing, nothing, gates) for view in views.unbind(1)])
+    golden.close(merged.logits.exp(), case.tensors["out.scores"], 1e-6, 1e-5, name)
+    assert torch.equal(merged.logits.argmax(-1), case.tensors["out.prediction"])
+    cpu = torch.device("cpu")
+    meter = VideoMeter(cpu, slots=1)
+    meter.update(Batch(torch.zeros(len(views), 1), labels, torch.arange(len(views))), merged)
+    values = meter.compute(Distributed(cpu))
+    assert values["top1"] == pytest.approx(case.info["top1_percent"])
+    assert values["top5"] == pytest.approx(case.info["top5_percent"])
 
 
 @pytest.mark.parametrize("name", golden.names("video_sampling"))

@@ -9,6 +9,7 @@ from helpers.processes import launch
 from helpers.videos import write_video
 
 import main
+import options
 import predict
 import visualize
 from loading.loaders import Batch
@@ -288,6 +289,26 @@ def test_a_bad_video_is_named_or_skipped(videos, tmp_path):
 def test_flags_that_do_not_fit(videos, tmp_path, more, words):
     with pytest.raises(UsageError, match=words):
         main.main(flags(videos, *more, "--output_dir", str(tmp_path)))
+
+
+def test_a_dynamic_model_wants_a_teacher_of_clips(videos, dense, tmp_path):
+    checkpoint = load_checkpoint(dense / "best_checkpoint.pth")
+    weights = {k: v for k, v in checkpoint["model"].items() if not k.startswith("temporal_")}
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :, 0]
+    path = tmp_path / "images.pth"
+    torch.save({"model": weights}, path)
+    more = ("--method", "dyvm", "--pruning-layers", "1", "2", "--model-path", str(path))
+    with pytest.raises(UsageError, match="is an image model; a dynamic model of clips starts from"):
+        main.main(flags(videos, *more, "--output_dir", str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("name, sampling, flip", [("SSV2", "parts", 0), ("K400", "uniform", 0.5)])
+def test_defaults_follow_the_data_set(videos, name, sampling, flip):
+    source = ["--data-set", name, "--data-path", str(videos)]
+    args = options.parse(source)
+    assert (args.frame_sampling, args.hflip) == (sampling, flip)
+    args = options.parse([*source, "--hflip", "0.3", "--frame-sampling", "dense"])
+    assert (args.frame_sampling, args.hflip) == ("dense", 0.3)
 
 
 def test_images_have_no_clips(tmp_path):
