@@ -12,6 +12,11 @@ from helpers.shell import program
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from helpers import interpreter
+
+    interpreter.hasten()
+
 
 @pytest.fixture
 def two_threads():
