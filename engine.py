@@ -264,18 +264,21 @@ def validate(
     description: str = "evaluation",
     meters: Sequence[Meter] = (),
     interrupted: Callable[[], bool] = lambda: False,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on the validation images.
+
+    quick: with the quick transform, if the task has one.
 
     Returns:
         The task's measures, `images`, `keep` and `gates` (see `ReductionMeter`), and what the
         additional `meters` compute.
     """
     data, distributed = experiment.data, experiment.distributed
-    batch_size = experiment.task.eval_batch_size(experiment.args) or experiment.args.batch_size
+    batch_size = (data.quick_loader if quick else data.val_loader).batch_size
     whole_batch = batch_size * distributed.world_size
     share = -(-data.num_val // whole_batch) if data.num_val else None
-    batches = Progress(data.val_batches(), description, total=share, shown=distributed.is_main)
+    batches = Progress(data.val_batches(quick), description, total=share, shown=distributed.is_main)
     own = [
         experiment.task.meter(experiment.args, data, distributed.device),
         ReductionMeter(model, distributed.device),

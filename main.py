@@ -124,13 +124,17 @@ def evaluate_epoch(
     trained["skipped_steps"] = round(
         trained["skipped_steps"] * (data.steps_per_epoch // args.accum_steps)
     )
-    values = validate(training.model, experiment, interrupted=preemption.requested)
+    values = validate(training.model, experiment, interrupted=preemption.requested, quick=True)
     record = {f"train_{name}": value for name, value in trained.items()}
     record |= {f"test_{measure.log_name}": values[measure.key] for measure in task.measures}
     decisive = task.best
     if training.ema is not None:
         record[f"test_ema_{decisive.log_name}"] = validate(
-            training.ema.module, experiment, "evaluation (EMA)", interrupted=preemption.requested
+            training.ema.module,
+            experiment,
+            "evaluation (EMA)",
+            interrupted=preemption.requested,
+            quick=True,
         )[decisive.key]
     if args.bad_images == "skip":
         rank = experiment.distributed.rank

@@ -6,8 +6,10 @@ evaluation V views [V, 3, T, H, W]. T frames; H, W pixels. Source: VideoMamba's 
 2403.06977).
 """
 
+import copy
 import random
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +117,7 @@ class EvalViews:
     Args:
         resized: short side that frames are resized to.
         side: of the crops.
+        shuffled: put the frames of each clip in a random order, which its pixels decide.
     """
 
     def __init__(
@@ -125,10 +128,17 @@ class EvalViews:
         resized: int | None = None,
         segments: int = 1,
         crops: int = 1,
+        shuffled: bool = False,
     ):
         self.sampling, self.frames, self.side = sampling, frames, side
         self.resized = side if resized is None else resized
-        self.segments, self.crops = segments, crops
+        self.segments, self.crops, self.shuffled = segments, crops, shuffled
+
+    def several(self, segments: int, crops: int) -> "EvalViews":
+        """The same with other numbers of views."""
+        views = copy.copy(self)
+        views.segments, views.crops = segments, crops
+        return views
 
     def chosen(self, frames: int) -> list[list[int]]:
         """The frame numbers of each segment."""
@@ -152,6 +162,8 @@ class EvalViews:
             else crop_starts(height, width, self.side, self.crops)
         )
         clips = frames.unflatten(0, (self.segments, self.frames))
+        if self.shuffled:
+            clips = torch.stack([clip[_order_of(clip)] for clip in clips])
         views = torch.stack(
             [
                 clips[:, :, :, top : top + self.side, left : left + self.side]
@@ -162,6 +174,12 @@ class EvalViews:
         views = F.normalize(F.to_dtype(views.flatten(0, 1), torch.float32, scale=True), MEAN, STD)
         views = views.transpose(1, 2)
         return views[0] if len(views) == 1 else views, target
+
+
+def _order_of(clip: Tensor) -> Tensor:
+    """A random order of the frames [T, ...] of a clip, the same whenever it is read."""
+    generator = torch.Generator().manual_seed(zlib.crc32(clip.numpy().tobytes()))
+    return torch.randperm(len(clip), generator=generator)
 
 
 def _channels_second(frames) -> Tensor:

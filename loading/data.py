@@ -1,7 +1,7 @@
 """A data set ready for one process: two splits, checked against each other, and their loaders."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils.errors import UsageError, UserError, printable
@@ -23,8 +23,9 @@ class Data:
     None if timm streams the images (`train` also in evaluation). `num_val` counts the validation
     images of all ranks, including unusable ones; None for a stream of unknown length. `bad_images`
     holds the images skipped so far on this rank; `bad_images.write(path)` lists them.
-    `calibration_loader` reads a fixed part of `train`, transformed as in evaluation; None for a
-    stream.
+    `quick_loader` reads the validation images for the evaluations between epochs, and
+    `calibration_loader` a fixed part of `train`, None for a stream; both with the quick transform
+    if there is one.
     """
 
     class_names: list[str]
@@ -34,6 +35,7 @@ class Data:
     train_loader: TrainLoader | None
     val_loader: EvalLoader
     bad_images: BadImages = field(repr=False)
+    quick_loader: EvalLoader
     calibration_loader: EvalLoader | None = None
 
     @property
@@ -56,13 +58,13 @@ class Data:
         """
         return self.train_loader.batches(epoch, start_step)
 
-    def val_batches(self) -> Iterator[Batch]:
+    def val_batches(self, quick: bool = False) -> Iterator[Batch]:
         """The validation batches of this rank, perhaps none; each usable image is on one rank only.
 
         Raises:
             UserError: as in `train_batches`.
         """
-        return self.val_loader.batches()
+        return (self.quick_loader if quick else self.val_loader).batches()
 
     def list_bad_images(self, output_dir: str | Path, rank: int) -> list[str]:
         """Write the list of this rank's images skipped under `--bad-images skip`; -> its lines."""
@@ -81,6 +83,9 @@ def assemble(
 ) -> Data:
     """Check two image sets against each other and add their loaders."""
     bad_images = BadImages(options.bad_images)
+    quick, quick_options = transforms.eval, options
+    if transforms.quick is not None:  # as many at once as in training
+        quick, quick_options = transforms.quick, replace(options, eval_batch_size=None)
     train_loader = calibration_loader = None
     if train is not None:
         _check_same_classes(options.data_path or options.data_set, train.classes, val.classes)
@@ -88,10 +93,20 @@ def assemble(
             train = _take_subset(train, options.subset)
         train_loader = TrainLoader(train, transforms.train, options, bad_images)
         chosen = fixed_part(train, min(CALIBRATION_IMAGES, len(train)))
-        calibration_loader = EvalLoader(chosen, transforms.eval, options, bad_images)
-    val_loader = EvalLoader(val, transforms.eval, options, bad_images)
+        calibration_loader = EvalLoader(chosen, quick, quick_options, bad_images)
+    val_loader = quick_loader = EvalLoader(val, transforms.eval, options, bad_images)
+    if transforms.quick is not None:
+        quick_loader = EvalLoader(val, quick, quick_options, bad_images)
     return Data(
-        val.classes, train, val, len(val), train_loader, val_loader, bad_images, calibration_loader
+        val.classes,
+        train,
+        val,
+        len(val),
+        train_loader,
+        val_loader,
+        bad_images,
+        quick_loader,
+        calibration_loader,
     )
 
 

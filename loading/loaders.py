@@ -259,13 +259,11 @@ class EvalLoader:
         self, images: ImageSet, transform: Transform, options: DataOptions, bad_images: BadImages
     ):
         self.bad_images = bad_images
+        self.batch_size = options.eval_batch_size or options.batch_size
         self.loader = DataLoader(
             Samples(images, transform, replace=False),
             batch_sampler=EvalBatchSampler(
-                len(images),
-                options.eval_batch_size or options.batch_size,
-                options.rank,
-                options.world_size,
+                len(images), self.batch_size, options.rank, options.world_size
             ),
             num_workers=options.num_workers,
             persistent_workers=options.num_workers > 0,

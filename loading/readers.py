@@ -65,7 +65,14 @@ def build_timm_data(options: DataOptions, transforms: Transforms, train: bool) -
     stream = Stream(options, val_reader, transforms.eval, len(classes), training=False)
     val_loader = StreamEvalLoader(stream, bad_images)
     return Data(
-        classes, None, None, val_reader.num_samples or None, train_loader, val_loader, bad_images
+        classes,
+        None,
+        None,
+        val_reader.num_samples or None,
+        train_loader,
+        val_loader,
+        bad_images,
+        val_loader,
     )
 
 
@@ -201,6 +208,7 @@ class StreamEvalLoader:
 
     def __init__(self, stream: Stream, bad_images: BadImages):
         self.bad_images = bad_images
+        self.batch_size = stream.batch_size
         self.loader = _stream_loader(stream)
 
     def batches(self) -> Iterator[Batch]:

@@ -27,10 +27,15 @@ Transform = Callable[[Any, Any], tuple[Tensor, Any]]
 
 
 class Transforms(NamedTuple):
-    """A task's transforms of its examples; `train` may be None if nothing is trained."""
+    """A task's transforms of its examples; `train` may be None if nothing is trained.
+
+    quick: that of the evaluations between the epochs of a training and of the calibration, where
+    one of the whole takes long; None: `eval`.
+    """
 
     train: Transform | None
     eval: Transform
+    quick: Transform | None = None
 
 
 class ImageOnly:

@@ -108,6 +108,7 @@ class VideoClassification(Classification):
         "eval_segments",
         "eval_crops",
         "eval_short_side",
+        "eval_shuffle_frames",
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,11 @@ class VideoClassification(Classification):
         add_mixup_arguments(parser)
         group = parser.add_argument_group("video evaluation")
         group.add_argument(
-            "--eval-segments", type=positive, default=1, metavar="N", help="clips of a video"
+            "--eval-segments",
+            type=positive,
+            default=1,
+            metavar="N",
+            help="clips of a video; between epochs one view is looked at, in the middle",
         )
         group.add_argument(
             "--eval-crops",
@@ -161,6 +166,12 @@ class VideoClassification(Classification):
             type=whole,
             metavar="PIXELS",
             help="that frames are resized to (default: the model's size)",
+        )
+        group.add_argument(
+            "--eval-shuffle-frames",
+            action="store_true",
+            help="put the frames of each clip in a random order, always the same: tells how much a "
+            "model makes of time",
         )
 
     def check(self, args: argparse.Namespace) -> None:
@@ -178,19 +189,22 @@ class VideoClassification(Classification):
     def transforms(self, args: argparse.Namespace, img_size: ImageSize, train: bool) -> Transforms:
         side = self._side(args, img_size)
         sampling = make_sampling(args.frame_sampling, args.sampling_rate)
-        views = EvalViews(
+        view = EvalViews(
             sampling,
             args.num_frames,
             side,
             args.eval_short_side,
-            args.eval_segments,
-            args.eval_crops,
+            shuffled=args.eval_shuffle_frames,
         )
+        views, quick = view, None
+        if args.eval_segments * args.eval_crops > 1:
+            views, quick = view.several(args.eval_segments, args.eval_crops), view
         if not train:
-            return Transforms(None, views)
+            return Transforms(None, views, quick)
         policy = None if args.aa in ("", "none", "None") else args.aa
         augment = clip_augmentation(side, policy, args.hflip, args.reprob)
-        return Transforms(TrainClips(sampling, args.num_frames, augment, args.num_sample), views)
+        clips = TrainClips(sampling, args.num_frames, augment, args.num_sample)
+        return Transforms(clips, views, quick)
 
     def eval_batch_size(self, args: argparse.Namespace) -> int:
         return max(1, args.batch_size // (args.eval_segments * args.eval_crops))

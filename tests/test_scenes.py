@@ -10,6 +10,7 @@ import pytest
 from helpers.shell import ROOT
 from PIL import Image
 
+from loading import compositing
 from scripts.seg import scenes
 from utils.errors import UsageError, UserError
 
@@ -115,7 +116,7 @@ def test_pixels_are_the_same_everywhere():
 def test_a_mask_covers_what_is_painted():
     """A white square on the label map and on the image, without shadow or neighbours."""
     image, opacity = np.zeros((40, 40, 3), np.int64), np.full((16, 16), 256)
-    scenes.over(image, np.array([200, 100, 50]), opacity, -4, 30)
+    compositing.over(image, np.array([200, 100, 50]), opacity, -4, 30)
     assert (image[:12, 30:] == [200, 100, 50]).all()
     assert not image[12:].any() and not image[:, :30].any()
 
@@ -129,7 +130,7 @@ def test_zoom_is_bilinear(size, side):
     expected = F.interpolate(
         torch.tensor(picture).double()[None, None], (side, side), mode="bilinear"
     )[0, 0].numpy()
-    assert np.abs(scenes.zoom(picture, side) - expected).max() < 4
+    assert np.abs(compositing.zoom(picture, side) - expected).max() < 4
 
 
 def test_mistakes(tmp_path, make):
