@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -24,7 +25,9 @@ from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
 from loading.segmentation import ade20k, cityscapes, mask_folders, voc
 from loading.transforms import Transforms, classification_transforms
-from loading.video_sets import video_folders, video_list
+from loading.video_lists import long_video_list, video_list
+from loading.video_sets import video_folders
+from loading.video_shards import video_shards
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
 from utils.images import CROP_RATIO, ImageSize
@@ -44,17 +47,19 @@ class DataSet:
         load: (value of --data-path, "train" or "val") -> that split; raises UserError if the data
             are missing or inconsistent.
         path_holds: what --data-path must contain, as the end of a sentence; None if it is optional.
+        takes: flags that `load` takes by name too, where they are given.
     """
 
     name: str
     task: str
     load: Callable[[Path | None, str], ImageSet]
     path_holds: str | None = None
+    takes: tuple[str, ...] = ()
 
 
 _FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
 _CIFAR = "the folder that holds {}/"
-_LISTS = "a folder with train.csv and val.csv: path and label, relative to it"
+_LISTS = "a folder with train.csv and val.csv: path and label, relative to it or to --prefix"
 _LISTINGS = "the folder with train{0}.json and val{0}.json"
 DATA_SETS: dict[str, DataSet] = {
     row.name: row
@@ -97,8 +102,21 @@ DATA_SETS: dict[str, DataSet] = {
             video_folders,
             "a folder with train/ and val/, and in each a folder of videos per class",
         ),
-        DataSet("K400", VIDEO, video_list, _LISTS),
-        DataSet("SSV2", VIDEO, video_list, _LISTS),
+        DataSet(
+            "VIDEO_SHARDS",
+            VIDEO,
+            video_shards,
+            "a folder with classes.txt and, in train/ and val/, WebDataset shards of videos",
+        ),
+        DataSet("K400", VIDEO, video_list, _LISTS, ("prefix",)),
+        DataSet("SSV2", VIDEO, video_list, _LISTS, ("prefix",)),
+        DataSet(
+            "LVU",
+            VIDEO,
+            long_video_list,
+            "a folder with train.csv and val.csv: path, label and length in seconds",
+            ("prefix", "part_seconds", "part_stride"),
+        ),
     )
 }
 
@@ -142,6 +160,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--data-path", metavar="DIR", help="folder of the data set; DIGITS needs none"
+    )
+    group.add_argument(
+        "--prefix",
+        metavar="DIR",
+        help="folder that the paths in lists of videos are relative to (default: --data-path)",
+    )
+    group.add_argument(
+        "--part-seconds",
+        type=positive,
+        metavar="S",
+        help="LVU: length of the parts that long videos are cut into (default: 60)",
+    )
+    group.add_argument(
+        "--part-stride",
+        type=positive,
+        metavar="S",
+        help="LVU: seconds from the start of one part to that of the next (default: 16)",
     )
     group.add_argument(
         "--train-split",
@@ -256,10 +291,23 @@ def build_data(
 
         return build_timm_data(options, transforms, train)
     row = _row_of(options.data_set)
-    path = _data_path(row, options.data_path)
-    return assemble(
-        options, transforms, row.load(path, "train") if train else None, row.load(path, "val")
-    )
+    path, given = _data_path(row, options.data_path), _taken(row, options)
+    train_images = row.load(path, "train", **given) if train else None
+    return assemble(options, transforms, train_images, row.load(path, "val", **given))
+
+
+def _taken(row: DataSet, options: DataOptions) -> dict[str, Any]:
+    """The given flags that belong to single data sets, for `row.load`."""
+    flags = sorted({name for other in DATA_SETS.values() for name in other.takes})
+    given = {name: getattr(options, name) for name in flags if getattr(options, name) is not None}
+    for name in given.keys() - set(row.takes):
+        names = ", ".join(other.name for other in DATA_SETS.values() if name in other.takes)
+        raise UsageError(f"--{name.replace('_', '-')} is for --data-set {names}, not {row.name}")
+    if "prefix" in given:
+        given["prefix"] = Path(given["prefix"])
+        if not given["prefix"].is_dir():
+            raise UserError(f"--prefix {printable(options.prefix)}: no such folder")
+    return given
 
 
 def _data_path(row: DataSet, path: str | None) -> Path | None:

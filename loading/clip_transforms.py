@@ -22,9 +22,9 @@ from torchvision.transforms.v2 import functional as F
 from utils.errors import UsageError
 from utils.images import MEAN, STD
 
-from .frames import Sampling, centre, crop_starts, short_side
+from .frames import Parts, Sampling, centre, crop_starts, short_side
 from .images import BadImageError
-from .video import Video
+from .video import FrameFolder, Video
 
 _MAGNITUDES = 31  # of torchvision; 10 in the names of policies
 _GREY = 128
@@ -140,17 +140,20 @@ class EvalViews:
         views.segments, views.crops = segments, crops
         return views
 
-    def chosen(self, frames: int) -> list[list[int]]:
+    def chosen(self, video: Video) -> list[list[int]]:
         """The frame numbers of each segment."""
+        sampling, frames = self.sampling, len(video)
+        if isinstance(sampling, Parts):
+            sampling = Parts(folders=isinstance(video, FrameFolder))
         if self.segments == 1:
-            return [self.sampling.middle(frames, self.frames)]
+            return [sampling.middle(frames, self.frames)]
         return [
-            self.sampling.view(frames, self.frames, segment, self.segments)
+            sampling.view(frames, self.frames, segment, self.segments)
             for segment in range(self.segments)
         ]
 
     def __call__(self, video: Video, target: Any) -> tuple[Tensor, Any]:
-        wanted = [index for segment in self.chosen(len(video)) for index in segment]
+        wanted = [index for segment in self.chosen(video) for index in segment]
         frames = _channels_second(video.read(wanted))
         height, width = short_side(*frames.shape[-2:], self.resized)
         if max(height, width) > 100 * self.resized:

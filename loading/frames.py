@@ -7,6 +7,7 @@ for Kinetics (`Uniform`) and Something-Something (`Parts`), and its reader of fr
 distance (`Dense`), whose validation clip lies one length too early; here it is the middle.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -159,3 +160,21 @@ def crop_starts(height: int, width: int, side: int, crops: int) -> list[tuple[in
     if height > width:
         return [(place, (width - side) // 2) for place in places]
     return [((height - side) // 2, place) for place in places]
+
+
+def parts_of(seconds: float, length: float, stride: float) -> list[tuple[float, float]]:
+    """(start, end) in seconds of the parts of a long video: one of `length` every `stride`, as long
+    as more than half of it lies in the video. A shorter video is one part.
+    """
+    if seconds < length:
+        return [(0.0, seconds)]
+    count = max(math.ceil((seconds - length / 2) / stride), 1)
+    return [(i * stride, min(i * stride + length, seconds)) for i in range(count)]
+
+
+def frames_of_part(start: float, end: float, rate: float, frames: int) -> range:
+    """The frames from `start` to `end` seconds, both included, of a video with `rate` frames a
+    second; at least one.
+    """
+    first = min(int(start * rate), frames - 1)
+    return range(first, max(min(int(end * rate), frames - 1), first) + 1)

@@ -22,6 +22,9 @@ class DataOptions:
 
     data_set: str = "DIGITS"
     data_path: str | None = None
+    prefix: str | None = None
+    part_seconds: int | None = None
+    part_stride: int | None = None
     train_split: str = "train"
     val_split: str = "validation"
     subset: int | float | None = None

@@ -20,6 +20,7 @@ from av.stream import Disposition
 
 from utils.errors import first_line, printable
 
+from .frames import frames_of_part
 from .images import BadImageError, check_size, read_image
 
 MAX_CLIP_PIXELS = 2_000_000_000  # of all frames that are read together, 3 bytes each
@@ -44,23 +45,53 @@ class Video:
         raise NotImplementedError
 
 
+class VideoPart(Video):
+    """A stretch of a long video.
+
+    start, end: in seconds.
+    """
+
+    def __init__(self, video: "VideoFile", start: float, end: float):
+        self.video, self.start, self.end = video, start, end
+
+    def _frames(self) -> range:
+        return frames_of_part(self.start, self.end, self.video.rate, len(self.video))
+
+    def __len__(self) -> int:
+        return len(self._frames())
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        frames = self._frames()
+        return self.video.read([frames[index] for index in indices])
+
+
 class VideoFile(Video):
     """A video in a file of any container and codec that FFmpeg knows.
 
     A rotation in the display matrix is applied, transparency is dropped, and 10-bit frames become
     8-bit ones.
+
+    span: first byte and end of the video in the file, such as a tar file; None for all of it.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, span: tuple[int, int] | None = None):
+        self.path, self.span = path, span
         self._listed: _Listing | None = None
 
     def __len__(self) -> int:
         return len(self._listing().times)
 
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average. Raises `BadImageError` where the file does not tell."""
+        listing = self._listing()
+        if not listing.rate:
+            raise BadImageError("it does not say how fast it is played")
+        return listing.rate
+
     def _listing(self) -> "_Listing":
         if self._listed is None:
-            with _opened(self.path) as (container, stream):
+            with _opened(self.path, self.span) as (container, stream):
                 self._listed = _list_frames(container, stream)
         return self._listed
 
@@ -80,7 +111,7 @@ class VideoFile(Video):
     def _decode(self, wanted: Sequence[int], seek: bool) -> dict[int, np.ndarray]:
         """Those of the wanted frames, ascending, that are found on a way through the file."""
         listing, found, place = self._listing(), {}, None
-        with _opened(self.path) as (container, stream):
+        with _opened(self.path, self.span) as (container, stream):
             _check_pixels(stream.codec_context, len(wanted))
             decoded = _frames(container, stream, listing)
             for index in wanted:
@@ -111,11 +142,12 @@ def _check_pixels(codec: av.VideoCodecContext, frames: int) -> None:
 class _Listing:
     """When the frames of a stream are shown, and which of these are key frames.
 
+    rate: frames a second, 0 if unknown.
     timed: False if the packets have no times; frames are then counted from the first one.
     """
 
-    def __init__(self, times: list[int], keys: list[int], timed: bool = True):
-        self.times, self.keys, self.timed = times, keys, timed
+    def __init__(self, times: list[int], keys: list[int], rate: float, timed: bool = True):
+        self.times, self.keys, self.rate, self.timed = times, keys, rate, timed
 
     def key_before(self, time: int) -> int:
         """The time of the last key frame up to `time`."""
@@ -132,12 +164,15 @@ def _list_frames(container, stream) -> _Listing:
     if any(time is None for time, _ in packets):
         container.seek(0)
         count = sum(1 for _ in container.decode(stream))
-        listing = _Listing(list(range(count)), [0], timed=False)
+        listing = _Listing(list(range(count)), [0], float(stream.average_rate or 0), timed=False)
     else:
         keys = sorted({time for time, is_key in packets if is_key})
         # What is shown before the first key frame cannot be decoded.
         times = sorted({time for time, _ in packets if keys and time >= keys[0]})
-        listing = _Listing(times, keys)
+        rate = float(stream.average_rate or 0)
+        if len(times) > 1:
+            rate = float((len(times) - 1) / ((times[-1] - times[0]) * stream.time_base))
+        listing = _Listing(times, keys, rate)
     if not listing.times:
         raise BadImageError("it has no frames")
     return listing
@@ -158,7 +193,7 @@ def _pixels(frame: av.VideoFrame) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: str):
+def _opened(path: str, span: tuple[int, int] | None):
     """The container and its video stream; whatever FFmpeg reports becomes a `BadImageError`."""
     try:
         status = os.stat(path)
@@ -166,9 +201,13 @@ def _opened(path: str):
             raise BadImageError("not a regular file")
         if status.st_size == 0:
             raise BadImageError("the file is empty")
+        source, protocols = f"file:{path}", "file"
+        if span is not None:
+            source = "subfile,,start,{},end,{},,:{}".format(*span, source)
+            protocols = "file,subfile"
         # A playlist could name other files and hosts.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+        options = {"protocol_whitelist": protocols}
+        with av.open(source, options=options, metadata_errors="replace") as container:
             streams = [
                 stream
                 for stream in container.streams.video

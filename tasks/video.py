@@ -190,11 +190,7 @@ class VideoClassification(Classification):
         side = self._side(args, img_size)
         sampling = make_sampling(args.frame_sampling, args.sampling_rate)
         view = EvalViews(
-            sampling,
-            args.num_frames,
-            side,
-            args.eval_short_side,
-            shuffled=args.eval_shuffle_frames,
+            sampling, args.num_frames, side, args.eval_short_side, shuffled=args.eval_shuffle_frames
         )
         views, quick = view, None
         if args.eval_segments * args.eval_crops > 1:

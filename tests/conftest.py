@@ -51,3 +51,22 @@ case "$*" in
   *"-m gpu"*) echo "3 passed in 1.00s" ;;
 esac""",
     )
+
+
+@pytest.fixture(scope="session")
+def video_root(tmp_path_factory):
+    """train/ and val/ with two classes of videos of six frames; one is a folder of them."""
+    from helpers.videos import numbered, write_video
+    from PIL import Image
+
+    folder, frames = tmp_path_factory.mktemp("videos"), numbered(6, 16, 32)
+    for split in ("train", "val"):
+        for name in ("left", "right"):
+            (folder / split / name).mkdir(parents=True)
+            write_video(folder / split / name / "b.mp4", frames)
+        write_video(folder / split / "left" / "a.avi", frames, "mpeg4")
+        (folder / split / "left" / "notes.txt").write_text("no video")
+        (folder / split / "right" / "shots").mkdir()
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(folder / split / "right" / "shots" / f"img_{number:05}.png")
+    return folder

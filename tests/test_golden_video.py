@@ -6,7 +6,16 @@ import pytest
 import torch
 from helpers import golden
 
-from loading.frames import Dense, Parts, Uniform, centre, crop_starts, short_side
+from loading.frames import (
+    Dense,
+    Parts,
+    Uniform,
+    centre,
+    crop_starts,
+    frames_of_part,
+    parts_of,
+    short_side,
+)
 from loading.loaders import Batch
 from models import FAMILIES, Result, VisionMamba
 from models.clip_weights import inflate, load_images
@@ -160,3 +169,14 @@ def test_frames_and_crops(name):
     for entry in info["resize"]:
         size = short_side(entry["height"], entry["width"], entry["short_side"])
         assert list(size) == entry["to"], entry
+    for entry in info["trimmed"]:
+        parts = parts_of(entry["duration"], entry["trimmed"], entry["time_stride"])
+        assert [list(part) for part in parts] == [
+            [part["start"], part["end"]] for part in entry["parts"]
+        ], entry
+        for part, recorded in zip(parts, entry["parts"], strict=True):
+            frames = frames_of_part(*part, entry["frames_per_second"], entry["video_frames"])
+            chosen = views(Uniform(), len(frames), entry["num_frames"], 2)
+            assert [[frames[index] for index in view] for view in chosen] == recorded[
+                "test.segments2"
+            ], part

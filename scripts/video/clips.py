@@ -5,9 +5,9 @@
 
 A garment of Fashion-MNIST, tinted, moves left, right, up or down before a backdrop; the direction
 is the label. It starts anywhere, and what leaves the picture comes in again on the other side: a
-single frame says nothing of the direction, nor do all of them in another order (but for whether it
-is along the rows). The folder is one of `--data-set VIDEO_FOLDER`: {train,val}/{left,right,up,down}/
-with MP4 files, encoded as H.264. Validation videos show garments of Fashion-MNIST's own test part.
+single frame says nothing of the direction, and all of them in another order no more than whether
+it is along the rows. The folder is one of `--data-set VIDEO_FOLDER`, with MP4 files (H.264) in
+{train,val}/{left,right,up,down}/. Validation videos show garments of Fashion-MNIST's own test part.
 
 The pixels depend on the seed, the split, the number of the video and the size alone; the encoder
 decides on the bytes.
@@ -86,7 +86,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=arguments.whole, default=0)
     args = parser.parse_args()
     if args.size < SMALLEST or args.size % 2:
-        raise UsageError(f"--size {args.size}: a frame has an even number of pixels from {SMALLEST}")
+        raise UsageError(
+            f"--size {args.size}: a frame has an even number of pixels from {SMALLEST}"
+        )
     if min(args.train, args.val) < len(DIRECTIONS):
         raise UsageError(
             f"--train {args.train} --val {args.val}: there are {len(DIRECTIONS)} classes, and each "

@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it repeats: the same kernels, in two thirds of the time."""
+"""Triton's interpreter without work that it repeats: the same kernels in two thirds of the time."""
 
 import gc
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# VideoMamba-Middle on Something-Something V2, 8 frames, fine-tuned from ImageNet-1K; made for 8 GPUs (published: 67.3 top-1).
+#
+#   MODEL_PATH=videomamba_middle_in1k.pth DATA_PATH=/path/to/lists GPUS=8 bash scripts/video/videomamba-m-ssv2.sh [flags of main.py]
+#
+# MODEL_PATH is the image model of VideoMamba-Middle. The published run has 16 GPUs and no --accum-steps. More in
+# scripts/video/common.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+fine_tune "${SSV2_RECIPE[@]}" "${MIDDLE[@]}" \
+  --model videomamba_middle --epochs 30 --batch-size 32 --accum-steps 2 --lr 8e-4 --grad-checkpointing \
+  "$@"
