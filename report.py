@@ -31,6 +31,7 @@ from utils.program import run_main
 
 PICTURE_WIDTH = 1600  # pixels; wider pictures are reduced
 PNG_BYTES = 300_000  # pictures that take more as PNG are photographs, and become JPEG
+GIF_BYTES = 1_000_000  # larger animations are not embedded
 NOT_PLOTTED = ("epoch", "n_parameters")
 
 
@@ -240,6 +241,9 @@ def decision_charts(run: RunFolder) -> list[Markup]:
                     f"Maps of how often each patch is kept after each stage: {shares}",
                 )
             )
+            if len(grid or ()) == 3:
+                alt = "Share of each frame's patches that every stage keeps, on average"
+                charts.append((plots.kept_per_frame(keep, grid[0]), alt))
         if (folder / "costs.csv").exists():
             costs = read_csv(folder / "costs.csv")[:, 0]
             alt = (
@@ -255,8 +259,10 @@ def decision_charts(run: RunFolder) -> list[Markup]:
 def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
     """Pictures of decisions that the run's evaluation left."""
     pictures = []
-    for path in sorted(run.folder.glob("decisions/sample*.png")) + [
-        run.folder / "kept_patches.png"
+    for path in [
+        *sorted(run.folder.glob("decisions/sample*.gif")),
+        *sorted(run.folder.glob("decisions/sample*.png")),
+        run.folder / "kept_patches.png",
     ]:
         if not path.exists():
             continue
@@ -264,6 +270,8 @@ def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
             f"{run.name}, {path.stem}: image, tokens kept after each stage, likeliest classes, "
             "scans and cost"
         )
+        if path.suffix == ".gif":
+            alt = f"{run.name}, {path.stem} in motion: what each stage keeps of every frame"
         if path.name == "kept_patches.png":
             alt = (
                 f"{run.name}: validation images, and below each what every stage left of it, "
@@ -280,7 +288,7 @@ def embedded(run: RunFolder, pictures: list[tuple[Path, str]]) -> list[dict[str,
         try:
             uri, size = picture_uri(path)
             shown.append({"uri": uri, "alt": alt, "size": size, "strip": size[0] > 2.5 * size[1]})
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             run.notes.append(f"{path.name} cannot be read ({error})")
     return shown
 
@@ -311,8 +319,12 @@ def wide_chart(figure: Figure, alt: str) -> dict[str, Any]:
 
 
 def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
-    """A picture as a data URI of bounded size; its width and height."""
+    """A picture as a data URI of bounded size; its width and height. A large animation stands
+    still.
+    """
     with Image.open(path) as image:
+        if path.suffix == ".gif" and path.stat().st_size <= GIF_BYTES:
+            return _data_uri("gif", path.read_bytes()), image.size
         picture = image.convert("RGB")
     if picture.width > PICTURE_WIDTH:
         height = round(picture.height * PICTURE_WIDTH / picture.width)
@@ -322,7 +334,11 @@ def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
     if content.tell() > PNG_BYTES:
         content, kind = io.BytesIO(), "jpeg"
         picture.save(content, format="JPEG", quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", picture.size
+    return _data_uri(kind, content.getvalue()), picture.size
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def headlines(run: RunFolder) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@
     python visualize.py --model-path output/dyvm/best_checkpoint.pth --images photos/ \
         --output_dir pictures
 
-One PNG per image; for several images also contact sheets and `images.csv`.
+One PNG per image, and a GIF for a video; for several images also contact sheets and `images.csv`.
 """
 
 import logging
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from drawing.animation import save_animation
 from drawing.pictures import ImageReport, draw_strip, save_picture
 from drawing.sheets import ContactSheets
 from evaluation.inference import Predictor, build_parser, check_outside, load_predictor
@@ -46,6 +47,9 @@ def draw_all(
             )
             picture = names.name(report.name)
             save_picture(draw_strip(image, region, predictor.model, report), output / picture)
+            moving = predictor.task.moving_picture(batch.images[place], predictor.model, report)
+            if moving:
+                save_animation(moving, (output / picture).with_suffix(".gif"))
             if sheets is not None:
                 sheets.add(image, region, predictor.model, report)
             yield report, picture

@@ -24,6 +24,7 @@ DIMMED = 0.2
 VEIL = np.array([100, 116, 146])
 # What lies outside the model's crop fades into the paper.
 OUTSIDE = 0.15
+STRIP_COLUMNS = 8  # frames of a clip beside each other
 GAP = 2  # pixels between the panels of `decision_picture`
 
 
@@ -45,16 +46,28 @@ def patch_edges(patches: PatchEmbed, axis: int) -> np.ndarray:
     return np.concatenate([[0.0], inner, [(count - 1) * stride + size]])
 
 
-def filmstrip(clips: Tensor, patches: PatchEmbed) -> Tensor:
-    """Clips as pictures: the middle frame of each slot, side by side.
+def strip_grid(slots: int) -> tuple[int, int]:
+    """Rows and columns in which the slots of a clip are shown."""
+    columns = min(slots, STRIP_COLUMNS)
+    return -(-slots // columns), columns
 
-    [B, 3, T, H, W] -> [B, 3, H, S W]; images [B, 3, H, W] stay.
+
+def filmstrip(clips: Tensor, patches: PatchEmbed) -> Tensor:
+    """Clips as pictures: the middle frame of each slot, side by side, in rows of eight.
+
+    [B, 3, T, H, W] -> [B, 3, rows H, columns W]; images [B, 3, H, W] stay.
     """
     if clips.dim() == 4:
         return clips
     shown = clips.unflatten(2, (patches.slots, -1))
     shown = shown[:, :, :, shown.shape[3] // 2]
-    return shown.permute(0, 1, 3, 2, 4).flatten(3)
+    rows, columns = strip_grid(patches.slots)
+    white = (1 - shown.new_tensor(MEAN)) / shown.new_tensor(STD)
+    empty = white[:, None, None, None].expand(
+        len(shown), -1, rows * columns - patches.slots, *shown.shape[3:]
+    )
+    cells = torch.cat([shown, empty], dim=2).unflatten(2, (rows, columns))
+    return cells.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
 
 
 def patch_of_pixels(
@@ -72,7 +85,7 @@ def patch_of_pixels(
     left, top, right, bottom = region or (0, 0, width, height)
 
     def cells(axis: int, pixels: int, low: float, high: float, repeats: int = 1) -> tuple:
-        """Which of the pictures beside each other a pixel lies in, and in which row or column."""
+        """Which of the pictures in a row or column a pixel lies in, and in which of its patches."""
         edges, side = patch_edges(patches, axis), patches.img_size[axis]
         seen = (np.arange(pixels) + 0.5 - low) / (high - low) * side * repeats
         which = np.floor(seen / side).clip(0, repeats - 1).astype(int)
@@ -80,10 +93,29 @@ def patch_of_pixels(
         index = np.searchsorted(edges, within, side="right") - 1
         return which, np.where((within >= 0) & (within < edges[-1]), index, -1)
 
-    rows = cells(0, height, top, bottom)[1][:, None]
-    slot, columns = (part[None] for part in cells(1, width, left, right, patches.slots))
-    places = slot * math.prod(patches.plane) + rows * patches.plane[1] + columns
-    return np.where((rows >= 0) & (columns >= 0), places, -1)
+    down, across = strip_grid(patches.slots)
+    row, y = (part[:, None] for part in cells(0, height, top, bottom, down))
+    column, x = (part[None] for part in cells(1, width, left, right, across))
+    slot = row * across + column
+    places = slot * math.prod(patches.plane) + y * patches.plane[1] + x
+    return np.where((y >= 0) & (x >= 0) & (slot < patches.slots), places, -1)
+
+
+def patch_of_frame(patches: PatchEmbed, size: tuple[int, int], slot: int) -> np.ndarray:
+    """`patch_of_pixels` of a single frame of a clip, at `size` (width, height)."""
+    width, height = size
+    y, x = (
+        np.searchsorted(
+            patch_edges(patches, axis),
+            (np.arange(pixels) + 0.5) * patches.img_size[axis] / pixels,
+            side="right",
+        )
+        - 1
+        for axis, pixels in enumerate((height, width))
+    )
+    rows, columns = patches.plane
+    inside = (y < rows)[:, None] & (x < columns)[None]
+    return np.where(inside, (slot * rows + y[:, None]) * columns + x[None], -1)
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
@@ -170,6 +202,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 # Strips: one picture an image
 
+CURVE_HEIGHT = 40  # of the patches kept of each frame, in units
 PANEL_SIDE = 256  # smaller images are enlarged by a whole factor
 MAX_SIDE = 2048  # larger ones are reduced, so that a strip fits in memory
 
@@ -219,7 +252,10 @@ def draw_strip(
     patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
     panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in report.kept)]
     u = layout.unit
-    margin, below, info_width, info_height = (round(side * u) for side in (12, 52, 300, 244))
+    curve = CURVE_HEIGHT if model.patch_embed.slots > 1 else 0
+    margin, below, info_width, info_height = (
+        round(side * u) for side in (12, 52 + curve, 300, 244)
+    )
     panel_width = max(layout.width, round(130 * u))
     step = (panel_width + margin, 0) if layout.in_row else (0, layout.height + below)
     if layout.in_row:
@@ -293,6 +329,38 @@ def _draw_caption(
         draw.polygon(
             [(at - 3.4 * u, top - 6 * u), (at + 3.4 * u, top - 6 * u), (at, top)], rgb(ACCENT)
         )
+    if model.patch_embed.slots > 1:
+        box = (x, y + 46 * u, x + width, y + (46 + CURVE_HEIGHT - 8) * u)
+        draw_curve(draw, box, per_slot(kept, model.patch_embed), model.patch_embed, u)
+
+
+def per_slot(kept: np.ndarray, patches: PatchEmbed) -> np.ndarray:
+    """How many patches of each slot [S] are among the kept ones [k]."""
+    return np.bincount(np.asarray(kept, int) // math.prod(patches.plane), minlength=patches.slots)
+
+
+def draw_curve(
+    draw: ImageDraw.ImageDraw,
+    box: tuple[float, float, float, float],
+    counts: np.ndarray,
+    patches: PatchEmbed,
+    u: float,
+    marked: int | None = None,
+) -> None:
+    """Patches kept of each slot, as steps, with their numbers where there is room; one may be
+    marked.
+    """
+    left, top, right, bottom = box
+    step, small = (right - left) / len(counts), font(8.5 * u)
+    numbered = draw.textlength(str(counts.max()), small) < step
+    head = top + 11 * u  # numbers above the steps
+    for slot, count in enumerate(counts):
+        x, y = left + slot * step, bottom - (bottom - head) * count / math.prod(patches.plane)
+        fill = rgb(ACCENT if slot == marked else BLUE)
+        draw.rectangle((x, head, x + step, bottom), rgb(FAINT))
+        draw.rectangle((x, y, x + step, bottom), fill)
+        if numbered:
+            draw.text((x + step / 2, top), str(count), rgb(MUTED), small, anchor="ma")
 
 
 def _draw_info(

@@ -58,6 +58,7 @@ STYLE = {
 # whose colours a page in dark mode replaces.
 SHARE = LinearSegmentedColormap.from_list("share", ["#edf2f7", "#9cc3e6", "#2d6db1", "#123a63"])
 MANY_CLASSES = 40  # from here on the names of classes no longer fit beside their rows
+MAP_COLUMNS = 16  # maps of slots beside each other
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
 
 _VARIABLES = {
@@ -229,20 +230,49 @@ def keep_maps(keep: np.ndarray, grid: tuple[int, ...] | None = None) -> Figure:
 
 
 def _keep_strips(keep: np.ndarray, grid: tuple[int, ...]) -> Figure:
-    """A row for each stage [S, M]: the maps of a clip's slots, and above each its share."""
-    stages, slots = len(keep), grid[0]
+    """A row for each stage [S, M]: the maps of a clip's slots, and above each its share. Of many
+    slots every second, third, ... one is shown.
+    """
+    stages, shown = len(keep), range(0, grid[0], -(-grid[0] // MAP_COLUMNS))
     figure, panels = _figure(
-        max(WIDTH, 0.7 * slots), 0.4 + 0.9 * stages, rows=stages, columns=slots
+        max(WIDTH, 0.7 * len(shown)), 0.4 + 0.9 * stages, rows=stages, columns=len(shown)
     )
     for stage, (row, values) in enumerate(zip(panels, keep.reshape(stages, *grid), strict=True)):
-        for slot, axes in enumerate(row):
+        for slot, axes in zip(shown, row, strict=True):
             axes.grid(False)
             axes.imshow(values[slot], cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(f"{100 * values[slot].mean():.0f} %", loc="center", fontsize=7)
+            share = f"{100 * values[slot].mean():.0f} %"
+            title = share if len(shown) == grid[0] else f"{slot + 1}: {share}"
+            axes.set_title(title, loc="center", fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(f"stage {stage + 1}")
+    return figure
+
+
+@styled
+def kept_per_frame(keep: np.ndarray, slots: int) -> Figure:
+    """Curves [S, M] of the share of each frame's (or slot's) patches that a stage keeps."""
+    figure, [[axes]] = _figure(3.4, 2.1)
+    shares = 100 * keep.reshape(len(keep), slots, -1).mean(axis=2)
+    places = np.arange(1, slots + 1)
+    for stage, values in enumerate(shares):
+        colour = SERIES[stage % len(SERIES)]
+        axes.plot(places, values, color=colour, marker="o" if slots <= 16 else None, markersize=3)
+        axes.annotate(
+            f"stage {stage + 1}",
+            (places[-1], values[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    axes.set_title("Patches kept in each frame")
+    axes.set_xlabel("frame of the clip")
+    axes.set_ylabel("%")
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 

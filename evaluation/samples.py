@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from drawing.animation import save_animation
 from drawing.pictures import ImageReport, draw_strip, save_picture
 from evaluation.inference import Predictor
 from loading.data import Data
@@ -82,3 +83,6 @@ def draw_samples(predictor: Predictor, data: Data, output: Path, count: int = 4)
         picture, region = task.picture(image, inputs, predictor.model.patch_embed)
         strip = draw_strip(picture, region, predictor.model, report)
         save_picture(strip, output / f"sample{number + 1}.png")
+        moving = task.moving_picture(inputs, predictor.model, report)
+        if moving:
+            save_animation(moving, output / f"sample{number + 1}.gif")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 from utils.errors import first_line, printable
 
@@ -111,6 +112,7 @@ class VideoFile(Video):
     def _decode(self, wanted: Sequence[int], seek: bool) -> dict[int, np.ndarray]:
         """Those of the wanted frames, ascending, that are found on a way through the file."""
         listing, found, place = self._listing(), {}, None
+        converter = VideoReformatter()  # prepared once for all frames of a size
         with _opened(self.path, self.span) as (container, stream):
             _check_pixels(stream.codec_context, len(wanted))
             decoded = _frames(container, stream, listing)
@@ -124,7 +126,7 @@ class VideoFile(Video):
                     continue
                 for place, frame in decoded:
                     if place == time:
-                        found[index] = _pixels(frame)
+                        found[index] = _pixels(frame, converter)
                     if place >= time:
                         break
         return found
@@ -186,10 +188,11 @@ def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, av.Vide
             yield place, frame
 
 
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
+def _pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
     """A frame, upright: [H, W, 3] uint8."""
     turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    pixels = converter.reformat(frame, format="rgb24").to_ndarray()
+    return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
 @contextmanager

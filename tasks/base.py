@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import build_data
+from drawing.pictures import ImageReport
 from loading.data import Data
 from loading.folders import find_images
 from loading.images import ImageSet
@@ -215,6 +216,12 @@ class Task:
         inputs: what `image_transform` made of it.
         """
         return image, self.seen_region(image.size, self.args, patches.img_size)
+
+    def moving_picture(
+        self, inputs: Tensor, model: VisionMamba, report: ImageReport
+    ) -> list[Image.Image]:
+        """Pictures of decisions to be shown one after the other; none for what does not move."""
+        return []
 
     def files(self, paths: Sequence[str]) -> ImageSet:
         """The files that predict.py and visualize.py are given, and those below the folders among

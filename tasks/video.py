@@ -19,7 +19,8 @@ from timm.data import Mixup
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from drawing.pictures import filmstrip, to_pixels
+from drawing.animation import animate
+from drawing.pictures import ImageReport, filmstrip, to_pixels
 from loading.clip_transforms import EvalViews, TrainClips, clip_augmentation
 from loading.data import Data
 from loading.frames import SAMPLINGS, make_sampling
@@ -238,6 +239,11 @@ class VideoClassification(Classification):
         """The frames of the view side by side, as the model sees them."""
         picture = Image.fromarray(to_pixels(filmstrip(inputs[None], patches))[0])
         return picture, (0.0, 0.0, float(picture.width), float(picture.height))
+
+    def moving_picture(
+        self, inputs: Tensor, model: VisionMamba, report: ImageReport
+    ) -> list[Image.Image]:
+        return animate(inputs, model, report)
 
     def files(self, paths: Sequence[str]) -> Videos:
         return find_videos(paths)

@@ -18,6 +18,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
 
 
+# Tests of numbers and whole runs, whose lines other tests cover: tracing them would take a third of
+# their time.
+UNTRACED = (
+    "test_batch_independence", "test_bf16", "test_calibration", "test_compile", "test_golden",
+    "test_no_host_wait", "test_ops", "test_every_variant",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(f"{name}.py" in item.nodeid or f"::{name}" in item.nodeid for name in UNTRACED):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture
 def two_threads():
     """PyTorch computes with two threads, as it would by itself on two cores; scripts/test.sh gives
