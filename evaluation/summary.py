@@ -81,6 +81,10 @@ def evaluate_all(
         "device": device_name(experiment.device),
         "precision": experiment.precision,
     }
+    if task.evaluation_flags:
+        report["evaluation"] = {
+            flag: getattr(experiment.args, flag) for flag in task.evaluation_flags
+        }
     return report, values
 
 

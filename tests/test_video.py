@@ -85,6 +85,7 @@ def test_a_run_leaves_its_files(dense, dynamic):
         (dynamic / "decisions" / "keep_maps.csv").read_text().startswith("patch,stage1,stage2,slot")
     )
     assert (dynamic / "decisions" / "sample1.png").exists()
+    assert (dynamic / "decisions" / "sample1.gif").exists()
 
 
 def test_views_are_merged_by_their_mean_probability(dynamic, tmp_path):
@@ -100,6 +101,48 @@ def test_views_are_merged_by_their_mean_probability(dynamic, tmp_path):
     with open(tmp_path / "decisions" / "costs.csv") as file:
         costs = [int(line) for line in file.read().splitlines()[1:]]
     assert len(costs) == 10 and np.mean(costs) == pytest.approx(six["flops"]["exact"])
+
+
+def test_between_epochs_one_view_is_looked_at(videos, tmp_path, monkeypatch):
+    """And in the calibration; the report at the end is on all of them."""
+    seen = []
+    predict_all = type(VIDEO).predict
+
+    def noted(self, model, images):
+        seen.append(tuple(images.shape[:-3]))
+        return predict_all(self, model, images)
+
+    monkeypatch.setattr(type(VIDEO), "predict", noted)
+    more = ("--eval-segments", "2", "--eval-crops", "3", "--batch-size", "12")
+    assert main.main(flags(videos, *more, "--output_dir", str(tmp_path))) == 0
+    quick = [shape for shape in seen if shape[1:] == (3, 4)]
+    assert [shape[0] for shape in quick[:2]] == [10, 10], "the model and its average, in one batch"
+    whole = [shape for shape in seen if shape[1:] == (6, 3, 4)]
+    assert sum(shape[0] for shape in whole) >= 10 and {shape[0] for shape in whole} == {2}
+    assert report(tmp_path)["dense"]["passes"] == 6
+
+
+def test_shuffled_frames(dynamic, tmp_path):
+    """Another result, the same for any number of processes and views of it."""
+    path = str(dynamic / "best_checkpoint.pth")
+    evaluate = ["--eval", "--model-path", path, "--device", "cpu", "--num-workers", "0"]
+    evaluate += ["--throughput-seconds", "0", "--eval-shuffle-frames"]
+    losses = []
+    for name, batch in (("one", "4"), ("two", "3")):
+        more = ["--batch-size", batch, "--output_dir", str(tmp_path / name)]
+        assert main.main([*evaluate, *more]) == 0
+        losses.append(report(tmp_path / name)["dynamic"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != report(dynamic)["dynamic"]["loss"]
+    assert report(tmp_path / "one")["evaluation"]["eval_shuffle_frames"] is True
+
+
+def test_the_report_shows_clips_in_motion(dynamic):
+    import report as program
+
+    program.main([str(dynamic)])
+    page = (dynamic / "report.html").read_text()
+    assert page.count("data:image/gif;base64,") == 4 and "Patches kept in each frame" in page
 
 
 def test_the_mean_of_views_is_that_of_probabilities():
@@ -258,6 +301,10 @@ def test_pictures_of_ones_own_videos(dynamic, videos, tmp_path):
     assert len(list(tmp_path.glob("left_*.png"))) == 5 and (tmp_path / "images.csv").exists()
     with Image.open(next(tmp_path.glob("left_*.png"))) as picture:
         assert picture.width > 4 * 16
+    moving = sorted(tmp_path.glob("left_*.gif"))
+    assert len(moving) == 5
+    with Image.open(moving[0]) as picture:
+        assert picture.n_frames == 4
 
 
 def test_a_bad_video_is_named_or_skipped(videos, tmp_path):
