@@ -87,9 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", "--output-dir", required=True, metavar="DIR")
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
     source, output = predictor.args.images, Path(predictor.args.output_dir)
-    root = source if os.path.isdir(source) else os.path.dirname(source)
     check_outside("--output_dir", output, [source], "--images")
     images = predictor.task.files([source])
+    # A folder may be one video, by its frames.
+    alone = len(images) == 1 and images.describe(0) == source
+    root = source if os.path.isdir(source) and not alone else os.path.dirname(source)
     prepare_output_dir(output)
     log_what_is_missing(predictor)
     rows = [

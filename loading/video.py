@@ -114,7 +114,7 @@ class VideoFile(Video):
         listing, found, place = self._listing(), {}, None
         converter = VideoReformatter()  # prepared once for all frames of a size
         with _opened(self.path, self.span) as (container, stream):
-            _check_pixels(stream.codec_context, len(wanted))
+            _check_clip(stream.codec_context.width, stream.codec_context.height, len(wanted))
             decoded = _frames(container, stream, listing)
             for index in wanted:
                 time = listing.times[index]
@@ -132,9 +132,9 @@ class VideoFile(Video):
         return found
 
 
-def _check_pixels(codec: av.VideoCodecContext, frames: int) -> None:
-    check_size(codec.width, codec.height)
-    pixels = codec.width * codec.height
+def _check_clip(width: int, height: int, frames: int) -> None:
+    check_size(width, height)
+    pixels = width * height
     if pixels * frames > MAX_CLIP_PIXELS:
         raise BadImageError(
             f"too large: {frames} frames of {pixels:,} pixels, at most {MAX_CLIP_PIXELS:,} in all"
@@ -191,7 +191,7 @@ def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, av.Vide
 def _pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
     """A frame, upright: [H, W, 3] uint8."""
     turns = round(frame.rotation / 90) % 4
-    pixels = converter.reformat(frame, format="rgb24").to_ndarray()
+    pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
@@ -244,7 +244,10 @@ class FrameFolder(Video):
         return len(self.paths)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        frames = {index: np.asarray(read_image(self.paths[index])) for index in set(indices)}
+        frames: dict[int, np.ndarray] = {}
+        for index in set(indices):
+            frames[index] = np.asarray(read_image(self.paths[index]))
+            _check_clip(frames[index].shape[1], frames[index].shape[0], len(set(indices)))
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadImageError("its frames differ in size")
         return np.stack([frames[index] for index in indices])

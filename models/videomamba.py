@@ -9,9 +9,7 @@ VIDEOMAMBA = Family("videomamba", HeadClassToken, halve_directions=False, clips=
 register(
     VIDEOMAMBA,
     {
-        "videomamba_micro": dict(
-            img_size=32, patch_size=4, embed_dim=64, depth=8, pruning_layers=(2, 4, 6)
-        ),
+        "videomamba_micro": dict(img_size=48, embed_dim=96, depth=4, pruning_layers=(1, 2, 3)),
         "videomamba_tiny": dict(embed_dim=192, depth=24),
         "videomamba_small": dict(embed_dim=384, depth=24),
         "videomamba_middle": dict(embed_dim=576, depth=32),

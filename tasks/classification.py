@@ -66,6 +66,7 @@ class Classification(Task):
     """Cross entropy with mixup and label smoothing as in DeiT."""
 
     name = "classification"
+    mixup: type[Mixup] = Mixup
     measures = (
         Measure("top1", "top-1", "acc1", unit="%"),
         Measure("top5", "top-5", "acc5", unit="%"),
@@ -98,7 +99,7 @@ class Classification(Task):
     def batch_transform(self, args: argparse.Namespace, num_classes: int) -> Mixup | None:
         if not (args.mixup or args.cutmix):
             return None
-        return Mixup(
+        return self.mixup(
             args.mixup,
             args.cutmix,
             prob=args.mixup_prob,

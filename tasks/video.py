@@ -33,7 +33,7 @@ from models.build import ModelSpec, build_model
 from models.clip_weights import is_of_images, load_images
 from models.embedding import PatchEmbed
 from models.weights import TEMPORAL
-from utils.arguments import positive, probability, whole
+from utils.arguments import positive, probability, ratio, whole
 from utils.distributed import Distributed
 from utils.errors import UsageError
 from utils.images import ImageSize
@@ -99,6 +99,7 @@ class VideoClassification(Classification):
     """As of images: cross entropy with mixup and label smoothing."""
 
     name = "video"
+    mixup = ClipMixup
     details = ("view_top1", "view_top5", "kept_per_slot")
     defaults = {"repeated_aug": False, "model": "videomamba_tiny"}
     recorded = evaluation_flags = (
@@ -124,7 +125,9 @@ class VideoClassification(Classification):
             help="uniform: over the whole video (the default); parts: a frame of each of its parts "
             "(that of SSV2); dense: at a distance of --sampling-rate frames",
         )
-        group.add_argument("--sampling-rate", type=positive, default=4, metavar="N")
+        group.add_argument(
+            "--sampling-rate", type=positive, metavar="N", help="default: 4; for dense sampling"
+        )
         group.add_argument(
             "--num-sample",
             type=positive,
@@ -146,6 +149,14 @@ class VideoClassification(Classification):
             help="default: 0.5; for SSV2, where left and right differ, 0",
         )
         group.add_argument("--reprob", type=probability, default=0.25, help="random erasing")
+        group.add_argument(
+            "--crop-area",
+            type=ratio,
+            nargs=2,
+            default=[0.08, 1.0],
+            metavar=("LEAST", "MOST"),
+            help="share of a frame that the random crop of a clip covers (default: 0.08 1)",
+        )
         add_mixup_arguments(parser)
         group = parser.add_argument_group("video evaluation")
         group.add_argument(
@@ -179,8 +190,17 @@ class VideoClassification(Classification):
         sided = args.data_set == "SSV2"
         if args.frame_sampling is None:
             args.frame_sampling = "parts" if sided else "uniform"
+        if args.frame_sampling != "dense" and args.sampling_rate is not None:
+            raise UsageError(
+                f"--sampling-rate {args.sampling_rate} has no meaning with --frame-sampling "
+                f"{args.frame_sampling}"
+            )
         if args.hflip is None:
             args.hflip = 0.0 if sided else 0.5
+        if args.crop_area[0] > args.crop_area[1]:
+            raise UsageError(
+                "--crop-area {:g} {:g}: the first is the least".format(*args.crop_area)
+            )
         if (args.mixup or args.cutmix) and args.batch_size * args.num_sample % 2 and not args.eval:
             raise UsageError(
                 f"--batch-size {args.batch_size} must be even for mixup; or give --mixup 0 "
@@ -199,7 +219,7 @@ class VideoClassification(Classification):
         if not train:
             return Transforms(None, views, quick)
         policy = None if args.aa in ("", "none", "None") else args.aa
-        augment = clip_augmentation(side, policy, args.hflip, args.reprob)
+        augment = clip_augmentation(side, policy, args.hflip, args.reprob, args.crop_area)
         clips = TrainClips(sampling, args.num_frames, augment, args.num_sample)
         return Transforms(clips, views, quick)
 
@@ -271,18 +291,6 @@ class VideoClassification(Classification):
         frames = {name: getattr(self.args, name) for name in CLIP_ARGUMENTS}
         spec = dataclasses.replace(spec, kwargs={**spec.kwargs, **frames})
         return build_model(spec, num_classes)
-
-    def batch_transform(self, args: argparse.Namespace, num_classes: int) -> ClipMixup | None:
-        if not (args.mixup or args.cutmix):
-            return None
-        return ClipMixup(
-            args.mixup,
-            args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
 
     def predict(self, model: VisionMamba, images: Tensor) -> Result:
         """images [B, 3, T, H, W], or views [B, V, 3, T, H, W] -> the mean of their probabilities,

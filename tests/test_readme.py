@@ -29,6 +29,7 @@ WITH_STAND_INS = {
     "scripts/gpu_check.sh",
     "scripts/slurm.sh",
     "scripts/seg/demo.sh",
+    "scripts/video/demo.sh",
     "scripts/ablation/fmnist.sh",
 }
 FAST = ["--num-workers", "0", "--device", "cpu"]

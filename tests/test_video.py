@@ -109,7 +109,7 @@ def test_between_epochs_one_view_is_looked_at(videos, tmp_path, monkeypatch):
     predict_all = type(VIDEO).predict
 
     def noted(self, model, images):
-        seen.append(tuple(images.shape[:-3]))
+        seen.append(tuple(images.shape[:-2]))
         return predict_all(self, model, images)
 
     monkeypatch.setattr(type(VIDEO), "predict", noted)
@@ -329,6 +329,8 @@ def test_a_bad_video_is_named_or_skipped(videos, tmp_path):
         (["--model", "vim_tiny"], "num_frames is for videomamba"),
         (["--aa", "augmix-m3"], "rand-mM-nN-mstdS-inc1"),
         (["--batch-size", "3"], "must be even for mixup"),
+        (["--crop-area", "0.9", "0.5"], "--crop-area 0.9 0.5: the first is the least"),
+        (["--sampling-rate", "2"], "has no meaning with --frame-sampling uniform"),
         (["--model-kwargs", "num_frames=4"], "use --num-frames"),
         (["--model-kwargs", "patch_size=8", "stride=4"], "do not overlap"),
     ],

@@ -1,13 +1,13 @@
 """Make short videos of moving garments, to try video classification in minutes.
 
-    python scripts/video/clips.py --output data/clips [--data-path DIR] [--train 2000] [--val 400] \
-        [--size 64] [--frames 24] [--seed 0]
+    python scripts/video/clips.py --output data/clips [--data-path DIR] [--train 3000] [--val 400] \
+        [--size 48] [--frames 24] [--seed 0]
 
 A garment of Fashion-MNIST, tinted, moves left, right, up or down before a backdrop; the direction
-is the label. It starts anywhere, and what leaves the picture comes in again on the other side: a
-single frame says nothing of the direction, and all of them in another order no more than whether
-it is along the rows. The folder is one of `--data-set VIDEO_FOLDER`, with MP4 files (H.264) in
-{train,val}/{left,right,up,down}/. Validation videos show garments of Fashion-MNIST's own test part.
+is the label. The same way is taken to and fro equally often: a single frame says nothing of the
+direction, and all of them in another order no more than whether it is along the rows. The folder
+is one of `--data-set VIDEO_FOLDER`, with MP4 files (H.264) in {train,val}/{left,right,up,down}/.
+Validation videos show garments of Fashion-MNIST's own test part.
 
 The pixels depend on the seed, the split, the number of the video and the size alone; the encoder
 decides on the bytes.
@@ -33,7 +33,6 @@ from utils.program import run_main
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 SPLITS = ("train", "val")
 RATE = 12  # frames a second
-SPEEDS = (24, 48)  # sixteenths of a pixel from one frame to the next, in a picture of 64 pixels
 SMALLEST = 32  # picture
 
 
@@ -77,10 +76,10 @@ def parse() -> argparse.Namespace:
         metavar="DIR",
         help="Fashion-MNIST, as of torchvision; default: that of Debian's dataset-fashion-mnist",
     )
-    parser.add_argument("--train", type=arguments.positive, default=2000, metavar="N")
+    parser.add_argument("--train", type=arguments.positive, default=3000, metavar="N")
     parser.add_argument("--val", type=arguments.positive, default=400, metavar="N")
     parser.add_argument(
-        "--size", type=arguments.positive, default=64, help="of a frame in pixels, %(default)s"
+        "--size", type=arguments.positive, default=48, help="of a frame in pixels, %(default)s"
     )
     parser.add_argument("--frames", type=arguments.positive, default=24, metavar="N")
     parser.add_argument("--seed", type=arguments.whole, default=0)
@@ -110,15 +109,17 @@ def moving_garment(
         picture = picture[:, ::-1]
     side = random.randint(size // 3, size // 2 + 1)
     opacity, colours = cut_out(random, picture, side, GARMENT_EDGE)
-    speed = random.randint(SPEEDS[0], SPEEDS[1] + 1) * size // 64
-    start = random.randint(0, size, 2)
+    # Up to an eighth of the picture's side lies outside. The way is at least half of what is free.
+    free = size - side + 2 * (size // 8)
+    length = random.randint(free // 2, free * 9 // 10 + 1)
+    first, beside = random.randint(0, free - length + 1), random.randint(0, free + 1)
     video = np.empty((frames, size, size, 3), np.uint8)
     for number in range(frames):
         image = background.copy()
-        place = (start + np.array(direction) * (speed * number // 16)) % size
-        for top in (place[0], place[0] - size):
-            for left in (place[1], place[1] - size):
-                over(image, colours, opacity, top, left)
+        done = number if sum(direction) > 0 else frames - 1 - number
+        along = first + length * done // max(frames - 1, 1)
+        place = (beside, along) if direction[1] else (along, beside)
+        over(image, colours, opacity, *(axis - size // 8 for axis in place))
         video[number] = image
     return video
 

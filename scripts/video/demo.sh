@@ -10,20 +10,21 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 OUTPUT="${OUTPUT:-$ROOT/output/video-demo}"
 CLIPS="${CLIPS:-$ROOT/output/clips}"
-TRAIN="${TRAIN:-2000}"
+TRAIN="${TRAIN:-3000}"
 VAL="${VAL:-400}"
-EPOCHS_DENSE="${EPOCHS_DENSE:-12}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-13}"
 EPOCHS_DYVM="${EPOCHS_DYVM:-6}"
 LR_DENSE="${LR_DENSE:-2e-3}"
 LR_DYVM="${LR_DYVM:-1e-3}"
-TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.7}"
+TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.65}"
 BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
 
-# 8 frames of 64 pixels: 128 patches of 16. A flip would change the label.
+# 8 frames of 48 pixels: 72 patches of 16. A flip would change the label.
 CLIPS_RECIPE=(
-  --data-set VIDEO_FOLDER --data-path "$CLIPS" --model-kwargs patch_size=16 --input-size 64 --num-frames 8
+  --data-set VIDEO_FOLDER --data-path "$CLIPS" --input-size 48 --num-frames 8
   --batch-size 32 --unscale-lr --sched-on-updates --warmup-epochs 1 --weight-decay 0.05 --model-ema-decay 0.98
-  --hflip 0 --aa none --reprob 0 --mixup 0 --cutmix 0 --smoothing 0.1 --throughput-seconds 0
+  --hflip 0 --aa none --crop-area 0.5 1 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0.1 --clip-grad 5
+  --throughput-seconds 0
 )
 
 step() {
