@@ -289,7 +289,7 @@ def test_a_row_from_outside_is_a_data_set(monkeypatch):
     assert task_of("STARS") == "regression"
     with pytest.raises(UsageError, match="STARS needs --data-path: stars.csv"):
         build_data(options("--data-set", "STARS"), 32)
-    with pytest.raises(UsageError, match="known are DIGITS, .*SSV2, STARS, wds/"):
+    with pytest.raises(UsageError, match="known are DIGITS, .*SSV2, LVU, STARS, wds/"):
         build_data(options("--data-set", "MOONS"), 32)
     for taken in (row, DataSet("DIGITS", "x", row.load), DataSet("wds/x", "x", row.load)):
         with pytest.raises(ValueError, match="there is a data set called .* already"):
