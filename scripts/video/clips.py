@@ -59,6 +59,7 @@ def main() -> None:
                 [args.seed, stream, number],
             )
             write_video(output / split / name / f"clip_{number:06}.mp4", frames)
+    (output / "classes.txt").write_text("\n".join(sorted(names)) + "\n")  # all is there
     print(f"{args.train} training and {args.val} validation videos in {printable(str(output))}")
 
 

@@ -12,11 +12,11 @@ OUTPUT="${OUTPUT:-$ROOT/output/video-demo}"
 CLIPS="${CLIPS:-$ROOT/output/clips}"
 TRAIN="${TRAIN:-3000}"
 VAL="${VAL:-400}"
-EPOCHS_DENSE="${EPOCHS_DENSE:-13}"
+EPOCHS_DENSE="${EPOCHS_DENSE:-12}"
 EPOCHS_DYVM="${EPOCHS_DYVM:-6}"
 LR_DENSE="${LR_DENSE:-2e-3}"
 LR_DYVM="${LR_DYVM:-2e-3}"
-TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.65}"
+TOKEN_KEEP_RATIO="${TOKEN_KEEP_RATIO:-0.62}"
 BLOCK_KEEP_RATIO="${BLOCK_KEEP_RATIO:-0.8}"
 
 # 8 frames of 48 pixels: 72 patches of 16. A flip would change the label.
@@ -34,7 +34,7 @@ step() {
 PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
 SECONDS=0
 
-if [[ ! -d $CLIPS/val ]]; then
+if [[ ! -f $CLIPS/classes.txt ]]; then # written last
   step "1/6 $TRAIN + $VAL clips of 24 frames"
   "$PYTHON" "$ROOT/scripts/video/clips.py" --output "$CLIPS" --train "$TRAIN" --val "$VAL" \
     ${FASHION_MNIST:+--data-path "$FASHION_MNIST"}
