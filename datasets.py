@@ -10,7 +10,7 @@ and a row:
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -289,20 +289,23 @@ def build_data(
     if options.data_set.lower().startswith(TIMM_PREFIXES):
         from loading.readers import build_timm_data
 
+        _taken((), options)
         return build_timm_data(options, transforms, train)
     row = _row_of(options.data_set)
-    path, given = _data_path(row, options.data_path), _taken(row, options)
+    path, given = _data_path(row, options.data_path), _taken(row.takes, options)
     train_images = row.load(path, "train", **given) if train else None
     return assemble(options, transforms, train_images, row.load(path, "val", **given))
 
 
-def _taken(row: DataSet, options: DataOptions) -> dict[str, Any]:
+def _taken(takes: Sequence[str], options: DataOptions) -> dict[str, Any]:
     """The given flags that belong to single data sets, for `row.load`."""
     flags = sorted({name for other in DATA_SETS.values() for name in other.takes})
     given = {name: getattr(options, name) for name in flags if getattr(options, name) is not None}
-    for name in given.keys() - set(row.takes):
-        names = ", ".join(other.name for other in DATA_SETS.values() if name in other.takes)
-        raise UsageError(f"--{name.replace('_', '-')} is for --data-set {names}, not {row.name}")
+    for name in given.keys() - set(takes):
+        names = ", ".join(row.name for row in DATA_SETS.values() if name in row.takes)
+        raise UsageError(
+            f"--{name.replace('_', '-')} is for --data-set {names}, not {options.data_set}"
+        )
     if "prefix" in given:
         given["prefix"] = Path(given["prefix"])
         if not given["prefix"].is_dir():

@@ -57,6 +57,10 @@ READ_IF = {
         "with --data-set {data_set}, which timm reads by its own epochs",
     ),
     "--val-split": (_chooses_splits, _SPLITS),
+    "--sampling-rate": (
+        lambda args: args.frame_sampling == "dense",
+        "without --frame-sampling dense",
+    ),
     # scripts/slurm.sh passes `auto` to everything it runs: there may be nothing to resume
     "--resume": (
         lambda args: not args.eval or args.resume == "auto",
@@ -319,13 +323,12 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
         if not args.model_path:
             raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
         return args  # flags are checked again once the checkpoint's own are known
-    if (
-        recorded
-        and args.data_set != recorded["data_set"]
-        and args.data_path == recorded.get("data_path")
-        and not any(word.split("=")[0] == "--data-path" for word in argv)
-    ):
-        args.data_path = None  # that of another data set
+    if recorded and args.data_set != recorded["data_set"]:
+        given = {word.split("=")[0] for word in argv}
+        for name in ("data_path", "prefix", "part_seconds", "part_stride"):
+            same = getattr(args, name) == recorded.get(name)
+            if same and f"--{name.replace('_', '-')}" not in given:
+                setattr(args, name, None)  # that of another data set
     settle_model(args)
     _check_read(argv, args)
     _check(args, task)

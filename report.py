@@ -31,7 +31,7 @@ from utils.program import run_main
 
 PICTURE_WIDTH = 1600  # pixels; wider pictures are reduced
 PNG_BYTES = 300_000  # pictures that take more as PNG are photographs, and become JPEG
-GIF_BYTES = 1_000_000  # larger animations are not embedded
+GIF_BYTES = 2_000_000  # larger animations are not embedded
 NOT_PLOTTED = ("epoch", "n_parameters")
 
 
@@ -266,6 +266,9 @@ def sample_pictures(run: RunFolder) -> list[dict[str, Any]]:
     ]:
         if not path.exists():
             continue
+        if path.suffix == ".gif" and path.stat().st_size > GIF_BYTES:
+            run.notes.append(f"{path.name} is left out, {path.stat().st_size / 1e6:.1f} MB")
+            continue
         alt = (
             f"{run.name}, {path.stem}: image, tokens kept after each stage, likeliest classes, "
             "scans and cost"
@@ -319,11 +322,9 @@ def wide_chart(figure: Figure, alt: str) -> dict[str, Any]:
 
 
 def picture_uri(path: Path) -> tuple[str, tuple[int, int]]:
-    """A picture as a data URI of bounded size; its width and height. A large animation stands
-    still.
-    """
+    """A picture as a data URI of bounded size; its width and height."""
     with Image.open(path) as image:
-        if path.suffix == ".gif" and path.stat().st_size <= GIF_BYTES:
+        if path.suffix == ".gif":
             return _data_uri("gif", path.read_bytes()), image.size
         picture = image.convert("RGB")
     if picture.width > PICTURE_WIDTH:

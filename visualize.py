@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, metavar="FILE|FOLDER")
     parser.add_argument("--output_dir", "--output-dir", required=True, metavar="DIR")
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
-    source, output = predictor.args.images, Path(predictor.args.output_dir)
+    source = os.path.normpath(predictor.args.images)
+    output = Path(predictor.args.output_dir)
     check_outside("--output_dir", output, [source], "--images")
     images = predictor.task.files([source])
     # A folder may be one video, by its frames.

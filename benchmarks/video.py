@@ -102,14 +102,14 @@ def forward(model: VisionMamba, clips: Tensor, args) -> Any:
 def measure_models(size: str, frames: int, args) -> dict[str, Any]:
     """Clips a second and operations of both models, if they are right."""
     clips = random_clips(1, frames, args.device)
-    calls, errors, operations, kept = {}, {}, {}, None
+    calls, errors, operations, kept = {}, {}, {}, {}
     with torch.inference_mode():
         for kind, model in build(size, frames, args).items():
             precision = autocast(args.device, args.precision)
             errors[kind] = checking.logits_error(model, clips, None, precision)
             result = model(clips)
             operations[kind] = count_flops(model, result.gates.float().mean(dim=1).cpu()).exact
-            kept = result.gates.float().mean().item()
+            kept[kind] = result.gates.float().mean().item()
             calls[kind] = partial(forward, model, clips, args)
         wrong = [kind for kind, error in errors.items() if not error <= TOLERANCES[args.precision]]
         checking.require_correct(wrong, TOLERANCES[args.precision])
@@ -132,7 +132,7 @@ def measure_memory(size: str, frames: int, args) -> dict[str, Any]:
     found = {}
     with torch.inference_mode():
         for kind, model in build(size, frames, args).items():
-            forward(model, clips[:, :, :frames], args)  # allocates what stays
+            forward(model, clips, args)  # allocates what stays
             found[kind] = peak_memory(partial(forward, model, clips, args), args.device)
     return {"size": size, "frames": frames, "bytes": found}
 

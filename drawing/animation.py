@@ -21,7 +21,7 @@ from .pictures import (
     to_pixels,
 )
 
-SIDE = 160  # smaller frames are enlarged by a whole factor
+SIDE = 160  # of a frame
 SECONDS = 3.2  # of a whole clip; each frame is shown for at least a tenth of a second
 MARGIN, TITLE, CAPTION, CURVE = 12, 24, 20, 46  # pixels
 
@@ -31,9 +31,7 @@ def animate(clip: Tensor, model, report: ImageReport) -> list[Image.Image]:
     stage with dropped patches dimmed, and below them the patches kept of all frames.
     """
     patches = model.patch_embed
-    frames = to_pixels(clip.transpose(0, 1))
-    scale = -(-SIDE // max(frames.shape[1:3]))
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    frames = _sized(to_pixels(clip.transpose(0, 1)))
     height, width = frames.shape[1:3]
     sequence = [np.arange(model.num_patches), *report.kept]
     canvas = (
@@ -59,6 +57,18 @@ def animate(clip: Tensor, model, report: ImageReport) -> list[Image.Image]:
             draw_curve(draw, (x, top, x + width, top + CURVE - 4), counts, patches, 1.0, slot)
         pictures.append(picture)
     return pictures
+
+
+def _sized(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, 3] enlarged by a whole factor to SIDE or a little more, or reduced to it."""
+    height, width = frames.shape[1:3]
+    longest = max(height, width)
+    if longest <= SIDE:
+        scale = -(-SIDE // longest)
+        return frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    size = max(1, width * SIDE // longest), max(1, height * SIDE // longest)
+    pictures = (Image.fromarray(frame).resize(size, Image.Resampling.BOX) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def _title(draw: ImageDraw.ImageDraw, width: int, report: ImageReport) -> None:

@@ -86,36 +86,37 @@ def patch_of_pixels(
 
     def cells(axis: int, pixels: int, low: float, high: float, repeats: int = 1) -> tuple:
         """Which of the pictures in a row or column a pixel lies in, and in which of its patches."""
-        edges, side = patch_edges(patches, axis), patches.img_size[axis]
+        side = patches.img_size[axis]
         seen = (np.arange(pixels) + 0.5 - low) / (high - low) * side * repeats
         which = np.floor(seen / side).clip(0, repeats - 1).astype(int)
-        within = seen - which * side
-        index = np.searchsorted(edges, within, side="right") - 1
-        return which, np.where((within >= 0) & (within < edges[-1]), index, -1)
+        return which, _patch_at(patches, axis, seen - which * side)
 
     down, across = strip_grid(patches.slots)
     row, y = (part[:, None] for part in cells(0, height, top, bottom, down))
     column, x = (part[None] for part in cells(1, width, left, right, across))
     slot = row * across + column
-    places = slot * math.prod(patches.plane) + y * patches.plane[1] + x
-    return np.where((y >= 0) & (x >= 0) & (slot < patches.slots), places, -1)
+    return np.where(slot < patches.slots, _patch_number(patches, slot, y, x), -1)
 
 
 def patch_of_frame(patches: PatchEmbed, size: tuple[int, int], slot: int) -> np.ndarray:
     """`patch_of_pixels` of a single frame of a clip, at `size` (width, height)."""
-    width, height = size
     y, x = (
-        np.searchsorted(
-            patch_edges(patches, axis),
-            (np.arange(pixels) + 0.5) * patches.img_size[axis] / pixels,
-            side="right",
-        )
-        - 1
-        for axis, pixels in enumerate((height, width))
+        _patch_at(patches, axis, (np.arange(pixels) + 0.5) * patches.img_size[axis] / pixels)
+        for axis, pixels in enumerate(size[::-1])
     )
-    rows, columns = patches.plane
-    inside = (y < rows)[:, None] & (x < columns)[None]
-    return np.where(inside, (slot * rows + y[:, None]) * columns + x[None], -1)
+    return _patch_number(patches, slot, y[:, None], x[None])
+
+
+def _patch_at(patches: PatchEmbed, axis: int, places: np.ndarray) -> np.ndarray:
+    """Row (axis 0) or column (1) of the patches at places in the model's pixels; -1 outside."""
+    edges = patch_edges(patches, axis)
+    index = np.searchsorted(edges, places, side="right") - 1
+    return np.where((places >= 0) & (places < edges[-1]), index, -1)
+
+
+def _patch_number(patches: PatchEmbed, slot, row, column) -> np.ndarray:
+    number = slot * math.prod(patches.plane) + row * patches.plane[1] + column
+    return np.where((row >= 0) & (column >= 0), number, -1)
 
 
 def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:

@@ -269,7 +269,7 @@ def kept_per_frame(keep: np.ndarray, slots: int) -> Figure:
             color=colour,
         )
     axes.set_title("Patches kept in each frame")
-    axes.set_xlabel("frame of the clip")
+    axes.set_xlabel("frame, or tubelet, of the clip")
     axes.set_ylabel("%")
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

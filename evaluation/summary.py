@@ -233,7 +233,7 @@ def _model_sized(experiment: Experiment, size: tuple[int, int], count: int) -> T
     """The first validation images [B, 3, *size]; None where there are none of this size."""
     task, val = experiment.task, experiment.data.val
     if task.fixed_size:
-        images = next(iter(experiment.data.val_batches())).images[:count]
+        images = next(iter(experiment.data.val_batches(quick=True))).images[:count]
         return images if images.shape[-2:] == size else None
     transform, images = task.image_transform(experiment.args, size), []
     for index in range(0 if val is None else min(count, len(val))):

@@ -94,6 +94,8 @@ def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
         "model": experiment.spec.name,
         "data_set": args.data_set,
         "data_path": args.data_path,
+        "part_seconds": args.part_seconds,
+        "part_stride": args.part_stride,
         "input_size": args.input_size,
         "eval_crop_ratio": args.eval_crop_ratio,
         **{name: getattr(args, name) for name in task.evaluation_flags},

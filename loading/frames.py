@@ -129,10 +129,9 @@ class Parts:
 SAMPLINGS = ("uniform", "dense", "parts")
 
 
-def make_sampling(name: str, rate: int | None) -> Sampling:
-    """The sampling of `--frame-sampling`; rate: distance of the frames of `dense`, None: 4."""
-    dense = Dense() if rate is None else Dense(rate)
-    return {"uniform": Uniform(), "dense": dense, "parts": Parts()}[name]
+def make_sampling(name: str, rate: int) -> Sampling:
+    """The sampling of `--frame-sampling`; rate: distance of the frames of `dense`."""
+    return {"uniform": Uniform(), "dense": Dense(rate), "parts": Parts()}[name]
 
 
 def centre(height: int, width: int, side: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ class Transforms(NamedTuple):
     """A task's transforms of its examples; `train` may be None if nothing is trained.
 
     quick: that of the evaluations between the epochs of a training and of the calibration, where
-    one of the whole takes long; None: `eval`.
+    one of the whole takes long; None: `eval`. Streams evaluate with `eval` alone.
     """
 
     train: Transform | None

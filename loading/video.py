@@ -56,7 +56,13 @@ class VideoPart(Video):
         self.video, self.start, self.end = video, start, end
 
     def _frames(self) -> range:
-        return frames_of_part(self.start, self.end, self.video.rate, len(self.video))
+        """Raises `BadImageError` if the video ends before the part begins."""
+        rate, frames = self.video.rate, len(self.video)
+        if int(self.start * rate) >= frames:
+            raise BadImageError(
+                f"it ends at {frames / rate:g} s, and its list has a part from {self.start:g} s on"
+            )
+        return frames_of_part(self.start, self.end, rate, frames)
 
     def __len__(self) -> int:
         return len(self._frames())

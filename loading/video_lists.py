@@ -135,7 +135,7 @@ def _numbers(path: Path, split: str, largest: int, timed: bool) -> list[str]:
 def _read(file: Path, timed: bool) -> list[Entry]:
     """The entries of a list; timed: with the length of each video. Raises UserError."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise UserError(f"{printable(str(file))}: cannot be read ({error.strerror})") from None
     parse = _timed_entry if timed else _entry
@@ -182,6 +182,6 @@ def _timed_entry(line: str, where: str) -> Entry:
 
 
 def _label(word: str, where: str) -> int:
-    if not word.isdecimal():
+    if not word.isdecimal() or len(word) > 18:
         raise UserError(f"{where}: the label {printable(word)!r} is no integer from 0 on")
     return int(word)

@@ -6,6 +6,7 @@ from the middle of the shard: any order, every video exactly once, resume to the
 """
 
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +55,11 @@ def video_shards(path: Path, split: str) -> ShardedVideos:
     without label.
     """
     folder = path / split
-    shards = sorted(folder.glob("*.tar") if folder.is_dir() else path.glob(f"*{split}*.tar"))
+    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else _named(path, split)
     if not shards:
         raise UserError(
-            f"{printable(str(path))}: no shards of {split} in it, neither {split}/*.tar nor "
-            f"*{split}*.tar"
+            f"{printable(str(path))}: no shards of {split} in it, neither {split}/*.tar nor tar "
+            f"files with {split} in their names"
         )
     classes = listed_classes(path)
     if classes is None:
@@ -80,43 +81,97 @@ def video_shards(path: Path, split: str) -> ShardedVideos:
     return ShardedVideos([str(shard) for shard in shards], keys, spans, labels, classes)
 
 
+def _named(path: Path, split: str) -> list[Path]:
+    """The shards of a folder whose names have the split as a word. Raises UserError for one that
+    has both splits.
+    """
+    found = []
+    for shard in sorted(path.glob("*.tar")):
+        words = re.split(r"[^a-z]+", shard.name.lower())
+        if {"train", "val"} <= {*words}:
+            raise UserError(f"{printable(str(shard))}: its name has both train and val")
+        if split in words:
+            found.append(shard)
+    return found
+
+
 def _entries(shard: Path) -> list[tuple[str, int, int, int]]:
     """(name, first byte, end, label) of the videos of a shard."""
+    source = printable(str(shard))
     videos: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                folder, base = os.path.split(member.name)
-                key, dot, ending = base.partition(".")
-                key, ending = os.path.join(folder, key), (dot + ending).lower()
-                if not member.isreg():
+                start, end = member.offset_data, member.offset_data + member.size
+                key, ending = _split_name(member.name)
+                if not member.isreg() or not ending.endswith((*VIDEO_EXTENSIONS, LABEL)):
                     continue
-                if ending in VIDEO_EXTENSIONS:
-                    start = member.offset_data
-                    videos[key] = member.name, start, start + member.size
-                elif ending == LABEL:
-                    text = tar.extractfile(member).read(_LONGEST_LABEL).decode("latin-1").strip()
-                    if not (text.isascii() and text.isdigit()):
-                        raise UserError(
-                            f"{printable(str(shard))}: {printable(member.name)} holds "
-                            f"{printable(text)!r}, no label from 0 on"
-                        )
-                    labels[key] = int(text)
+                found = labels if ending == LABEL else videos
+                if ending != LABEL and ending not in VIDEO_EXTENSIONS:
+                    raise UserError(
+                        f"{source}: {printable(member.name)} has a dot in its key, which would end "
+                        "there"
+                    )
+                if key in found:
+                    what = "label" if found is labels else "video"
+                    raise UserError(
+                        f"{source}: {printable(member.name)} is a second {what} of its key"
+                    )
+                if found is videos:
+                    videos[key] = member.name, start, end
+                else:
+                    labels[key] = _label(
+                        tar.extractfile(member).read(_LONGEST_LABEL), member, source
+                    )
+        _check_end(shard, end)
     except tarfile.TarError as error:
         raise UserError(
-            f"{printable(str(shard))}: not an uncompressed tar file ({printable(str(error))})"
+            f"{source}: not an uncompressed tar file ({printable(str(error))})"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{printable(str(shard))}: cannot be read ({error.strerror or error})"
-        ) from None
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
     if not videos:
-        raise UserError(f"{printable(str(shard))}: no videos in it")
-    alone = next((key for key in videos if key not in labels), None)
-    if alone is not None:
-        raise UserError(
-            f"{printable(str(shard))}: {printable(videos[alone][0])} has no label; it needs "
-            f"{printable(alone)}{LABEL} in the same shard"
-        )
+        raise UserError(f"{source}: no videos in it")
+    for key in videos.keys() ^ labels.keys():
+        if key in videos:
+            raise UserError(
+                f"{source}: {printable(videos[key][0])} has no label; it needs "
+                f"{printable(key)}{LABEL} in the same shard"
+            )
+        raise UserError(f"{source}: {printable(key)}{LABEL} has no video of a known kind beside it")
     return [(*video, labels[key]) for key, video in videos.items()]
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key, up to the first dot behind the folders, and ending of a member's name."""
+    folder, base = os.path.split(name)
+    key, dot, ending = base.partition(".")
+    return os.path.join(folder, key), (dot + ending).lower()
+
+
+def _label(content: bytes, member: tarfile.TarInfo, source: str) -> int:
+    text = content.decode("latin-1").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"{source}: {printable(member.name)} holds {printable(text)!r}, no label from 0 on"
+        )
+    return int(text)
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """Raise UserError if more than padding follows the last member, or its end is missing.
+
+    Python's tarfile stops at a damaged header as if the shard ended there.
+    """
+    padded = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    length = 0
+    with shard.open("rb") as file:
+        file.seek(padded)
+        while part := file.read(1 << 20):
+            length += len(part)
+            if part.strip(b"\0"):
+                raise UserError(f"{printable(str(shard))}: damaged at or behind byte {padded:,}")
+    if length < tarfile.BLOCKSIZE:
+        raise UserError(f"{printable(str(shard))}: cut off; it has no end-of-archive mark")

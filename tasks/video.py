@@ -125,9 +125,7 @@ class VideoClassification(Classification):
             help="uniform: over the whole video (the default); parts: a frame of each of its parts "
             "(that of SSV2); dense: at a distance of --sampling-rate frames",
         )
-        group.add_argument(
-            "--sampling-rate", type=positive, metavar="N", help="default: 4; for dense sampling"
-        )
+        group.add_argument("--sampling-rate", type=positive, default=4, metavar="N")
         group.add_argument(
             "--num-sample",
             type=positive,
@@ -155,7 +153,7 @@ class VideoClassification(Classification):
             nargs=2,
             default=[0.08, 1.0],
             metavar=("LEAST", "MOST"),
-            help="share of a frame that the random crop of a clip covers (default: 0.08 1)",
+            help="share of a frame that the random crop of a clip covers",
         )
         add_mixup_arguments(parser)
         group = parser.add_argument_group("video evaluation")
@@ -190,11 +188,6 @@ class VideoClassification(Classification):
         sided = args.data_set == "SSV2"
         if args.frame_sampling is None:
             args.frame_sampling = "parts" if sided else "uniform"
-        if args.frame_sampling != "dense" and args.sampling_rate is not None:
-            raise UsageError(
-                f"--sampling-rate {args.sampling_rate} has no meaning with --frame-sampling "
-                f"{args.frame_sampling}"
-            )
         if args.hflip is None:
             args.hflip = 0.0 if sided else 0.5
         if args.crop_area[0] > args.crop_area[1]:

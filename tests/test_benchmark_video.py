@@ -60,4 +60,3 @@ def test_a_wrong_model_gets_no_number(small, monkeypatch):
     monkeypatch.setattr(VisionMamba, "forward", wrong)
     with pytest.raises(UserError, match="no speed without correctness: dense, dynamic"):
         small()
-

@@ -103,8 +103,8 @@ def test_views_are_merged_by_their_mean_probability(dynamic, tmp_path):
     assert len(costs) == 10 and np.mean(costs) == pytest.approx(six["flops"]["exact"])
 
 
-def test_between_epochs_one_view_is_looked_at(videos, tmp_path, monkeypatch):
-    """And in the calibration; the report at the end is on all of them."""
+def test_between_epochs_one_view_is_looked_at(videos, dense, tmp_path, monkeypatch):
+    """And in the calibration and the picture of the epoch; the report at the end is on all."""
     seen = []
     predict_all = type(VIDEO).predict
 
@@ -113,17 +113,28 @@ def test_between_epochs_one_view_is_looked_at(videos, tmp_path, monkeypatch):
         return predict_all(self, model, images)
 
     monkeypatch.setattr(type(VIDEO), "predict", noted)
-    more = ("--eval-segments", "2", "--eval-crops", "3", "--batch-size", "12")
+    more = ["--eval-segments", "2", "--eval-crops", "3", "--batch-size", "12", "--method", "dyvm"]
+    more += ["--pruning-layers", "1", "2", "--model-path", str(dense / "best_checkpoint.pth")]
     assert main.main(flags(videos, *more, "--output_dir", str(tmp_path))) == 0
+    assert (tmp_path / "kept_patches.png").exists()
     quick = [shape for shape in seen if shape[1:] == (3, 4)]
     assert [shape[0] for shape in quick[:2]] == [10, 10], "the model and its average, in one batch"
     whole = [shape for shape in seen if shape[1:] == (6, 3, 4)]
     assert sum(shape[0] for shape in whole) >= 10 and {shape[0] for shape in whole} == {2}
-    assert report(tmp_path)["dense"]["passes"] == 6
+    assert report(tmp_path)["dynamic"]["passes"] == 6
+
+
+def test_two_processes_train_with_several_views(videos, tmp_path):
+    """Every validation video counts once between epochs and at the end."""
+    more = ("--eval-segments", "2", "--eval-crops", "3", "--output_dir", str(tmp_path))
+    launch(2, ["main.py", *flags(videos, *more)])
+    assert report(tmp_path)["images"] == 10 and report(tmp_path)["dense"]["passes"] == 6
+    [line] = (tmp_path / "log.txt").read_text().splitlines()
+    assert json.loads(line)["test_acc1"] % 10 == 0, "of ten videos"
 
 
 def test_shuffled_frames(dynamic, tmp_path):
-    """Another result, the same for any number of processes and views of it."""
+    """Another result, the same whatever else is in the batch."""
     path = str(dynamic / "best_checkpoint.pth")
     evaluate = ["--eval", "--model-path", path, "--device", "cpu", "--num-workers", "0"]
     evaluate += ["--throughput-seconds", "0", "--eval-shuffle-frames"]
@@ -276,6 +287,46 @@ def test_a_checkpoint_of_clips_tells_its_task(dense):
     assert task_of_checkpoint({"model": checkpoint["model"]}) is VIDEO
 
 
+def test_checkpoints_of_earlier_flags_evaluate(dense, tmp_path):
+    """They record a sampling rate that uniform sampling does not read, and no prefix."""
+    checkpoint = load_checkpoint(dense / "best_checkpoint.pth")
+    for name in ("prefix", "part_seconds", "part_stride", "eval_shuffle_frames", "crop_area"):
+        del checkpoint["args"][name]
+    assert checkpoint["args"]["sampling_rate"] == 4
+    torch.save(checkpoint, tmp_path / "old.pth")
+    evaluate = ["--eval", "--model-path", str(tmp_path / "old.pth"), "--device", "cpu"]
+    more = ["--num-workers", "0", "--throughput-seconds", "0", "--output_dir", str(tmp_path)]
+    assert main.main([*evaluate, *more]) == 0
+    assert report(tmp_path)["dense"]["loss"] == report(dense)["dense"]["loss"]
+
+
+def test_a_run_records_where_its_lists_begin(videos, tmp_path):
+    """Evaluations need neither --prefix nor the parts again; a resume may have another prefix."""
+    from utils.resume import flag_differences
+
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split, count in (("train", 12), ("val", 5)):
+        lines = [
+            f"{split}/{name}/{number}.mp4,{label},0.48"
+            for number in range(count)
+            for label, name in enumerate(("left", "right"))
+        ]
+        (lists / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    source = ["--data-set", "LVU", "--data-path", str(lists), "--prefix", str(videos)]
+    parts = ["--part-seconds", "1", "--part-stride", "1", "--output_dir", str(tmp_path)]
+    assert main.main(flags(videos, *source, *parts)) == 0
+    trained = report(tmp_path)["dense"]
+    evaluate = ["--eval", "--model-path", str(tmp_path / "best_checkpoint.pth"), "--device", "cpu"]
+    more = ["--num-workers", "0", "--throughput-seconds", "0", "--output_dir", str(tmp_path / "2")]
+    assert main.main([*evaluate, *more]) == 0
+    assert report(tmp_path / "2")["dense"]["loss"] == trained["loss"]
+    args = load_checkpoint(tmp_path / "best_checkpoint.pth")["args"]
+    assert (args["part_seconds"], args["prefix"]) == (1, str(videos))
+    assert not flag_differences(args, args | {"prefix": "/elsewhere", "eval_crops": 3})
+    assert flag_differences(args, args | {"part_seconds": 2})
+
+
 def test_predictions_of_ones_own_videos(dense, videos, tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     path = str(dense / "best_checkpoint.pth")
@@ -330,7 +381,7 @@ def test_a_bad_video_is_named_or_skipped(videos, tmp_path):
         (["--aa", "augmix-m3"], "rand-mM-nN-mstdS-inc1"),
         (["--batch-size", "3"], "must be even for mixup"),
         (["--crop-area", "0.9", "0.5"], "--crop-area 0.9 0.5: the first is the least"),
-        (["--sampling-rate", "2"], "has no meaning with --frame-sampling uniform"),
+        (["--sampling-rate", "2"], "has no meaning without --frame-sampling dense"),
         (["--model-kwargs", "num_frames=4"], "use --num-frames"),
         (["--model-kwargs", "patch_size=8", "stride=4"], "do not overlap"),
     ],

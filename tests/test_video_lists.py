@@ -140,6 +140,20 @@ def test_parts_of_long_videos(long_videos):
     assert len(build("LVU", long_videos, part_seconds=2, part_stride=2).val) == 2
 
 
+def test_a_part_behind_the_end_of_its_video(long_videos, tmp_path):
+    (tmp_path / "train.csv").write_text(f"{long_videos}/long.mp4,1,100\n")
+    parts = long_video_list(tmp_path, "train", part_seconds=2, part_stride=2)
+    assert len(parts.load(1).image) == 21
+    with pytest.raises(BadImageError, match="it ends at 4.1 s, and its list has a part from 6 s"):
+        len(parts.load(3).image)
+
+
+def test_a_byte_order_mark_is_no_name(video_root, tmp_path):
+    content = f"{video_root}/train/left/a.avi 1\n"
+    (tmp_path / "train.csv").write_text(content, encoding="utf-8-sig")
+    assert numbers_of(video_list(tmp_path, "train").load(0).image.read([2])) == [2]
+
+
 def test_parts_that_are_none(video_root, tmp_path):
     (tmp_path / "train.csv").write_text(f"{video_root}/train/right/shots,0,4\n")
     with pytest.raises(BadImageError, match="does not say when each of them is shown"):
@@ -208,6 +222,42 @@ def test_a_damaged_video_in_a_shard(shards):
     assert numbers_of(train.load(2).image.read([3])) == [3], "its neighbours are none the worse"
 
 
+@pytest.mark.parametrize("where", ["header", "cut at a header", "cut in a video", "joined"])
+def test_a_damaged_shard_loses_no_videos_without_a_word(video_root, tmp_path, where):
+    video = (video_root / "train" / "left" / "b.mp4").read_bytes()
+    (tmp_path / "classes.txt").write_text("left\nright\n")
+    shard = tmp_path / "a-train-0.tar"
+    pack(
+        shard,
+        {f"{n}.{end}": video if end == "mp4" else b"1" for n in "abc" for end in ("mp4", "cls")},
+    )
+    assert len(video_shards(tmp_path, "train")) == 3
+    with tarfile.open(shard) as tar:
+        header = tar.getmember("b.mp4").offset
+    content = bytearray(shard.read_bytes())
+    if where == "header":
+        content[header + 3] ^= 0xFF
+    elif where == "joined":
+        content += content
+    else:
+        content = content[: header + (5000 if where == "cut in a video" else 0)]
+    shard.write_bytes(content)
+    with pytest.raises(
+        UserError, match="a-train-0.tar: (damaged|cut off|not an uncompressed|a.mp4)"
+    ):
+        video_shards(tmp_path, "train")
+
+
+def test_shards_are_of_one_split(shards):
+    """A word of the name tells it."""
+    (shards / "clips-val-0.tar").rename(shards / "medieval-val-0.tar")
+    (shards / "medieval-train-0.tar").write_bytes(b"")
+    assert len(video_shards(shards, "val")) == 1
+    (shards / "medieval-train-0.tar").rename(shards / "train-and-val.tar")
+    with pytest.raises(UserError, match="its name has both train and val"):
+        video_shards(shards, "val")
+
+
 def test_wrong_shards(shards, video_root, tmp_path_factory):
     video = (video_root / "train" / "left" / "b.mp4").read_bytes()
     wrong = shards / "train" / "002.tar"
@@ -216,6 +266,9 @@ def test_wrong_shards(shards, video_root, tmp_path_factory):
         ({"a.mp4": video, "a.cls": b"left"}, "a.cls holds 'left', no label from 0 on"),
         ({"a.mp4": video, "a.cls": b"2"}, "a.mp4 has the label 2, beyond the 2 names in classes"),
         ({"a.txt": b"text"}, "002.tar: no videos in it"),
+        ({"a.b.mp4": video, "a.cls": b"1"}, "a.b.mp4 has a dot in its key"),
+        ({"a.mp4": video, "a.avi": video, "a.cls": b"1"}, "a.avi is a second video of its key"),
+        ({"a.mp4": video, "a.cls": b"1", "b.cls": b"1"}, "b.cls has no video of a known kind"),
     ):
         pack(wrong, files)
         with pytest.raises(UserError, match=words):

@@ -80,6 +80,17 @@ def test_a_frame_in_motion_dims_what_its_own_slot_dropped():
     assert np.array_equal(panel, expected), "slot 1's middle frame is frame 3"
 
 
+def test_large_frames_are_reduced():
+    torch.manual_seed(0)
+    model = DynamicVisionMamba(
+        FAMILIES["videomamba"], img_size=(224, 448), patch_size=16, embed_dim=16, depth=2,
+        num_classes=2, num_frames=2, tubelet_size=1, pruning_layers=(1,), token_keep=(0.5,),
+    ).eval()  # fmt: skip
+    clip = torch.randn(3, 2, 224, 448)
+    [first, _] = animate(clip, model, report(model, clip))
+    assert first.size[0] == 2 * 160 + 3 * 12
+
+
 def test_the_plots_take_many_frames():
     keep = np.random.default_rng(0).random((3, 64 * 4))
     figure = plots.keep_maps(keep, (64, 2, 2))

@@ -27,6 +27,9 @@ HARMLESS = {
     "throughput_seconds",
     "cuda_graph",
     "data_path",
+    "prefix",
+    "eval_segments",
+    "eval_crops",
     "model_path",
     "dense_path",
     "eval",
@@ -119,7 +122,7 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
     """What a flag stands for in runs of earlier versions, which did not have it."""
     if name == "poly_power":  # timm's power, where the run had such a schedule
         return 0.1 if flags.get("sched") == "poly" else 1.0
-    return None
+    return {"crop_area": [0.08, 1.0], "eval_shuffle_frames": False}.get(name)
 
 
 def _plain(value: Any) -> Any:

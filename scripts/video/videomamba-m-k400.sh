@@ -4,8 +4,7 @@
 #   MODEL_PATH=videomamba_middle_in1k.pth DATA_PATH=/path/to/lists GPUS=8 bash scripts/video/videomamba-m-k400.sh [flags of main.py]
 #
 # MODEL_PATH is the image model of VideoMamba-Middle. The published run has 16 GPUs and no --accum-steps. With 16
-# frames or more: --lr 2e-4. More in
-# scripts/video/common.sh.
+# frames or more: --lr 2e-4. More in scripts/video/common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 fine_tune "${K400_RECIPE[@]}" "${MIDDLE[@]}" \
