@@ -327,6 +327,16 @@ def test_a_run_records_where_its_lists_begin(videos, tmp_path):
     assert flag_differences(args, args | {"part_seconds": 2})
 
 
+def test_lists_of_other_classes_than_the_checkpoints(videos, dense, tmp_path):
+    lines = [f"{videos}/val/left/0.mp4,0", f"{videos}/val/right/0.mp4,2"]
+    (tmp_path / "val.csv").write_text("\n".join(lines) + "\n")
+    evaluate = ["--eval", "--model-path", str(dense / "best_checkpoint.pth"), "--device", "cpu"]
+    source = ["--data-set", "K400", "--data-path", str(tmp_path), "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="classes") as raised:
+        main.main([*evaluate, *source, "--num-workers", "0"])
+    assert "\n" not in str(raised.value)
+
+
 def test_predictions_of_ones_own_videos(dense, videos, tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     path = str(dense / "best_checkpoint.pth")
