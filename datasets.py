@@ -19,6 +19,7 @@ from typing import Any
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from loading.arrays import cifar, digits, fashion_mnist
+from loading.clutter import CANVAS, CANVASES, clutter
 from loading.data import Data, assemble
 from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
@@ -30,7 +31,7 @@ from loading.video_sets import video_folders
 from loading.video_shards import video_shards
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.errors import UsageError, UserError, printable
-from utils.images import CROP_RATIO, ImageSize
+from utils.images import CROP_RATIO, SMALL_IMAGE, ImageSize
 
 TIMM_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/")
 CLASSIFICATION = "classification"
@@ -48,6 +49,7 @@ class DataSet:
             are missing or inconsistent.
         path_holds: what --data-path must contain, as the end of a sentence; None if it is optional.
         takes: flags that `load` takes by name too, where they are given.
+        whole_images: the default of --whole-images.
     """
 
     name: str
@@ -55,6 +57,7 @@ class DataSet:
     load: Callable[[Path | None, str], ImageSet]
     path_holds: str | None = None
     takes: tuple[str, ...] = ()
+    whole_images: bool | None = None
 
 
 _FOLDERS = "a folder with train/ and val/, and in each a folder of images per class"
@@ -66,6 +69,7 @@ DATA_SETS: dict[str, DataSet] = {
     for row in (
         DataSet("DIGITS", CLASSIFICATION, digits),
         DataSet("FMNIST", CLASSIFICATION, fashion_mnist),
+        DataSet("CLUTTER", CLASSIFICATION, clutter, takes=("canvas",), whole_images=True),
         DataSet(
             "CIFAR10", CLASSIFICATION, partial(cifar, CIFAR10), _CIFAR.format(CIFAR10.base_folder)
         ),
@@ -147,6 +151,20 @@ def _subset(text: str) -> int | float:
     return positive(text) if text.isdecimal() else ratio(text)
 
 
+def _canvas(text: str) -> int:
+    smallest, largest = CANVASES
+    value = positive(text)
+    if not smallest <= value <= largest:
+        raise argparse.ArgumentTypeError(f"{value} is not from {smallest} to {largest} pixels")
+    return value
+
+
+def settle_data(args: argparse.Namespace) -> None:
+    """Fill in what follows from the data set unless a flag says it."""
+    if args.whole_images is None and args.data_set in DATA_SETS:
+        args.whole_images = DATA_SETS[args.data_set].whole_images
+
+
 def _known_names() -> str:
     return ", ".join([*DATA_SETS, *(prefix + "..." for prefix in TIMM_PREFIXES)])
 
@@ -177,6 +195,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="S",
         help="LVU: seconds from the start of one part to that of the next (default: 16)",
+    )
+    group.add_argument(
+        "--canvas",
+        type=_canvas,
+        metavar="N",
+        help=f"CLUTTER: side of the images in pixels (default: {CANVAS})",
     )
     group.add_argument(
         "--train-split",
@@ -219,6 +243,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="image size in pixels (default: the model's)",
     )
     group.add_argument("--eval-crop-ratio", type=ratio, default=CROP_RATIO)
+    add_whole_images(group)
     group.add_argument(
         "--repeated-aug",
         action=on_off,
@@ -230,6 +255,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("stop", "skip"),
         default=DataOptions.bad_images,
         help="an image that cannot be decoded ends the run",
+    )
+
+
+def add_whole_images(group: argparse._ArgumentGroup) -> None:
+    """Add `--whole-images`, which programs that read single files take too."""
+    group.add_argument(
+        "--whole-images",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show images whole instead of cropping them (default: where the model's are of at "
+        f"most {SMALL_IMAGE} pixels, and of CLUTTER)",
     )
 
 
@@ -256,7 +292,7 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--recount", type=positive, default=1, help="random erasing: areas")
     group.add_argument(
-        "--crop-padding", type=whole, default=4, help="up to size 32: shift by as many pixels"
+        "--crop-padding", type=whole, default=4, help="--whole-images: shift by as many pixels"
     )
 
 

@@ -9,6 +9,7 @@ B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.047
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from loading.loaders import Batch
 from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
 from models.batch_norm import statistics_kept
+from models.importance import with_importance
 from models.weights import load_weights
-from tasks import Experiment, Meter, ReductionMeter
+from tasks import Experiment, Meter, ObjectMeter, ReductionMeter
 from tasks.base import BatchTransform, check_task, task_of_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.cuda_graphs import graphed
@@ -170,10 +172,7 @@ def accumulate_gradients(
         with nullcontext() if last or alone else training.parallel.no_sync():
             result, images, targets = _forward(training, training.parallel, part, i, experiment)
             with autocast(experiment.device, experiment.args.amp):
-                teacher_result = None
-                if training.teacher is not None:
-                    with torch.no_grad():
-                        teacher_result = training.teacher(images)
+                teacher_result = teach(training, images, targets, experiment)
                 loss, terms = training.objective(result, targets, teacher_result, whole)
             # A loss that is not finite can have a finite gradient. This makes the gradient NaN too,
             # and so on every rank.
@@ -182,6 +181,25 @@ def accumulate_gradients(
         for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
             totals[name] = totals.get(name, 0) + value.detach() / len(parts)
     return totals
+
+
+def teach(
+    training: Training, images: Tensor, targets: Tensor, experiment: Experiment
+) -> Result | None:
+    """What the teacher says of a batch; for a distilled selector also which tokens matter to it."""
+    teacher, model = training.teacher, training.model
+    if teacher is None:
+        return None
+    every = experiment.args.importance_every
+    if not model.reduction.taught or training.step // experiment.args.accum_steps % every:
+        with torch.no_grad():
+            return teacher(images)
+    criterion = training.objective.criterion
+
+    def loss(result: Result) -> Tensor:
+        return torch.stack(list(criterion(result, targets).values())).sum()
+
+    return with_importance(teacher, images, loss, model.pruning_layers)
 
 
 def _forward(
@@ -210,6 +228,9 @@ def measured_rates(result: Result) -> dict[str, Tensor]:
         f"keep_stage{s + 1}": decision.detach().mean()
         for s, decision in enumerate(result.decisions)
     }
+    patches = result.owner.shape[1]
+    for s, kept in enumerate(result.kept):
+        rates[f"keep_stage{s + 1}"] = kept.new_tensor(kept.shape[1] / patches, dtype=torch.float32)
     if result.gates.requires_grad:
         rates["gate_forward"], rates["gate_backward"] = result.gates.detach().mean(dim=(0, 1))
     return rates
@@ -271,8 +292,8 @@ def validate(
     quick: with the quick transform, if the task has one.
 
     Returns:
-        The task's measures, `images`, `keep` and `gates` (see `ReductionMeter`), and what the
-        additional `meters` compute.
+        The task's measures, `images`, `keep` and `gates` (see `ReductionMeter`), `object` where
+        the data set knows it (see `ObjectMeter`), and what the additional `meters` compute.
     """
     data, distributed = experiment.data, experiment.distributed
     batch_size = (data.quick_loader if quick else data.val_loader).batch_size
@@ -283,6 +304,10 @@ def validate(
         experiment.task.meter(experiment.args, data, distributed.device),
         ReductionMeter(model, distributed.device),
     ]
+    if model.pruning_layers and data.val is not None and data.val.knows_objects:
+        task, args, size = experiment.task, experiment.args, model.patch_embed.img_size
+        region = partial(task.seen_region, args=args, img_size=size)
+        own.append(ObjectMeter(model, data.val, region, distributed.device))
     forward = evaluation_forward(model, experiment)
     return evaluate(forward, batches, [*own, *meters], distributed, interrupted)
 
@@ -397,16 +422,25 @@ def build_objective(
     args, task = experiment.args, experiment.task
     budgets = distillation = None
     if experiment.spec.dynamic:
-        learned = model.token_keep and model.reduction.learns
+        drawn = model.token_keep and model.reduction.draws
         budgets = Budgets(
-            token_keep=model.token_keep if learned else None,
+            token_keep=model.token_keep if drawn else None,
             block_keep=args.block_keep_ratio if model.route_blocks else None,
             token_weight=args.token_pruning_weight,
             block_weight=args.block_pruning_weight,
         )
+    if teacher is None and model.reduction.taught:
+        raise UsageError(
+            "--token-strategy distilled: a teacher says which tokens matter, and there is none; "
+            "give --model-path the dense checkpoint of the same task"
+        )
     if teacher is not None:
         distillation = Distillation(
-            task.distillation, tokens=bool(model.token_keep), weight=args.distill_weight
+            task.distillation,
+            # a merged token is not the teacher's at that patch
+            tokens=bool(model.token_keep) and not model.reduction.merges,
+            weight=args.distill_weight,
+            selector_weight=args.selector_weight,
         )
     return Objective(task.criterion(args), budgets, distillation)
 

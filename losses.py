@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import Result
+from models import Result, Scored
 from models.layouts import take
 from utils.distributed import mean_over_ranks
 
@@ -102,6 +102,24 @@ def token_distance(
     return (per_token * alive).sum() / kept.clamp_min(torch.finfo(kept.dtype).tiny)
 
 
+def selector_distance(scored: Sequence[Scored], importance: Sequence[Tensor]) -> Tensor:
+    """KL divergence of a selector's scores, as a distribution over the tokens of an image, from
+    their shares of the importance to the teacher; mean over stages and images.
+
+    importance S x [B, M], from `models.importance`; empty: nothing is taught in this step.
+    """
+    if not importance:
+        return sum(stage.scores.sum() for stage in scored) * 0.0
+    distances = []
+    for stage, matters in zip(scored, importance, strict=True):
+        target = take(matters, stage.origin).float() * stage.alive
+        target = target / target.sum(dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
+        surprise = torch.special.xlogy(target, target)
+        surprise = surprise - target * stage.scores.float().log_softmax(dim=1)
+        distances.append(surprise.sum(dim=1).mean())
+    return torch.stack(distances).mean()
+
+
 @dataclass(frozen=True)
 class Budgets:
     """The terms that hold a dynamic model to its budgets.
@@ -149,12 +167,15 @@ class Distillation:
         answers: (result, teacher's result) -> the task's unweighted terms by name.
         tokens: whether to add the distance of kept tokens, for models that drop any.
         token_distance: "mse" or "kl".
+        selector_weight: of the term that teaches a distilled selector; it is there whenever the
+            model's result holds scores.
     """
 
     answers: Callable[[Result, Result], dict[str, Tensor]] = logits_terms
     tokens: bool = True
     weight: float = 0.5
     token_distance: str = "mse"
+    selector_weight: float = 1.0
 
     def __post_init__(self):
         _check_choice("token_distance", self.token_distance, TOKEN_DISTANCES)
@@ -172,7 +193,11 @@ class Distillation:
             terms["token_distill"] = token_distance(
                 result, teacher_result.tokens, self.token_distance, whole[1]
             )
-        return {name: self.weight * term for name, term in terms.items()}
+        terms = {name: self.weight * term for name, term in terms.items()}
+        if result.scored:
+            taught = selector_distance(result.scored, teacher_result.importance)
+            terms["selector"] = self.selector_weight * taught
+        return terms
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

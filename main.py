@@ -127,6 +127,9 @@ def evaluate_epoch(
     values = validate(training.model, experiment, interrupted=preemption.requested, quick=True)
     record = {f"train_{name}": value for name, value in trained.items()}
     record |= {f"test_{measure.log_name}": values[measure.key] for measure in task.measures}
+    if "object" in values:
+        for part in ("share", "mass"):
+            record[f"test_object_{part}"] = values["object"][part][-1]
     decisive = task.best
     if training.ema is not None:
         record[f"test_ema_{decisive.log_name}"] = validate(

@@ -12,8 +12,9 @@ from typing import Any
 
 from timm.optim import list_optimizers
 
-from datasets import TIMM_PREFIXES, add_data_arguments, task_of
+from datasets import TIMM_PREFIXES, add_data_arguments, settle_data, task_of
 from models.options import add_model_arguments, settle_model
+from models.reduction import SELECTING
 from tasks import Task, task_named
 from utils.arguments import OneLineParser, below_one, not_negative, positive, ratio, whole
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
@@ -29,6 +30,7 @@ READ_BY = {
     "--block-pruning-weight": ("dyvm", "block"),
     "--gate-threshold": ("dyvm", "block"),
     "--distill-weight": ("dyvm", "token", "block"),
+    "--reduction": ("dyvm", "token"),
 }
 
 
@@ -38,6 +40,13 @@ def _chooses_splits(args: argparse.Namespace) -> bool:
 
 def _has_a_length(args: argparse.Namespace) -> bool:
     return not _chooses_splits(args)
+
+
+_NOT_TAUGHT = "with --token-strategy {token_strategy}; it is for distilled"
+
+
+def _is_taught(args: argparse.Namespace) -> bool:
+    return args.token_strategy == "distilled"
 
 
 _SPLITS = (
@@ -51,6 +60,16 @@ READ_IF = {
         "here: it names what --eval compares a dynamic model with; in training, --model-path names "
         "the teacher or the initial weights",
     ),
+    "--token-keep-ratio": (
+        lambda args: args.reduction != "merge",
+        "with --reduction merge; --merge-tokens says how many tokens each stage merges",
+    ),
+    "--sweep": (
+        lambda args: args.reduction != "merge",
+        "with --reduction merge, which does not read the token keep ratios that it varies",
+    ),
+    "--selector-weight": (_is_taught, _NOT_TAUGHT),
+    "--importance-every": (_is_taught, _NOT_TAUGHT),
     "--train-split": (_chooses_splits, _SPLITS),
     "--epoch-steps": (
         _has_a_length,
@@ -325,10 +344,11 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
         return args  # flags are checked again once the checkpoint's own are known
     if recorded and args.data_set != recorded["data_set"]:
         given = {word.split("=")[0] for word in argv}
-        for name in ("data_path", "prefix", "part_seconds", "part_stride"):
+        for name in ("data_path", "prefix", "part_seconds", "part_stride", "canvas"):
             same = getattr(args, name) == recorded.get(name)
             if same and f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, None)  # that of another data set
+    settle_data(args)
     settle_model(args)
     _check_read(argv, args)
     _check(args, task)
@@ -339,18 +359,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
 
 def _check(args: argparse.Namespace, task: Task) -> None:
     """Raise UsageError for combinations that cannot work."""
-    if args.method in ("dense", "block") and (args.token_strategy, args.scorer_input) != (
-        "learned",
-        "hidden",
-    ):
-        raise UsageError(
-            f"--token-strategy and --scorer-input have no meaning with --method {args.method}"
-        )
-    if args.token_strategy != "learned" and args.scorer_input != "hidden":
-        raise UsageError(
-            f"--scorer-input {args.scorer_input} has no meaning with --token-strategy "
-            f"{args.token_strategy}, which scores nothing"
-        )
+    _check_reduction(args)
     if args.sweep and not args.eval:
         raise UsageError(
             "--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget"
@@ -381,6 +390,39 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         raise UsageError(
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
+        )
+
+
+def _check_reduction(args: argparse.Namespace) -> None:
+    """Raise UsageError for ways to reduce tokens that do not go together."""
+    strategy, reduction = args.token_strategy, args.reduction
+    if args.method in ("dense", "block") and (strategy, args.scorer_input) != ("learned", "hidden"):
+        raise UsageError(
+            f"--token-strategy and --scorer-input have no meaning with --method {args.method}, "
+            "which keeps all tokens"
+        )
+    if reduction not in SELECTING and strategy != "learned":
+        raise UsageError(
+            f"--token-strategy {strategy} has no meaning with --reduction {reduction}, which "
+            "selects nothing; --reduction prune+merge merges what a strategy does not keep"
+        )
+    scores = strategy in ("learned", "distilled") and reduction in SELECTING
+    if not scores and args.scorer_input != "hidden":
+        raise UsageError(
+            f"--scorer-input {args.scorer_input} has no meaning with --token-strategy {strategy}, "
+            "which scores nothing"
+            if reduction in SELECTING
+            else f"--scorer-input has no meaning with --reduction {reduction}, which scores nothing"
+        )
+    if reduction == "merge" and args.method in ("dyvm", "token"):
+        if args.merge_tokens is None:
+            raise UsageError(
+                "--reduction merge needs --merge-tokens, how many each stage merges; R-MeeTo's: 5 "
+                "for vim_tiny, 11 for vim_small and vim_base"
+            )
+    elif args.merge_tokens is not None:
+        raise UsageError(
+            f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"
         )
 
 

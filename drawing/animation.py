@@ -8,10 +8,10 @@ from torch import Tensor
 
 from utils.files import atomic_file
 
+from .groups import stage_pixels
 from .palette import INK, MUTED, PAPER, rgb
 from .pictures import (
     ImageReport,
-    dim_dropped,
     draw_curve,
     fitted,
     flops_text,
@@ -28,12 +28,12 @@ MARGIN, TITLE, CAPTION, CURVE = 12, 24, 20, 46  # pixels
 
 def animate(clip: Tensor, model, report: ImageReport) -> list[Image.Image]:
     """A picture for each frame of a clip [3, T, H, W], normalised: the frame, the same after each
-    stage with dropped patches dimmed, and below them the patches kept of all frames.
+    stage (see `stage_pixels`), and below them the patches kept of all frames.
     """
     patches = model.patch_embed
     frames = _sized(to_pixels(clip.transpose(0, 1)))
     height, width = frames.shape[1:3]
-    sequence = [np.arange(model.num_patches), *report.kept]
+    sequence = [(np.arange(model.num_patches), None), *report.stages()]
     canvas = (
         MARGIN + len(sequence) * (width + MARGIN),
         TITLE + height + CAPTION + CURVE + 2 * MARGIN,
@@ -44,9 +44,10 @@ def animate(clip: Tensor, model, report: ImageReport) -> list[Image.Image]:
         picture = Image.new("RGB", canvas, rgb(PAPER))
         draw = ImageDraw.Draw(picture)
         _title(draw, canvas[0], report)
-        for stage, kept in enumerate(sequence):
+        for stage, (kept, groups) in enumerate(sequence):
             x, y = MARGIN + stage * (width + MARGIN), MARGIN + TITLE
-            shown = dim_dropped(frame, patch_of_frame(patches, (width, height), slot), kept)
+            patch_of = patch_of_frame(patches, (width, height), slot)
+            shown = stage_pixels(frame, patch_of, kept, groups)
             picture.paste(Image.fromarray(shown), (x, y))
             counts = per_slot(kept, patches)
             text = f"stage {stage}: {counts[slot]} of {counts.sum()}"

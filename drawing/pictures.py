@@ -17,13 +17,9 @@ from models.embedding import PatchEmbed
 from utils.files import atomic_file
 from utils.images import MEAN, STD
 
+from .groups import stage_pixels
 from .palette import ACCENT, BLUE, FAINT, GRID, INK, MUTED, ORANGE, PAPER, rgb
 
-# A dropped patch keeps a fifth of its contrast, on slate, which shows on images of any brightness.
-DIMMED = 0.2
-VEIL = np.array([100, 116, 146])
-# What lies outside the model's crop fades into the paper.
-OUTSIDE = 0.15
 STRIP_COLUMNS = 8  # frames of a clip beside each other
 GAP = 2  # pixels between the panels of `decision_picture`
 
@@ -119,37 +115,27 @@ def _patch_number(patches: PatchEmbed, slot, row, column) -> np.ndarray:
     return np.where((row >= 0) & (column >= 0), number, -1)
 
 
-def dim_dropped(pixels: np.ndarray, patch_of: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Dim the patches that are not in `kept` [k].
-
-    pixels [H, W, 3] uint8, patch_of [H, W] -> [H, W, 3] uint8.
-    """
-    kept = np.asarray(kept, dtype=int)
-    entries = max(patch_of.max(), kept.max(initial=-1)) + 2  # the last one is for index -1
-    veil = np.tile(VEIL * (1 - DIMMED), (entries, 1)).astype(np.float32)
-    contrast = np.full(entries, DIMMED, np.float32)
-    veil[kept], contrast[kept] = 0, 1
-    veil[-1], contrast[-1] = 255 * (1 - OUTSIDE), OUTSIDE
-    return (pixels * contrast[patch_of][..., None] + veil[patch_of]).round().astype(np.uint8)
-
-
 def decision_picture(
-    images: Tensor, kept: Sequence[Tensor], patches: PatchEmbed, scale: int = 1
+    images: Tensor,
+    kept: Sequence[Tensor],
+    patches: PatchEmbed,
+    scale: int = 1,
+    groups: Sequence[Tensor] = (),
 ) -> np.ndarray:
-    """One column per image: the image, then for each stage the same with dropped patches dimmed.
+    """One column per image: the image, then what each stage left of it (see `stage_pixels`).
 
-    images [B, 3, H, W] normalised (clips [B, 3, T, H, W]), kept S x [B, k] -> [height, width, 3]
-    uint8; `scale` enlarges small images.
+    images [B, 3, H, W] normalised (clips [B, 3, T, H, W]), kept S x [B, k], groups S x [B, M] or
+    empty -> [height, width, 3] uint8; `scale` enlarges small images.
     """
     pixels = to_pixels(filmstrip(images, patches))
     height, width = pixels.shape[1:3]
     patch_of = patch_of_pixels(patches, (width, height))
     stages = [
         [
-            dim_dropped(image, patch_of, chosen)
-            for image, chosen in zip(pixels, stage.cpu().numpy(), strict=True)
+            stage_pixels(image, patch_of, chosen.cpu().numpy(), together)
+            for image, chosen, together in zip(pixels, stage, merged, strict=True)
         ]
-        for stage in kept
+        for stage, merged in zip(kept, _by_image(groups, kept), strict=True)
     ]
     stacked = np.stack([pixels, *stages])  # [S + 1, B, H, W, 3]
     grid = stacked.repeat(scale, axis=2).repeat(scale, axis=3)
@@ -157,6 +143,13 @@ def decision_picture(
     rows, columns, height, width, channels = grid.shape
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
     return picture[:-GAP, :-GAP]
+
+
+def _by_image(groups: Sequence[Tensor], kept: Sequence[Tensor]) -> list[list[np.ndarray | None]]:
+    """Groups [M] of each image and stage; None where nothing is merged."""
+    if not groups:
+        return [[None] * len(stage) for stage in kept]
+    return [list(stage.cpu().numpy()) for stage in groups]
 
 
 class ImageReport(NamedTuple):
@@ -169,6 +162,11 @@ class ImageReport(NamedTuple):
     flops: float  # `exact`, of this image
     dense_flops: float
     pruning_layers: tuple[int, ...] = ()
+    groups: Sequence[np.ndarray] = ()  # per stage: [M], which patch speaks for each; if merged
+
+    def stages(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """For `stage_pixels`, of each stage: the kept patches and the groups."""
+        return list(zip(self.kept, self.groups or [None] * len(self.kept), strict=True))
 
 
 def font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
@@ -251,7 +249,7 @@ def draw_strip(
     pixels = np.asarray(image).repeat(layout.scale, axis=0).repeat(layout.scale, axis=1)
     region = tuple(layout.scale * side for side in region)
     patch_of = patch_of_pixels(model.patch_embed, (layout.width, layout.height), region)
-    panels = [pixels, *(dim_dropped(pixels, patch_of, kept) for kept in report.kept)]
+    panels = [pixels, *(stage_pixels(pixels, patch_of, *stage) for stage in report.stages())]
     u = layout.unit
     curve = CURVE_HEIGHT if model.patch_embed.slots > 1 else 0
     margin, below, info_width, info_height = (
@@ -275,7 +273,7 @@ def draw_strip(
         if index:
             layer, left = report.pruning_layers[index - 1], f"{len(kept)} of {model.num_patches}"
             frozen = model.num_patches - len(kept) if model.reduction.freezes else 0
-            more = f", {frozen} frozen" if frozen else ""
+            more = f", {frozen} frozen" if frozen and not report.groups else ""
             captions = [
                 f"stage {index}, before layer {layer}: {left} patches{more}",
                 f"stage {index}: {left} patches{more}",
@@ -290,6 +288,8 @@ def _legend(model) -> dict[str, str]:
     """What the bars below the panels show, with the colours."""
     marks = {"▼ class tokens": ACCENT} if class_marks(np.arange(model.num_patches), model) else {}
     without = "■ frozen" if model.reduction.freezes else "■ dropped"
+    if model.reduction.merges:
+        without = "■ merged"
     return marks | {"■ kept": BLUE, without: GRID}
 
 

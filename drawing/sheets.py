@@ -7,8 +7,9 @@ from PIL import Image, ImageDraw
 
 from utils.files import atomic_file
 
+from .groups import stage_pixels
 from .palette import GRID, INK, MUTED, PAPER, rgb
-from .pictures import ImageReport, dim_dropped, fitted, font, patch_of_pixels, within
+from .pictures import ImageReport, fitted, font, patch_of_pixels, within
 
 COLUMNS, ROWS = 4, 8
 SIDE = 128  # of a thumbnail, in pixels
@@ -61,7 +62,10 @@ class ContactSheets:
         patch_of = patch_of_pixels(
             model.patch_embed, image.size, tuple(scale * side for side in region)
         )
-        return [image, Image.fromarray(dim_dropped(np.asarray(image), patch_of, report.kept[-1]))]
+        return [
+            image,
+            Image.fromarray(stage_pixels(np.asarray(image), patch_of, *report.stages()[-1])),
+        ]
 
     def _caption(self, x: float, y: float, report: ImageReport) -> None:
         draw = ImageDraw.Draw(self._page)

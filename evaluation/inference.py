@@ -17,6 +17,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 import options
+from datasets import add_whole_images
 from loading.bad_images import BadImages
 from loading.images import ImageSet
 from loading.loaders import Batch, EvalLoader
@@ -64,6 +65,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
         help="size of the model's images (default: as trained)",
     )
     group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
+    add_whole_images(group)
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     options.add_device_arguments(group)

@@ -28,7 +28,9 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
     dense = dense_flops(predictor)
     flops = exact_per_image(model, result.gates).tolist()
     gates = result.gates.float().cpu().numpy()
-    kept = [stage.cpu().numpy() for stage in result.kept]
+    kept, groups = (
+        [stage.cpu().numpy() for stage in stages] for stages in (result.kept, result.groups)
+    )
     answers = predictor.task.answers(result, predictor.class_names)
     return [
         ImageReport(
@@ -39,6 +41,7 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
             flops[i],
             dense,
             model.pruning_layers,
+            [stage[i] for stage in groups],
         )
         for i, (name, answer) in enumerate(zip(names, answers, strict=True))
     ]

@@ -119,6 +119,8 @@ def column(
 def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a dynamic model's column has in addition to a dense one's."""
     kept = {"keep": values["keep"], "gates": values["gates"]}
+    if "object" in values:
+        kept["object"] = values["object"]
     if model.route_blocks:
         kept["gate_threshold"] = sigmoid(model.gate_threshold)
     return kept
@@ -204,6 +206,13 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
     if dynamic["keep"]:
         shares = ", ".join(f"{100 * share:.1f} %" for share in dynamic["keep"])
         lines.append(f"patches kept after each stage: {shares}")
+    if "object" in dynamic:
+        seen = dynamic["object"]
+        share, mass = (", ".join(f"{part:.1f} %" for part in seen[k]) for k in ("share", "mass"))
+        lines.append(
+            f"of these on the object: {share} (of all patches {seen['chance']:.1f} %); of the "
+            f"object's mass: {mass}"
+        )
     forward, backward = (sum(gates) / len(gates) for gates in zip(*dynamic["gates"], strict=True))
     threshold = ""
     if "gate_threshold" in dynamic:
@@ -223,10 +232,11 @@ def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     images = _model_sized(experiment, model.patch_embed.img_size, count)
     if images is None:
         return None
-    kept = evaluation_forward(model, experiment)(images.to(experiment.device)).kept
-    if len(kept[0]) != len(images):
+    result = evaluation_forward(model, experiment)(images.to(experiment.device))
+    if len(result.kept[0]) != len(images):
         return None  # the task looks at an image more than once
-    return decision_picture(images, kept, model.patch_embed, scale=max(1, 96 // images.shape[-1]))
+    scale = max(1, 96 // images.shape[-1])
+    return decision_picture(images, result.kept, model.patch_embed, scale, result.groups)
 
 
 def _model_sized(experiment: Experiment, size: tuple[int, int], count: int) -> Tensor | None:

@@ -156,6 +156,8 @@ class ImageSet:
     `classes` names the classes by index; empty for a set without classes.
     """
 
+    knows_objects = False
+
     def __init__(self, labels=None, classes: Sequence[str] = ()):
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = [printable(str(name)) for name in classes]
@@ -172,6 +174,14 @@ class ImageSet:
 
     def describe(self, index: int) -> str:
         """The name of an example in a message, on one line."""
+        raise NotImplementedError
+
+    def object_mass(self, index: int) -> np.ndarray:
+        """How much of the object that decides about the label lies in each pixel [H, W].
+
+        Only of sets that `knows_objects`, such as composed images; what a model keeps of the object
+        is then measured.
+        """
         raise NotImplementedError
 
 
@@ -245,6 +255,7 @@ class SubsetImages(ImageSet):
         labels = None if images.labels is None else images.labels[indices]
         super().__init__(labels, images.classes)
         self.images, self.indices = images, indices
+        self.knows_objects = images.knows_objects
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -254,6 +265,9 @@ class SubsetImages(ImageSet):
 
     def describe(self, index: int) -> str:
         return self.images.describe(self.indices[index])
+
+    def object_mass(self, index: int) -> np.ndarray:
+        return self.images.object_mass(self.indices[index])
 
 
 def fixed_part(images: ImageSet, count: int) -> SubsetImages:

@@ -25,6 +25,7 @@ class DataOptions:
     prefix: str | None = None
     part_seconds: int | None = None
     part_stride: int | None = None
+    canvas: int | None = None
     train_split: str = "train"
     val_split: str = "validation"
     subset: int | float | None = None

@@ -85,7 +85,7 @@ def train_transform(args, img_size: ImageSize):
         raise UsageError(f"--aa {args.aa!r} is not a policy that timm knows ({error})") from None
     for step in transform.transforms:
         _allow_zero_bits(step)
-    if _is_small(img_size):
+    if shown_whole(args, img_size):
         transform.transforms[0] = transforms.Compose(
             [
                 transforms.Resize(to_2tuple(img_size), InterpolationMode.BICUBIC),
@@ -95,8 +95,11 @@ def train_transform(args, img_size: ImageSize):
     return transform
 
 
-def _is_small(img_size: ImageSize) -> bool:
-    return max(to_2tuple(img_size)) <= SMALL_IMAGE
+def shown_whole(args, img_size: ImageSize) -> bool:
+    """Whether images are resized to the model's size and not cropped; see `--whole-images`."""
+    if args.whole_images is None:
+        return max(to_2tuple(img_size)) <= SMALL_IMAGE
+    return args.whole_images
 
 
 def _allow_zero_bits(step) -> None:
@@ -118,8 +121,8 @@ def _posterize(image: Image.Image, bits: int, **_unused) -> Image.Image:
 
 
 def eval_transform(args, img_size: ImageSize):
-    """RGB image -> [3, H, W], normalised: the centre crop, or the whole image if it is small."""
-    whole = _is_small(img_size)
+    """RGB image -> [3, H, W], normalised: the centre crop, or the whole image."""
+    whole = shown_whole(args, img_size)
     return create_transform(
         img_size,
         is_training=False,
@@ -141,7 +144,7 @@ def seen_region(
     square.
     """
     width, height = size
-    if _is_small(img_size):
+    if shown_whole(args, img_size):
         return 0.0, 0.0, float(width), float(height)
     rows, columns = to_2tuple(img_size)
     least = [math.floor(side / args.eval_crop_ratio) for side in (columns, rows)]

@@ -3,7 +3,7 @@
 from . import mambareg, videomamba, vim
 from .backbone import DynamicVisionMamba, Family, VisionMamba, cumulative_keep
 from .registry import canonical_name, model_names
-from .tokens import FeatureMaps, Result
+from .tokens import FeatureMaps, Result, Scored
 
 FAMILIES = {family.name: family for family in (vim.VIM, videomamba.VIDEOMAMBA, mambareg.MAMBAREG)}
 
@@ -13,6 +13,7 @@ __all__ = [
     "Family",
     "FeatureMaps",
     "Result",
+    "Scored",
     "VisionMamba",
     "canonical_name",
     "cumulative_keep",

@@ -28,7 +28,7 @@ from .initialization import initialize, initialize_router
 from .layouts import NoClassToken, TokenLayout, extract, insert
 from .mixer import BidirectionalMamba, Layer
 from .pruning import ScorePredictor
-from .reduction import Reduction, make_reduction
+from .reduction import Reduction, make_reduction, uniform_stages
 from .rope import RotaryEmbedding
 from .timm_interface import TimmInterface
 from .tokens import FeatureMaps, Result, Tokens
@@ -230,7 +230,12 @@ class VisionMamba(TimmInterface, nn.Module):
             raise ValueError(
                 f"token_keep {list(token_keep)} must not ascend and must lie in (0, 1]"
             )
-        self.reduction.token_keep = token_keep
+        before, self.reduction.token_keep = self.reduction.token_keep, token_keep
+        try:
+            self.reduction.check_counts(self.num_patches)
+        except ValueError:
+            self.reduction.token_keep = before
+            raise
 
     def kept_counts(self) -> list[int]:
         """Patches that each stage keeps at evaluation."""
@@ -322,6 +327,8 @@ class VisionMamba(TimmInterface, nn.Module):
             gates=torch.stack([ones if gate is None else gate for gate in gates]),
             decisions=list(tokens.decisions),
             kept=list(tokens.kept),
+            groups=list(tokens.groups),
+            scored=list(tokens.scored),
             owner=tokens.owner,
             class_tokens=class_tokens,
             maps={} if maps is None else maps.maps,
@@ -374,14 +381,17 @@ class DynamicVisionMamba(VisionMamba):
     k are left.
 
     Args:
-        pruning_layers: ascending layer indexes; a stage drops tokens before each.
+        pruning_layers: ascending layer indexes; a stage reduces the tokens before each. By default
+            6, 12, 18; with reduction "merge" every second layer from 2 on.
         token_keep: fraction of the original patches that each stage keeps at evaluation, or one
             ratio r for r, r^2, ...
         route_blocks: with block routers (False: token pruning alone).
         prune_tokens: with pruning stages (False: block routing alone).
         scorer_input: what the score predictors read: the hidden state, or the previous layer's B
             or raw step.
-        token_strategy: learned scores, or the random and static baselines.
+        token_strategy: which tokens stay, see `reduction.SELECTORS`.
+        reduction: what becomes of the others, see `reduction.REDUCTIONS`.
+        merge_tokens: how many each stage merges, with reduction "merge"; in place of `token_keep`.
 
     Raises:
         ValueError: stages and fractions that do not fit together.
@@ -391,25 +401,39 @@ class DynamicVisionMamba(VisionMamba):
         self,
         family: Family,
         *,
-        pruning_layers: Sequence[int] = (6, 12, 18),
+        pruning_layers: Sequence[int] | None = None,
         token_keep: float | Sequence[float] = (0.7, 0.49, 0.343),
         prune_tokens: bool = True,
         route_blocks: bool = True,
         scorer_input: str = "hidden",
         token_strategy: str = "learned",
+        reduction: str = "prune",
+        merge_tokens: int | None = None,
         **backbone,
     ):
         self.route_blocks = route_blocks
         super().__init__(family, **backbone)
+        if pruning_layers is None:
+            pruning_layers = uniform_stages(reduction, self.depth)
         layers = tuple(pruning_layers) if prune_tokens else ()
         if list(layers) != sorted(set(layers)) or not all(0 < p < self.depth for p in layers):
             raise ValueError(
                 f"pruning_layers {list(layers)} must ascend within 1 ... {self.depth - 1}"
             )
         self.pruning_layers = layers
-        self.reduction = make_reduction(token_strategy, scorer_input)
+        self.reduction = make_reduction(reduction, token_strategy, scorer_input, merge_tokens)
         self.scorer_input, self.token_strategy = scorer_input, token_strategy
+        if merge_tokens is not None:
+            left = [self.num_patches - merge_tokens * (s + 1) for s in range(len(layers))]
+            if left and left[-1] < 1:
+                raise ValueError(
+                    f"merge_tokens {merge_tokens} before each of the layers {list(layers)} are "
+                    f"more than the {self.num_patches} patches"
+                )
+            token_keep = [count / self.num_patches for count in left]
         self.set_token_keep(token_keep if prune_tokens else ())
+        for layer in self.pruning_layers:
+            self.layers[layer - 1].mixer.observes = self.reduction.observes
         if self.pruning_layers and self.reduction.learns:
             widths = {"hidden": self.embed_dim, "B": self.d_state, "delta": 2 * self.embed_dim}
             self.score_predictors = nn.ModuleList(

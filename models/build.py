@@ -28,15 +28,19 @@ IDENTITY = (
     "block_keep_ratio",
     "token_strategy",
     "scorer_input",
+    "reduction",
+    "merge_tokens",
     "data_set",
     "data_path",
     "prefix",
     "part_seconds",
     "part_stride",
+    "canvas",
     "train_split",
     "val_split",
     "input_size",
     "eval_crop_ratio",
+    "whole_images",
 )
 
 # The flag of each field of ModelSpec, as args and checkpoints name it.
@@ -48,6 +52,8 @@ FLAG_OF = {
     "token_keep_ratio": "token_keep_ratio",
     "token_strategy": "token_strategy",
     "scorer_input": "scorer_input",
+    "reduction": "reduction",
+    "merge_tokens": "merge_tokens",
     "drop_path": "drop_path",
     "img_size": "input_size",
 }
@@ -61,6 +67,8 @@ FLAGGED = {
     "token_keep": "--token-keep-ratio",
     "token_strategy": "--token-strategy",
     "scorer_input": "--scorer-input",
+    "reduction": "--reduction",
+    "merge_tokens": "--merge-tokens",
     "prune_tokens": "--method",
     "route_blocks": "--method",
 }
@@ -89,6 +97,8 @@ class ModelSpec:
     token_keep_ratio: float = 0.7
     token_strategy: str = "learned"
     scorer_input: str = "hidden"
+    reduction: str = "prune"
+    merge_tokens: int | None = None
     drop_path: float = 0.0
     img_size: Size | None = None
 
@@ -134,6 +144,8 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
             token_keep=spec.token_keep_ratio,
             token_strategy=spec.token_strategy,
             scorer_input=spec.scorer_input,
+            reduction=spec.reduction,
+            merge_tokens=spec.merge_tokens,
             prune_tokens=spec.method != "block",
             route_blocks=spec.method != "token",
         )

@@ -103,6 +103,10 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
         for layer, predictor in zip(model.pruning_layers, model.score_predictors, strict=True):
             paper += _linear(predictor, lengths[layer - 1] - model.layout.num_tokens)
     exact = paper
+    entering = model.num_patches
+    for leaving in model.kept_counts():
+        exact += model.reduction.operations(entering, leaving, model)
+        entering = leaving
     for layer, length, gate in zip(model.layers, lengths, gates, strict=True):
         projections = _linear(layer.mixer.in_proj, length) + _linear(layer.mixer.out_proj, length)
         one_paper, one_exact = _direction(model, length)

@@ -8,6 +8,7 @@ section 3.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.linear import Linear
@@ -49,6 +50,8 @@ class BidirectionalMamba(nn.Module):
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
         self.router_mean = RouterMean()
+        self.observes = ""  # what a reduction wants to know of the tokens: "steps", "outputs"
+        self.observed: Tensor | None = None  # [B, L], that of the last forward pass
 
     def branch(self, backward: bool) -> BranchParams:
         """The weights of one direction, as the scan reads them."""
@@ -81,6 +84,7 @@ class BidirectionalMamba(nn.Module):
             and not torch.is_grad_enabled()
             and mask is None
             and not self.training
+            and not self.observes
             and not torch.compiler.is_compiling()  # groups depend on the images
         ):
             return self._infer_in_groups(hidden, class_slots)
@@ -93,7 +97,27 @@ class BidirectionalMamba(nn.Module):
         y = bidirectional_ssm(
             xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing
         )
+        if self.observes == "steps":
+            self.observed = self._steps(xz.detach())
+        elif self.observes == "outputs":
+            self.observed = y.detach().float().clamp_min(0).sum(dim=-1)
         return self.out_proj(y), gates
+
+    @torch.no_grad()
+    def _steps(self, xz: Tensor) -> Tensor:
+        """Step sizes [B, L], mean over channels, summed over both directions."""
+        steps = 0
+        for backward in (False, True):
+            branch = self.branch(backward)
+            _, raw, _, _ = branch_inputs(xz, branch, reverse=backward)
+            steps = steps + F.softplus(raw.float() + branch.dt_proj_bias.float()).mean(dim=-1)
+        return steps
+
+    def step_operations(self, tokens: int) -> int:
+        """Multiply-adds of `_steps`, which repeats the scans' projections, for so many tokens."""
+        inner, rank = self.dt_proj.out_features, self.dt_proj.in_features
+        projections = self.x_proj.weight.numel() + rank * inner
+        return 2 * tokens * (CONV_WIDTH * inner + projections)
 
     def _infer_in_groups(
         self, hidden: Tensor, class_slots: ClassSlots

@@ -5,7 +5,7 @@ import argparse
 from utils.arguments import below_one, key_value, not_negative, positive, ratio
 from utils.errors import UsageError
 
-from .reduction import SCORER_INPUTS, TOKEN_STRATEGIES
+from .reduction import REDUCTIONS, SCORER_INPUTS, TOKEN_STRATEGIES
 from .registry import canonical_name, model_names
 
 METHODS = ("dense", "dyvm", "token", "block")
@@ -81,7 +81,40 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--token-pruning-weight", type=not_negative, default=10.0)
     group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
     group.add_argument("--distill-weight", type=not_negative, default=0.5)
-    group.add_argument("--token-strategy", choices=TOKEN_STRATEGIES, default="learned")
+    group.add_argument(
+        "--token-strategy",
+        "--selector",
+        choices=TOKEN_STRATEGIES,
+        default="learned",
+        help="which tokens stay: the paper's learned scores; distilled: scores that are taught "
+        "what matters to the teacher; random, static, norm: baselines; top: ToP-ViM's score",
+    )
+    group.add_argument(
+        "--reduction",
+        choices=REDUCTIONS,
+        default="prune",
+        help="what becomes of the others: dropped, or averaged into the most similar one that "
+        "stays; merge: R-MeeTo's pairs, mtr: MTR's groups by step size, both without a selector",
+    )
+    group.add_argument(
+        "--merge-tokens",
+        type=positive,
+        metavar="R",
+        help="--reduction merge: tokens that each stage merges, in place of --token-keep-ratio",
+    )
+    group.add_argument(
+        "--selector-weight",
+        type=not_negative,
+        default=1.0,
+        help="--token-strategy distilled: of the term that teaches the scores",
+    )
+    group.add_argument(
+        "--importance-every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="--token-strategy distilled: run the teacher backwards every N steps only",
+    )
     group.add_argument(
         "--scorer-input",
         choices=SCORER_INPUTS,

@@ -57,6 +57,8 @@ def _entry_point(module: str, name: str, model: partial, size: dict[str, Any]) -
                 f"{name}: no weights can be downloaded; give a checkpoint with --model-path"
             )
         arguments = size | kwargs
+        if kwargs.get("reduction") == "merge" and "pruning_layers" not in kwargs:
+            arguments.pop("pruning_layers", None)  # it merges a few tokens before many layers
         truth = _config(arguments.get("img_size", 224), arguments.get("in_chans", 3))
         truth["num_classes"] = arguments.get("num_classes", 1000)
         arguments["pretrained_cfg_overlay"] = truth | (

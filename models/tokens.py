@@ -23,6 +23,14 @@ class Frozen(NamedTuple):
     residual: Tensor  # [B, M, d]
 
 
+class Scored(NamedTuple):
+    """What a selector that is taught importance said of the tokens that entered a stage."""
+
+    scores: Tensor  # [B, m], logits, with gradient
+    origin: Tensor  # [B, m], original patches
+    alive: Tensor  # [B, m], 1 where the token was alive
+
+
 @dataclass
 class Tokens:
     """The state of the sequence between two layers.
@@ -39,7 +47,10 @@ class Tokens:
     owner: Tensor  # [B, M]
     mask: Tensor | None = None  # [B, L], factor of each token in the scans; None: all ones
     decisions: tuple[Tensor, ...] = ()  # per stage, training: [B, m], with gradient
-    kept: tuple[Tensor, ...] = ()  # per stage, evaluation: [B, k], original patches
+    kept: tuple[Tensor, ...] = ()  # per stage that gathered: [B, k], original patches
+    groups: tuple[Tensor, ...] = ()  # per stage that merged: [B, M], which patch speaks for each
+    scored: tuple["Scored", ...] = ()  # per stage, training of a distilled selector
+    size: Tensor | None = None  # [B, m], patches that a slot is the mean of; None: one each
     frozen: Frozen | None = None  # training of a model that freezes what it drops
 
     @classmethod
@@ -64,6 +75,9 @@ class Result:
     gates: Tensor  # [depth, B, 2], forward and backward; ones where nothing is routed
     decisions: list[Tensor] = field(default_factory=list)  # see Tokens
     kept: list[Tensor] = field(default_factory=list)
+    groups: list[Tensor] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+    importance: list[Tensor] = field(default_factory=list)  # per stage [B, M], of a teacher
     owner: Tensor | None = None  # [B, M], see Tokens
     class_tokens: Tensor | None = None  # [B, n, d] after norm_f
     maps: dict[int, Tensor] = field(default_factory=dict)  # {layer: [B, d, h, w]}, as requested

@@ -3,7 +3,7 @@
 from .base import TASKS, Measure, Named, Task, check_task, register, task_named, task_of_checkpoint
 from .classification import CLASSIFICATION
 from .experiment import Experiment
-from .meters import Meter, ReductionMeter, exact_sum
+from .meters import Meter, ObjectMeter, ReductionMeter, exact_sum
 from .segmentation import SEGMENTATION
 from .video import VIDEO
 
@@ -16,6 +16,7 @@ __all__ = [
     "Measure",
     "Meter",
     "Named",
+    "ObjectMeter",
     "ReductionMeter",
     "Task",
     "check_task",

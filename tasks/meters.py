@@ -1,10 +1,13 @@
 """What an evaluation pass counts: meters, and sums that are equal for any number of processes."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from loading.images import ImageSet
 from loading.loaders import Batch
 from models import Result, VisionMamba
 from utils.distributed import Distributed
@@ -56,4 +59,64 @@ class ReductionMeter:
             "keep": (kept / passes / self.num_patches).tolist(),
             "gates": (gates / passes).tolist(),
             "passes": passes / images,
+        }
+
+
+LEAST_OF_OBJECT = 0.01  # a patch with less of the object's mass is not on it
+
+Region = tuple[float, float, float, float]
+
+
+class ObjectMeter:
+    """What is kept of the object that decides about the label, where a data set knows that.
+
+    `object`: for each stage the share of kept patches that lie on the object and the share of the
+    object's mass in kept patches, both in percent, and `chance`, the share of all patches that lie
+    on it.
+
+    region: (width, height) of an image -> the part that the model sees, in pixels.
+    """
+
+    def __init__(
+        self,
+        model: VisionMamba,
+        images: ImageSet,
+        region: Callable[[tuple[int, int]], Region],
+        device: torch.device,
+    ):
+        self.images, self.region, self.grid = images, region, model.patch_embed.grid
+        stages = len(model.pruning_layers)
+        # all patches, those on the object; then kept ones, those on the object, mass: per stage
+        self.totals = torch.zeros(2 + 3 * stages, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, batch: Batch, result: Result) -> None:
+        mass = torch.stack([self._of_patches(index) for index in batch.indices.tolist()])
+        mass = mass.to(self.totals.device)
+        on_object = (mass >= LEAST_OF_OBJECT).double()
+        sums = [on_object.numel(), on_object.sum()]
+        for kept in result.kept:
+            sums += [kept.numel(), on_object.gather(1, kept).sum(), exact_sum(mass.gather(1, kept))]
+        self.totals += torch.stack([self.totals.new_tensor(part) for part in map(float, sums)])
+        self.count += len(mass)
+
+    def _of_patches(self, index: int) -> Tensor:
+        """Each patch's share [M] of the object's mass, float64."""
+        mass = torch.as_tensor(self.images.object_mass(index), dtype=torch.float64)
+        left, top, right, bottom = map(round, self.region(mass.shape[::-1]))
+        patches = F.adaptive_avg_pool2d(mass[None, top:bottom, left:right], self.grid).flatten()
+        return patches / patches.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def compute(self, distributed: Distributed) -> dict[str, Any]:
+        images, *totals = distributed.all_reduce_sum(
+            torch.cat([self.totals.new_tensor([self.count]), self.totals])
+        ).tolist()
+        patches, on_object, *stages = totals
+        kept, on, mass = stages[::3], stages[1::3], stages[2::3]
+        return {
+            "object": {
+                "share": [100 * part / max(total, 1) for part, total in zip(on, kept, strict=True)],
+                "mass": [100 * part / images for part in mass],
+                "chance": 100 * on_object / patches,
+            }
         }

@@ -1,6 +1,5 @@
 """Named data sets, their flags, and the one line that each mistake gets."""
 
-import gzip
 import json
 import os
 import pickle
@@ -10,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers.data import make_folders, options, photo
+from helpers.data import make_folders, options, photo, write_idx
 from torchvision.datasets import CIFAR10, FashionMNIST, ImageFolder
 
 import datasets
@@ -44,14 +43,6 @@ def test_digits_are_split_evenly_and_always_the_same():
         and targets.dtype == torch.int64
     )
     assert data.describe(indices, "val")[1] == "DIGITS val image 1"
-
-
-def write_idx(file, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(
-        size.to_bytes(4, "big") for size in array.shape
-    )
-    content = header + array.tobytes()
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
 
 
 @pytest.mark.parametrize("folder, ending", [("", ".gz"), ("FashionMNIST/raw", ""), ("raw", ".gz")])

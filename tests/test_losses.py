@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from losses import Budgets, Distillation, Objective, block_ratio, token_distance, token_ratio
-from models import Result
+from losses import (
+    Budgets,
+    Distillation,
+    Objective,
+    block_ratio,
+    selector_distance,
+    token_distance,
+    token_ratio,
+)
+from models import Result, Scored
 from tasks.classification import ClassificationTerms
 
 CLASSIFY = ClassificationTerms(nn.CrossEntropyLoss())
@@ -129,3 +137,31 @@ def test_no_token_kept_gives_no_distance_and_no_gradient(distance):
 def test_unknown_choices(part, arguments):
     with pytest.raises(ValueError, match="must be one of"):
         part(**arguments)
+
+
+def test_scores_are_drawn_to_the_importance_of_the_tokens_that_are_there():
+    """Zero where the scores are the logarithms of the importance, whatever the order; teaches
+    nothing in a step without importance.
+    """
+    torch.manual_seed(0)
+    importance = torch.rand(3, 8) + 0.1
+    origin = torch.stack([torch.randperm(8)[:5] for _ in range(3)])
+    alive = torch.ones(3, 5)
+    alive[0, 2] = 0
+    right = importance.gather(1, origin).log().where(alive > 0, torch.tensor(-60.0)) + 3
+    assert selector_distance([Scored(right, origin, alive)], [importance]).item() == pytest.approx(
+        0, abs=1e-6
+    )
+    scores = torch.randn(3, 5, requires_grad=True)
+    distance = selector_distance([Scored(scores, origin, torch.ones(3, 5))], [importance])
+    target = importance.gather(1, origin)
+    target = target / target.sum(1, keepdim=True)
+    expected = (target * (target.log() - scores.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(distance, expected)
+    distance.backward()
+    torch.testing.assert_close(scores.grad, (scores.softmax(1) - target).detach() / 3)
+
+    scores.grad = None
+    nothing = selector_distance([Scored(scores, origin, alive)], [])
+    nothing.backward()
+    assert nothing.item() == 0 and not scores.grad.any()

@@ -259,6 +259,11 @@ READ = {"dyvm": [*STAGES, *GATES], "token": STAGES, "block": GATES}  # flags tha
                 ["--token-strategy", "static"],
             )
         ),
+        ["--method", "dyvm", "--token-strategy", "distilled", "--reduction", "prune+merge"],
+        ["--method", "token", "--token-strategy", "norm"],
+        ["--method", "token", "--token-strategy", "top"],
+        ["--method", "token", "--reduction", "merge", "--merge-tokens", "4"],
+        ["--method", "token", "--reduction", "mtr"],
     ],
     ids="_".join,
 )

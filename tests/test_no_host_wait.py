@@ -87,6 +87,13 @@ VARIANTS = [
     dict(scorer_input="delta"),
     dict(token_strategy="random"),
     dict(token_strategy="static"),
+    dict(token_strategy="norm"),
+    dict(token_strategy="top"),
+    dict(token_strategy="distilled"),
+    dict(reduction="prune+merge"),
+    dict(reduction="prune+merge", token_strategy="distilled"),
+    dict(reduction="merge", merge_tokens=3),
+    dict(reduction="mtr"),
     dict(prune_tokens=False),
     dict(route_blocks=False),
 ]
@@ -105,7 +112,10 @@ def train(family: str, variant: dict) -> None:
     teacher = fake(VisionMamba, family).eval()
     objective = Objective(
         ClassificationTerms(SoftTargetCrossEntropy()),
-        Budgets(model.token_keep or None, 0.8 if model.route_blocks else None),
+        Budgets(
+            model.token_keep if model.token_keep and model.reduction.draws else None,
+            0.8 if model.route_blocks else None,
+        ),
         Distillation(tokens=bool(model.token_keep)),
     )
     targets = torch.zeros(3, 7, device="cuda")
@@ -113,6 +123,8 @@ def train(family: str, variant: dict) -> None:
         result = model(images())
         with torch.no_grad():
             teacher_result = teacher(images())
+        # no backward pass runs on faked devices
+        teacher_result.importance = [torch.ones(3, 16, device="cuda")] * len(result.scored)
         loss, _ = objective(result, targets, teacher_result)
         assert loss.requires_grad
 

@@ -102,6 +102,30 @@ def test_recorded_choices_are_defaults_that_flags_override():
             "--method dyvm --model-path x --token-strategy static --scorer-input B",
             ["--scorer-input B", "static"],
         ),
+        ("--method block --model-path x --token-strategy static", ["--token-strategy", "block"]),
+        (
+            "--method dyvm --model-path x --token-strategy norm --reduction merge --merge-tokens 5",
+            ["--token-strategy norm", "--reduction merge", "prune+merge"],
+        ),
+        (
+            "--method dyvm --model-path x --scorer-input B --reduction mtr",
+            ["--scorer-input", "--reduction mtr", "scores nothing"],
+        ),
+        ("--method dyvm --model-path x --reduction merge", ["--merge-tokens", "11", "vim_small"]),
+        ("--method dyvm --model-path x --merge-tokens 5", ["--merge-tokens", "--reduction prune"]),
+        (
+            "--method token --model-path x --reduction merge --merge-tokens 5 "
+            "--token-keep-ratio 0.5",
+            ["--token-keep-ratio", "--reduction merge", "--merge-tokens"],
+        ),
+        (
+            "--method dyvm --model-path x --selector-weight 2",
+            ["--selector-weight", "--token-strategy learned", "distilled"],
+        ),
+        (
+            "--method dyvm --model-path x --importance-every 2 --token-strategy static",
+            ["--importance-every", "--token-strategy static", "distilled"],
+        ),
         ("--if_amp", ["--if_amp", "--amp bf16"]),
         ("--finetune x.pth", ["--finetune", "--model-path"]),
         ("--dist-eval", ["always distributed"]),
@@ -115,7 +139,7 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
     assert "\n" not in text and error.value.exit_code == 2
 
 
-GIVEN = {"--gate-threshold": 0.5}  # where 1 is no value of the flag
+GIVEN = {"--gate-threshold": 0.5, "--reduction": "mtr"}  # where 1 is no value of the flag
 
 
 @pytest.mark.parametrize(
@@ -131,10 +155,14 @@ GIVEN = {"--gate-threshold": 0.5}  # where 1 is no value of the flag
                 "--distill-weight",
                 "--pruning-layers",
                 "--gate-threshold",
+                "--reduction",
             ],
         ),
         ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
-        ("block", ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers"]),
+        (
+            "block",
+            ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers", "--reduction"],
+        ),
         ("dyvm", []),
     ],
 )
@@ -194,6 +222,11 @@ DYNAMIC = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "dyvm", "mo
             "--data-set FOLDER --data-path x --val-split=test",
             None,
             ["--val-split", "--data-set FOLDER"],
+        ),
+        (
+            "--eval --sweep 0.5 --model-path x",
+            DYNAMIC | {"reduction": "merge", "merge_tokens": 5},
+            ["--sweep", "--reduction merge"],
         ),
         ("--eval --model-path x --val-split test", DYNAMIC, ["--val-split", "--data-set DIGITS"]),
         (

@@ -25,7 +25,7 @@ from models import FAMILIES, DynamicVisionMamba
 from models.backbone import PatchEmbed
 from models.layouts import insert
 
-ARGS = SimpleNamespace(eval_crop_ratio=0.875)
+ARGS = SimpleNamespace(eval_crop_ratio=0.875, whole_images=None)
 
 
 def small(img_size, family="vim", **kwargs):
@@ -116,7 +116,7 @@ def test_region_is_what_the_preprocessing_shows(size, img_size, ratio):
     """An image whose pixels hold their own coordinates comes out of the preprocessing with those of
     the region.
     """
-    args = SimpleNamespace(eval_crop_ratio=ratio)
+    args = SimpleNamespace(eval_crop_ratio=ratio, whole_images=None)
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
     left, top, right, bottom = seen_region(size, args, img_size)

@@ -1,12 +1,12 @@
 """Composed scenes: complete files, all classes, the same pixels for the same seed."""
 
-import gzip
 import hashlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers.data import GARMENTS, garments, save_garments
 from helpers.shell import ROOT
 from PIL import Image
 
@@ -14,32 +14,10 @@ from loading import compositing
 from scripts.seg import scenes
 from utils.errors import UsageError, UserError
 
-GARMENTS = 10
-
-
-def idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-def garments(count, seed):
-    """Rectangles of 28 x 28 images, and their labels."""
-    random = np.random.RandomState(seed)
-    pixels = np.zeros((count, 28, 28), np.uint8)
-    for picture in pixels:
-        top, left = random.randint(2, 8, 2)
-        picture[top:-4, left:-4] = random.randint(60, 256, (24 - top, 24 - left))
-    return pixels, (np.arange(count) % GARMENTS).astype(np.uint8)
-
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fashion")
-    for seed, (prefix, count) in enumerate({"train": 40, "t10k": 20}.items()):
-        pixels, labels = garments(count, seed)
-        idx(folder / f"{prefix}-images-idx3-ubyte.gz", pixels)
-        idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    return folder
+    return save_garments(tmp_path_factory.mktemp("fashion"))
 
 
 @pytest.fixture

@@ -51,6 +51,8 @@ def draw(model, images, output, *flags):
         [*DYNAMIC, "--method", "block"],
         [*DYNAMIC, "--token-strategy", "random"],
         [*DYNAMIC, "--token-strategy", "static"],
+        [*DYNAMIC, "--reduction", "prune+merge"],
+        [*DYNAMIC, "--reduction", "mtr"],
         [*DYNAMIC, "--scorer-input", "B"],
         [*DYNAMIC, "--scorer-input", "delta"],
         [*DYNAMIC, "--model", "videomamba_tiny"],

@@ -122,7 +122,13 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
     """What a flag stands for in runs of earlier versions, which did not have it."""
     if name == "poly_power":  # timm's power, where the run had such a schedule
         return 0.1 if flags.get("sched") == "poly" else 1.0
-    return {"crop_area": [0.08, 1.0], "eval_shuffle_frames": False}.get(name)
+    return {
+        "crop_area": [0.08, 1.0],
+        "eval_shuffle_frames": False,
+        "reduction": "prune",
+        "selector_weight": 1.0,
+        "importance_every": 1,
+    }.get(name)
 
 
 def _plain(value: Any) -> Any:

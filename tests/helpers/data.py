@@ -1,6 +1,7 @@
 """Flags and small image folders for the tests of the data sets."""
 
 import argparse
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -33,4 +34,33 @@ def make_folders(root: Path, classes=("cat", "dog"), train: int = 8, val: int = 
             folder.mkdir(parents=True)
             for number in range(count):
                 photo(seed=100 * label + number).save(folder / f"{number}.jpg")
+    return root
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    """Bytes in MNIST's format, compressed if the name says so."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    content = header + array.tobytes()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+GARMENTS = 10  # classes
+
+
+def garments(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bright rectangles of noise in images [count, 28, 28], and their labels, each in turn."""
+    random = np.random.RandomState(seed)
+    pixels = np.zeros((count, 28, 28), np.uint8)
+    for picture in pixels:
+        top, left = random.randint(2, 8, 2)
+        picture[top:-4, left:-4] = random.randint(60, 256, (24 - top, 24 - left))
+    return pixels, (np.arange(count) % GARMENTS).astype(np.uint8)
+
+
+def save_garments(root: Path, train: int = 40, val: int = 20) -> Path:
+    """Files as of Fashion-MNIST."""
+    for seed, (prefix, count) in enumerate({"train": train, "t10k": val}.items()):
+        pixels, labels = garments(count, seed)
+        write_idx(root / f"{prefix}-images-idx3-ubyte.gz", pixels)
+        write_idx(root / f"{prefix}-labels-idx1-ubyte.gz", labels)
     return root
