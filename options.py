@@ -31,6 +31,7 @@ READ_BY = {
     "--gate-threshold": ("dyvm", "block"),
     "--distill-weight": ("dyvm", "token", "block"),
     "--reduction": ("dyvm", "token"),
+    "--selector-gradient": ("dyvm", "token"),
 }
 
 
@@ -406,14 +407,18 @@ def _check_reduction(args: argparse.Namespace) -> None:
             f"--token-strategy {strategy} has no meaning with --reduction {reduction}, which "
             "selects nothing; --reduction prune+merge merges what a strategy does not keep"
         )
-    scores = strategy in ("learned", "distilled") and reduction in SELECTING
-    if not scores and args.scorer_input != "hidden":
-        raise UsageError(
-            f"--scorer-input {args.scorer_input} has no meaning with --token-strategy {strategy}, "
-            "which scores nothing"
-            if reduction in SELECTING
-            else f"--scorer-input has no meaning with --reduction {reduction}, which scores nothing"
+    if strategy not in ("learned", "distilled") or reduction not in SELECTING:
+        what = (
+            f"--token-strategy {strategy}" if reduction in SELECTING else f"--reduction {reduction}"
         )
+        for flag, value, default in (
+            ("--scorer-input", args.scorer_input, "hidden"),
+            ("--selector-gradient", args.selector_gradient, "paper"),
+        ):
+            if value != default:
+                raise UsageError(
+                    f"{flag} {value} has no meaning with {what}, which learns no scores"
+                )
     if reduction == "merge" and args.method in ("dyvm", "token"):
         if args.merge_tokens is None:
             raise UsageError(

@@ -391,6 +391,8 @@ class DynamicVisionMamba(VisionMamba):
             or raw step.
         token_strategy: which tokens stay, see `reduction.SELECTORS`.
         reduction: what becomes of the others, see `reduction.REDUCTIONS`.
+        selector_gradient: how a learned selector hears of tokens that were dropped: "paper" or
+            "inplace", see `reduction.LearnedScores`; training alone differs.
         merge_tokens: how many each stage merges, with reduction "merge"; in place of `token_keep`.
 
     Raises:
@@ -409,6 +411,7 @@ class DynamicVisionMamba(VisionMamba):
         token_strategy: str = "learned",
         reduction: str = "prune",
         merge_tokens: int | None = None,
+        selector_gradient: str = "paper",
         **backbone,
     ):
         self.route_blocks = route_blocks
@@ -421,7 +424,9 @@ class DynamicVisionMamba(VisionMamba):
                 f"pruning_layers {list(layers)} must ascend within 1 ... {self.depth - 1}"
             )
         self.pruning_layers = layers
-        self.reduction = make_reduction(reduction, token_strategy, scorer_input, merge_tokens)
+        self.reduction = make_reduction(
+            reduction, token_strategy, scorer_input, merge_tokens, selector_gradient
+        )
         self.scorer_input, self.token_strategy = scorer_input, token_strategy
         if merge_tokens is not None:
             left = [self.num_patches - merge_tokens * (s + 1) for s in range(len(layers))]
@@ -434,6 +439,8 @@ class DynamicVisionMamba(VisionMamba):
         self.set_token_keep(token_keep if prune_tokens else ())
         for layer in self.pruning_layers:
             self.layers[layer - 1].mixer.observes = self.reduction.observes
+        for layer in self.layers:
+            layer.mixer.mask_in_place = selector_gradient == "inplace"
         if self.pruning_layers and self.reduction.learns:
             widths = {"hidden": self.embed_dim, "B": self.d_state, "delta": 2 * self.embed_dim}
             self.score_predictors = nn.ModuleList(

@@ -30,6 +30,7 @@ IDENTITY = (
     "scorer_input",
     "reduction",
     "merge_tokens",
+    "selector_gradient",
     "data_set",
     "data_path",
     "prefix",
@@ -54,6 +55,7 @@ FLAG_OF = {
     "scorer_input": "scorer_input",
     "reduction": "reduction",
     "merge_tokens": "merge_tokens",
+    "selector_gradient": "selector_gradient",
     "drop_path": "drop_path",
     "img_size": "input_size",
 }
@@ -69,6 +71,7 @@ FLAGGED = {
     "scorer_input": "--scorer-input",
     "reduction": "--reduction",
     "merge_tokens": "--merge-tokens",
+    "selector_gradient": "--selector-gradient",
     "prune_tokens": "--method",
     "route_blocks": "--method",
 }
@@ -99,6 +102,7 @@ class ModelSpec:
     scorer_input: str = "hidden"
     reduction: str = "prune"
     merge_tokens: int | None = None
+    selector_gradient: str = "paper"
     drop_path: float = 0.0
     img_size: Size | None = None
 
@@ -146,6 +150,7 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
             scorer_input=spec.scorer_input,
             reduction=spec.reduction,
             merge_tokens=spec.merge_tokens,
+            selector_gradient=spec.selector_gradient,
             prune_tokens=spec.method != "block",
             route_blocks=spec.method != "token",
         )

@@ -5,7 +5,7 @@ import argparse
 from utils.arguments import below_one, key_value, not_negative, positive, ratio
 from utils.errors import UsageError
 
-from .reduction import REDUCTIONS, SCORER_INPUTS, TOKEN_STRATEGIES
+from .reduction import REDUCTIONS, SCORER_INPUTS, SELECTOR_GRADIENTS, TOKEN_STRATEGIES
 from .registry import canonical_name, model_names
 
 METHODS = ("dense", "dyvm", "token", "block")
@@ -101,6 +101,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="R",
         help="--reduction merge: tokens that each stage merges, in place of --token-keep-ratio",
+    )
+    group.add_argument(
+        "--selector-gradient",
+        choices=SELECTOR_GRADIENTS,
+        default="paper",
+        help="inplace: the decision about a dropped token hears what the token would change where "
+        "it stands; in the paper's training it hears nothing",
     )
     group.add_argument(
         "--selector-weight",

@@ -109,7 +109,11 @@ def test_recorded_choices_are_defaults_that_flags_override():
         ),
         (
             "--method dyvm --model-path x --scorer-input B --reduction mtr",
-            ["--scorer-input", "--reduction mtr", "scores nothing"],
+            ["--scorer-input B", "--reduction mtr", "learns no scores"],
+        ),
+        (
+            "--method dyvm --model-path x --token-strategy static --selector-gradient inplace",
+            ["--selector-gradient inplace", "--token-strategy static", "learns no scores"],
         ),
         ("--method dyvm --model-path x --reduction merge", ["--merge-tokens", "11", "vim_small"]),
         ("--method dyvm --model-path x --merge-tokens 5", ["--merge-tokens", "--reduction prune"]),
@@ -139,7 +143,11 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
     assert "\n" not in text and error.value.exit_code == 2
 
 
-GIVEN = {"--gate-threshold": 0.5, "--reduction": "mtr"}  # where 1 is no value of the flag
+GIVEN = {
+    "--gate-threshold": 0.5,
+    "--reduction": "mtr",
+    "--selector-gradient": "paper",
+}  # where 1 is no value of the flag
 
 
 @pytest.mark.parametrize(
@@ -156,12 +164,19 @@ GIVEN = {"--gate-threshold": 0.5, "--reduction": "mtr"}  # where 1 is no value o
                 "--pruning-layers",
                 "--gate-threshold",
                 "--reduction",
+                "--selector-gradient",
             ],
         ),
         ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
         (
             "block",
-            ["--token-keep-ratio", "--token-pruning-weight", "--pruning-layers", "--reduction"],
+            [
+                "--token-keep-ratio",
+                "--token-pruning-weight",
+                "--pruning-layers",
+                "--reduction",
+                "--selector-gradient",
+            ],
         ),
         ("dyvm", []),
     ],

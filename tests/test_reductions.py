@@ -213,7 +213,7 @@ def test_masked_training_that_merges_equals_evaluation(monkeypatch):
         evaluated = model.eval()(images)
     kept = iter(evaluated.kept)
 
-    def decide(stage, tokens, mixed, model, images):
+    def decide(stage, tokens, scores):
         chosen = torch.zeros(3, 16).scatter(1, next(kept), 1.0)
         return chosen.gather(1, tokens.origin)
 

@@ -377,7 +377,7 @@ def test_training_and_evaluation_agree_on_the_maps(class_token, features, monkey
         evaluated = model.eval()(images)
         kept = evaluated.kept
 
-        def chosen(stage, tokens, mixed, staged, images):
+        def chosen(stage, tokens, scores):
             decision = torch.zeros_like(tokens.alive)
             return decision.scatter_(1, kept[stage], 1.0)
 

@@ -126,6 +126,7 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
         "crop_area": [0.08, 1.0],
         "eval_shuffle_frames": False,
         "reduction": "prune",
+        "selector_gradient": "paper",
         "selector_weight": 1.0,
         "importance_every": 1,
     }.get(name)

@@ -16,6 +16,7 @@ __all__ = [
     "REDUCTIONS",
     "SCORER_INPUTS",
     "SELECTING",
+    "SELECTOR_GRADIENTS",
     "TOKEN_STRATEGIES",
     "LearnedScores",
     "Reduction",
@@ -28,6 +29,7 @@ __all__ = [
 REDUCTIONS = ("prune", "prune+merge", "merge", "mtr")
 SELECTING = ("prune", "prune+merge")  # read a token strategy
 TOKEN_STRATEGIES = tuple(SELECTORS)
+SELECTOR_GRADIENTS = ("paper", "inplace")
 
 
 def make_reduction(
@@ -35,6 +37,7 @@ def make_reduction(
     strategy: str = "learned",
     scorer_input: str = "hidden",
     merge_tokens: int | None = None,
+    selector_gradient: str = "paper",
 ) -> Reduction:
     """The reduction named by `--reduction`, with the selector `--token-strategy`.
 
@@ -43,18 +46,27 @@ def make_reduction(
     for argument, value, names in (
         ("reduction", reduction, REDUCTIONS),
         ("token_strategy", strategy, TOKEN_STRATEGIES),
+        ("selector_gradient", selector_gradient, SELECTOR_GRADIENTS),
     ):
         if value not in names:
             raise ValueError(f"{argument} {value!r} must be one of {', '.join(names)}")
     if (reduction == "merge") != (merge_tokens is not None):
         raise ValueError("merge_tokens is how many tokens each stage of reduction 'merge' merges")
     if reduction not in SELECTING:
+        if selector_gradient != "paper":
+            raise ValueError(f"selector_gradient: reduction {reduction!r} selects nothing")
         if strategy != "learned":
             raise ValueError(f"token_strategy {strategy!r}: {reduction!r} selects nothing")
         return BipartiteMerging((), merge_tokens) if reduction == "merge" else StepGroups()
     selector = SELECTORS[strategy]
-    learned = issubclass(selector, LearnedScores)
-    selection = selector(scorer_input=scorer_input) if learned else selector()
+    if issubclass(selector, LearnedScores):
+        selection = selector((), scorer_input, selector_gradient == "inplace")
+    elif selector_gradient != "paper":
+        raise ValueError(
+            f"selector_gradient {selector_gradient!r}: token_strategy {strategy!r} learns nothing"
+        )
+    else:
+        selection = selector()
     selection.absorbs = reduction == "prune+merge"
     return selection
 

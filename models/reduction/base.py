@@ -70,6 +70,12 @@ def mix(stage: int, tokens: Tokens, model: Staged) -> Tensor:
     return tokens.residual + drop_path(tokens.hidden)
 
 
+def observed(stage: int, tokens: Tokens, model: Staged) -> Tensor:
+    """What the layer before a stage measured of the patches [B, m], see `Reduction.observes`."""
+    values = model.layers[model.pruning_layers[stage] - 1].mixer.observed
+    return extract(values.unsqueeze(-1), tokens.class_slots)[0].squeeze(-1)
+
+
 def rearrange(
     tokens: Tokens,
     residual: Tensor,

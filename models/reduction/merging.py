@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layouts import extract, insert, take
 from ..tokens import Tokens
-from .base import Reduction, Staged, gather, mix
+from .base import Reduction, Staged, gather, mix, observed
 
 LARGEST_TABLE = 1 << 26  # similarities held at once
 
@@ -143,8 +143,7 @@ class StepGroups(Merging):
         return tokens, mixed
 
     def match(self, stage, tokens, leaving, model):
-        observed = model.layers[model.pruning_layers[stage] - 1].mixer.observed
-        step = extract(observed.unsqueeze(-1), tokens.class_slots)[0].squeeze(-1)
+        step = observed(stage, tokens, model)
         entering = step.shape[1]
         merged = entering - leaving
         ranked = step.argsort(dim=1, descending=True, stable=True)

@@ -21,7 +21,7 @@ from .. import sampling
 from ..layouts import extract
 from ..pruning import best_in_order
 from ..tokens import Scored, Tokens, thaw
-from .base import Reduction, Staged, freeze, gather, mix, rearrange
+from .base import Reduction, Staged, freeze, gather, mask_in_place, mix, observed, rearrange
 from .merging import average, nearest_kept
 
 SCORER_INPUTS = ("hidden", "B", "delta")
@@ -44,21 +44,27 @@ class Selection(Reduction):
         return (entering - leaving) * leaving * model.embed_dim if self.absorbs else 0
 
     def __call__(self, stage: int, tokens: Tokens, model: Staged, images: Tensor) -> Tokens:
-        if model.training and self.draws and self.freezes and not self.absorbs:
-            whole = thaw(tokens, model.layout)
-            mixed = whole.residual + whole.hidden
-            decision = self.decide(stage, whole, mixed, model, images)
-            return freeze(whole, decision, model.layout, self.zeroes)
-        mixed = mix(stage, tokens, model)
-        if model.training and self.draws:
-            decision = self.decide(stage, tokens, mixed, model, images)
-            tokens, mixed, into = self._absorbed(tokens, mixed, decision > 0.5, model)
-            return rearrange(tokens, mixed, decision, model.layout, into=into)
-        scored = self.score(stage, tokens, mixed, model)
-        chosen = self.choose(stage, tokens, mixed, model, images, scored)
-        if model.training and scored is not None:
-            entry = Scored(scored, tokens.origin, tokens.alive.detach())
+        draws = model.training and self.draws
+        freezes = self.freezes and not self.absorbs and not self.in_place
+        if draws and freezes:
+            tokens = thaw(tokens, model.layout)
+            mixed = tokens.residual + tokens.hidden
+        else:
+            mixed = mix(stage, tokens, model)
+        policy = tokens.alive if draws else mixed.new_ones(tokens.alive.shape)
+        scores = self.score(stage, tokens, mixed, policy, model)
+        if model.training and self.taught:
+            odds = scores[..., 0] - scores[..., 1]
+            entry = Scored(odds, tokens.origin, tokens.alive.detach())
             tokens = replace(tokens, scored=(*tokens.scored, entry))
+        if draws:
+            decision = self.decide(stage, tokens, scores)
+            if freezes:
+                return freeze(tokens, decision, model.layout, self.zeroes)
+            tokens, mixed, into = self._absorbed(tokens, mixed, decision > 0.5, model)
+            mask = mask_in_place if self.in_place else rearrange
+            return mask(tokens, mixed, decision, model.layout, into=into)
+        chosen = self.choose(stage, tokens, scores, model, images)
         keep = torch.zeros_like(tokens.alive, dtype=torch.bool).scatter_(1, chosen, True)
         tokens, mixed, into = self._absorbed(tokens, mixed, keep, model)
         return gather(tokens, mixed, chosen, model.layout, into)
@@ -74,71 +80,53 @@ class Selection(Reduction):
         alive = tokens.alive.detach()
         return *average(tokens, mixed, into, alive), into
 
-    def score(self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged) -> Tensor | None:
-        """Scores [B, m] of a selector with predictors, where it prunes physically."""
+    def score(
+        self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: Staged
+    ) -> Tensor | None:
+        """Scores [B, m], or log-probabilities (keep, drop) [B, m, 2]; None for a blind choice.
+
+        mixed [B, L, d]: hidden + residual; policy [B, m]: 1 for tokens that are still alive.
+        """
         return None
 
-    def decide(
-        self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged, images: Tensor
-    ) -> Tensor:
-        """Training: cumulative decision [B, m], 1 or 0, with gradient; dropped tokens stay dropped.
-
-        mixed [B, L, d]: hidden + residual.
-        """
+    def decide(self, stage: int, tokens: Tokens, scores: Tensor) -> Tensor:
+        """Training: decision [B, m], 1 or 0, with gradient; dropped tokens stay dropped."""
         raise NotImplementedError
 
     def choose(
-        self,
-        stage: int,
-        tokens: Tokens,
-        mixed: Tensor,
-        model: Staged,
-        images: Tensor,
-        scores: Tensor | None,
+        self, stage: int, tokens: Tokens, scores: Tensor | None, model: Staged, images: Tensor
     ) -> Tensor:
-        """The slots that stay, ascending [B, k]; scores as `score` gave them."""
-        raise NotImplementedError
+        """The slots that stay, ascending [B, k]: those with the best scores."""
+        best = scores[..., 0] if scores.dim() == 3 else scores
+        return best_in_order(best.detach(), self.kept_counts(model.num_patches)[stage])
 
 
-class ScoredSelection(Selection):
-    """Keeps the tokens with the best scores."""
-
-    def choose(self, stage, tokens, mixed, model, images, scores):
-        if scores is None:
-            scores = self.rank(stage, tokens, mixed, model)
-        return best_in_order(scores.detach(), self.kept_counts(model.num_patches)[stage])
-
-    def rank(self, stage: int, tokens: Tokens, mixed: Tensor, model: Staged) -> Tensor:
-        """Scores [B, m] of a selector without predictors."""
-        raise NotImplementedError
-
-
-class LearnedScores(ScoredSelection):
+class LearnedScores(Selection):
     """The paper's selector: a predictor scores each token.
 
-    Training makes a noisy decision, evaluation keeps the best k. scorer_input: what the predictor
-    reads, see `predict`.
+    Training makes a noisy decision, evaluation keeps the best k.
+
+    Args:
+        scorer_input: what the predictor reads: the hidden state with its residual, or B or the raw
+            step of the layer before.
+        in_place: the decision's gradient is that of a token which is put where it stands. In the
+            paper's training a dropped token's decision has none (docs/method.md).
     """
 
     name = "learned"
     learns = draws = True
 
-    def __init__(self, token_keep: Sequence[float] = (), scorer_input: str = "hidden"):
+    def __init__(
+        self, token_keep: Sequence[float] = (), scorer_input: str = "hidden", in_place: bool = False
+    ):
         super().__init__(token_keep)
         if scorer_input not in SCORER_INPUTS:
             raise ValueError(
                 f"scorer_input {scorer_input!r} must be one of {', '.join(SCORER_INPUTS)}"
             )
-        self.scorer_input = scorer_input
+        self.scorer_input, self.in_place = scorer_input, in_place
 
-    def predict(
-        self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: Staged
-    ) -> Tensor:
-        """Log-probabilities (keep, drop) [B, m, 2] of the patch tokens that enter a stage.
-
-        The predictor reads the hidden state with its residual, or B or the raw step of the layer
-        before. policy [B, m]: 1 for tokens that are still alive.
-        """
+    def score(self, stage, tokens, mixed, policy, model):
         predictor = model.score_predictors[stage]
         if self.scorer_input == "hidden":
             return predictor(extract(mixed, tokens.class_slots)[0], policy)
@@ -150,29 +138,23 @@ class LearnedScores(ScoredSelection):
         features, _ = extract(B if self.scorer_input == "B" else step, tokens.class_slots)
         return predictor(features, policy)
 
-    def score(self, stage, tokens, mixed, model):
-        policy = mixed.new_ones(tokens.alive.shape)
-        return self.predict(stage, tokens, mixed, policy, model)[..., 0]
-
-    def decide(self, stage, tokens, mixed, model, images):
-        log_probs = self.predict(stage, tokens, mixed, tokens.alive, model)
-        return sampling.keep_decision(log_probs, f"token.stage{stage}") * tokens.alive
+    def decide(self, stage, tokens, scores):
+        return sampling.keep_decision(scores, f"token.stage{stage}") * tokens.alive
 
 
 class DistilledScores(LearnedScores):
     """A predictor that is taught which tokens matter to the teacher, see `models.importance`.
 
     The number of tokens is fixed and the choice has no gradient of its own, so that training prunes
-    physically. This project's own.
+    physically; with `in_place` it decides freely and has both. This project's own.
     """
 
     name = "distilled"
-    draws, taught = False, True
+    taught = True
 
-    def score(self, stage, tokens, mixed, model):
-        policy = mixed.new_ones(tokens.alive.shape)
-        log_probs = self.predict(stage, tokens, mixed, policy, model)
-        return log_probs[..., 0] - log_probs[..., 1]
+    @property
+    def draws(self) -> bool:
+        return self.in_place
 
 
 class RandomTokens(Selection):
@@ -180,7 +162,7 @@ class RandomTokens(Selection):
 
     name = "random"
 
-    def choose(self, stage, tokens, mixed, model, images, scores):
+    def choose(self, stage, tokens, scores, model, images):
         entering, fresh = tokens.alive.shape[1], model.training
         noise = sampling.image_noise(images, entering, stage, fresh=fresh)
         return best_in_order(noise, self.kept_counts(model.num_patches)[stage])
@@ -191,25 +173,25 @@ class StaticTokens(Selection):
 
     name = "static"
 
-    def choose(self, stage, tokens, mixed, model, images, scores):
-        count = self.kept_counts(model.num_patches)[stage]
-        slots = torch.arange(count, device=mixed.device) * tokens.alive.shape[1] // max(count, 1)
-        return slots.expand(mixed.shape[0], -1)
+    def choose(self, stage, tokens, scores, model, images):
+        count, entering = self.kept_counts(model.num_patches)[stage], tokens.alive.shape[1]
+        slots = torch.arange(count, device=tokens.alive.device) * entering // max(count, 1)
+        return slots.expand(len(tokens.alive), -1)
 
 
-class LargestNorm(ScoredSelection):
+class LargestNorm(Selection):
     """Keeps the tokens of the largest norm: a baseline that costs nothing."""
 
     name = "norm"
 
-    def rank(self, stage, tokens, mixed, model):
+    def score(self, stage, tokens, mixed, policy, model):
         return extract(mixed, tokens.class_slots)[0].norm(dim=-1)
 
     def operations(self, entering, leaving, model):
         return super().operations(entering, leaving, model) + entering * model.embed_dim
 
 
-class LargestOutput(ScoredSelection):
+class LargestOutput(Selection):
     """Keeps the tokens with the largest sum over channels of the scans' output, clipped at 0.
 
     Source: ToP-ViM (arXiv 2409.18962), without its alignment of the states; here both directions
@@ -219,9 +201,8 @@ class LargestOutput(ScoredSelection):
     name = "top"
     observes = "outputs"
 
-    def rank(self, stage, tokens, mixed, model):
-        observed = model.layers[model.pruning_layers[stage] - 1].mixer.observed
-        return extract(observed.unsqueeze(-1), tokens.class_slots)[0].squeeze(-1)
+    def score(self, stage, tokens, mixed, policy, model):
+        return observed(stage, tokens, model)
 
 
 SELECTORS: dict[str, type[Selection]] = {
