@@ -38,7 +38,8 @@ def causal_conv1d(
 
 
 def kept_conv1d(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution of each token, kept or dropped, and its nearest W - 1 kept predecessors.
+    """Depthwise convolution of every token and its nearest W - 1 kept predecessors.
+
     x [B, L, E], mask [B, L], weight [E, W], bias [E] -> [B, L, E].
 
     The window is a queue that kept tokens enter. It is affine in the mask of each single token, so

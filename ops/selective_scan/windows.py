@@ -20,8 +20,9 @@ class Windows(NamedTuple):
 
     kept: Tensor  # [B, L] bool
     rank: Tensor  # [B, L], kept tokens before each
-    before: tuple[Tensor, ...]  # W - 1 of [B, L]: the nearest kept predecessor, ...; L: there is none
-    after: tuple[Tensor, ...]  # successors likewise
+    # W - 1 of [B, L] each, from the nearest on; L where there is none
+    before: tuple[Tensor, ...]  # kept predecessors
+    after: tuple[Tensor, ...]  # kept successors
 
     @classmethod
     def of(cls, mask: Tensor, width: int, reverse: bool) -> "Windows":
