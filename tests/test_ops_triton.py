@@ -271,8 +271,9 @@ def test_kernel_operator():
     xz, mask = draw(2, 3, 16).requires_grad_(), draw(2, 3).requires_grad_()
     lengths = torch.tensor([3, 1], device=DEVICE)
     gates = draw(2, 2).requires_grad_()
-    arguments = (xz, mask, gates, None, lengths, *flatten(params), 0.5, True)
-    torch.library.opcheck(triton_scan._operator, arguments)
+    for in_place in (False, True):
+        arguments = (xz, mask, gates, None, lengths, *flatten(params), 0.5, in_place, True)
+        torch.library.opcheck(triton_scan._operator, arguments)
 
 
 def run_interpreted(file: Path, chosen: str) -> str:
