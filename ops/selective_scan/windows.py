@@ -43,13 +43,31 @@ class Windows(NamedTuple):
         return cls(kept, rank, earlier, later)
 
 
+def _flat(index: Tensor, count: int) -> Tensor:
+    """index [B, L] into tables of `count` rows -> [B L] into all of them below each other. Copying
+    whole rows of such a table is several times faster than gathering single elements.
+    """
+    first = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * count
+    return (index + first).flatten()
+
+
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: table [B, T, E], index [B, L] -> [B, L, E]."""
     images, count, channels = table.shape
-    # Copying whole rows of a flat table is several times faster than gathering single elements.
-    flat = index + torch.arange(images, device=index.device).unsqueeze(1) * count
-    rows = table.reshape(images * count, channels).index_select(0, flat.flatten())
+    rows = table.reshape(images * count, channels).index_select(0, _flat(index, count))
     return rows.view(*index.shape, channels)
+
+
+def _sums(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Adds up rows [B, L, E] of one index [B, L] -> [B, count, E], in a fixed order."""
+    images, _, channels = rows.shape
+    sums, flat = rows.new_zeros(images * count, channels), _flat(index, count)
+    rows = rows.reshape(len(flat), channels)
+    if rows.is_cuda:  # where index_add_ adds in any order, as index_put_ does on a CPU
+        sums.index_put_((flat,), rows, accumulate=True)
+    else:
+        sums.index_add_(0, flat, rows)
+    return sums.view(images, count, channels)
 
 
 def _with_none(rows: Tensor) -> Tensor:
@@ -69,16 +87,14 @@ def convolve_backward(
     grad: Tensor, x: Tensor, windows: Windows, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [B, L, E] -> gradients of x [B, L, E], mask [B, L], weight [E, W] and bias [E]."""
-    (images, tokens, channels), width = x.shape, weight.shape[1]
+    tokens, width = x.shape[1], weight.shape[1]
     taps = weight.t().flip(0)  # of the token itself, of its nearest kept predecessor, ...
     x_table, grad_table = _with_none(x), _with_none(grad)
     rows = [x, *(_rows(x_table, index) for index in windows.before)]
     grad_weight = torch.stack([(grad * row).sum((0, 1)) for row in reversed(rows)], dim=1)
 
     # Tokens of one rank read the same predecessors, so that their gradients are added up once.
-    sums = grad.new_zeros(images, tokens + width, channels)
-    image = torch.arange(images, device=x.device).unsqueeze(1).expand(images, tokens)
-    sums.index_put_((image, windows.rank), grad, accumulate=True)
+    sums = _sums(grad, windows.rank, tokens + width)
     grad_x = torch.zeros_like(grad)
     for k in range(1, width):
         grad_x.addcmul_(_rows(sums, windows.rank + k), taps[k])
@@ -87,7 +103,7 @@ def convolve_backward(
     # With the token, the window of its j-th kept successor holds it at tap j and what stands before
     # it one tap further; without it, all of these stand one tap nearer.
     after = [_rows(grad_table, index) for index in windows.after]
-    grad_mask = grad.new_zeros(images, tokens)
+    grad_mask = grad.new_zeros(windows.kept.shape)
     for i in range(width - 1):
         moved = sum(taps[i + j] * after[j - 1] for j in range(1, width - i))
         grad_mask += ((rows[i] - rows[i + 1]) * moved).sum(-1)
@@ -95,7 +111,7 @@ def convolve_backward(
 
 
 def _forward(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    return convolve(x, Windows.of(mask, weight.shape[1], reverse), weight, bias)
+    return convolve(x, Windows.of(mask, weight.shape[1], reverse), weight, bias).contiguous()
 
 
 def _backward(
