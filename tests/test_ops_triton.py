@@ -204,17 +204,23 @@ def test_kernel_half_precision(dtype, in_place, poisoned, monkeypatch):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_kernel_without_gradient(in_place, poisoned, monkeypatch):
     """The path that keeps nothing gives the same numbers, and nothing runs over an image that is
-    off.
+    off, nor back.
     """
     torch.manual_seed(0)
     monkeypatch.setenv("DYVM_BACKEND", "triton")
-    xz, forward, backward = draw(2, 5, 32), draw_params(16, 16, 2), draw_params(16, 16, 2)
+    forward, backward = (
+        BranchParams(*(t.requires_grad_() for t in draw_params(16, 16, 2))) for _ in range(2)
+    )
+    xz = draw(2, 5, 32)
     xz[1] = float("nan")
     routing = {"active": torch.tensor([[True, True], [False, False]], device=DEVICE)}
     if in_place:
         routing |= {"mask": torch.tensor([[0.0, 1, 0, 1, 1]] * 2, device=DEVICE), "in_place": True}
     kept = bidirectional_ssm(xz.clone().requires_grad_(), forward, backward, **routing)
-    free = bidirectional_ssm(xz, forward, backward, **routing)
+    with torch.no_grad():
+        free = bidirectional_ssm(xz, forward, backward, **routing)
+    grads = torch.autograd.grad(kept.sum(), (*forward, *backward))
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
     assert torch.equal(free, kept.detach())
     assert torch.equal(free[1], torch.zeros_like(free[1])) and free[0].isfinite().all()
 

@@ -20,18 +20,17 @@ class Branch(NamedTuple):
     windows: Windows
     weight: Tensor  # [E, W]
     bias: Tensor  # [E]
-    walked: Tensor | None  # [B, L] bool; None: all tokens
 
     @classmethod
     def of(
         cls, xz: Tensor, mask: Tensor, walked: Tensor | None, params: BranchParams, reverse: bool
     ) -> "Branch":
-        """xz [B, L, 2E], mask [B, L]."""
+        """xz [B, L, 2E], mask [B, L], walked [B, L] bool; None: all."""
         weight, bias = params.conv_weight.float(), params.conv_bias.float()
         x = xz.chunk(2, dim=-1)[0].float()
         if walked is not None:
             x, mask = x.where(walked.unsqueeze(-1), 0), mask.where(walked, 0)
-        return cls(x, Windows.of(mask, weight.shape[1], reverse), weight, bias, walked)
+        return cls(x, Windows.of(mask, weight.shape[1], reverse), weight, bias)
 
     def sums(self) -> Tensor:
         """The convolution before SiLU, [B, L, E]."""
@@ -47,8 +46,6 @@ class Branch(NamedTuple):
         grad_x, grad_mask, grad_weight, grad_bias = convolve_backward(
             grad, self.x, self.windows, self.weight
         )
-        if self.walked is not None:
-            grad_mask = grad_mask.where(self.walked, 0)
         return grad_x, torch.cat([grad_weight.t(), grad_bias.unsqueeze(0)]), grad_mask
 
 
