@@ -28,7 +28,12 @@ class BidirectionalMamba(nn.Module):
 
     With `router`, the class token decides per image which of the two run: noisy straight-through
     gates in training, logit > `gate_threshold` at evaluation.
+
+    `mask_in_place` says what a mask of tokens means to the scans; see `in_place` of
+    `ops.selective_scan.ssm_branch`.
     """
+
+    mask_in_place = False
 
     def __init__(
         self, dim: int, d_state: int, halve: bool, router: bool = False, layer_index: int = 0
@@ -95,7 +100,13 @@ class BidirectionalMamba(nn.Module):
             gates = self.route(read(xz, class_slots, mask, mean))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
-            xz, self.branch(False), self.branch(True), mask=mask, scale=self.scale, **routing
+            xz,
+            self.branch(False),
+            self.branch(True),
+            mask=mask,
+            scale=self.scale,
+            in_place=self.mask_in_place,
+            **routing,
         )
         if self.observes == "steps":
             self.observed = self._steps(xz.detach())
@@ -160,8 +171,9 @@ class BidirectionalMamba(nn.Module):
         hidden [B, L, d] -> B [B, L, N], raw step dt_proj.weight dt_raw [B, L, E].
         """
         xz = self.in_proj(hidden)
-        _, step, B, _ = branch_inputs(xz, self.branch(False), mask=mask)
-        _, step_b, B_b, _ = branch_inputs(xz, self.branch(True), reverse=True, mask=mask)
+        masking = {"mask": mask, "in_place": self.mask_in_place}
+        _, step, B, _ = branch_inputs(xz, self.branch(False), **masking)
+        _, step_b, B_b, _ = branch_inputs(xz, self.branch(True), reverse=True, **masking)
         return (B + B_b) / 2, (step + step_b) / 2
 
 

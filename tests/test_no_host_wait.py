@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from losses import Budgets, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
 from ops import rms_norm
-from ops.selective_scan import torch_lean
+from ops.selective_scan import torch_lean, windows
 from tasks.classification import ClassificationTerms
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, num_classes=7)
@@ -154,5 +154,8 @@ def test_inside_the_operators():
     with torch.no_grad(), NoHostTensors():
         y, heads = torch_lean._scan(delta, inputs, A, B, C, True, True)
         torch_lean._scan_backward(y, delta, inputs, A, B, C, heads, True)
+        mask, taps = hidden[..., 0], weight.unsqueeze(1).expand(8, 4)
+        y = windows._forward(hidden, mask, taps, weight, True)
+        windows._backward(y, hidden, mask, taps, True)
         normed, total, scale = rms_norm._forward(hidden, hidden, weight, 1e-5, torch.float32)
         rms_norm._backward(normed, total, total, scale, weight, torch.bfloat16)

@@ -45,14 +45,18 @@ def test_cpu():
     skip_without_kernels()
     given, (forward, backward) = scan_inputs(), weights()
     xz, mask, gates, active, lengths = given.values()
-    passes("cpu_scan", (xz, mask, gates, None, None, *flatten((forward, backward)), 0.5))
-    passes("cpu_scan", (xz, None, None, active, lengths, *flatten((None, backward)), 1.0))
+    both = flatten((forward, backward))
+    passes("cpu_scan", (xz, mask, gates, None, None, *both, 0.5, False))
+    passes("cpu_scan", (xz, mask, gates, active, lengths, *both, 0.5, True))
+    passes("cpu_scan", (xz, None, None, active, lengths, *flatten((None, backward)), 1.0, False))
 
 
 def test_cpu_without_gradient():
     skip_without_kernels()
     xz, mask, _, active, lengths = (t.detach() for t in scan_inputs().values())
-    passes("cpu_infer", (xz, mask, None, active, lengths, *flatten(weights(grad=False)), 0.5))
+    both = flatten(weights(grad=False))
+    for in_place in (False, True):
+        passes("cpu_infer", (xz, mask, None, active, lengths, *both, 0.5, in_place))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -64,10 +68,18 @@ def test_torch(reverse):
     passes("torch_scan", (delta, inputs, A, B, C, reverse, True))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_window_conv(reverse):
+    xz, mask, *_ = scan_inputs().values()
+    x = xz.detach()[..., :6].requires_grad_()  # strided
+    passes("window_conv", (x, mask, *weights()[0][:2], reverse))
+
+
 def test_reference():
     xz, mask, _, active, lengths = scan_inputs(tokens=4).values()
-    passes("reference_branch", (xz, *weights()[0], mask, active[:, 0], lengths, True))
-    passes("reference_branch", (xz, *weights()[0], None, None, None, False))
+    passes("reference_branch", (xz, *weights()[0], mask, active[:, 0], lengths, True, False))
+    passes("reference_branch", (xz, *weights()[0], mask, active[:, 0], lengths, True, True))
+    passes("reference_branch", (xz, *weights()[0], None, None, None, False, False))
 
 
 @pytest.mark.parametrize("hidden", [None, torch.float32, torch.bfloat16])

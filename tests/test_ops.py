@@ -71,6 +71,12 @@ def random_mask(images, tokens):
     return torch.where(mask < 0.3, 0, mask)
 
 
+def binary_mask(images, tokens):
+    """Some tokens, none, all."""
+    share = torch.tensor([0.5, 0.0, 1.0])[:images, None]
+    return (torch.rand(images, tokens) < share).double()
+
+
 def evaluate(monkeypatch, backend, call, device, dtype, tensors, options, behind=None):
     """Output and gradients of `call` on copies of `tensors` (a dict; BranchParams count as seven
     tensors).
@@ -125,7 +131,9 @@ def compare(monkeypatch, device, call, tensors, options, behind=None):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("case", ["plain", "mask", "prefix", "active", "lengths", "all"])
+@pytest.mark.parametrize(
+    "case", ["plain", "mask", "prefix", "active", "lengths", "all", "in place", "in place, all"]
+)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_branch(backend, monkeypatch, size, case, reverse):
     images, tokens, channels, states, rank = size
@@ -138,17 +146,29 @@ def test_branch(backend, monkeypatch, size, case, reverse):
         tensors["mask"] = random_mask(images, tokens)
     if case == "prefix":
         tensors["mask"] = prefix_mask(images, tokens)
-    options = {"reverse": reverse}
-    if case in ("active", "all"):
+    options = {"reverse": reverse, "in_place": case.startswith("in place")}
+    if options["in_place"]:
+        tensors["mask"] = binary_mask(images, tokens)
+    if case in ("active", "all", "in place, all"):
         options["active"] = torch.tensor([True, False, True])[:images]
-    if case in ("lengths", "all"):
+    if case in ("lengths", "all", "in place, all"):
         options["lengths"] = torch.tensor([tokens // 2 + 1, 0, tokens])[:images]
     compare(monkeypatch, backend, ssm_branch, tensors, options)
 
 
 @pytest.mark.parametrize("size", SIZES[1:4], ids=str)
 @pytest.mark.parametrize(
-    "case", ["plain", "gates", "prefix", "prefix, nothing behind", "active", "all"]
+    "case",
+    [
+        "plain",
+        "gates",
+        "prefix",
+        "prefix, nothing behind",
+        "active",
+        "all",
+        "in place",
+        "in place, all",
+    ],
 )
 def test_both_directions(backend, monkeypatch, size, case):
     images, tokens, channels, states, rank = size
@@ -158,18 +178,21 @@ def test_both_directions(backend, monkeypatch, size, case):
         "forward": params_of(channels, states, rank),
         "backward": params_of(channels, states, rank, seed=1),
     }
-    options, behind = {"scale": 0.5}, None
-    if case in ("gates", "all"):
+    options, behind = {"scale": 0.5, "in_place": case.startswith("in place")}, None
+    if options["in_place"]:
+        tensors["mask"] = binary_mask(images, tokens)
+    if case in ("gates", "all", "in place, all"):
         tensors["gates"] = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 0.0]], dtype=torch.float64)[
             :images
         ]
     if case.startswith("prefix"):
         tensors["mask"] = prefix_mask(images, tokens)
         behind = tensors["mask"] if "nothing" in case else None
-    if case in ("active", "all"):
+    if case in ("active", "all", "in place, all"):
         options["active"] = torch.tensor([[True, False], [True, True], [False, False]])[:images]
     if case == "all":
         tensors["mask"] = random_mask(images, tokens)
+    if case in ("all", "in place, all"):
         options["lengths"] = torch.tensor([tokens // 2 + 1, tokens, 1])[:images]
     compare(monkeypatch, backend, bidirectional_ssm, tensors, options, behind)
 
@@ -203,7 +226,8 @@ def test_half_precision_input(backend, monkeypatch, dtype):
     assert_close([p.grad for p in params], [p.grad for p in exact_params])
 
 
-def test_non_contiguous_arguments(backend, monkeypatch):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_non_contiguous_arguments(backend, monkeypatch, in_place):
     tensors = {
         "xz": torch.randn(2, 18, 80, dtype=torch.float64)[:, ::2, ::2],
         "params": BranchParams(*(torch.stack((p, p), -1)[..., 0] for p in params_of(20, 8, 2))),
@@ -225,6 +249,7 @@ def test_non_contiguous_arguments(backend, monkeypatch):
             mask=mask.t().contiguous().t(),
             lengths=lengths,
             active=active.t().contiguous().t(),
+            in_place=in_place,
         )
 
     compare(monkeypatch, backend, strided, tensors, options)
@@ -234,9 +259,10 @@ def test_non_contiguous_arguments(backend, monkeypatch):
 def test_no_images_or_no_tokens(backend, images, tokens):
     xz = torch.randn(images, tokens, 16, device=backend, requires_grad=True)
     params = BranchParams(*(p.float().to(backend).requires_grad_() for p in params_of(8, 4, 1)))
-    mask = torch.ones(images, tokens, device=backend)
+    mask = torch.ones(images, tokens, device=backend, requires_grad=True)
     for y in (
         ssm_branch(xz, params, mask=mask),
+        ssm_branch(xz, params, mask=mask, in_place=True),
         bidirectional_ssm(
             xz, params, params, mask=mask, gates=torch.ones(images, 2, device=backend)
         ),
@@ -316,7 +342,10 @@ def test_frozen_weights(backend, monkeypatch):
 @pytest.mark.parametrize(
     "size", [(5, 7, 3), (48, 16, 24), (70, 33, 9)]
 )  # up to two panels of the projection
-@pytest.mark.parametrize("options", [(), ("mask",), ("active",), ("lengths", "mask", "active")])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("mask",), ("active",), ("lengths", "mask", "active"), ("lengths", "mask", "in place")],
+)
 def test_inference_shares_out_images_or_their_parts_with_one_result(size, options, monkeypatch):
     """To the last bit, for any number of images and threads; and nearly that of a forward pass that
     keeps states.
@@ -337,14 +366,18 @@ def test_inference_shares_out_images_or_their_parts_with_one_result(size, option
         "active": torch.rand(images, 2, generator=generator) < 0.6,
         "lengths": torch.randint(1, tokens + 1, (images,), generator=generator),
     }
-    given = {name: given[name] for name in options}
+    given = {name: given[name] for name in options if name in given}
+    in_place = "in place" in options
 
     def run(part: slice, threads: int) -> torch.Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             return bidirectional_ssm(
-                xz[part], *params, **{name: value[part] for name, value in given.items()}
+                xz[part],
+                *params,
+                **{name: value[part] for name, value in given.items()},
+                in_place=in_place,
             )
         finally:
             torch.set_num_threads(before)
@@ -352,6 +385,6 @@ def test_inference_shares_out_images_or_their_parts_with_one_result(size, option
     whole = run(slice(None), 1)
     for count, threads in ((6, 2), (5, 2), (1, 2), (1, 1), (3, 3), (4, 3)):
         assert torch.equal(run(slice(count), threads), whole[:count]), (count, threads)
-    trained = bidirectional_ssm(xz.requires_grad_(), *params, **given)
+    trained = bidirectional_ssm(xz.requires_grad_(), *params, **given, in_place=in_place)
     assert trained.requires_grad
     torch.testing.assert_close(trained.detach(), whole, rtol=1e-5, atol=1e-5)

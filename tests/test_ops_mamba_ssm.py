@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from ops import selective_scan
 from ops.selective_scan import (
     BackendError,
     BranchParams,
@@ -115,7 +116,7 @@ def test_operator(calls):
     params = [tensor.requires_grad_() for tensor in draw_params(6, 3, 1)]
     mask, active = torch.rand(2, 4, requires_grad=True), torch.tensor([True, False])
     lengths = torch.tensor([4, 2])
-    arguments = (xz, *params, mask, active, lengths, True)
+    arguments = (xz, *params, mask, active, lengths, True, False)
     torch.library.opcheck(torch.ops.dyvm.mamba_ssm_branch.default, arguments)
     assert calls
 
@@ -150,6 +151,31 @@ def test_available_calls_the_kernels(calls, monkeypatch):
     assert "no kernel image" in mamba_ssm.available()
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
     assert "do not run here (ModuleNotFoundError" in mamba_ssm.available()
+
+
+def test_a_mask_in_place_goes_to_the_next_backend(calls, monkeypatch):
+    monkeypatch.delenv("DYVM_BACKEND", raising=False)
+    monkeypatch.setattr(selective_scan, "PREFERENCE", ("mamba_ssm", "torch"))
+    selective_scan._unavailable.cache_clear()
+    xz, params, mask = torch.randn(1, 5, 16), draw_params(8, 4, 2), torch.ones(1, 5)
+    ssm_branch(xz, params, mask=mask)
+    ssm_branch(xz, params, in_place=True)  # no mask: nothing to do in place
+    used = len(calls)
+    assert used
+    y = bidirectional_ssm(xz, params, params, mask=mask, in_place=True)
+    assert len(calls) == used
+    torch.testing.assert_close(y, bidirectional_ssm(xz, params, params), rtol=1e-5, atol=1e-5)
+    selective_scan._unavailable.cache_clear()
+
+
+def test_a_mask_in_place_is_refused_by_name(calls, monkeypatch):
+    monkeypatch.setenv("DYVM_BACKEND", "mamba_ssm")
+    xz, params, mask = torch.zeros(1, 2, 16), draw_params(8, 4, 2), torch.ones(1, 2)
+    with pytest.raises(BackendError, match="DYVM_BACKEND=mamba_ssm: has no in-place form of the"):
+        ssm_branch(xz, params, mask=mask, in_place=True)
+    with pytest.raises(ValueError, match="mamba_ssm has no in-place form of the mask"):
+        mamba_ssm.ssm_branch(xz, params, mask=mask, in_place=True)
+    assert not calls
 
 
 def test_takes_names_what_it_refuses(monkeypatch):

@@ -110,19 +110,30 @@ def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
 
 @kernel
 @pytest.mark.parametrize(
-    "L, E, N, R, masks", [(17, 72, 16, 4, "general"), (33, 20, 16, 3, "prefix"), (1, 8, 8, 2, None)]
+    "L, E, N, R, masks",
+    [
+        (17, 72, 16, 4, "general"),
+        (33, 20, 16, 3, "prefix"),
+        (1, 8, 8, 2, "none"),
+        (17, 72, 16, 4, "general, in place"),
+        (37, 20, 8, 3, "in place"),
+        (1, 8, 8, 2, "in place"),
+    ],
 )
 def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
     """Awkward sizes; `general` adds gates, lengths and directions that are off."""
     torch.manual_seed(0)
-    B = 2 if masks == "general" else 1
+    in_place = masks.endswith("in place")
+    B = 2 if "general" in masks else 1
     mask = active = lengths = gates = None
-    if masks == "general":
+    if "general" in masks:
         mask, gates = torch.rand(B, L, device=DEVICE), torch.rand(B, 2, device=DEVICE)
         lengths = torch.tensor([L - 4, L], device=DEVICE)
         active = torch.tensor([[True, True], [False, True]], device=DEVICE)
     elif masks == "prefix":
         mask = (torch.arange(L, device=DEVICE) < L - 7).float().expand(B, L).contiguous()
+    if in_place:
+        mask = (torch.rand(B, L, device=DEVICE) < 0.6).float()
     inputs = {
         "xz": draw(B, L, 2 * E),
         "forward": draw_params(E, N, R),
@@ -131,7 +142,9 @@ def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
         "gates": gates,
     }
     compare(
-        lambda **given: bidirectional_ssm(**given, active=active, lengths=lengths, scale=0.5),
+        lambda **given: bidirectional_ssm(
+            **given, active=active, lengths=lengths, scale=0.5, in_place=in_place
+        ),
         inputs,
         5e-6,
         monkeypatch,
@@ -139,8 +152,8 @@ def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("reverse", [False, True])
-def test_kernel_one_direction(reverse, poisoned, monkeypatch):
+@pytest.mark.parametrize("reverse, in_place", [(False, False), (True, False), (True, True)])
+def test_kernel_one_direction(reverse, in_place, poisoned, monkeypatch):
     """Images that are off, lengths of zero and beyond L; xz and lengths that are not contiguous."""
     torch.manual_seed(0)
     B, L, E = 4, 5, 24
@@ -153,7 +166,9 @@ def test_kernel_one_direction(reverse, poisoned, monkeypatch):
         "mask": torch.rand(B, L, device=DEVICE),
     }
     compare(
-        lambda **given: ssm_branch(**given, reverse=reverse, active=active, lengths=lengths),
+        lambda **given: ssm_branch(
+            **given, reverse=reverse, active=active, lengths=lengths, in_place=in_place
+        ),
         inputs,
         5e-6,
         monkeypatch,
@@ -161,8 +176,10 @@ def test_kernel_one_direction(reverse, poisoned, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_half_precision(dtype, poisoned, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, in_place", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+)
+def test_kernel_half_precision(dtype, in_place, poisoned, monkeypatch):
     """Float32's error of 5e-7, times how much coarser the type is."""
     torch.manual_seed(0)
     tolerance = 5e-7 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
@@ -172,21 +189,38 @@ def test_kernel_half_precision(dtype, poisoned, monkeypatch):
         "backward": draw_params(32, 16, 4),
         "gates": torch.ones(2, 2, device=DEVICE),
     }
-    compare(bidirectional_ssm, inputs, tolerance, monkeypatch, {"xz": dtype})
+    if in_place:
+        inputs["mask"] = (torch.rand(2, 6, device=DEVICE) < 0.6).float()
+    compare(
+        lambda **given: bidirectional_ssm(**given, in_place=in_place),
+        inputs,
+        tolerance,
+        monkeypatch,
+        {"xz": dtype},
+    )
 
 
 @kernel
-def test_kernel_without_gradient(poisoned, monkeypatch):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_kernel_without_gradient(in_place, poisoned, monkeypatch):
     """The path that keeps nothing gives the same numbers, and nothing runs over an image that is
-    off.
+    off, nor back.
     """
     torch.manual_seed(0)
     monkeypatch.setenv("DYVM_BACKEND", "triton")
-    xz, forward, backward = draw(2, 5, 32), draw_params(16, 16, 2), draw_params(16, 16, 2)
+    forward, backward = (
+        BranchParams(*(t.requires_grad_() for t in draw_params(16, 16, 2))) for _ in range(2)
+    )
+    xz = draw(2, 5, 32)
     xz[1] = float("nan")
-    active = torch.tensor([[True, True], [False, False]], device=DEVICE)
-    kept = bidirectional_ssm(xz.clone().requires_grad_(), forward, backward, active=active)
-    free = bidirectional_ssm(xz, forward, backward, active=active)
+    routing = {"active": torch.tensor([[True, True], [False, False]], device=DEVICE)}
+    if in_place:
+        routing |= {"mask": torch.tensor([[0.0, 1, 0, 1, 1]] * 2, device=DEVICE), "in_place": True}
+    kept = bidirectional_ssm(xz.clone().requires_grad_(), forward, backward, **routing)
+    with torch.no_grad():
+        free = bidirectional_ssm(xz, forward, backward, **routing)
+    grads = torch.autograd.grad(kept.sum(), (*forward, *backward))
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
     assert torch.equal(free, kept.detach())
     assert torch.equal(free[1], torch.zeros_like(free[1])) and free[0].isfinite().all()
 
@@ -271,8 +305,9 @@ def test_kernel_operator():
     xz, mask = draw(2, 3, 16).requires_grad_(), draw(2, 3).requires_grad_()
     lengths = torch.tensor([3, 1], device=DEVICE)
     gates = draw(2, 2).requires_grad_()
-    arguments = (xz, mask, gates, None, lengths, *flatten(params), 0.5, True)
-    torch.library.opcheck(triton_scan._operator, arguments)
+    for in_place in (False, True):
+        arguments = (xz, mask, gates, None, lengths, *flatten(params), 0.5, in_place, True)
+        torch.library.opcheck(triton_scan._operator, arguments)
 
 
 def run_interpreted(file: Path, chosen: str) -> str:

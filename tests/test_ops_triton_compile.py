@@ -119,6 +119,20 @@ def test_training(compiled):
     assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
 
 
+def test_training_with_a_mask_in_place(compiled):
+    from ops.selective_scan import triton_scan
+
+    xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(2, 5, requires_grad=True)
+    triton_scan.bidirectional_ssm(
+        xz, branch(768, 16, 24), branch(768, 16, 24), mask=mask, in_place=True
+    ).sum().backward()
+    states_in_registers = compiled.pop("scan_backward")
+    assert min(states_in_registers) <= 64, states_in_registers
+    assert set(compiled) == {"scan_forward", "gate_backward"}
+    assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
+
+
 @torch.no_grad()
 def test_inference(compiled):
     from ops.selective_scan import triton_scan

@@ -3,12 +3,12 @@
 `ssm_branch` is one scan direction; `bidirectional_ssm` is the gated sum of both, which a backend
 may fuse. A backend is a module of this package with
 
-    takes(xz, params)        -> None, or the reason why it does not take these arguments (device,
-                                dtype, sizes)
-    available()              -> None, or the reason why it cannot run on this machine; called once,
-                                after `takes`
-    ssm_branch(...)             the function below
-    bidirectional_ssm(...)      optional: both directions in one go
+    takes(xz, params, in_place) -> None, or the reason why it does not take these arguments (device,
+                                   dtype, sizes, a mask in place)
+    available()                 -> None, or the reason why it cannot run on this machine; called
+                                   once, after `takes`
+    ssm_branch(...)                the function below
+    bidirectional_ssm(...)         optional: both directions in one go
 
 `DYVM_BACKEND=NAME` forces one; otherwise the first of `PREFERENCE` that is available and takes the
 arguments runs.
@@ -70,9 +70,9 @@ def _unavailable(name: str) -> str | None:
     return _load(name)[0].available()
 
 
-def _refusal(name: str, xz: Tensor, params: BranchParams) -> str | None:
+def _refusal(name: str, xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
     module, reason = _load(name)
-    return reason or module.takes(xz, params) or _unavailable(name)
+    return reason or module.takes(xz, params, in_place) or _unavailable(name)
 
 
 def runs_on(name: str, device: str) -> bool:
@@ -85,8 +85,8 @@ def runs_on(name: str, device: str) -> bool:
     return _refusal(name, torch.zeros(1, 1, 2 * E, device=device), params) is None
 
 
-def backend_for(xz: Tensor, params: BranchParams) -> str:
-    """Name of the backend that runs these arguments.
+def backend_for(xz: Tensor, params: BranchParams, in_place: bool = False) -> str:
+    """Name of the backend that runs these arguments; `in_place`: with a mask in place.
 
     In a program that is compiled or exported the choice is made while it is traced.
 
@@ -96,8 +96,8 @@ def backend_for(xz: Tensor, params: BranchParams) -> str:
     if torch.compiler.is_compiling():
         dtypes = tuple(tensor.dtype for tensor in params)
         shapes = tuple(tuple(tensor.shape) for tensor in params)
-        return _backend_while_tracing(xz.device, xz.dtype, dtypes, shapes)
-    return _choose(xz, params)
+        return _backend_while_tracing(xz.device, xz.dtype, dtypes, shapes, in_place)
+    return _choose(xz, params, in_place)
 
 
 @torch.compiler.assume_constant_result
@@ -106,6 +106,7 @@ def _backend_while_tracing(
     dtype: torch.dtype,
     dtypes: tuple[torch.dtype, ...],
     shapes: tuple[tuple[int, ...], ...],
+    in_place: bool,
 ) -> str:
     """`backend_for` as a constant of the traced program, from what a backend may ask of tensors."""
     with unset_fake_temporarily():
@@ -116,22 +117,23 @@ def _backend_while_tracing(
             )
         )
         channels = params.A.shape[0]
-        return _choose(torch.empty(1, 1, 2 * channels, dtype=dtype, device=device), params)
+        xz = torch.empty(1, 1, 2 * channels, dtype=dtype, device=device)
+        return _choose(xz, params, in_place)
 
 
-def _choose(xz: Tensor, params: BranchParams) -> str:
+def _choose(xz: Tensor, params: BranchParams, in_place: bool) -> str:
     forced = os.environ.get("DYVM_BACKEND")
     if forced:
         if forced not in PREFERENCE:
             raise BackendError(
                 f"DYVM_BACKEND={forced}: no such backend; choose one of {', '.join(PREFERENCE)}"
             )
-        reason = _refusal(forced, xz, params)
+        reason = _refusal(forced, xz, params, in_place)
         if reason is not None:
             raise BackendError(f"DYVM_BACKEND={forced}: {reason}")
         chosen = forced
     else:
-        chosen = next(name for name in PREFERENCE if _refusal(name, xz, params) is None)
+        chosen = next(n for n in PREFERENCE if _refusal(n, xz, params, in_place) is None)
     _chosen[chosen], _ = _load(chosen)
     if chosen not in _reported:
         _reported.add(chosen)
@@ -216,6 +218,7 @@ def ssm_branch(
     mask: Tensor | None = None,
     active: Tensor | None = None,
     lengths: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """One scan direction: convolution + SiLU, projections to (step, B, C), selective scan, skip and
     gate.
@@ -231,6 +234,16 @@ def ssm_branch(
         lengths: [B]; only an image's first `lengths` tokens exist: the reversed walk starts at the
             last of them and the rows behind are zero. The same result as a mask of that prefix, at
             less cost.
+        in_place: what the mask, of zeros and ones alone, means. False: as above, for kept tokens
+            that were moved before dropped ones. True: for tokens that stay where they are. The mask
+            multiplies the step size and neither x nor the convolution's output, so that a state
+            passes a dropped token unchanged; and the convolution reads a token and its nearest
+            kept predecessors (successors in reverse), kept being > 0.5. Kept tokens get what they
+            would get were the dropped ones taken out; a dropped one gets what its own features
+            read from the state that passes. The mask's gradient has two parts, for kept and
+            dropped tokens alike: through the step; and, for the windows of kept tokens that
+            contain the token or would if it were kept, the gradient of the convolution's sum times
+            the difference that the token makes there. Without a mask nothing changes.
 
     Returns:
         y [B, L, E] in the dtype of xz.
@@ -241,9 +254,10 @@ def ssm_branch(
     """
     refuse_forward_mode("the selective scan")
     _check(xz, params, mask, active, lengths, ())
-    backend = _chosen[backend_for(xz, params)]
+    in_place = in_place and mask is not None
+    backend = _chosen[backend_for(xz, params, in_place)]
     return backend.ssm_branch(
-        xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths
+        xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths, in_place=in_place
     )
 
 
@@ -257,6 +271,7 @@ def bidirectional_ssm(
     active: Tensor | None = None,
     lengths: Tensor | None = None,
     scale: float = 1.0,
+    in_place: bool = False,
 ) -> Tensor:
     """scale * (gates[:, 0] * forward branch + gates[:, 1] * backward branch), the body of the Mamba
     mixer.
@@ -284,7 +299,8 @@ def bidirectional_ssm(
         raise ValueError(f"gates must have shape {[xz.shape[0], 2]}, not {list(gates.shape)}")
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
-    backend = _chosen[backend_for(xz, forward)]
+    in_place = in_place and mask is not None
+    backend = _chosen[backend_for(xz, forward, in_place)]
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(
             xz,
@@ -295,6 +311,7 @@ def bidirectional_ssm(
             active=active,
             lengths=lengths,
             scale=scale,
+            in_place=in_place,
         )
     total = 0
     for direction, params in enumerate((forward, backward)):
@@ -305,6 +322,7 @@ def bidirectional_ssm(
             mask=mask,
             lengths=lengths,
             active=None if active is None else active[:, direction],
+            in_place=in_place,
         )
         if gates is not None:
             y = y * gates[:, direction, None, None].to(y.dtype)

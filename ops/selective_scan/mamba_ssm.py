@@ -5,6 +5,7 @@ Both packages import without their kernels (built for other GPUs, another PyTorc
 so each kernel is called once before the backend counts as available. The kernels know neither masks
 nor lengths nor direction: sequences are masked and flipped around them, and images that are
 switched off are computed and zeroed, which costs time but never makes the host wait for the device.
+A mask in place is refused.
 
 B images, L tokens, E inner channels, N states, R step rank, W convolution width.
 """
@@ -19,6 +20,7 @@ from .params import BranchParams
 _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 256
+_IN_PLACE = "has no in-place form of the mask"
 
 
 def _kernels():
@@ -50,7 +52,9 @@ def available() -> str | None:
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> str | None:
+def takes(xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
+    if in_place:
+        return _IN_PLACE
     if xz.device.type != _DEVICE:
         return f"runs on CUDA tensors, not on {xz.device}"
     if xz.dtype not in _DTYPES:
@@ -71,12 +75,15 @@ def ssm_branch(
     mask: Tensor | None = None,
     active: Tensor | None = None,
     lengths: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`.
 
     The packages' kernels read [B, E, L], contiguous along L; A, D and the step bias in float32, the
-    rest in the dtype of xz.
+    rest in the dtype of xz. Raises ValueError for a mask in place, which `takes` refuses.
     """
+    if in_place:
+        raise ValueError(f"mamba_ssm {_IN_PLACE}")
     if xz.numel() == 0:
         return xz.chunk(2, dim=-1)[0].clone()
     selective_scan_fn, causal_conv1d_fn = _kernels()

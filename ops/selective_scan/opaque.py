@@ -18,9 +18,10 @@ _ARGUMENTS = ", ".join(
     [
         "Tensor xz",
         *(f"Tensor {name}" for name in BranchParams._fields),
-        "Tensor? mask, Tensor? active, Tensor? lengths, bool reverse",
+        "Tensor? mask, Tensor? active, Tensor? lengths, bool reverse, bool in_place",
     ]
 )
+_OPTIONS = ("mask", "active", "lengths", "reverse", "in_place")
 _LEAVES = COUNT + 2  # xz, the weights and the mask come first and receive gradients
 
 
@@ -31,10 +32,13 @@ def opaque(name: str) -> Callable:
         operator = _register(name, branch)
 
         @wraps(branch)
-        def chosen(xz, params, *, reverse=False, mask=None, active=None, lengths=None):
+        def chosen(
+            xz, params, *, mask=None, active=None, lengths=None, reverse=False, in_place=False
+        ):
+            options = (mask, active, lengths, reverse, in_place)
             if torch.compiler.is_compiling():
-                return operator(xz, *params, mask, active, lengths, reverse)
-            return branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
+                return operator(xz, *params, *options)
+            return branch(xz, params, **dict(zip(_OPTIONS, options, strict=True)))
 
         return chosen
 
@@ -43,9 +47,8 @@ def opaque(name: str) -> Callable:
 
 def _register(name: str, branch: Callable) -> torch._ops.OpOverload:
     def forward(xz, *rest):
-        params, (mask, active, lengths, reverse) = BranchParams(*rest[:COUNT]), rest[COUNT:]
-        y = branch(xz, params, reverse=reverse, mask=mask, active=active, lengths=lengths)
-        return y.contiguous()
+        options = dict(zip(_OPTIONS, rest[COUNT:], strict=True))
+        return branch(xz, BranchParams(*rest[:COUNT]), **options).contiguous()
 
     def gradients(grad, *arguments):
         leaves = [_leaf(tensor) for tensor in arguments[:_LEAVES]]
@@ -64,14 +67,15 @@ def _register(name: str, branch: Callable) -> torch._ops.OpOverload:
     )
 
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.reverse = inputs
+        *tensors, reverse, in_place = inputs
+        ctx.flags = reverse, in_place
         ctx.save_for_backward(*tensors)
 
     def backward(ctx, grad):
         tensors = ctx.saved_tensors
-        grads = iter(back(grad, *tensors, ctx.reverse))
+        grads = iter(back(grad, *tensors, *ctx.flags))
         leaves = [next(grads) if _takes_gradient(t) else None for t in tensors[:_LEAVES]]
-        return (*leaves, None, None, None)
+        return (*leaves, *(None for _ in _OPTIONS[1:]))
 
     return register(
         f"{name}_branch({_ARGUMENTS}) -> Tensor",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ops.operators import needs_gradient, register
 
 from .params import BranchParams
+from .windows import window_conv
 
 CHUNK = 8  # T; a chunk's buffers, [T, B, N, E] each, should stay in the processor's cache
 
@@ -26,7 +27,7 @@ def available() -> str | None:
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> str | None:
+def takes(xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
     """None: takes every argument that the public function lets through."""
     return None
 
@@ -187,15 +188,29 @@ def _conv_silu(x: Tensor, params: BranchParams, reverse: bool) -> Tensor:
     return F.silu(y)
 
 
-def _branch(xz: Tensor, params: BranchParams, reverse: bool, mask: Tensor | None) -> Tensor:
+def _masked_conv(
+    x: Tensor, mask: Tensor | None, params: BranchParams, reverse: bool, in_place: bool
+) -> Tensor:
+    """x [L, B, E], mask [L, B] -> u [L, B, E]"""
+    if mask is None:
+        return _conv_silu(x, params, reverse)
+    if in_place:
+        conv = x.transpose(0, 1), mask.t(), params.conv_weight, params.conv_bias
+        return F.silu(window_conv(*conv, reverse)).transpose(0, 1)
+    return _conv_silu(x * mask.unsqueeze(-1), params, reverse) * mask.unsqueeze(-1)
+
+
+def _branch(
+    xz: Tensor, params: BranchParams, reverse: bool, mask: Tensor | None, in_place: bool
+) -> Tensor:
     """xz [L, B, 2E], mask [L, B] -> y [L, B, E]; everything in one floating-point type."""
     x, z = xz.chunk(2, dim=-1)
-    u = _conv_silu(x if mask is None else x * mask.unsqueeze(-1), params, reverse)
-    if mask is not None:
-        u = u * mask.unsqueeze(-1)
+    u = _masked_conv(x, mask, params, reverse, in_place)
     rank, states = params.dt_proj_weight.shape[1], params.A.shape[1]
     dt, B, C = F.linear(u, params.x_proj_weight).split([rank, states, states], dim=-1)
     delta = F.softplus(F.linear(dt, params.dt_proj_weight, params.dt_proj_bias))
+    if in_place:
+        delta = delta * mask.unsqueeze(-1)
     scan_arguments = (delta, delta * u, params.A.t().contiguous(), B, C)
     y, _ = _scan_operator(*scan_arguments, reverse, needs_gradient(scan_arguments))
     return torch.addcmul(y, params.D, u) * F.silu(z)
@@ -209,6 +224,7 @@ def ssm_branch(
     mask: Tensor | None = None,
     active: Tensor | None = None,
     lengths: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     dtype, (images, length, _), channels = xz.dtype, xz.shape, params.D.shape[0]
@@ -227,9 +243,9 @@ def ssm_branch(
         if lengths is not None:
             prefix = torch.arange(length, device=xz.device) < lengths.unsqueeze(1)
             mask = prefix.to(compute) if mask is None else torch.where(prefix, mask, 0)
-        y = _branch(
-            xz.to(compute).transpose(0, 1), params, reverse, None if mask is None else mask.t()
-        ).transpose(0, 1)
+        along = None if mask is None else mask.t()
+        y = _branch(xz.to(compute).transpose(0, 1), params, reverse, along, in_place)
+        y = y.transpose(0, 1)
         if prefix is not None:
             y = torch.where(prefix.unsqueeze(-1), y, 0)
         if rows is not None:

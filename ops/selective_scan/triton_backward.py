@@ -19,9 +19,9 @@ from .triton_forward import (
     _length,
     _load_channels,
     _load_masked_row,
+    _masked_step,
     _row,
     _sigmoid,
-    _step_size,
 )
 
 SMALLEST_GROUP = 2  # the most scratch memory that scan_backward uses is for groups of so many steps
@@ -97,6 +97,7 @@ def _recompute(
     dt,
     bc,
     stride_bc,
+    mask,
     a,
     bias,
     s,
@@ -114,13 +115,12 @@ def _recompute(
     exists = s < n
     t = _row(tl.minimum(s, n - 1), n, REVERSE)
     x = tl.load(u + t * E + c, mask=inside, other=0.0).to(tl.float32)
-    delta, slope = _step_size(
-        tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32) + bias, exact
-    )
+    projected = tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32)
+    delta, slope, step = _masked_step(projected + bias, mask, t, exact)
     delta = tl.where(exists, delta, 0.0)
     decay = tl.exp2(delta[None, :] * a)
     b_row = tl.load(bc + t * stride_bc + ns).to(tl.float32)
-    return decay * h + (delta * x)[None, :] * b_row[:, None], decay, delta, slope, x
+    return decay * h + (delta * x)[None, :] * b_row[:, None], decay, delta, slope, step, x
 
 
 @triton.jit
@@ -131,6 +131,7 @@ def _scan_direction_backward(
     bc,
     stride_bc,
     n,
+    mask,
     gates,
     A,
     D,
@@ -143,6 +144,7 @@ def _scan_direction_backward(
     grad_A,
     grad_channel,
     grad_gate,
+    grad_mask,
     b,
     walk,
     direction: tl.constexpr,
@@ -181,7 +183,11 @@ def _scan_direction_backward(
     bc += walk * L * stride_bc
     grad_u += walk * L * E
     grad_dt += walk * L * E
-    grad_bc += (block.to(tl.int64) * DIRECTIONS * B + walk) * L * 2 * N
+    partial = (block.to(tl.int64) * DIRECTIONS * B + walk) * L
+    grad_bc += partial * 2 * N
+    if mask is not None:
+        mask += b * L
+        grad_mask += partial
     checkpoints += walk * saved * N * E
     scratch += walk * (CHUNK // GROUP) * N * E
 
@@ -200,12 +206,13 @@ def _scan_direction_backward(
         for group in range(0, groups - 1):
             tl.store(scratch + group * N * E + tile, h, mask=tile_inside)
             for i in tl.static_range(GROUP):
-                h, _, _, _, _ = _recompute(
+                h, _, _, _, _, _ = _recompute(
                     h,
                     u,
                     dt,
                     bc,
                     stride_bc,
+                    mask,
                     a,
                     bias,
                     chunk * CHUNK + group * GROUP + i,
@@ -227,15 +234,32 @@ def _scan_direction_backward(
             decays = ()
             deltas = ()
             slopes = ()
+            steps = ()
             inputs = ()
             for i in tl.static_range(GROUP):
-                h, decay, delta, slope, x = _recompute(
-                    h, u, dt, bc, stride_bc, a, bias, first + i, n, E, c, inside, ns, exact, REVERSE
+                h, decay, delta, slope, step, x = _recompute(
+                    h,
+                    u,
+                    dt,
+                    bc,
+                    stride_bc,
+                    mask,
+                    a,
+                    bias,
+                    first + i,
+                    n,
+                    E,
+                    c,
+                    inside,
+                    ns,
+                    exact,
+                    REVERSE,
                 )
                 states = states + (h,)
                 decays = decays + (decay,)
                 deltas = deltas + (delta,)
                 slopes = slopes + (slope,)
+                steps = steps + (step,)
                 inputs = inputs + (x,)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 exists = first + i < n
@@ -261,8 +285,10 @@ def _scan_direction_backward(
                 e *= decays[i]
                 flow = e * states[i]
                 grad_x = skip * g + along_b * delta
-                grad_delta = (along_b * x + tl.sum(flow * a, axis=0) * LN2) * slopes[i]
-                grad_delta = tl.where(exists, grad_delta, 0.0)
+                grad_step = along_b * x + tl.sum(flow * a, axis=0) * LN2
+                if mask is not None:
+                    tl.store(grad_mask + t, tl.sum(grad_step * steps[i], axis=0), mask=exists)
+                grad_delta = tl.where(exists, grad_step * slopes[i], 0.0)
                 sum_A += flow * delta[None, :]
                 sum_D += g * x
                 sum_bias += grad_delta
@@ -287,6 +313,8 @@ def _scan_direction_backward(
         tl.store(grad_u + t * E + c, zero, mask=inside)
         tl.store(grad_dt + t * E + c, zero, mask=inside)
         tl.store(grad_bc + t * 2 * N + tl.arange(0, 2 * N), zero_bc)
+        if mask is not None:
+            tl.store(grad_mask + t, 0.0)
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved"])
@@ -296,6 +324,7 @@ def scan_backward(
     dt,
     bc,
     stride_bc,
+    mask,
     lengths,
     active,
     stride_active,
@@ -315,6 +344,7 @@ def scan_backward(
     grad_A,
     grad_channel,
     grad_gate,
+    grad_mask,
     B,
     L,
     E,
@@ -330,7 +360,8 @@ def scan_backward(
 
     grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc
     [K, G, B, L, 2N], grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias),
-    grad_gate [G, B, K]. scratch [G, B, CHUNK / GROUP or more, N, E].
+    grad_gate [G, B, K]; with a `mask` in place, grad_mask [K, G, B, L], as far as it comes through
+    the step sizes. scratch [G, B, CHUNK / GROUP or more, N, E].
     """
     blocks = tl.cdiv(E, BLOCK)
     block = tl.program_id(0) % blocks
@@ -346,6 +377,7 @@ def scan_backward(
                 bc,
                 stride_bc,
                 _length(lengths, active, stride_active, stride_direction, b, 0, L),
+                mask,
                 gates,
                 A_0,
                 D_0,
@@ -358,6 +390,7 @@ def scan_backward(
                 grad_A,
                 grad_channel,
                 grad_gate,
+                grad_mask,
                 b,
                 b,
                 0,
@@ -384,6 +417,7 @@ def scan_backward(
                 bc,
                 stride_bc,
                 _length(lengths, active, stride_active, stride_direction, b, 1, L),
+                mask,
                 gates,
                 A_1,
                 D_1,
@@ -396,6 +430,7 @@ def scan_backward(
                 grad_A,
                 grad_channel,
                 grad_gate,
+                grad_mask,
                 b,
                 b + B,
                 1,
@@ -422,6 +457,7 @@ def scan_backward(
             bc,
             stride_bc,
             _length(lengths, active, stride_active, stride_direction, b, 0, L),
+            mask,
             gates,
             A_0,
             D_0,
@@ -434,6 +470,7 @@ def scan_backward(
             grad_A,
             grad_channel,
             grad_gate,
+            grad_mask,
             b,
             b,
             0,

@@ -52,6 +52,20 @@ def _length(lengths, active, stride_image, stride_direction, b, direction: tl.co
 
 
 @triton.jit
+def _masked_step(x, mask, t, EXACT: tl.constexpr):
+    """The step size of token t from the projected step x, its derivative, and the step size without
+    the mask; `mask`: of an image, in place, or None.
+    """
+    step, slope = _step_size(x, EXACT)
+    delta = step
+    if mask is not None:
+        m = tl.load(mask + t).to(tl.float32)
+        delta = step * m
+        slope *= m
+    return delta, slope, step
+
+
+@triton.jit
 def _row(s, n, REVERSE: tl.constexpr):
     """The token of step s."""
     if REVERSE:
@@ -167,6 +181,7 @@ def _scan_direction(
     stride_bc,
     z,
     stride_z,
+    mask,
     A,
     D,
     dt_bias,
@@ -223,7 +238,7 @@ def _scan_direction(
             if (s % CHUNK == 0) & (s > 0):
                 tl.store(checkpoints + (s // CHUNK - 1) * N * E + tile, h, mask=inside[None, :])
         x = step[0].to(tl.float32)
-        delta, _ = _step_size(step[1].to(tl.float32) + bias, exact)
+        delta, _, _ = _masked_step(step[1].to(tl.float32) + bias, mask, t, exact)
         h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * step[2].to(tl.float32)[:, None]
         y = (tl.sum(h * step[3].to(tl.float32)[:, None], axis=0) + skip * x) * gate
         y += tl.load(part + t * E + c, mask=inside & other_done, other=0.0).to(tl.float32)
@@ -249,6 +264,7 @@ def scan_forward(
     z,
     stride_image,
     stride_token,
+    mask,
     lengths,
     active,
     stride_active,
@@ -279,6 +295,7 @@ def scan_forward(
 ):
     """out [B, L, E] = scale * silu(z) * sum over directions of gate * (C h + D u).
 
+    `mask` [B, L] multiplies the step sizes: a mask in place.
     `part` [B, L, E] receives the sum before silu(z), which the backward pass needs; it may be `out`
     without SAVE.
     `checkpoints` [G, B, saved, N, E]: the state after every CHUNK steps. `batch_class` only serves
@@ -297,6 +314,8 @@ def scan_forward(
     if gates is not None:
         gate_0 = tl.load(gates + 2 * b).to(tl.float32)
         gate_1 = tl.load(gates + 2 * b + 1).to(tl.float32)
+    if mask is not None:
+        mask += b * L
     z += b * stride_image
     part += b * L * E
     out += b * L * E
@@ -307,6 +326,7 @@ def scan_forward(
         stride_bc,
         z,
         stride_token,
+        mask,
         A_0,
         D_0,
         dt_bias_0,
@@ -338,6 +358,7 @@ def scan_forward(
             stride_bc,
             z,
             stride_token,
+            mask,
             A_1,
             D_1,
             dt_bias_1,

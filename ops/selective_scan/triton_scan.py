@@ -6,7 +6,8 @@ and the raw step size, one kernel scans, adds the directions and gates. The stat
 whatever the dtype of xz; GEMMs run in the dtype of xz. Kept for the backward pass: xz, (step, B,
 C), the sum before the gate and sparse states; u and the raw step size are computed again. Nothing
 waits for the device, so a forward pass can be captured in a CUDA graph, after one call outside the
-capture that tunes the kernels (kept between runs in Triton's cache).
+capture that tunes the kernels (kept between runs in Triton's cache). With a mask in place the
+convolution is PyTorch's (triton_in_place.py), and the scan's kernels multiply the step sizes.
 
 B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel
 blocks.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ops.operators import needs_gradient, register
 
+from . import triton_in_place
 from .params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, flatten, unflatten
 from .triton_backward import SMALLEST_GROUP, conv_backward, gate_backward, scan_backward
 from .triton_forward import CHUNK, conv_forward, scan_forward
@@ -68,6 +70,19 @@ class _Call(NamedTuple):
     active: Tensor | None  # [B, G]
     lengths: Tensor | None  # [B]
     scale: float
+    in_place: bool
+
+    def step_mask(self, mask: Tensor | None) -> Tensor | None:
+        """What multiplies the step sizes."""
+        return mask if self.in_place else None
+
+    def branches(
+        self, xz: Tensor, mask: Tensor, params: tuple[BranchParams, ...]
+    ) -> list[triton_in_place.Branch]:
+        """What convolves in place."""
+        return triton_in_place.branches(
+            xz, mask, params, self.directions, self.active, self.lengths
+        )
 
     def routing(self) -> tuple:
         """Kernel arguments that give an image's number of tokens per direction."""
@@ -81,7 +96,7 @@ def available() -> str | None:
     return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is for tests only)"
 
 
-def takes(xz: Tensor, params: BranchParams) -> str | None:
+def takes(xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
     states, width = params.A.shape[1], params.conv_weight.shape[1]
     if xz.device.type != "cuda" and not (_INTERPRETED and xz.device.type == "cpu"):
         return f"runs on CUDA tensors, not on {xz.device}"
@@ -103,11 +118,12 @@ def ssm_branch(
     mask: Tensor | None = None,
     active: Tensor | None = None,
     lengths: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     active = None if active is None else active.unsqueeze(1)
     directions = (None, params) if reverse else (params, None)
-    return _run(xz, directions, mask, None, active, lengths, 1.0)
+    return _run(xz, directions, mask, None, active, lengths, 1.0, in_place)
 
 
 def bidirectional_ssm(
@@ -120,9 +136,10 @@ def bidirectional_ssm(
     active: Tensor | None = None,
     lengths: Tensor | None = None,
     scale: float = 1.0,
+    in_place: bool = False,
 ) -> Tensor:
     """Both directions; arguments and result as in `ops.selective_scan.bidirectional_ssm`."""
-    return _run(xz, (forward, backward), mask, gates, active, lengths, scale)
+    return _run(xz, (forward, backward), mask, gates, active, lengths, scale, in_place)
 
 
 def _run(
@@ -133,12 +150,13 @@ def _run(
     active: Tensor | None,
     lengths: Tensor | None,
     scale: float,
+    in_place: bool,
 ) -> Tensor:
     """The general form of both public functions; active [B, G]."""
     if xz.numel() == 0:
         return xz.chunk(2, dim=-1)[0] * scale
-    arguments = (xz, mask, gates, active, lengths, *flatten(directions), scale)
-    return _operator(*arguments, needs_gradient(arguments[:-1]))[0]
+    tensors = (xz, mask, gates, active, lengths, *flatten(directions))
+    return _operator(*tensors, scale, in_place, needs_gradient(tensors))[0]
 
 
 def _device(tensor: Tensor):
@@ -177,6 +195,8 @@ def _convolve(
     call: _Call, xz: Tensor, mask: Tensor | None, params: tuple[BranchParams, ...]
 ) -> Tensor:
     """u [G, B, L, E]."""
+    if call.in_place:
+        return triton_in_place.forward(call.branches(xz, mask, params), xz.dtype)
     B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     u = xz.new_empty(len(params), B, L, E)
     rows, block = 8, 128
@@ -231,6 +251,7 @@ def _forward(
         xz[..., E:],
         xz.stride(0),
         xz.stride(1),
+        call.step_mask(mask),
         *call.routing(),
         gates,
         *_scan_weights(params),
@@ -302,8 +323,8 @@ def _backward(
         num_warps=4,
     )
 
-    grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate = _scan_backward(
-        call, grad_y, u, dt, projected, gates, params, states
+    grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, by_step = _scan_backward(
+        call, grad_y, u, dt, projected, mask, gates, params, states
     )
     grad_dt = grad_dt.flatten(1, 2)
     grad_projected = torch.cat([torch.bmm(grad_dt, dt_weight), grad_bc.flatten(1, 2)], dim=-1)
@@ -311,7 +332,13 @@ def _backward(
     grad_dt_weight = torch.bmm(grad_dt.mT, step)
     grad_u.flatten(1, 2).baddbmm_(grad_projected, x_weight)
 
-    grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
+    if call.in_place:
+        branches = call.branches(xz, mask, params)
+        grad_x, grad_weights, grad_mask = triton_in_place.backward(branches, grad_u)
+        grad_xz[..., :E] = grad_x
+        grad_mask = grad_mask + by_step
+    else:
+        grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
     nothing = grad_weights.new_empty
     return (
         grad_xz,
@@ -337,12 +364,14 @@ def _scan_backward(
     u: Tensor,
     dt: Tensor,
     projected: Tensor,
+    mask: Tensor | None,
     gates: Tensor | None,
     params: tuple[BranchParams, ...],
     states: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt [G, B, L, E] and (B, C) [G, B, L, 2N] in their dtype; in float32 of A [G,
-    N, E], of D and the step bias [G, 2, E], and of the gates [G, B, K], still to be added up.
+    N, E], of D and the step bias [G, 2, E], of the gates [G, B, K], still to be added up, and of a
+    mask in place [B, L] through the steps (else None).
     """
     G, B, L, E = u.shape
     R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
@@ -352,12 +381,14 @@ def _scan_backward(
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
     grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
     grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
+    grad_mask = full(blocks, G, B, L) if call.in_place else None
     _scan_backward_kernel[(B * blocks, G)](
         grad_y,
         u,
         dt,
         projected[..., R:],
         R + 2 * N,
+        call.step_mask(mask),
         *call.routing(),
         gates,
         *_scan_weights(params),
@@ -369,6 +400,7 @@ def _scan_backward(
         grad_A,
         grad_channel,
         grad_gate,
+        grad_mask,
         B,
         L,
         E,
@@ -380,7 +412,8 @@ def _scan_backward(
         BLOCK=_BACKWARD_BLOCK,
     )
     grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
-    return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate
+    by_step = grad_mask.sum((0, 1)) if call.in_place else None
+    return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate, by_step
 
 
 def _convolve_backward(
@@ -425,7 +458,7 @@ def _convolve_backward(
 
 _ARGUMENTS = (
     "Tensor xz, Tensor? mask, Tensor? gates, Tensor? active, Tensor? lengths, "
-    f"{DIRECTIONS_SCHEMA}, float scale"
+    f"{DIRECTIONS_SCHEMA}, float scale, bool in_place"
 )
 _LEAVES = 5 + 2 * COUNT  # tensors among the arguments
 
@@ -441,11 +474,11 @@ class _Arguments(NamedTuple):
 
 
 def _arguments(xz, mask, gates, active, lengths, *rest) -> _Arguments:
-    *tensors, scale = rest
+    *tensors, scale, in_place = rest
     directions = unflatten(tuple(tensors))
     reverse = tuple(d == 1 for d, params in enumerate(directions) if params is not None)
     return _Arguments(
-        _Call(reverse, active, None if lengths is None else lengths.contiguous(), scale),
+        _Call(reverse, active, None if lengths is None else lengths.contiguous(), scale, in_place),
         xz if xz.stride(2) == 1 else xz.contiguous(),
         None if mask is None else mask.contiguous(),
         None if gates is None else gates.contiguous(),
@@ -497,7 +530,7 @@ def _fake_gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, _ = inputs
+    *tensors, ctx.scale, ctx.in_place, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -508,7 +541,7 @@ def _differentiate(ctx, grad_out: Tensor, *_) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors
     tensors, saved = kept[:_LEAVES], kept[_LEAVES:]
     grad_xz, grad_mask, grad_gates, *packed = _backward_operator(
-        grad_out, *saved, *tensors, ctx.scale
+        grad_out, *saved, *tensors, ctx.scale, ctx.in_place
     )
     _, mask, gates, _, _, *weights = tensors
     grads, which = [], 0
@@ -521,7 +554,8 @@ def _differentiate(ctx, grad_out: Tensor, *_) -> tuple[Tensor | None, ...]:
         values = (conv[:4].t(), conv[4], x_weight, dt_weight, channel[1], A.t(), channel[0])
         grads += [value.to(tensor.dtype) for value, tensor in zip(values, params, strict=True)]
     grad_gates = None if gates is None else grad_gates.t().to(gates.dtype)
-    return grad_xz, _as_gradient(grad_mask, mask), grad_gates, None, None, *grads, None, None
+    grad_mask = _as_gradient(grad_mask, mask)
+    return grad_xz, grad_mask, grad_gates, None, None, *grads, *(None for _ in range(3))
 
 
 _backward_operator = register(

@@ -65,6 +65,7 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
             "backward",
             "both directions",
             "mask",
+            "in place",
             "active",
             "lengths",
             "gates",
@@ -75,11 +76,12 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
     }
     flags["gates"] &= flags["both directions"]
     flags["reverse"] &= not flags["both directions"]
+    flags["in place"] &= flags["mask"]
     xz = torch.randn(images, tokens, 2 * channels)
     if flags["strided"]:
         xz = xz.transpose(1, 2).contiguous().transpose(1, 2)
     xz = xz.to(dtype).requires_grad_(flags["backward"])
-    options = {}
+    options = {"in_place": flags["in place"]}
     if flags["mask"]:
         kept = torch.randint(0, tokens + 1, (images, 1))
         prefix = (torch.arange(tokens) < kept).float()

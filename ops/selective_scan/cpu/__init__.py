@@ -9,7 +9,8 @@ from checkpoints every 16 steps, and the outputs of the two directions along wit
 Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`,
 and tokens behind the last one that `mask` lets through are left out of the packed rows that all
 passes and matrix products work on: without input from behind, neither direction's state differs
-from zero when it reaches, or after it has left, the last visible token.
+from zero when it reaches, or after it has left, the last visible token. A mask in place leaves out
+nothing, since dropped tokens look at the states that pass them.
 
 B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to whole vectors.
 """
@@ -42,7 +43,7 @@ def available() -> str | None:
     return None
 
 
-def takes(xz: Tensor, params: BranchParams) -> str | None:
+def takes(xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
     """None, or the reason why these arguments are not taken."""
     if xz.device.type != "cpu":
         return f"runs on the CPU, not on {xz.device}"
@@ -58,7 +59,7 @@ def takes(xz: Tensor, params: BranchParams) -> str | None:
 
 _ARGUMENTS = (
     "Tensor xz, Tensor? mask, Tensor? gates, Tensor? active, Tensor? lengths, "
-    f"{DIRECTIONS_SCHEMA}, float scale"
+    f"{DIRECTIONS_SCHEMA}, float scale, bool in_place"
 )
 _LEAVES = 5 + 2 * COUNT  # tensors among the arguments
 _SAVED = 9
@@ -66,13 +67,14 @@ _SAVED = 9
 
 def _call(xz, mask, gates, active, lengths, *rest) -> Call:
     """From the arguments of an operator, contiguous as the kernels need them."""
-    *params, scale = rest
+    *params, scale, in_place = rest
     images, tokens, _ = xz.shape
     return Call(
         xz.contiguous(),
         xz.new_ones(images, tokens) if mask is None else mask.contiguous(),
         xz.new_full((images, 2), scale) if gates is None else gates.contiguous() * scale,
-        mask is not None,
+        mask is not None and not in_place,
+        in_place,
         None if active is None else active.contiguous(),
         None if lengths is None else lengths.contiguous(),
         unflatten(tuple(None if p is None else p.contiguous() for p in params)),
@@ -103,7 +105,8 @@ def _scan_backward(grad_out: Tensor, *rest) -> tuple[Tensor, ...]:
     saved, arguments = rest[:_SAVED], rest[_SAVED:]
     with torch.autocast("cpu", enabled=False):
         grads = passes.backward(grad_out.contiguous(), _call(*arguments), Saved.unflatten(saved))
-    return grads._replace(factor=grads.factor * arguments[-1]).flatten()
+    *_, scale, _ = arguments
+    return grads._replace(factor=grads.factor * scale).flatten()
 
 
 def _fake_scan_backward(grad_out: Tensor, *rest) -> tuple[Tensor, ...]:
@@ -111,7 +114,7 @@ def _fake_scan_backward(grad_out: Tensor, *rest) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.in_place = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -121,7 +124,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors  # once: checkpointing gives them out a single time
     tensors, saved = kept[:_LEAVES], kept[_LEAVES:]
-    xz, mask, gates, *rest = _scan_backward_operator(grad_out, *saved, *tensors, ctx.scale)
+    xz, mask, gates, *rest = _scan_backward_operator(
+        grad_out, *saved, *tensors, ctx.scale, ctx.in_place
+    )
     channels, weights = tensors[0].shape[2] // 2, []
     for which, params in enumerate(unflatten(tensors[5:])):
         if params is None:
@@ -137,7 +142,7 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
             packed[CONV_WIDTH + 1],
         )
     wanted = (xz, None if tensors[1] is None else mask, None if tensors[2] is None else gates)
-    return *wanted, None, None, *weights, None
+    return *wanted, None, None, *weights, None, None
 
 
 _infer_operator = register(f"cpu_infer({_ARGUMENTS}) -> Tensor", _infer, _fake_infer)
@@ -164,6 +169,7 @@ def _run(
     active: Tensor | None,
     lengths: Tensor | None,
     scale: float,
+    in_place: bool,
 ) -> Tensor:
     """The general form of both public functions; active [B, 2]."""
     leaves = [None if t is None else t.float() for t in (xz, mask, gates, *flatten(directions))]
@@ -173,6 +179,7 @@ def _run(
         None if lengths is None else lengths.long(),
         *leaves[3:],
         scale,
+        in_place,
     )
     if needs_gradient(leaves):
         return _scan_operator(*arguments)[0].to(xz.dtype)
@@ -187,11 +194,12 @@ def ssm_branch(
     mask: Tensor | None = None,
     active: Tensor | None = None,
     lengths: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """One scan direction; arguments and result as in `ops.selective_scan.ssm_branch`."""
     directions = (None, params) if reverse else (params, None)
     active = None if active is None else active.unsqueeze(1).expand(-1, 2)
-    return _run(xz, directions, mask, None, active, lengths, 1.0)
+    return _run(xz, directions, mask, None, active, lengths, 1.0, in_place)
 
 
 def bidirectional_ssm(
@@ -204,8 +212,9 @@ def bidirectional_ssm(
     active: Tensor | None = None,
     lengths: Tensor | None = None,
     scale: float = 1.0,
+    in_place: bool = False,
 ) -> Tensor:
     """Both directions, gated and summed; arguments and result as in
     `ops.selective_scan.bidirectional_ssm`.
     """
-    return _run(xz, (forward, backward), mask, gates, active, lengths, scale)
+    return _run(xz, (forward, backward), mask, gates, active, lengths, scale, in_place)

@@ -1,6 +1,7 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
 // In training PyTorch multiplies the matrices between them: projected = u x_proj^T, and the gradients' counterparts.
 #include "extent.h"
+#include "in_place.h"
 #include "infer.h"
 #include "pack.h"
 
@@ -42,7 +43,9 @@ void attach(Problem* p, const int64_t* table) { read_extent(*p, table); }
 
 void convolve(const Problem* p) {
   parallel_over(*p, p->blocks(), [] { return 0; }, [p](int64_t image, int64_t block, int) {
-    convolve_block(*p, image, block, 0, p->length[image]);
+    if (!p->in_place) return convolve_block(*p, image, block, 0, p->length[image]);
+    convolve_in_place<0>(*p, image, block);
+    convolve_in_place<1>(*p, image, block);
   });
 }
 
@@ -65,7 +68,7 @@ void project_images(const Problem* p) {
   });
 }
 
-// Convolution, projection and scan in one, for as many images as there are threads, or more.
+// Convolution, projection and scan in one, for as many images as there are threads, or more. Not for a mask in place.
 void infer(const Problem* p) {
 #pragma omp parallel num_threads((int)p->threads)
   {
@@ -98,7 +101,9 @@ void convolve_backward(const Problem* p) {
   parallel_over(*p, p->blocks(),
                 [p] { return Scratch{std::vector<Vec>(2 * (p->tokens + 2 * Window::kReach)), std::vector<Vec>(p->tokens)}; },
                 [p](int64_t image, int64_t block, Scratch& s) {
-                  convolve_block_back(*p, image, block, s.grad_sum.data(), s.grad_mask.data());
+                  Vec *grad_sum = s.grad_sum.data(), *grad_mask = s.grad_mask.data();
+                  if (!p->in_place) return convolve_block_back(*p, image, block, grad_sum, grad_mask);
+                  convolve_in_place_back(*p, image, block, grad_sum, grad_sum + p->tokens, grad_mask);
                 });
 }
 }

@@ -50,6 +50,7 @@ class Problem(ctypes.Structure):
         ("chunks", ctypes.c_int64 * 2),
         ("groups", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("in_place", ctypes.c_int64),
     ]
     _fields_ += [
         (name, ctypes.c_void_p)

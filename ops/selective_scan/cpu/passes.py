@@ -26,7 +26,8 @@ class Call(NamedTuple):
     xz: Tensor  # [B, L, 2E]
     mask: Tensor  # [B, L]
     factor: Tensor  # [B, 2], multiplies the directions' outputs
-    masked: bool  # False: the mask is all ones
+    masked: bool  # tokens behind the last one that the mask lets through are left out
+    in_place: bool  # the mask multiplies the step size and chooses the convolution's windows
     active: Tensor | None  # [B, 2] bool
     lengths: Tensor | None  # [B] int64
     directions: Directions
@@ -89,6 +90,7 @@ def _problem(call: Call) -> Problem:
         states=states,
         rank=rank,
         threads=torch.get_num_threads(),
+        in_place=call.in_place,
         xz=pointer(call.xz),
         mask=pointer(call.mask),
         factor=pointer(call.factor),
@@ -152,7 +154,8 @@ def infer(call: Call) -> Tensor:
     _measure(problem, call, extent, call.masked)
     problem.out = pointer(out)
     # Whole images to each thread is faster, unless threads would stand idle.
-    if images % problem.threads == 0 or images >= 4 * problem.threads:
+    shared = images % problem.threads == 0 or images >= 4 * problem.threads
+    if shared and not call.in_place:
         library.infer(ctypes.byref(problem))
         return out
     for which in _given(call):

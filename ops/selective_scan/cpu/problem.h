@@ -43,6 +43,7 @@ struct Direction {
 
 struct Problem {
   int64_t images, tokens, channels, padded, states, rank, rows[2], chunks[2], groups, threads;
+  int64_t in_place;        // 1: the mask multiplies the step size and chooses the convolution's windows; 0: x and u
   const float* xz;         // [B, L, 2E]
   const float* mask;       // [B, L]
   const float* factor;     // [B, 2], multiplies the output of each direction
@@ -64,6 +65,7 @@ struct Problem {
   float* grad_x(int64_t image, int64_t token) const { return grad_xz + (image * tokens + token) * 2 * channels; }
   float* grad_z(int64_t image, int64_t token) const { return grad_x(image, token) + channels; }
 
+  float step_mask(int64_t image, int64_t token) const { return mask[image * tokens + token]; }
   bool on(int which, int64_t image) const { return direction[which].start && direction[which].start[image] >= 0; }
   int64_t projections() const { return rank + 2 * states; }
   int64_t padded_projections() const { return (projections() + kLanes - 1) / kLanes * kLanes; }

@@ -3,6 +3,8 @@
 //     delta = softplus(W_dt dt + bias)      h = exp(delta A) h + delta u B      y = C h + D u
 //     out = silu(z) * (factor_0 y_0 + factor_1 y_1)
 //
+// A mask in place multiplies delta.
+//
 // Work goes in tiles of kTile steps, counted in scan order: the backward direction walks from the last token to the
 // first. Within a tile the states pass by in groups that fit the registers.
 #pragma once
@@ -50,7 +52,8 @@ struct Tile {
 // The step sizes of a tile and what the scan needs of them.
 struct Steps {
   Vec delta[kTile], input[kTile];  // input = delta u
-  Vec derivative[kTile];           // of softplus; backward pass only
+  Vec derivative[kTile];           // of delta with respect to the projected step; backward pass only
+  Vec unmasked[kTile];             // softplus; backward pass of a mask in place only
   float largest;
 };
 
@@ -76,7 +79,15 @@ inline void compute_steps(const Tile& tile, Steps& steps) {
   project_steps(tile, steps.delta);
   IntVec largest = {};  // of the bits: those of steps, which are not negative, are in order, a NaN is above them all
   for (int t = 0; t < tile.steps; ++t) {
-    const Vec delta = softplus(steps.delta[t], kDerivative ? &steps.derivative[t] : nullptr);
+    Vec delta = softplus(steps.delta[t], kDerivative ? &steps.derivative[t] : nullptr);
+    if (tile.p.in_place) {
+      const float mask = tile.p.step_mask(tile.image, tile.token(t));
+      if (kDerivative) {
+        steps.unmasked[t] = delta;
+        steps.derivative[t] *= mask;
+      }
+      delta *= mask;
+    }
     steps.delta[t] = delta;
     steps.input[t] = delta * tile.u(t);
     const IntVec bits = (IntVec)absolute(delta);  // a NaN may have a sign
@@ -236,7 +247,8 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
   }
 }
 
-// One tile of one channel block. `first`: the first direction of this image writes dL/dz, the second adds to it.
+// One tile of one channel block. `first`: the first direction of this image writes dL/dz and, of a mask in place,
+// what comes through the step; the second adds to them.
 inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* grad_state) {
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
@@ -283,7 +295,11 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
     grad_skip += grad_y[t] * u;
     store(d.grad_u + tile.at(t), skip * grad_y[t] + via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
-    store(d.grad_delta + tile.at(t), (via_B[t] * u + via_A[t] * kLn2) * steps.derivative[t]);
+    const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
+    store(d.grad_delta + tile.at(t), grad_delta * steps.derivative[t]);
+    if (!p.in_place) continue;
+    float* grad_mask = p.grad_mask + (tile.block * p.images + tile.image) * p.tokens + tile.token(t);
+    *grad_mask = (first ? 0.f : *grad_mask) + sum(grad_delta * steps.unmasked[t]);
   }
   float* skip_sum = p.grad_weight(tile.which, tile.image, p.skip(), tile.block);
   store(skip_sum, load(skip_sum) + grad_skip);
