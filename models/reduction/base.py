@@ -110,6 +110,41 @@ def rearrange(
     )
 
 
+def mask_in_place(
+    tokens: Tokens,
+    residual: Tensor,
+    decision: Tensor,
+    layout: TokenLayout,
+    into: Tensor | None = None,
+) -> Tokens:
+    """Training: all tokens stay where they are, dropped ones are masked there.
+
+    Class tokens move to where evaluation puts them among the kept ones. Arguments as of
+    `rearrange`.
+    """
+    kept_up_to = (decision > 0.5).cumsum(dim=1)  # [B, m]
+    slots = layout.class_slots(kept_up_to[:, -1])
+    index = torch.arange(slots.shape[1], device=slots.device)
+    # So many kept patches stand before a class token, and the dropped ones among them.
+    ahead = (slots - index).unsqueeze(-1)
+    class_slots = (kept_up_to.unsqueeze(1) <= ahead).sum(dim=-1) + index
+    patches, class_tokens = extract(residual, tokens.class_slots)
+    places = torch.arange(decision.shape[1], device=slots.device).expand_as(tokens.origin)
+    moved = torch.where(decision > 0.5, places, -1)
+    if into is not None:
+        moved = take(moved, into)
+    return replace(
+        tokens,
+        hidden=None,
+        residual=insert(patches, class_tokens, class_slots),
+        class_slots=class_slots,
+        alive=decision,
+        owner=follow(tokens.owner, moved),
+        mask=insert(decision, decision.new_ones(class_slots.shape), class_slots),
+        decisions=(*tokens.decisions, decision),
+    )
+
+
 def freeze(whole: Tokens, decision: Tensor, layout: TokenLayout, zeroes: bool) -> Tokens:
     """Training: as `rearrange`; feature maps keep what they showed of the dropped tokens.
 

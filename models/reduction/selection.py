@@ -34,6 +34,7 @@ class Selection(Reduction):
     """
 
     absorbs = False
+    in_place = False  # whether a free decision's mask is one in place, see `mask_in_place`
 
     @property
     def merges(self) -> bool:
