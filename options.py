@@ -66,6 +66,7 @@ READ_IF = {
         lambda args: not args.eval or args.resume == "auto",
         "with --eval; the checkpoint to evaluate is --model-path",
     ),
+    "--overwrite": (lambda args: not args.eval, "with --eval, which overwrites no training"),
     "--resume-override": (
         lambda args: args.resume,
         "without --resume; give --resume auto, or --resume FILE",
@@ -257,6 +258,13 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an --output_dir that holds another run, and remove its files; without "
+        "it such a folder is refused. A run that its launcher restarts, or that --resume auto "
+        "finds, is continued all the same",
+    )
     add_device_arguments(group)
     group.add_argument(
         "--cuda-graph",
@@ -267,7 +275,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--resume",
         metavar="auto|FILE",
-        help="resume from FILE, or from the newest checkpoint in --output_dir if there is one",
+        help="resume from FILE, or from the newest checkpoint in --output_dir if there is one, "
+        "else start anew",
     )
     group.add_argument(
         "--resume-override",

@@ -21,7 +21,16 @@ from datasets import DATA_SETS
 from drawing import plots
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, read_run, run_names
-from evaluation.columns import EXACT, PAPER, PARAMETERS, SPEED, Row, measure_row, measure_rows
+from evaluation.columns import (
+    EXACT,
+    PAPER,
+    PARAMETERS,
+    SPEED,
+    Row,
+    measure_row,
+    measure_rows,
+    speed_row,
+)
 from evaluation.decisions import read_keep_maps
 from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
@@ -63,8 +72,8 @@ def environment_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:
         evaluated = run.evaluation or {}
         facts = run.environment | {
             f"evaluation: {key}": evaluated[key]
-            for key in ("device", "backend", "precision")
-            if key in evaluated
+            for key in ("device", "backend", "precision", "batch_size")
+            if evaluated.get(key) is not None
         }
         for key, value in facts.items():
             rows.setdefault(key, ["–"] * len(runs))[run.position] = str(value)
@@ -208,7 +217,8 @@ def _budgets_text(run: RunFolder, measure: Measure) -> str:
 def sweep_table(run: RunFolder) -> dict[str, Any]:
     """A row for each budget of a run and for the dense model."""
     task = task_of_run(run)
-    columns = [*([measure_row(task.best)] if task else []), EXACT, SPEED]
+    speed = speed_row(run.sweep.get("batch_size"))
+    columns = [*([measure_row(task.best)] if task else []), EXACT, speed]
     rows = [
         {
             "name": name,

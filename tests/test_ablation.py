@@ -19,6 +19,7 @@ from evaluation import ablation_table, summary
 from tests.helpers.flags import tiny
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
+from utils.run_folder import locked
 
 SMALL = tiny("--lr", "2e-2", "--unscale-lr", "--no-model-ema")
 COMMON = ["--", *SMALL, "--pruning-layers", "1", "2"]
@@ -251,7 +252,7 @@ def test_sigterm_lets_the_runs_save(teacher, tmp_path):
     )
     assert (folder / "checkpoint.pth").exists() and not (folder / "eval.json").exists()
     assert not (tmp_path / "static").exists(), "told to leave, it starts nothing more"
-    with ablation.locked(tmp_path):  # nothing is left running that would hold it
+    with locked(tmp_path):  # nothing is left running that would hold it
         pass
 
 
@@ -290,15 +291,6 @@ def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             next(ended)
     assert (tmp_path / "saved").exists()
-
-
-def test_one_at_a_time_in_a_folder(tmp_path):
-    with ablation.locked(tmp_path):
-        with (
-            pytest.raises(UserError, match="is in use by another ablation.py"),
-            ablation.locked(tmp_path),
-        ):
-            pass
 
 
 def test_gpus_in_turn_or_a_share_of_the_cores(monkeypatch):
