@@ -8,15 +8,15 @@ What follows `--` are flags of main.py for all runs. The same command resumes an
 ablation.
 """
 
-import os
+from utils.startup import prepare, require
 
-# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare()
 
 import argparse
 import dataclasses
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -404,6 +404,7 @@ def describe(
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    require("tensorboard")
     runs = plan(args)
     setup_logging()
     experiment = check_inputs(runs, args.dense_path, Path(args.output_dir))

@@ -10,10 +10,9 @@
 `scripts/` holds the paper's recipes.
 """
 
-import os
+from utils.startup import prepare, require
 
-# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare()
 
 import functools
 import logging
@@ -271,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         args = options.parse(argv, recorded)
         check_task(checkpoint, task_named(task_of(args.data_set)), args.model_path)
     if not args.eval:
+        require("tensorboard")
         run_folder.check(args, distributed)  # reading the data may take long
     experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
     if args.calibrate and experiment.data.calibration_loader is None:

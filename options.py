@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from datasets import TIMM_PREFIXES, add_data_arguments, task_of
 from models.options import add_model_arguments, settle_model
@@ -65,6 +65,11 @@ READ_IF = {
     "--resume": (
         lambda args: not args.eval or args.resume == "auto",
         "with --eval; the checkpoint to evaluate is --model-path",
+    ),
+    "--block-keep-ratio": (
+        lambda args: not args.eval or args.calibrate,
+        "with --eval alone, which opens the gates above the checkpoint's threshold; --calibrate "
+        "finds the threshold for it, --gate-threshold P sets one",
     ),
     "--overwrite": (lambda args: not args.eval, "with --eval, which overwrites no training"),
     "--resume-override": (
@@ -207,7 +212,14 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     )
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
     group.add_argument("--opt-eps", type=not_negative, default=1e-8)
-    group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
+    group.add_argument(
+        "--opt-betas",
+        type=below_one,
+        nargs="+",
+        default=[0.9, 0.999],
+        metavar="BETA",
+        help="as many as --opt has; one with three (adan) has its own by default",
+    )
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument(
         "--layer-decay",
@@ -385,6 +397,11 @@ def _check(args: argparse.Namespace, task: Task) -> None:
     if args.opt.lower() not in list_optimizers():
         raise UsageError(
             f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}"
+        )
+    if get_optimizer_info(args.opt.lower()).second_order and not args.eval:
+        raise UsageError(
+            f"--opt {args.opt} needs second derivatives, which the selective scan does not have; "
+            "choose another, such as adamw"
         )
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
         raise UsageError(

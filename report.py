@@ -4,6 +4,10 @@ python report.py output/demo/dyvm                    writes output/demo/dyvm/rep
 python report.py output/demo/dyvm output/demo/dyvm50 --output both.html
 """
 
+from utils.startup import prepare
+
+prepare()
+
 import argparse
 import base64
 import io

@@ -8,6 +8,10 @@
 One PNG per image, and a GIF for a video; for several images also contact sheets and `images.csv`.
 """
 
+from utils.startup import prepare
+
+prepare()
+
 import logging
 import os
 import sys
