@@ -406,10 +406,11 @@ def render(runs: list[RunFolder]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    of_tasks = [task_part(run) for run in runs]
+    own = [run for run in runs if run.decided]
+    of_tasks = [task_part(run) for run in own]
     decided = [
         {"run": run, "charts": decision_charts(run), "pictures": sample_pictures(run)}
-        for run in runs
+        for run in own
     ]
     return environment.get_template("report.html").render(
         runs=[{"run": run, "headlines": headlines(run), "what": _what(run)} for run in runs],
@@ -454,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or args.runs[0] / "report.html"
     text = render(runs)
     with atomic_file(output) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")

@@ -223,7 +223,8 @@ def write(
     _write_variants(rows, task.best.key, output / "ablation.csv")
     _write_runs(outcomes, task, output / "ablation_runs.csv")
     with atomic_file(output / "ablation.md") as file:
-        file.write(_document(rows, failed, about, environment, speeds, task.best).encode())
+        text = _document(rows, failed, about, environment, speeds, task.best)
+        file.write(text.encode(errors="backslashreplace"))
     for axis, name in (("flops", "ablation_flops.png"), ("images_per_s", "ablation_speed.png")):
         figure = plots.variants(rows, axis, task.best)
         if figure is not None:

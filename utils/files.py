@@ -131,6 +131,13 @@ def prepare_output_dir(path: str | os.PathLike) -> Path:
     """
     folder = Path(path)
     try:
+        str(folder).encode()  # TensorBoard's files have names in UTF-8
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output folder {str(folder)!r}: not all of its name can be read as text; choose "
+            "another, or set LC_ALL=C.UTF-8 where the locale is the reason"
+        ) from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
         probe.touch()
