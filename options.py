@@ -5,6 +5,7 @@ them.
 """
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -19,6 +20,9 @@ from utils.arguments import OneLineParser, below_one, not_negative, positive, ra
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.precision import AMP_DTYPES
+from utils.run_folder import CALIBRATED
+
+_logger = logging.getLogger(__name__)
 
 # Flags that only some methods read in training.
 READ_BY = {
@@ -65,11 +69,6 @@ READ_IF = {
     "--resume": (
         lambda args: not args.eval or args.resume == "auto",
         "with --eval; the checkpoint to evaluate is --model-path",
-    ),
-    "--block-keep-ratio": (
-        lambda args: not args.eval or args.calibrate,
-        "with --eval alone, which opens the gates above the checkpoint's threshold; --calibrate "
-        "finds the threshold for it, --gate-threshold P sets one",
     ),
     "--overwrite": (lambda args: not args.eval, "with --eval, which overwrites no training"),
     "--resume-override": (
@@ -421,6 +420,13 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
         if flag in given_flags and not is_read(args):
             raise UsageError(f"{flag} has no meaning {where.format_map(vars(args))}")
     if args.eval:
+        if "--block-keep-ratio" in given_flags and not args.calibrate:
+            _logger.warning(
+                "--block-keep-ratio %g changes nothing here: the gates open above the "
+                "checkpoint's own threshold; --calibrate finds the one for this share, "
+                "--gate-threshold P sets one",
+                args.block_keep_ratio,
+            )
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", action="append", default=[])
@@ -437,7 +443,8 @@ def _check_overwriting(args: argparse.Namespace) -> None:
     """Raise UsageError if a run would write its checkpoints over the weights it starts from."""
     if args.eval or not args.model_path:
         return
-    own = [Path(args.output_dir).resolve() / name for name in (NEWEST, PREVIOUS, BEST)]
+    names = (NEWEST, PREVIOUS, BEST, CALIBRATED)
+    own = [Path(args.output_dir).resolve() / name for name in names]
     if Path(args.model_path).resolve() in own:
         raise UsageError(
             f"--model-path {args.model_path} lies in --output_dir {args.output_dir} and would be "

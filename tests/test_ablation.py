@@ -398,6 +398,30 @@ def test_other_mistakes(done, teacher, tmp_path):
     assert modified(done) == before
 
 
+def test_a_run_is_complete_under_its_own_conditions(done, teacher, monkeypatch):
+    flags = ["--dense-path", str(teacher), "--output_dir", str(done), "--seeds", "0"]
+    [run] = ablation.plan(ablation.parse([*flags, "--variants", "block-only", *COMMON]))
+    best = load_checkpoint(run.folder / "best_checkpoint.pth")
+    own = best["teacher_sha256"], best["images"]
+    assert ablation.is_complete(run, *own)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="other settings .other images: None -> None"):
+            ablation.is_complete(run, own[0], own[1] | {split: "of others"})
+    monkeypatch.setattr(run.args, "gate_threshold", 0.5)
+    with pytest.raises(UserError, match="--gate-threshold: 'calibrated' -> 0.5"):
+        ablation.is_complete(run, *own)
+
+
+def test_a_report_of_another_checkpoint_does_not_complete_a_run(done, tmp_path):
+    (tmp_path / "best_checkpoint.pth").write_bytes(
+        (done / "half" / "seed0" / "best_checkpoint.pth").read_bytes()
+    )
+    for folder, complete in (("half", True), ("block-only", False)):
+        report = (done / folder / "seed0" / "eval.json").read_text()
+        (tmp_path / "eval.json").write_text(report)
+        assert ablation.is_evaluated(tmp_path) is complete
+
+
 def test_a_damaged_report_is_named(done, tmp_path):
     (tmp_path / "eval.json").write_text("{cut")
     with pytest.raises(UserError, match="eval.json cannot be read .* remove it"):
