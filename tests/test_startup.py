@@ -17,9 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("program", ["main", "ablation", "predict", "visualize", "report"])
 def test_a_package_that_is_missing_is_one_line(tmp_path, program):
-    """tqdm and matplotlib are looked for before PyTorch is: a matter of a second."""
     hidden = "import sys; sys.modules['timm'] = sys.modules['matplotlib'] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(hidden + "sys.modules['numpy'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text(hidden)
     done = subprocess.run(
         [sys.executable, ROOT / f"{program}.py", "--help"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
