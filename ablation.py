@@ -404,7 +404,7 @@ def describe(
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    require("tensorboard")
+    require("tensorboard", "matplotlib")
     runs = plan(args)
     setup_logging()
     experiment = check_inputs(runs, args.dense_path, Path(args.output_dir))

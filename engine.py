@@ -387,9 +387,10 @@ def _tell_inverted_schedule(optimizer: torch.optim.Optimizer, args: argparse.Nam
     for flag, value, what in flags:
         if value > lr:
             _logger.warning(
-                "%s %g is above the learning rate %.3g (%s): the schedule %s; give a lower %s, a "
-                "higher --lr, or --unscale-lr",
+                "%s %g is above the learning rate %.3g (%s): the schedule %s; give a lower %s or a "
+                "higher --lr%s",
                 *(flag, value, lr, scaled, what, flag),
+                "" if args.unscale_lr else ", or --unscale-lr",
             )
 
 
@@ -457,10 +458,11 @@ def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.O
         raise UsageError(f"--opt {args.opt} cannot be used: {first_line(error)}") from None
 
 
-def _betas(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """`--opt-betas`; an optimizer with another number of them has its own by default."""
-    info = get_optimizer_info(args.opt.lower().split("_")[-1])
-    given = tuple(args.opt_betas)
+def _betas(args: argparse.Namespace) -> dict[str, Any]:
+    """`--opt-betas` as the optimizer takes them; one with another number has its own by default."""
+    info, given = get_optimizer_info(args.opt.lower()), tuple(args.opt_betas)
+    if not info.has_betas:
+        return {"momentum": given[0]} if info.has_momentum else {}
     if len(given) == info.num_betas:
         return {"betas": given}
     if given == DEFAULT_BETAS:

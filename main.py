@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)
         args = options.parse(argv, recorded)
         check_task(checkpoint, task_named(task_of(args.data_set)), args.model_path)
+    require("matplotlib")
     if not args.eval:
         require("tensorboard")
         run_folder.check(args, distributed)  # reading the data may take long

@@ -217,7 +217,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         nargs="+",
         default=[0.9, 0.999],
         metavar="BETA",
-        help="as many as --opt has; one with three (adan) has its own by default",
+        help="as many as --opt has: one with three (adan) has its own by default, of one with "
+        "momentum (sgd) it is the first",
     )
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument(

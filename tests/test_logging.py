@@ -276,7 +276,7 @@ class TestRunMain:
             import nosuchpackage  # noqa: F401
 
         assert self.end(main) == 1
-        assert "lacks the package nosuchpackage" in capsys.readouterr().err
+        assert "lacks nosuchpackage" in capsys.readouterr().err
 
     def test_exit_codes(self):
         assert self.end(lambda: None) == 0

@@ -517,13 +517,15 @@ def built(*flags):
     return engine.build_training(Experiment.prepare(args, Distributed(torch.device("cpu"))))
 
 
-def test_an_optimizer_with_three_betas_has_its_own(few_validation_images):
+def test_betas_as_each_optimizer_takes_them(few_validation_images):
     for flags, betas in (
         (["--opt", "cadanw"], (0.98, 0.92, 0.99)),
         (["--opt", "adan", "--opt-betas", "0.9", "0.8", "0.7"], (0.9, 0.8, 0.7)),
-        (["--opt", "lookahead_adamw", "--opt-betas", "0.8", "0.9"], (0.8, 0.9)),
+        (["--opt", "adamw", "--opt-betas", "0.8", "0.9"], (0.8, 0.9)),
     ):
         assert tuple(built(*flags).optimizer.param_groups[0]["betas"]) == betas
+    sgd = built("--opt", "sgd", "--opt-betas", "0.7").optimizer
+    assert sgd.param_groups[0]["momentum"] == 0.7
 
 
 def test_a_schedule_that_is_upside_down_is_told(few_validation_images, caplog):

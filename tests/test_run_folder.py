@@ -182,6 +182,23 @@ class TestResumeFile:
         assert load_checkpoint(tmp_path / "replaced_best_checkpoint.pth")["best"] == 70.0
 
 
+class TestBestCheckpoint:
+    """Beside the newest one, under --resume auto."""
+
+    @pytest.mark.parametrize(
+        "flags, kept",
+        [({}, True), ({"lr": 0.5}, False)],
+        ids=["of a run killed between the two saves", "of another run"],
+    )
+    def test_of_another_score(self, tmp_path, flags, kept):
+        saved(tmp_path / "checkpoint.pth", 60.0)
+        best = saved(tmp_path / "best_checkpoint.pth", 70.0)
+        save_checkpoint(load_checkpoint(best) | {"args": flags}, best)
+        start(arguments(tmp_path, "auto"))
+        assert best.exists() == kept
+        assert (tmp_path / "replaced_best_checkpoint.pth").exists() != kept
+
+
 class TestLock:
     def test_one_at_a_time(self, tmp_path):
         with run_folder.locked(tmp_path):

@@ -239,6 +239,8 @@ def start_or_resume(
             _logger.info("--resume auto: no checkpoint in %s; starting anew at epoch 1", folder)
         distributed.on_main(lambda: run_folder.clear(folder))
         return averages
+    if wanted != args.resume:
+        _logger.warning("started again by the launcher: the run in %s is continued", folder)
     checkpoint, source = resumed
     same = check_agreement(checkpoint, source, record, args.resume_override)
     training.load_state_dict(checkpoint)
@@ -247,22 +249,22 @@ def start_or_resume(
     else:
         # Batches and the ranks' shares may differ now: the epoch starts again.
         training.step = 0
-    if wanted != "auto":
-        distributed.on_main(lambda: _take_best(source, folder, checkpoint["best"]))
+    distributed.on_main(lambda: _settle_best(source, folder, checkpoint, wanted == "auto"))
     _logger.info("resumed from %s at epoch %d, step %d", source, training.epoch + 1, training.step)
     return averages
 
 
-def _take_best(source: Path, folder: Path, best: float | None) -> None:
-    """Make the folder's best checkpoint that of the run of `source`, whose best score is `best`.
+def _settle_best(source: Path, folder: Path, checkpoint: Mapping[str, Any], newest: bool) -> None:
+    """Make the folder's best checkpoint that of the run of `checkpoint`, which is in `source`.
 
-    Where it is another's, or of an epoch after `source`, it is set aside.
+    Where it is another run's, or of an epoch after `source`, it is set aside. Beside the `newest`
+    checkpoint it may be of a later epoch: a run may be killed between the two.
     """
-    own = folder / BEST
+    own, best = folder / BEST, checkpoint["best"]
     if source.parent.resolve() != folder.resolve():
         run_folder.clear(folder)
         there = source.parent / BEST
-        if best is not None and _score_of(there) == best:
+        if best is not None and _read_best(there).get("best") == best:
             with open(there, "rb") as file, atomic_file(own) as copy:
                 shutil.copyfileobj(file, copy)
         elif best is not None:
@@ -271,16 +273,23 @@ def _take_best(source: Path, folder: Path, best: float | None) -> None:
                 "is at least as good, %s has no %s",
                 *(best, source, folder, BEST),
             )
-    elif source.name != BEST and own.exists() and _score_of(own) != best:
-        os.replace(own, folder / REPLACED_BEST)
-        _logger.warning(
-            "%s is not of the epochs up to %s: it is kept as %s", own, source, REPLACED_BEST
-        )
+        return
+    if source.name == BEST or not own.exists():
+        return
+    found = _read_best(own)
+    if found.get("best") == best:
+        return
+    if newest and not flag_differences(found.get("args", {}), checkpoint["args"]):
+        return
+    os.replace(own, folder / REPLACED_BEST)
+    _logger.warning(
+        "%s is not of the epochs up to %s: it is kept as %s", own, source, REPLACED_BEST
+    )
 
 
-def _score_of(path: Path) -> float | None:
-    """The score of a best checkpoint; None if there is none that can be read."""
+def _read_best(path: Path) -> dict[str, Any]:
+    """A best checkpoint; empty if there is none that can be read."""
     try:
-        return load_checkpoint(path).get("best") if path.exists() else None
+        return load_checkpoint(path) if path.exists() else {}
     except UserError:
-        return None
+        return {}

@@ -18,7 +18,7 @@ from .errors import UsageError, UserError
 
 NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
 CALIBRATED = "calibrated_checkpoint.pth"  # of --eval --calibrate
-LOG = "log.txt"
+LOG, LOCK = "log.txt", ".lock"
 EVAL_BAD_IMAGES = "eval_bad_images_rank{}.txt"  # of --eval; bad_images_rank*.txt is the training's
 # What cannot be had again without computing it again.
 RESULTS = (NEWEST, PREVIOUS, BEST, CALIBRATED, LOG, "eval.json", "sweep.json")
@@ -80,7 +80,7 @@ def locked(folder: Path, user: str = "run") -> Iterator[int]:
 
     Raises UserError if the folder is in use.
     """
-    with open(folder / ".lock", "a") as file:
+    with open(folder / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -100,20 +100,31 @@ def locked(folder: Path, user: str = "run") -> Iterator[int]:
 
 @contextmanager
 def claimed(args: argparse.Namespace, distributed: Distributed) -> Iterator[None]:
-    """Hold the output folder of a training; raises UserError on every rank if it is not free."""
+    """Hold the output folder of a training.
+
+    Raises on every rank UserError if it is in use, and UsageError if the training would overwrite
+    another run's results.
+    """
     with ExitStack() as stack:
 
         def lock() -> None:
             stack.enter_context(locked(Path(args.output_dir)))
+            _refuse_overwriting(args)
 
         distributed.on_main(lock)
-        check(args, distributed)
         yield
 
 
 def check(args: argparse.Namespace, distributed: Distributed) -> None:
-    """Raise UsageError on every rank if a training would overwrite another run's results."""
-    distributed.on_main(lambda: _refuse_overwriting(args))
+    """As `claimed`, but without holding the folder or making it: for before the data are read."""
+
+    def look() -> None:
+        if (Path(args.output_dir) / LOCK).exists():
+            with locked(Path(args.output_dir)):
+                pass
+        _refuse_overwriting(args)
+
+    distributed.on_main(look)
 
 
 def _refuse_overwriting(args: argparse.Namespace) -> None:

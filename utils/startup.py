@@ -10,10 +10,24 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from types import TracebackType
 
 from .errors import UserError
 
+# What all programs import.
+MODULES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "einops",
+    "safetensors",
+    "tabulate",
+    "tqdm",
+    "PIL",
+    "av",
+)
 # Packages of requirements.txt whose modules have other names.
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn"}
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,6 +42,10 @@ def prepare() -> None:
     os.environ["MPLBACKEND"] = "agg"
     _name_the_user()
     sys.excepthook = _without_trace
+    try:
+        require(*MODULES)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def _name_the_user() -> None:
@@ -51,16 +69,22 @@ def missing_package(error: BaseException) -> str | None:
         os.path.join(_ROOT, f"{module}.py")
     ):
         return None  # a module of our own: a mistake of ours
+    return _lacking([module])
+
+
+def _lacking(modules: Sequence[str]) -> str:
+    names = ", ".join(PACKAGE_OF.get(module, module) for module in modules)
     return (
-        f"{sys.executable} lacks the package {PACKAGE_OF.get(module, module)}: install "
-        "requirements.txt there, or take the Python that scripts/setup.sh prints"
+        f"{sys.executable} lacks {names}: install requirements.txt there, or take the Python that "
+        "scripts/setup.sh prints"
     )
 
 
-def require(module: str) -> None:
-    """Raise UserError for a package that is needed later, before any work is done."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(missing_package(ModuleNotFoundError(name=module)))
+def require(*modules: str) -> None:
+    """Raise UserError for packages that are needed later, before any work is done."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(_lacking(missing))
 
 
 def _without_trace(
