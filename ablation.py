@@ -8,23 +8,23 @@ What follows `--` are flags of main.py for all runs. The same command resumes an
 ablation.
 """
 
-import os
+from utils.startup import prepare, require
 
-# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare()
 
 import argparse
 import dataclasses
-import fcntl
+import json
 import logging
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from evaluation.ablation_table import (
     table,
     write,
 )
+from loading.fingerprint import fingerprints
 from models.build import ModelSpec
 from models.weights import load_weights
 from tasks import Experiment, Measure
@@ -50,7 +51,8 @@ from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir, sha256_of
 from utils.logging import Progress, setup_logging
 from utils.program import run_main
-from utils.resume import flag_differences
+from utils.resume import HARMLESS, OF_EVALUATION, flag_differences
+from utils.run_folder import locked
 
 # Each variant's flags of main.py. `random` and `static` have the routers of `main`.
 VARIANTS = {
@@ -75,6 +77,7 @@ SET_HERE = {
     "--sweep": "main.py --eval --sweep on a run's checkpoint",
     "--resume": "nothing: an interrupted run is resumed",
     "--resume-override": "another --output_dir",
+    "--overwrite": "another --output_dir",
 }
 # Accuracies and speeds are compared on the same images.
 SHARED = ("data_set", "data_path", "val_split", "input_size", "eval_crop_ratio", "device", "amp")
@@ -256,12 +259,13 @@ def check_inputs(runs: Sequence[PlannedRun], dense_path: str, output: Path) -> E
     return experiment
 
 
-def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
+def is_complete(run: PlannedRun, teacher_sha256: str, images: Mapping[str, str]) -> bool:
     """Whether a run was trained and evaluated.
 
-    Raises UserError if its folder holds another run's checkpoint.
+    images: fingerprints of the splits. Raises UserError if its folder holds another run's
+    checkpoint.
     """
-    evaluated = (run.folder / "eval.json").exists() and (run.folder / BEST).exists()
+    evaluated = is_evaluated(run.folder)
     newest = (
         (load_checkpoint(run.folder / BEST), run.folder / BEST)
         if evaluated
@@ -270,13 +274,13 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
     if newest is None:
         return False
     checkpoint, path = newest
-    different = flag_differences(checkpoint.get("args", {}), vars(run.args))
-    # Not among the differences: it does not alter a training, but its evaluation.
-    threshold = checkpoint.get("args", {}).get("gate_threshold")
-    if threshold != run.args.gate_threshold:
-        different.append(f"--gate-threshold: {threshold!r} -> {run.args.gate_threshold!r}")
+    recorded = checkpoint.get("args", {})
+    different = flag_differences(recorded, vars(run.args), HARMLESS - OF_EVALUATION)
     if checkpoint.get("teacher_sha256") != teacher_sha256:
         different.append("another dense teacher")
+    trained_on = checkpoint.get("images") or images  # earlier versions did not record them
+    if trained_on != images:
+        different.append(f"other images: {recorded.get('data_path')} -> {run.args.data_path}")
     if different:
         raise UserError(
             f"{path} is of a run with other settings ({'; '.join(different)}); repeat them, or "
@@ -285,27 +289,16 @@ def is_complete(run: PlannedRun, teacher_sha256: str) -> bool:
     return evaluated
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Keep a second ablation.py out of the folder.
-
-    The trainings inherit the lock, in case they outlive this process.
-    """
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another ablation.py, or by trainings that one left "
-                "running; wait for them, or choose another --output_dir"
-            ) from None
-        except OSError as error:
-            _logger.warning(
-                "%s cannot be locked (%s): start no second ablation.py in it",
-                folder,
-                error.strerror,
-            )
-        yield file.fileno()
+def is_evaluated(folder: Path) -> bool:
+    """Whether eval.json is that of the run's best checkpoint, as far as it says so."""
+    report, best = folder / "eval.json", folder / BEST
+    if not (report.exists() and best.exists()):
+        return False
+    try:
+        evaluated = json.loads(report.read_bytes()).get("checkpoint_sha256")
+    except (OSError, ValueError, AttributeError):
+        return True  # it is named when it is read
+    return evaluated in (None, sha256_of(best))
 
 
 def train_all(runs: Sequence[PlannedRun], jobs: int, lock: int) -> Iterator[tuple[PlannedRun, int]]:
@@ -367,10 +360,15 @@ def why_it_failed(run: PlannedRun, code: int) -> str:
 
 
 def train_missing(
-    runs: Sequence[PlannedRun], teacher_sha256: str, jobs: int, lock: int, measure: Measure
+    runs: Sequence[PlannedRun],
+    teacher_sha256: str,
+    images: Mapping[str, str],
+    jobs: int,
+    lock: int,
+    measure: Measure,
 ) -> dict[str, str]:
     """Train the runs that are not complete; -> {run: why it failed}."""
-    missing = [run for run in runs if not is_complete(run, teacher_sha256)]
+    missing = [run for run in runs if not is_complete(run, teacher_sha256, images)]
     _logger.info("%d runs, %d of them complete", len(runs), len(runs) - len(missing))
     failed: dict[str, str] = {}
     with closing(train_all(missing, jobs, lock)) as ended:
@@ -406,14 +404,17 @@ def describe(
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    require("tensorboard", "matplotlib")
     runs = plan(args)
     setup_logging()
     experiment = check_inputs(runs, args.dense_path, Path(args.output_dir))
     best, output = experiment.task.best, prepare_output_dir(args.output_dir)
     preemption.install()
     teacher = sha256_of(args.dense_path)
-    with locked(output) as lock:
-        failed = train_missing(runs, teacher, args.jobs, lock, best)
+    images = fingerprints(experiment.data, experiment.args.data_path)
+    # The trainings inherit the lock, in case they outlive this process.
+    with locked(output, "ablation.py, or by trainings that one left running") as lock:
+        failed = train_missing(runs, teacher, images, args.jobs, lock, best)
         if preemption.requested():
             _logger.warning(
                 "told to leave by %s; the runs have saved, the same command goes on",

@@ -10,10 +10,9 @@
 `scripts/` holds the paper's recipes.
 """
 
-import os
+from utils.startup import prepare, require
 
-# Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare()
 
 import functools
 import logging
@@ -26,13 +25,14 @@ from engine import Interrupted, Training, build_training, train_one_epoch, valid
 from evaluation.calibration import calibrate
 from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
+from loading.fingerprint import fingerprints
 from loading.loaders import worker_died
 from models import VisionMamba
 from models.build import STORED, recorded_arguments, restore, set_threshold
 from models.weights import load_weights
 from tasks import Experiment, check_task, task_named, task_of_checkpoint
-from utils import preemption, resume
-from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
+from utils import preemption, resume, run_folder
+from utils.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
 from utils.distributed import init_distributed
 from utils.environment import describe_environment
 from utils.errors import UsageError
@@ -40,8 +40,7 @@ from utils.files import prepare_output_dir, write_json
 from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
 from utils.nonfinite import NonFiniteError
 from utils.program import run_main
-
-CALIBRATED = "calibrated_checkpoint.pth"
+from utils.run_folder import CALIBRATED
 
 _logger = logging.getLogger("dyvm")
 
@@ -58,6 +57,7 @@ def train(experiment: Experiment) -> int:
         data.steps_per_epoch,
         training.model.family.name,
         experiment.task.name,
+        fingerprints(data, args.data_path) if distributed.is_main else None,
     )
     averages = resume.start_or_resume(training, record, args, distributed)
 
@@ -169,19 +169,21 @@ def evaluate_best(training: Training, experiment: Experiment) -> None:
     """The full report on a run's best checkpoint, or on its last weights if that lies elsewhere."""
     best = experiment.output / BEST
     model, ema = training.model, None if training.ema is None else training.ema.module
-    weights = None
+    source, weights = experiment.output / NEWEST, None
     if best.exists():
-        weights = load_checkpoint(best)
+        source, weights = best, load_checkpoint(best)
         model.load_state_dict(weights["model"])
         if ema is not None:
             ema.load_state_dict(weights["ema"])
+    else:
+        _logger.warning("%s is missing: the report is on the last epoch's weights", best)
     thresholds = calibrate({"model": model, "ema": ema}, experiment)
     if thresholds and weights and experiment.is_main:
         save_checkpoint(weights | {STORED: thresholds}, best)
     if experiment.args.gate_threshold != "calibrated":
         for each in (model, *([] if ema is None else [ema])):
             set_threshold(each, experiment.args.gate_threshold)
-    report_evaluation(model, ema, training.teacher, experiment)
+    report_evaluation(model, ema, training.teacher, experiment, source)
 
 
 def show_epoch(
@@ -223,7 +225,7 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         trained = recorded_arguments(checkpoint).get("token_keep_ratio")
         run_sweep(model, dense, trained, experiment)
         return
-    report_evaluation(model, ema, dense, experiment)
+    report_evaluation(model, ema, dense, experiment, args.model_path)
 
 
 def starts_from_another_task(checkpoint: dict[str, Any], experiment: Experiment) -> bool:
@@ -270,6 +272,10 @@ def main(argv: list[str] | None = None) -> int:
         recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)
         args = options.parse(argv, recorded)
         check_task(checkpoint, task_named(task_of(args.data_set)), args.model_path)
+    require("matplotlib")
+    if not args.eval:
+        require("tensorboard")
+        run_folder.check(args, distributed)  # reading the data may take long
     experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
     if args.calibrate and experiment.data.calibration_loader is None:
         raise UsageError(
@@ -282,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval:
             evaluate_checkpoint(checkpoint, experiment)
         else:
-            code = train(experiment)
+            with run_folder.claimed(args, distributed):
+                code = train(experiment)
     except RuntimeError as error:
         if failure := worker_died(error):
             raise failure from None

@@ -5,12 +5,13 @@ them.
 """
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from datasets import TIMM_PREFIXES, add_data_arguments, settle_data, task_of
 from models.options import add_model_arguments, settle_model
@@ -20,6 +21,9 @@ from utils.arguments import OneLineParser, below_one, not_negative, positive, ra
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.precision import AMP_DTYPES
+from utils.run_folder import CALIBRATED
+
+_logger = logging.getLogger(__name__)
 
 # Flags that only some methods read in training.
 READ_BY = {
@@ -86,6 +90,7 @@ READ_IF = {
         lambda args: not args.eval or args.resume == "auto",
         "with --eval; the checkpoint to evaluate is --model-path",
     ),
+    "--overwrite": (lambda args: not args.eval, "with --eval, which overwrites no training"),
     "--resume-override": (
         lambda args: args.resume,
         "without --resume; give --resume auto, or --resume FILE",
@@ -226,7 +231,15 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     )
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
     group.add_argument("--opt-eps", type=not_negative, default=1e-8)
-    group.add_argument("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA")
+    group.add_argument(
+        "--opt-betas",
+        type=below_one,
+        nargs="+",
+        default=[0.9, 0.999],
+        metavar="BETA",
+        help="as many as --opt has: one with three (adan) has its own by default, of one with "
+        "momentum (sgd) it is the first",
+    )
     group.add_argument("--weight-decay", type=not_negative, default=1e-8)
     group.add_argument(
         "--layer-decay",
@@ -277,6 +290,13 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "cost and speed",
     )
     group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an --output_dir that holds another run, and remove its files; without "
+        "it such a folder is refused. A run that its launcher restarts, or that --resume auto "
+        "finds, is continued all the same",
+    )
     add_device_arguments(group)
     group.add_argument(
         "--cuda-graph",
@@ -287,7 +307,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--resume",
         metavar="auto|FILE",
-        help="resume from FILE, or from the newest checkpoint in --output_dir if there is one",
+        help="resume from FILE, or from the newest checkpoint in --output_dir if there is one, "
+        "else start anew",
     )
     group.add_argument(
         "--resume-override",
@@ -387,6 +408,11 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         raise UsageError(
             f"--opt {args.opt!r} is unknown; timm knows {', '.join(list_optimizers())}"
         )
+    if get_optimizer_info(args.opt.lower()).second_order and not args.eval:
+        raise UsageError(
+            f"--opt {args.opt} needs second derivatives, which the selective scan does not have; "
+            "choose another, such as adamw"
+        )
     if not 0 <= args.warmup_epochs < args.epochs and not args.eval:
         raise UsageError(
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
@@ -442,6 +468,13 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
         if flag in given_flags and not is_read(args):
             raise UsageError(f"{flag} has no meaning {where.format_map(vars(args))}")
     if args.eval:
+        if "--block-keep-ratio" in given_flags and not args.calibrate:
+            _logger.warning(
+                "--block-keep-ratio %g changes nothing here: the gates open above the "
+                "checkpoint's own threshold; --calibrate finds the one for this share, "
+                "--gate-threshold P sets one",
+                args.block_keep_ratio,
+            )
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", action="append", default=[])
@@ -458,7 +491,8 @@ def _check_overwriting(args: argparse.Namespace) -> None:
     """Raise UsageError if a run would write its checkpoints over the weights it starts from."""
     if args.eval or not args.model_path:
         return
-    own = [Path(args.output_dir).resolve() / name for name in (NEWEST, PREVIOUS, BEST)]
+    names = (NEWEST, PREVIOUS, BEST, CALIBRATED)
+    own = [Path(args.output_dir).resolve() / name for name in names]
     if Path(args.model_path).resolve() in own:
         raise UsageError(
             f"--model-path {args.model_path} lies in --output_dir {args.output_dir} and would be "

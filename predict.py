@@ -8,6 +8,10 @@ With `--overlay DIR`, of a segmenter: `DIR/overlays/X.png` shows the classes ove
 `DIR/predictions/X.png` holds them, as a palette PNG of the image's own size.
 """
 
+from utils.startup import prepare
+
+prepare()
+
 import json
 import logging
 import os
@@ -29,9 +33,11 @@ from utils.errors import UsageError, UserError
 from utils.files import prepare_output_dir
 from utils.program import run_main
 
+NOT_FINITE = "the model's answer is not finite (NaN): look at its weights, or leave out --amp"
+
 
 class Prediction(NamedTuple):
-    """Of one file: what the model says of it, or why it could not be read."""
+    """Of one file: what the model says of it, or why it says nothing."""
 
     index: int
     file: str
@@ -59,9 +65,11 @@ def predictions(predictor: Predictor, images: ImageSet, top: int) -> Iterator[Pr
 
     for batch, result in predictor.results(images, bad_images, evaluated=True):
         answers = predictor.task.named(result, batch.targets, predictor.class_names, top)
-        for index, named in zip(batch.indices.tolist(), answers, strict=True):
+        usable = result.logits.flatten(1).isfinite().all(dim=1).tolist()
+        for place, (index, named) in enumerate(zip(batch.indices.tolist(), answers, strict=True)):
             yield from unreadable(index)
-            yield Prediction(index, images.describe(index), named)
+            error = None if usable[place] else NOT_FINITE
+            yield Prediction(index, images.describe(index), named, error)
     yield from unreadable(None)
 
 
@@ -143,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{prediction.file}\t{prediction.named.text}")
     if args.json:
         print("\n]")
+    if not read and prediction.error == NOT_FINITE:
+        raise UserError(NOT_FINITE)
     if not read:
         raise UserError(
             f"none of the {failed} files could be read as an image"

@@ -4,6 +4,10 @@ python report.py output/demo/dyvm                    writes output/demo/dyvm/rep
 python report.py output/demo/dyvm output/demo/dyvm50 --output both.html
 """
 
+from utils.startup import prepare
+
+prepare()
+
 import argparse
 import base64
 import io
@@ -21,7 +25,16 @@ from datasets import DATA_SETS
 from drawing import plots
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, read_run, run_names
-from evaluation.columns import EXACT, PAPER, PARAMETERS, SPEED, Row, measure_row, measure_rows
+from evaluation.columns import (
+    EXACT,
+    PAPER,
+    PARAMETERS,
+    SPEED,
+    Row,
+    measure_row,
+    measure_rows,
+    speed_row,
+)
 from evaluation.decisions import read_keep_maps
 from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
@@ -63,8 +76,8 @@ def environment_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:
         evaluated = run.evaluation or {}
         facts = run.environment | {
             f"evaluation: {key}": evaluated[key]
-            for key in ("device", "backend", "precision")
-            if key in evaluated
+            for key in ("device", "backend", "precision", "batch_size")
+            if evaluated.get(key) is not None
         }
         for key, value in facts.items():
             rows.setdefault(key, ["–"] * len(runs))[run.position] = str(value)
@@ -208,7 +221,8 @@ def _budgets_text(run: RunFolder, measure: Measure) -> str:
 def sweep_table(run: RunFolder) -> dict[str, Any]:
     """A row for each budget of a run and for the dense model."""
     task = task_of_run(run)
-    columns = [*([measure_row(task.best)] if task else []), EXACT, SPEED]
+    speed = speed_row(run.sweep.get("batch_size"))
+    columns = [*([measure_row(task.best)] if task else []), EXACT, speed]
     rows = [
         {
             "name": name,
@@ -392,10 +406,11 @@ def render(runs: list[RunFolder]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    of_tasks = [task_part(run) for run in runs]
+    own = [run for run in runs if run.decided]
+    of_tasks = [task_part(run) for run in own]
     decided = [
         {"run": run, "charts": decision_charts(run), "pictures": sample_pictures(run)}
-        for run in runs
+        for run in own
     ]
     return environment.get_template("report.html").render(
         runs=[{"run": run, "headlines": headlines(run), "what": _what(run)} for run in runs],
@@ -440,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or args.runs[0] / "report.html"
     text = render(runs)
     with atomic_file(output) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")

@@ -8,6 +8,10 @@
 One PNG per image, and a GIF for a video; for several images also contact sheets and `images.csv`.
 """
 
+from utils.startup import prepare
+
+prepare()
+
 import logging
 import os
 import sys
@@ -21,7 +25,7 @@ from evaluation.inference import Predictor, build_parser, check_outside, load_pr
 from evaluation.samples import PictureNames, explain
 from loading.bad_images import BadImages
 from loading.images import ImageSet
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import prepare_output_dir, write_csv
 from utils.program import run_main
 
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     log_what_is_missing(predictor)
     rows = [
         (report.name, picture, *_first_answer(report), int(report.flops), int(report.dense_flops))
-        for report, picture in draw_all(predictor, images, root or ".", output)
+        for report, picture in draw_all(predictor, images, printable(root) or ".", output)
     ]
     if not rows:
         raise UserError(f"--images {source}: nothing in it could be read as an image")

@@ -7,6 +7,7 @@ from typing import Any
 
 from drawing.palette import SERIES
 from utils.errors import UserError
+from utils.files import sha256_of
 
 
 @dataclass
@@ -22,6 +23,7 @@ class RunFolder:
     evaluation: dict[str, Any] | None
     sweep: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
+    decided: bool = True  # whether the pictures of decisions are the run's own
 
     @property
     def colour(self) -> str:
@@ -39,12 +41,39 @@ def read_run(folder: Path, name: str, position: int) -> RunFolder:
     )
     run.evaluation, run.sweep = _read_object(run, "eval.json"), _read_object(run, "sweep.json")
     _read_log(run)
+    _leave_out_others(run)
     if not (run.args or run.log or run.evaluation or run.sweep):
         raise UserError(
             f"{folder}: not the folder of a run; it holds none of args.json, log.txt, eval.json, "
             "sweep.json that could be read"
         )
     return run
+
+
+def _leave_out_others(run: RunFolder) -> None:
+    """Drop an evaluation and a sweep of a checkpoint that is none of the run's, with a note."""
+    own = {_sha256(path) for path in run.folder.glob("*checkpoint*.pth")}
+    if not run.log or not own:
+        return
+    evaluated = (run.evaluation or {}).get("checkpoint_sha256")
+    conditions = (run.sweep or {}).get("conditions")
+    swept = conditions.get("checkpoint_sha256") if isinstance(conditions, dict) else None
+    if evaluated and evaluated not in own:
+        run.evaluation, run.decided = None, False
+        run.notes.append(
+            "eval.json and its pictures are of a checkpoint that is not in this folder: left out; "
+            "main.py --eval on best_checkpoint.pth writes them anew"
+        )
+    if swept and swept not in own:
+        run.sweep = None
+        run.notes.append("sweep.json is of a checkpoint that is not in this folder: left out")
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except UserError:
+        return None
 
 
 def _read_object(run: RunFolder, name: str) -> dict[str, Any] | None:

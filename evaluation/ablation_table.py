@@ -11,6 +11,7 @@ from typing import Any
 from drawing import plots
 from evaluation.columns import EXACT, SPEED
 from evaluation.summary import forward_speeds
+from loading.fingerprint import fingerprints
 from models.build import ModelSpec, restore
 from models.weights import load_weights
 from tasks import Experiment, Measure, Task
@@ -91,6 +92,7 @@ def measure_speeds(
     files = {DENSE: dense_path} | {name: str(outcome.checkpoint) for name, outcome in first.items()}
     conditions = {
         "checkpoints_sha256": {name: sha256_of(path) for name, path in files.items()},
+        "images_sha256": fingerprints(experiment.data, experiment.args.data_path)["val"],
         "batch_size": experiment.args.batch_size,
         "device": device_name(experiment.device),
         "precision": experiment.precision,
@@ -106,7 +108,7 @@ def measure_speeds(
         checkpoint, threshold = load_checkpoint(outcome.checkpoint), outcome.run.args.gate_threshold
         model = experiment.model(ModelSpec.from_checkpoint(checkpoint, files[name]))
         models[name] = restore(model, checkpoint, files[name], threshold=threshold)
-    images_per_s = forward_speeds(models, experiment, seconds / 2 * len(models))
+    images_per_s, _ = forward_speeds(models, experiment, seconds / 2 * len(models))
     return {"conditions": conditions, "images_per_s": images_per_s}
 
 
@@ -221,7 +223,8 @@ def write(
     _write_variants(rows, task.best.key, output / "ablation.csv")
     _write_runs(outcomes, task, output / "ablation_runs.csv")
     with atomic_file(output / "ablation.md") as file:
-        file.write(_document(rows, failed, about, environment, speeds, task.best).encode())
+        text = _document(rows, failed, about, environment, speeds, task.best)
+        file.write(text.encode(errors="backslashreplace"))
     for axis, name in (("flops", "ablation_flops.png"), ("images_per_s", "ablation_speed.png")):
         figure = plots.variants(rows, axis, task.best)
         if figure is not None:

@@ -1,7 +1,7 @@
 """Rows shared by the tables of evaluations; a column is what `summary.column` returns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks import Measure, Task
@@ -63,6 +63,13 @@ SPEED = Row(
     "{:,.1f}",
     lambda before, after: f"x {after / before:.2f}",
 )
+
+
+def speed_row(batch_size: int | None) -> Row:
+    """`SPEED` with the number of images that were timed at once, if known."""
+    return replace(SPEED, label=f"{SPEED.label}, batch of {batch_size}") if batch_size else SPEED
+
+
 PARAMETERS = Row("parameters", lambda column: column.get("parameters"), "{:,}")
 
 
@@ -80,7 +87,7 @@ def measure_rows(task: Task) -> list[Row]:
     return [measure_row(best), ema, *map(measure_row, others)]
 
 
-def rows_of(task: Task) -> Sequence[Row]:
-    """All rows, in the order of a table."""
+def rows_of(task: Task, batch_size: int | None = None) -> Sequence[Row]:
+    """All rows, in the order of a table; batch_size: see `speed_row`."""
     flops = [PAPER, EXACT, DECODER] if task.has_decoder else [PAPER, EXACT]
-    return [*measure_rows(task), *flops, SPEED, PARAMETERS]
+    return [*measure_rows(task), *flops, speed_row(batch_size), PARAMETERS]

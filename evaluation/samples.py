@@ -1,5 +1,6 @@
 """What a model decided for single images, as pictures."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -48,7 +49,12 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
 
 
 class PictureNames:
-    """Names for the images' pictures: the image's own name with .png, made unique."""
+    """Names for the images' pictures: the image's own name with .png, made unique.
+
+    Of a name that is too long for a file the end is kept, after a hash of the whole.
+    """
+
+    LONGEST = 200  # bytes; most file systems take 255, and a file being written has a longer name
 
     def __init__(self):
         self._taken: set[str] = set()
@@ -57,6 +63,10 @@ class PictureNames:
         """`image`: path relative to the folder passed by the user."""
         flat = image.replace(os.sep, "_")
         stem, ending = os.path.splitext(flat)
+        raw = os.fsencode(stem)
+        if len(raw) > self.LONGEST:
+            end = raw[-self.LONGEST :].decode(errors="ignore")
+            stem = f"{hashlib.sha256(raw).hexdigest()[:8]}_{end}"
         name, number = f"{stem}.png", 1
         while name in self._taken:
             suffix = number if number > 1 else ""

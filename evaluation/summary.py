@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from models.flops import count_flops, decoder_operations
 from ops.selective_scan import backend_for
 from tasks import Experiment, Meter, Task
 from utils.environment import device_name
-from utils.files import write_json
+from utils.files import sha256_of, write_json
+from utils.run_folder import EVAL_BAD_IMAGES, clear_pictures
 from utils.tables import text_table
 from utils.timing import interleaved
 
@@ -65,7 +67,7 @@ def evaluate_all(
         return None, values
     task, dynamic = experiment.task, experiment.spec.dynamic
     models = {"dynamic": model, "dense": dense} if dynamic else {"dense": model}
-    speeds = forward_speeds(models, experiment, experiment.args.throughput_seconds)
+    speeds, timed = forward_speeds(models, experiment, experiment.args.throughput_seconds)
     own = column(model, task, values, speeds["dynamic" if dynamic else "dense"])
     own |= {best.ema_key: ema_best}
     if dynamic:
@@ -77,6 +79,7 @@ def evaluate_all(
         "model": experiment.spec.name,
         "data_set": experiment.args.data_set,
         "images": values["images"],
+        "batch_size": timed,
         "backend": _backend(model),
         "device": device_name(experiment.device),
         "precision": experiment.precision,
@@ -147,14 +150,14 @@ def forward_speeds(
     experiment: Experiment,
     seconds: float,
     settings: Mapping[Hashable, Callable[[], None]] | None = None,
-) -> dict[Hashable, float | None]:
-    """Median images/s of each model on the same validation images, in turn, by this process alone;
-    None for each when `seconds` is 0.
+) -> tuple[dict[Hashable, float | None], int | None]:
+    """Median images/s of each model on the same validation images, in turn, by this process alone,
+    and how many images these are; None for each when `seconds` is 0.
 
     settings: called before the model of that name runs, for one model at several budgets.
     """
     if not seconds:
-        return dict.fromkeys(models)
+        return dict.fromkeys(models), None
     images = next(iter(experiment.data.val_batches())).images.to(experiment.device)
     calls = {
         name: partial(
@@ -166,7 +169,7 @@ def forward_speeds(
         for call in [*calls.values()] * WARM_UP:
             call()
         times = interleaved(calls, images.device.type, LEAST_ROUNDS, seconds)
-    return {name: 1e3 * len(images) / row["ms"] for name, row in times.items()}
+    return {name: 1e3 * len(images) / row["ms"] for name, row in times.items()}, len(images)
 
 
 def _run(
@@ -191,7 +194,7 @@ def table(report: Mapping[str, Any], task: Task) -> str:
     dense, dynamic = report["dense"], report["dynamic"]
     rows = [
         [row.label, row.cell(dense), row.cell(dynamic), row.changed(dense, dynamic)]
-        for row in rows_of(task)
+        for row in rows_of(task, report["batch_size"])
     ]
     lines = [
         f"{report['model']} on {report['data_set']}, {report['images']} images; backend "
@@ -252,10 +255,30 @@ def _model_sized(experiment: Experiment, size: tuple[int, int], count: int) -> T
     return torch.stack(images) if images else None
 
 
+def _list_bad_images(experiment: Experiment) -> None:
+    """`--eval` has a list of its own, which begins anew: another list is of the training."""
+    data, distributed, output = experiment.data, experiment.distributed, experiment.output
+    if not experiment.args.eval:
+        data.list_bad_images(output, distributed.rank)
+        return
+    if experiment.is_main:
+        for earlier in output.glob(EVAL_BAD_IMAGES.format("*")):
+            earlier.unlink()
+    distributed.barrier()
+    data.bad_images.write(output / EVAL_BAD_IMAGES.format(distributed.rank))
+
+
 def report_evaluation(
-    model: VisionMamba, ema: VisionMamba | None, dense: VisionMamba | None, experiment: Experiment
+    model: VisionMamba,
+    ema: VisionMamba | None,
+    dense: VisionMamba | None,
+    experiment: Experiment,
+    source: str | Path,
 ) -> None:
-    """Evaluate, print the table, write eval.json, pictures of the decisions and the task's own."""
+    """Evaluate, print the table, write eval.json, pictures of the decisions and the task's own.
+
+    source: the checkpoint that the model is of.
+    """
     task, data, output = experiment.task, experiment.data, experiment.output
     dense_trained = dense is not None
     if experiment.spec.dynamic and dense is None:
@@ -263,9 +286,11 @@ def report_evaluation(
     decides = model.route_blocks or model.pruning_layers
     meters = [DecisionMeter(model, data.class_names, task.labels)] if decides else []
     report, values = evaluate_all(model, ema, dense, dense_trained, experiment, meters)
-    data.list_bad_images(output, experiment.distributed.rank)
+    _list_bad_images(experiment)
     if not experiment.is_main:
         return
+    report["checkpoint_sha256"] = sha256_of(source)
+    clear_pictures(output)
     predictor = Predictor.of(model, experiment)
     if decides:
         values["decisions"].write(output / "decisions")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import validate
-from evaluation.columns import EXACT, PAPER, SPEED, measure_row
+from evaluation.columns import EXACT, PAPER, measure_row, speed_row
 from evaluation.summary import column, forward_speeds
+from loading.fingerprint import fingerprints
 from models import VisionMamba
 from tasks import Experiment, Task
 from utils.environment import device_name
@@ -24,6 +25,26 @@ from utils.tables import text_table
 
 NAME = "sweep.json"
 DENSE = "dense"
+# Flags that do not alter a point, or whose meaning for it has an entry of its own.
+WITHOUT_EFFECT = {
+    "output_dir",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "cuda_graph",
+    "resume",
+    "resume_override",
+    "overwrite",
+    "save_minutes",
+    "throughput_seconds",
+    "sweep",
+    "model_path",
+    "dense_path",
+    "calibrate",
+    "gate_threshold",
+    "block_keep_ratio",
+    "token_keep_ratio",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -88,34 +109,49 @@ def point_of(record: dict[str, Any], ratio: float) -> dict[str, Any] | None:
 
 def _start(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
     """The record of an interrupted sweep under the same conditions, or else an empty one."""
-    args, task = experiment.args, experiment.task
-    conditions = {
-        "checkpoint_sha256": sha256_of(args.model_path),
-        "model": experiment.spec.name,
-        "data_set": args.data_set,
-        "data_path": args.data_path,
-        "part_seconds": args.part_seconds,
-        "part_stride": args.part_stride,
-        "input_size": args.input_size,
-        "eval_crop_ratio": args.eval_crop_ratio,
-        **{name: getattr(args, name) for name in task.evaluation_flags},
-        "dense_sha256": sha256_of(args.dense_path) if args.dense_path else None,
-        "device": device_name(experiment.device),
-        "precision": experiment.precision,
-        "batch_size": args.batch_size,
-        "gate_threshold": model.gate_threshold if model.route_blocks else None,
-    }
+    conditions = _conditions(model, experiment)
     path = experiment.output / NAME
     if experiment.is_main and path.exists():
         try:
             record = json.loads(path.read_bytes())
-            if record["conditions"] == conditions:
+            changed = _changed(record["conditions"], conditions)
+            if not changed:
                 _logger.info("%s: going on, %d budgets are done", path, len(record["points"]))
                 return record
-            _logger.info("%s is of another checkpoint or other conditions: starting anew", path)
-        except (OSError, ValueError, KeyError, TypeError):
+            _logger.warning("%s is of something else (%s): starting anew", path, changed)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             _logger.warning("%s cannot be read: starting anew", path)
     return {"conditions": conditions, "points": [], "dense": None}
+
+
+def _conditions(model: VisionMamba, experiment: Experiment) -> dict[str, Any]:
+    """All that a point depends on, as JSON has it: weights, images, flags, machine."""
+    args = experiment.args
+    flags = {name: value for name, value in vars(args).items() if name not in WITHOUT_EFFECT}
+    images = fingerprints(experiment.data, args.data_path) if experiment.is_main else {}
+    conditions = {
+        "checkpoint_sha256": sha256_of(args.model_path),
+        "dense_sha256": sha256_of(args.dense_path) if args.dense_path else None,
+        "model": experiment.spec.name,
+        "images_sha256": images.get("val"),
+        "device": device_name(experiment.device),
+        "precision": experiment.precision,
+        "gate_threshold": model.gate_threshold if model.route_blocks else None,
+        "flags": flags,
+    }
+    return json.loads(json.dumps(conditions, default=str))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Names of the conditions that differ; empty if none does."""
+    texts = {"images_sha256": "other images", "checkpoint_sha256": "another checkpoint"}
+    names = [texts.get(name, name) for name in _differing(before, now) if name != "flags"]
+    flags = _differing(before.get("flags", {}), now["flags"])
+    return ", ".join([*names, *(f"--{name.replace('_', '-')}" for name in flags)])
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def _measure_speeds(
@@ -133,7 +169,7 @@ def _measure_speeds(
     models = dict.fromkeys(ratios, model) | {DENSE: dense}
     settings = {ratio: partial(model.set_token_keep, ratio) for ratio in ratios}
     seconds = experiment.args.throughput_seconds / 2 * len(models)
-    speeds = forward_speeds(models, experiment, seconds, settings)
+    speeds, record["batch_size"] = forward_speeds(models, experiment, seconds, settings)
     if ratios:
         model.set_token_keep(keep)
     for name, point in points.items():
@@ -184,7 +220,7 @@ def _csv_row(name: str, point: dict[str, Any], keys: list[str]) -> list[Any]:
 
 def table(record: dict[str, Any], task: Task) -> str:
     """The sweep as a table for the screen; the trained budget has a star."""
-    columns = [measure_row(task.best), PAPER, EXACT, SPEED]
+    columns = [measure_row(task.best), PAPER, EXACT, speed_row(record.get("batch_size"))]
     rows = [
         [name + " *" * point.get("trained", False), *(row.cell(point) for row in columns)]
         for name, point in named_points(record)

@@ -1,5 +1,6 @@
 """Batches of a split, in training and in evaluation."""
 
+import errno
 import os
 import signal
 import threading
@@ -25,10 +26,17 @@ MAX_REPLACEMENTS = 100
 # The start of torch's RuntimeError about a dead worker. It is raised by a signal handler, so it can
 # also appear in the middle of a training step.
 _WORKER_DIED = "DataLoader worker (pid"
+# In torch's errors about the shared memory of workers; the first is in those of dead ones too.
+_SHARED_MEMORY = ("shared memory", "file </torch_")
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
-    """What to say if this is torch's error about a dead worker, else None."""
+    """What to say if this is torch's error about a dead worker or its memory, else None."""
+    if any(sign in str(error) for sign in _SHARED_MEMORY):
+        return UserError(
+            "reading the data failed: /dev/shm, through which workers pass their batches, is too "
+            "small: run with --num-workers 0, or give it more room (docker run --shm-size=8g)"
+        )
     if not str(error).startswith(_WORKER_DIED):
         return None
     return UserError(
@@ -193,6 +201,8 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
                 if len(indices):
                     yield Batch(images, targets, indices)
         except (OSError, EOFError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:  # no room for a worker's semaphore
+                raise RuntimeError("no shared memory") from error
             if str(error).startswith("Caught "):  # from a live worker, with its stack trace
                 raise
             # The batch of a dead worker cannot be fetched; torch's handler of SIGCHLD is about to

@@ -84,6 +84,8 @@ launch() {
     echo
     return
   fi
+  # PyTorch asks for the name of a user that may be a bare number (docker run --user 12345).
+  export USER="${USER:-$(id -un 2>/dev/null || id -u)}"
   # When a process is lost, the others say so in one line; PyTorch's C++ part would add pages.
   export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-FATAL}"
   exec "${command[@]}"

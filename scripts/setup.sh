@@ -20,7 +20,7 @@ check_given_python() {
   local python problem
   python="$(command -v -- "$PYTHON")" || fail "PYTHON=$PYTHON is not a program; give a Python 3.10 or newer"
   problem="$("$python" -c '
-import importlib, sys
+import importlib, importlib.util, sys
 if sys.version_info < (3, 10):
     sys.exit("it is Python %d.%d, and 3.10 or newer is needed" % sys.version_info[:2])
 for name in ("torch", "torchvision", "timm"):
@@ -29,6 +29,10 @@ for name in ("torch", "torchvision", "timm"):
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         sys.exit("it cannot import %s (%s); install requirements.txt there, or unset PYTHON" % (name, reason))
+modules = "numpy einops safetensors tensorboard matplotlib tabulate PIL tqdm av jinja2".split()
+missing = [name for name in modules if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit("it lacks %s; install requirements.txt there, or unset PYTHON" % ", ".join(missing))
 ' 2>&1)" || fail "PYTHON=$PYTHON cannot be used: $(tail -n 1 <<<"${problem:-it does not run}")"
   echo "$python"
 }

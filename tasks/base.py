@@ -105,6 +105,31 @@ class Named(NamedTuple):
     labels: np.ndarray | None = None
 
 
+# Arguments of timm.create_model that have no place in --model-kwargs, and what to do instead.
+NOT_HERE = {
+    **dict.fromkeys(
+        ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+        "weights come from --model-path",
+    ),
+    **dict.fromkeys(
+        ("features_only", "out_indices", "scriptable", "exportable", "no_jit"),
+        "it is for programs that import the models",
+    ),
+}
+
+
+def check_arguments(spec: ModelSpec) -> None:
+    """Raise UsageError for `--model-kwargs` that timm would take, but no run can use."""
+    for name in NOT_HERE.keys() & spec.kwargs.keys():
+        raise UsageError(f"--model-kwargs {name}=...: leave it out; {NOT_HERE[name]}")
+    channels = spec.kwargs.get("in_chans", 3)
+    if channels != 3:
+        raise UsageError(
+            f"--model-kwargs in_chans={channels}: images are read in colour; leave it out, and a "
+            "grey image becomes three equal channels"
+        )
+
+
 class Task:
     """One kind of problem. A new task overrides what differs and is registered under its name.
 
@@ -260,6 +285,7 @@ class Task:
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
         """A model with fresh weights, of images."""
+        check_arguments(spec)
         for name in CLIP_ARGUMENTS & spec.kwargs.keys():
             raise UsageError(f"--model-kwargs {name}=...: clips need a --data-set of videos")
         return build_model(spec, num_classes)

@@ -36,10 +36,11 @@ from models.segmentation import DECODERS, as_segmenter, follow_release, make_hea
 from models.segmentation_weights import load_backbone
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
+from utils.distributed import read_launch
 from utils.errors import UsageError, UserError
 from utils.images import ImageSize
 
-from .base import Measure, Named, Task, check_classes, register
+from .base import Measure, Named, Task, check_arguments, check_classes, register
 from .segmentation_measures import SegmentationMeter, frozen_pixels
 from .segmentation_pictures import (
     PICTURES,
@@ -186,7 +187,8 @@ class Segmentation(Task):
         low, high = args.scale_range
         if not 0 < low <= high:
             raise UsageError(f"--scale-range {low:g} {high:g}: must be 0 < LOW <= HIGH")
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        launch = read_launch(os.environ)
+        alone = launch is None or launch.world_size == 1
         if args.decoder == "upernet" and args.batch_size == 1 and alone and not args.eval:
             raise UsageError(
                 "--batch-size 1: UPerNet's batch norm needs 2 images or more; --accum-steps does "
@@ -238,6 +240,7 @@ class Segmentation(Task):
         raise UserError(f"{source}: no auxiliary_head.conv_seg.weight in it; it is no segmenter")
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
+        check_arguments(spec)
         args = self.args
         kwargs = dict(spec.kwargs)
         if not spec.name.removeprefix("dyvm_").startswith("mambareg"):  # it cannot do without

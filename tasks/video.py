@@ -38,7 +38,7 @@ from utils.distributed import Distributed
 from utils.errors import UsageError
 from utils.images import ImageSize
 
-from .base import CLIP_ARGUMENTS, register
+from .base import CLIP_ARGUMENTS, check_arguments, register
 from .classification import Classification, ClassificationMeter, add_mixup_arguments
 
 
@@ -279,6 +279,7 @@ class VideoClassification(Classification):
         return True
 
     def model(self, spec: ModelSpec, num_classes: int) -> VisionMamba:
+        check_arguments(spec)
         for name in CLIP_ARGUMENTS & spec.kwargs.keys():
             raise UsageError(f"--model-kwargs {name}=...: use --{name.replace('_', '-')}")
         frames = {name: getattr(self.args, name) for name in CLIP_ARGUMENTS}

@@ -19,6 +19,7 @@ from evaluation import ablation_table, summary
 from tests.helpers.flags import tiny
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
+from utils.run_folder import locked
 
 SMALL = tiny("--lr", "2e-2", "--unscale-lr", "--no-model-ema")
 COMMON = ["--", *SMALL, "--pruning-layers", "1", "2"]
@@ -251,7 +252,7 @@ def test_sigterm_lets_the_runs_save(teacher, tmp_path):
     )
     assert (folder / "checkpoint.pth").exists() and not (folder / "eval.json").exists()
     assert not (tmp_path / "static").exists(), "told to leave, it starts nothing more"
-    with ablation.locked(tmp_path):  # nothing is left running that would hold it
+    with locked(tmp_path):  # nothing is left running that would hold it
         pass
 
 
@@ -290,15 +291,6 @@ def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             next(ended)
     assert (tmp_path / "saved").exists()
-
-
-def test_one_at_a_time_in_a_folder(tmp_path):
-    with ablation.locked(tmp_path):
-        with (
-            pytest.raises(UserError, match="is in use by another ablation.py"),
-            ablation.locked(tmp_path),
-        ):
-            pass
 
 
 def test_gpus_in_turn_or_a_share_of_the_cores(monkeypatch):
@@ -404,6 +396,30 @@ def test_other_mistakes(done, teacher, tmp_path):
     save_checkpoint(other, changed_teacher)
     refused("another dense teacher", done, changed_teacher, "--seeds", 0)
     assert modified(done) == before
+
+
+def test_a_run_is_complete_under_its_own_conditions(done, teacher, monkeypatch):
+    flags = ["--dense-path", str(teacher), "--output_dir", str(done), "--seeds", "0"]
+    [run] = ablation.plan(ablation.parse([*flags, "--variants", "block-only", *COMMON]))
+    best = load_checkpoint(run.folder / "best_checkpoint.pth")
+    own = best["teacher_sha256"], best["images"]
+    assert ablation.is_complete(run, *own)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="other settings .other images: None -> None"):
+            ablation.is_complete(run, own[0], own[1] | {split: "of others"})
+    monkeypatch.setattr(run.args, "gate_threshold", 0.5)
+    with pytest.raises(UserError, match="--gate-threshold: 'calibrated' -> 0.5"):
+        ablation.is_complete(run, *own)
+
+
+def test_a_report_of_another_checkpoint_does_not_complete_a_run(done, tmp_path):
+    (tmp_path / "best_checkpoint.pth").write_bytes(
+        (done / "half" / "seed0" / "best_checkpoint.pth").read_bytes()
+    )
+    for folder, complete in (("half", True), ("block-only", False)):
+        report = (done / folder / "seed0" / "eval.json").read_text()
+        (tmp_path / "eval.json").write_text(report)
+        assert ablation.is_evaluated(tmp_path) is complete
 
 
 def test_a_damaged_report_is_named(done, tmp_path):

@@ -1,5 +1,6 @@
 """Batches: exactly repeatable from any step, every validation image once, bad images by rule."""
 
+import errno
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from helpers.data import make_folders, options, photo
 import datasets
 from datasets import build_data
 from loading.images import BadImageError, ImageSet
-from loading.loaders import MAX_REPLACEMENTS
+from loading.loaders import MAX_REPLACEMENTS, worker_died
 from loading.samplers import EvalBatchSampler, TrainBatchSampler
 from utils.errors import UserError
 
@@ -359,3 +360,32 @@ def test_decoding_is_the_same_through_a_batch(tmp_path):
     assert torch.equal(
         (pixels * 255).round().to(torch.uint8), torch.from_numpy(np.array(photo((32, 32), seed=9)))
     )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "unable to allocate shared memory(shm) for file </torch_49_2_0>: Success (0)",
+        "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file </torch_4_2>",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+    ],
+)
+def test_a_small_shared_memory_is_told_with_what_to_do(message):
+    told = str(worker_died(RuntimeError(message)))
+    assert "/dev/shm" in told and "--num-workers 0" in told and "--shm-size" in told
+    assert "\n" not in told
+
+
+def test_no_room_for_the_workers_semaphores(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("loading.loaders._start", full)
+    data = build_data(options(), 32)
+    with pytest.raises(UserError, match="/dev/shm, through which workers"):
+        next(data.train_batches(0))
+
+
+def test_other_errors_are_not_taken_for_it():
+    assert worker_died(RuntimeError("CUDA error: out of memory")) is None

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
+from utils.files import write_json
 from utils.logging import (
     Averages,
     EpochLog,
@@ -22,7 +24,7 @@ from utils.logging import (
     tensorboard_writer,
     write_args,
 )
-from utils.program import run_main
+from utils.program import Lasting, run_main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -173,6 +175,53 @@ def test_tensorboard_on_the_main_rank_only(tmp_path):
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
+class TestLasting:
+    def open(self, encoding="utf-8"):
+        """A stream into a pipe, and the pipe's other end."""
+        hear, tell = os.pipe()
+        return Lasting(os.fdopen(tell, "w", encoding=encoding)), hear
+
+    def test_a_reader_that_goes_away(self):
+        stream, hear = self.open()
+        stream.write("one\n")
+        stream.flush()
+        assert os.read(hear, 10) == b"one\n"
+        os.close(hear)
+        for _ in range(3):
+            stream.write("two" * 10_000)
+            stream.flush()
+        stream.close()
+
+    def test_other_problems_are_not_hidden(self):
+        stream = Lasting(open("/dev/full", "w"))
+        with pytest.raises(OSError, match="No space left"):
+            stream.write("x")
+            stream.flush()
+        with pytest.raises(OSError, match="No space left"):
+            stream.close()
+
+    def test_what_cannot_be_encoded_is_escaped(self):
+        for encoding, expected in (("ascii", rb"h\xfcnd \u732b \udce9"), ("utf-8", None)):
+            stream, hear = self.open(encoding)
+            stream.write("hünd 猫 \udce9")
+            stream.close()
+            assert os.read(hear, 99) == (expected or "hünd 猫 \\udce9".encode())
+            os.close(hear)
+
+
+def test_json_has_no_numbers_that_are_not_finite(tmp_path, caplog):
+    content = {"dynamic": {"loss": float("nan"), "gates": [[0.5, float("inf")]]}, "top1": 3.0}
+    write_json(tmp_path / "eval.json", content)
+    read = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"dynamic": {"loss": None, "gates": [[0.5, None]]}, "top1": 3.0}
+    assert (
+        "eval.json: not finite, written as null: dynamic.loss, dynamic.gates[0][1]" in caplog.text
+    )
+    caplog.clear()
+    write_json(tmp_path / "eval.json", read)
+    assert caplog.text == ""
+
+
 class TestRunMain:
     def end(self, main) -> int:
         with pytest.raises(SystemExit) as caught:
@@ -200,6 +249,34 @@ class TestRunMain:
 
         assert self.end(main) == code
         assert capsys.readouterr().err == line + "\n"
+
+    def test_world_size_without_rank(self, capsys, monkeypatch):
+        """As some clusters set it; and a rank among several."""
+
+        def main():
+            raise UserError("no such file")
+
+        monkeypatch.delenv("RANK", raising=False)
+        for size, rank, expected in (
+            ("4", None, "error: no such file\n"),
+            ("four", None, "error: no such file\n"),
+            ("4", "2", "error (rank 2): no such file\n"),
+            ("1", "0", "error: no such file\n"),
+        ):
+            monkeypatch.setenv("WORLD_SIZE", size)
+            if rank:
+                monkeypatch.setenv("RANK", rank)
+            assert self.end(main) == 1
+            assert capsys.readouterr().err == expected
+
+    def test_a_package_that_is_missing_is_one_line(self, capsys, monkeypatch):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+        def main():
+            import nosuchpackage  # noqa: F401
+
+        assert self.end(main) == 1
+        assert "lacks nosuchpackage" in capsys.readouterr().err
 
     def test_exit_codes(self):
         assert self.end(lambda: None) == 0

@@ -21,7 +21,9 @@ from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
 from tasks.classification import check_classes
 from tests.helpers.flags import tiny
 from utils import preemption, resume
+from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
+from utils.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
 SMALL = tiny(
@@ -108,10 +110,14 @@ def test_a_dyvm_run_reports_dense_and_dynamic(student):
         "model",
         "data_set",
         "images",
+        "batch_size",
         "backend",
         "device",
         "precision",
+        "checkpoint_sha256",
     }
+    assert report["batch_size"] == 16
+    assert report["checkpoint_sha256"] == sha256_of(student / "best_checkpoint.pth")
     assert report["dynamic"].keys() == {
         "top1",
         "top5",
@@ -411,6 +417,14 @@ def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
         (["--model-kwargs", "num_classes=3"], UsageError, ["num_classes", "--data-set"]),
         (["--amp", "fp16"], UsageError, ["fp16", "bf16"]),
         (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
+        (["--model-kwargs", "in_chans=1"], UsageError, ["in_chans=1", "three equal channels"]),
+        (
+            ["--model-kwargs", "checkpoint_path='x'"],
+            UsageError,
+            ["checkpoint_path", "--model-path"],
+        ),
+        (["--opt", "adafactorbv"], UsageError, ["adafactorbv", "dtype"]),
+        (["--opt", "adan", "--opt-betas", ".9", ".8"], UsageError, ["0.9 0.8", "has 3 of them"]),
         (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
         (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
         (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
@@ -472,8 +486,6 @@ def test_other_classes_are_refused(dense):
     ],
 )
 def test_training_is_built_as_the_recipe_says(flags, criterion):
-    from utils.distributed import Distributed
-
     args = main.options.parse(
         [
             "--batch-size",
@@ -503,6 +515,33 @@ def test_training_is_built_as_the_recipe_says(flags, criterion):
     for name, parameter in training.model.named_parameters():
         plain = parameter.ndim < 2 or name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))
         assert decay[id(parameter)] == (0 if plain else 0.1), name
+
+
+def built(*flags):
+    args = main.options.parse([*SMALL, *flags])
+    return engine.build_training(Experiment.prepare(args, Distributed(torch.device("cpu"))))
+
+
+def test_betas_as_each_optimizer_takes_them(few_validation_images):
+    for flags, betas in (
+        (["--opt", "cadanw"], (0.98, 0.92, 0.99)),
+        (["--opt", "adan", "--opt-betas", "0.9", "0.8", "0.7"], (0.9, 0.8, 0.7)),
+        (["--opt", "adamw", "--opt-betas", "0.8", "0.9"], (0.8, 0.9)),
+    ):
+        assert tuple(built(*flags).optimizer.param_groups[0]["betas"]) == betas
+    sgd = built("--opt", "sgd", "--opt-betas", "0.7").optimizer
+    assert sgd.param_groups[0]["momentum"] == 0.7
+
+
+def test_a_schedule_that_is_upside_down_is_told(few_validation_images, caplog):
+    caplog.set_level("WARNING")
+    upside_down = ["--lr", "5e-5", "--warmup-epochs", "1"]  # SMALL says --unscale-lr
+    built(*upside_down)
+    assert caplog.messages == []
+    built(*upside_down, "--min-lr", "1e-4", "--warmup-lr", "6e-5")
+    low, warm_up = caplog.messages
+    assert "--min-lr 0.0001 is above the learning rate 5e-05 (--lr 5e-05)" in low
+    assert "--warmup-lr 6e-05 is above" in warm_up and "goes down in warm-up" in warm_up
 
 
 def test_a_wrong_backend_is_a_mistake_of_the_user(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 import options
 from tasks import CLASSIFICATION
+from utils.arguments import _at_home
 from utils.errors import UsageError
 
 
@@ -86,6 +87,13 @@ def test_recorded_choices_are_defaults_that_flags_override():
         ("--batch-size 0", ["--batch-size", "0"]),
         ("--warmup-epochs 30", ["--warmup-epochs 30", "--epochs 30"]),
         ("--seed -1", ["--seed", "-1"]),
+        ("--seed 99999999999999999999", ["--seed", "too large"]),
+        ("--num-workers -1", ["--num-workers", "'-1'"]),
+        ("--opt adahessian", ["adahessian", "second derivatives"]),
+        (
+            "--model-path out/calibrated_checkpoint.pth --output_dir out",
+            ["would be overwritten", "--output_dir"],
+        ),
         ("--drop-path 1.5", ["--drop-path", "1.5"]),
         ("--opt-betas 2 3", ["--opt-betas", "2", "[0, 1"]),
         ("--layer-decay 0", ["--layer-decay", "(0, 1]"]),
@@ -141,6 +149,27 @@ def test_what_cannot_be_is_told_in_one_line(line, words):
     text = str(error.value)
     assert all(word in text for word in words), text
     assert "\n" not in text and error.value.exit_code == 2
+
+
+def test_flags_without_effect_at_evaluation(caplog):
+    line = "--eval --model-path x --method dyvm"
+    with pytest.raises(UsageError, match="--overwrite has no meaning with --eval"):
+        parse(f"{line} --overwrite", {})
+    parse(f"{line} --calibrate --block-keep-ratio 0.3", {})
+    assert caplog.messages == []
+    parse(f"{line} --block-keep-ratio 0.3", {})
+    assert "--block-keep-ratio 0.3 changes nothing here" in caplog.text
+    assert "--calibrate finds the one for this share" in caplog.text
+
+
+def test_a_tilde_is_the_home(monkeypatch):
+    """No shell expands it after an equals sign."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    args = parse("--output_dir=~/run --data-path ~/data --model-path=~")
+    assert (args.output_dir, args.data_path) == ("/home/ada/run", "/home/ada/data")
+    assert args.model_path == "/home/ada"
+    for word in ("~$office.docx", "--prefix=a/~/b", "x~/y", "~ada/x"):
+        assert _at_home(word) == word
 
 
 GIVEN = {

@@ -11,6 +11,7 @@ from evaluation.inference import build_parser, load_predictor
 from loading.folders import find_images
 from loading.images import FileImages
 from loading.transforms import eval_transform
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 FLAGS = SMALL[-4:]
@@ -144,3 +145,17 @@ def test_nothing_readable_is_an_error(model, tmp_path, capsys):
         predict.main(["--model-path", str(model), str(tmp_path / "none.png"), *FLAGS])
     with pytest.raises(UserError, match="no images in this folder"):
         predict.main(["--model-path", str(model), str(tmp_path), *FLAGS])
+
+
+def test_answers_that_are_not_finite_are_none(tmp_path, images, capsys):
+    """As of a model that diverged: no class, and no NaN in the JSON."""
+    path = save_model(tmp_path / "nan.pth")
+    checkpoint = load_checkpoint(path)
+    checkpoint["model"]["head.bias"][3] = float("nan")
+    save_checkpoint(checkpoint, path)
+    with pytest.raises(UserError, match="the model's answer is not finite"):
+        predict.main(["--model-path", str(path), str(images), "--json", *FLAGS])
+    out, err = capsys.readouterr()
+    entries = json.loads(out, parse_constant=pytest.fail)
+    assert [set(entry) for entry in entries] == [{"file", "error"}] * 5
+    assert err.count("the model's answer is not finite (NaN)") == 5

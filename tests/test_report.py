@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -117,6 +118,24 @@ def test_everything_of_the_runs_is_in_it(runs, page):
     ]
     for version in ("torch", "timm", "cpu"):
         assert f'<th scope="row">{version}</th>' in text
+
+
+def test_results_of_another_checkpoint_are_left_out(runs, tmp_path, capsys):
+    """A folder in which other weights were evaluated and swept later."""
+    mixed = shutil.copytree(runs[1], tmp_path / "mixed")
+    record = json.loads((mixed / "eval.json").read_text())
+    record["checkpoint_sha256"] = "0" * 64
+    (mixed / "eval.json").write_text(json.dumps(record))
+    sweep = json.loads((mixed / "sweep.json").read_text())
+    sweep["conditions"]["checkpoint_sha256"] = "0" * 64
+    (mixed / "sweep.json").write_text(json.dumps(sweep))
+    report.main([str(mixed)])
+    text = (mixed / "report.html").read_text()
+    assert "Heat map of gate means" not in text and "Accuracy" not in text
+    assert f"{record['dynamic']['flops']['exact'] / 1e6:,.2f}" not in text
+    notes = capsys.readouterr().out
+    assert "eval.json and its pictures are of a checkpoint that is not in this folder" in notes
+    assert "sweep.json is of a checkpoint that is not in this folder" in notes
 
 
 def test_every_picture_has_a_text_and_nothing_lies_outside(page):

@@ -4,6 +4,7 @@ turn.
 
 import csv
 import json
+import re
 
 import pytest
 from helpers.seeing import DYNAMIC, SMALL, save_model
@@ -124,20 +125,40 @@ def test_an_interrupted_sweep_goes_on(models, swept, tmp_path, monkeypatch):
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 6
 
 
-@pytest.mark.parametrize("content", ["{cut", '{"points": []}', None])
-def test_a_sweep_of_something_else_starts_anew(content, models, swept, tmp_path, monkeypatch):
-    if content is None:
-        content = (
-            (swept / "sweep.json").read_text().replace('"batch_size": 120', '"batch_size": 60')
-        )
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("{cut", "cannot be read"),
+        ('{"points": []}', "cannot be read"),
+        ({"flags": {"batch_size": 60}}, "--batch-size"),
+        ({"images_sha256": "of others"}, "other images"),
+        ({"checkpoint_sha256": "of another"}, "another checkpoint"),
+        (
+            {"flags": {"val_split": "test", "eval_crop_ratio": 1.0}},
+            "--eval-crop-ratio, --val-split",
+        ),
+    ],
+)
+def test_a_sweep_of_something_else_starts_anew(
+    content, told, models, swept, tmp_path, monkeypatch, capsys
+):
+    if isinstance(content, dict):
+        record = json.loads((swept / "sweep.json").read_text())
+        before = record["conditions"]
+        record["conditions"] = before | content
+        record["conditions"]["flags"] = before["flags"] | content.get("flags", {})
+        # without --dense-path, which this sweep has not
+        record["conditions"]["dense_sha256"] = None
+        content = json.dumps(record)
     (tmp_path / "sweep.json").write_text(content)
     calls = []
     original = sweep.validate
     monkeypatch.setattr(sweep, "validate", lambda *args: calls.append(args[-1]) or original(*args))
     evaluate(tmp_path, models[0], "--sweep", "0.7", "--throughput-seconds", 0)
     assert calls == ["token keep ratio 0.7"]
+    assert re.search(rf"sweep.json .*{told}\)?: starting anew", capsys.readouterr().out)
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(record["points"]) == 1
+    assert len(record["points"]) == 1 and record["batch_size"] is None
     assert (
         "top1" not in record["dense"] and record["dense"]["flops"]["exact"] > 0
     )  # its weights are not known

@@ -130,6 +130,16 @@ def test_a_killed_rank_ends_the_other(survivor):
     one_line(stderr, "error (rank 0)", "--resume auto continues from the last save")
 
 
+def test_both_are_told_that_the_folder_holds_a_run(survivor):
+    output, flags, _, _ = survivor
+    before = (output / "checkpoint.pth").read_bytes()
+    ends = finish(start(2, ["main.py", *flags]))
+    assert [code for code, _, _ in ends] == [2, 2]
+    for rank, (_, _, stderr) in enumerate(ends):
+        one_line(stderr, f"error (rank {rank})", f"{output} already holds", "--resume auto")
+    assert (output / "checkpoint.pth").read_bytes() == before
+
+
 def test_another_number_of_processes_is_refused_or_begins_the_epoch_again(survivor, capsys):
     output, flags, _, _ = survivor
     assert load_checkpoint(output / "checkpoint.pth")["step"] > 0

@@ -12,6 +12,7 @@ import visualize
 from drawing.sheets import COLUMNS, ROWS
 from evaluation.decisions import DecisionMeter
 from evaluation.inference import build_parser, load_predictor
+from evaluation.samples import PictureNames
 from loading.loaders import Batch
 from models.flops import count_flops
 from tasks import CLASSIFICATION
@@ -195,3 +196,13 @@ def test_costs_of_images_average_to_the_cost_of_the_data_set(dynamic, tmp_path):
     assert len((tmp_path / "costs.csv").read_text().splitlines()) == 12
     assert len((tmp_path / "gates_per_class.csv").read_text().splitlines()) == 11
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}
+
+
+def test_names_of_pictures_fit_a_file():
+    """255 bytes on most file systems, and less while a file is being written."""
+    names = PictureNames()
+    long = [f"{'a' * 130}/{'é' * 130}/{number}.png" for number in range(3)]
+    given = [names.name(name) for name in (*long, "b/x.png", "b/x.jpg")]
+    assert given[3:] == ["b_x.png", "b_x_jpg.png"]
+    assert len(set(given)) == 5 and all(len(name.encode()) < 230 for name in given)
+    assert given[2].endswith("é_2.png"), "the end of a path tells more than its start"

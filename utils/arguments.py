@@ -2,22 +2,46 @@
 
 import argparse
 import ast
+import os
+import sys
 from typing import Any
 
 from .errors import UsageError
 
+LARGEST = 2**63 - 1  # what PyTorch's and numpy's integers hold
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises UsageError, one line without the usage text, instead of exiting."""
+    """Raises UsageError, one line without the usage text, instead of exiting.
+
+    A `~` at the start of a path is the home, as in `--output_dir=~/x`, which no shell expands.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in words], namespace)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
+def _at_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if value != "~" and not value.startswith("~/"):
+        return word
+    return flag + equals + os.path.expanduser(value)
+
+
 def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    """An integer from 1 to `LARGEST`."""
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return _bounded(text)
+
+
+def _bounded(text: str) -> int:
+    if int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is too large: at most {LARGEST}")
     return int(text)
 
 
@@ -32,10 +56,10 @@ def image_size(text: str) -> int | list[int]:
 
 
 def whole(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdigit():
+    """An integer from 0 to `LARGEST`."""
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
-    return int(text)
+    return _bounded(text)
 
 
 def not_negative(text: str) -> float:

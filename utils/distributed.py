@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Optional
@@ -124,6 +124,24 @@ class Distributed:
         gathered = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, gathered)
         return gathered
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on every rank; a UserError that it raises there is
+        raised on every rank.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome: list[tuple[Any, UserError | None]] = [(None, None)]
+        if self.is_main:
+            try:
+                outcome = [(action(), None)]
+            except UserError as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome)
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
 
     def shutdown(self) -> None:
         """Orderly end of all ranks. Not after an error: it waits for every rank."""

@@ -5,9 +5,11 @@ import errno
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import UserError, storage_problem
+
+_logger = logging.getLogger(__name__)
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,9 +74,33 @@ def remove_temporaries(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` as indented JSON, atomically; unknown types (paths, devices) as text."""
+    """Write `content` as indented JSON, atomically; unknown types (paths, devices) as text.
+
+    Numbers that are not finite, which JSON cannot express, become null, and a warning names them.
+    """
+    lost: list[str] = []
+    content = finite(content, lost)
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        _logger.warning("%s: not finite, written as null: %s%s", path, ", ".join(lost[:5]), more)
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def finite(value: Any, lost: list[str] | None = None, name: str = "") -> Any:
+    """`value`, nested dicts and lists, with None for numbers that are not finite.
+
+    lost: the names of these are added to it, such as `dynamic.loss`.
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item, lost, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item, lost, f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        if lost is not None:
+            lost.append(name.lstrip("."))
+        return None
+    return value
 
 
 def hash_stream(file: BinaryIO, size: int | None = None) -> str:
@@ -102,6 +130,13 @@ def prepare_output_dir(path: str | os.PathLike) -> Path:
     Raises UserError otherwise.
     """
     folder = Path(path)
+    try:
+        str(folder).encode()  # TensorBoard's files have names in UTF-8
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output folder {str(folder)!r}: not all of its name can be read as text; choose "
+            "another, or set LC_ALL=C.UTF-8 where the locale is the reason"
+        ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{secrets.token_hex(4)}.tmp"

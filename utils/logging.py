@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from .distributed import Distributed
 from .errors import UserError
-from .files import atomic_file, write_json
+from .files import atomic_file, finite, write_json
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -59,7 +58,7 @@ class EpochLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add an epoch's line. Non-finite numbers, which JSON cannot express, become null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        line = json.dumps(finite(record)) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
@@ -86,14 +85,6 @@ def _is_before(line: str, epoch: int) -> bool:
         return json.loads(line)["epoch"] < epoch
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Averages:

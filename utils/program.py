@@ -5,8 +5,57 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
 from .errors import UserError
+from .startup import missing_package
+
+
+class Lasting:
+    """A standard stream that outlives its reader, and whatever it cannot encode.
+
+    When the reader goes away (`| head`, a `tee` that ends), all further output is lost without a
+    word: a training does not end with its log. Characters that the encoding lacks are escaped.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a reader that is gone, or its terminal
+            raise error
+        # The descriptor, so that workers and what is written at exit go the same way.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        self._stream.flush()
+
+
+def _outlive_readers() -> None:
+    """Make the standard streams `Lasting`, unless a test has replaced them."""
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        sys.stdout = Lasting(sys.stdout)
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        sys.stderr = Lasting(sys.stderr)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -14,8 +63,9 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost disk
     and a lost process of a distributed run are reported in one line too (exit code 1). Programming
-    errors keep their stack trace.
+    errors keep their stack trace. Standard output and standard error become `Lasting`.
     """
+    _outlive_readers()
     try:
         code = main() or 0
     except KeyboardInterrupt:
@@ -37,6 +87,8 @@ def _describe(error: Exception) -> str | None:
     """One line for an error that is not a programming error, else None."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if lacking := missing_package(error):
+        return lacking
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         return f"cannot write: {os.strerror(error.errno)}{where}"
@@ -48,7 +100,9 @@ def _describe(error: Exception) -> str | None:
 
 
 def _rank() -> str:
-    return f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = os.environ.get("RANK")  # clusters may set WORLD_SIZE alone
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return f" (rank {rank})" if rank and several else ""
 
 
 def _report(line: str, code: int) -> int:

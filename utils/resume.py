@@ -2,19 +2,24 @@
 
 import argparse
 import logging
+import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import preemption
-from .checkpoint import CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
+from . import preemption, run_folder
+from .checkpoint import BEST, CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
 from .distributed import Distributed
 from .errors import UserError
-from .files import sha256_of
+from .files import atomic_file, sha256_of
 from .logging import Averages
 from .nonfinite import NonFiniteError
+from .run_folder import NONFINITE
 
+# Flags that do not alter a training, but the evaluation of its checkpoint.
+OF_EVALUATION = {"eval_segments", "eval_crops", "gate_threshold"}
 # Flags about where, how fast and how long; they do not alter the final weights of a run.
 HARMLESS = {
     "output_dir",
@@ -23,23 +28,22 @@ HARMLESS = {
     "pin_mem",
     "resume",
     "resume_override",
+    "overwrite",
     "save_minutes",
     "throughput_seconds",
     "cuda_graph",
     "data_path",
     "prefix",
-    "eval_segments",
-    "eval_crops",
     "model_path",
     "dense_path",
     "eval",
     "bad_images",
-    "gate_threshold",
     "calibrate",
+    *OF_EVALUATION,
 }
 # Entries that checkpoints of earlier versions lack, and that follow from their flags.
-RECORDED_LATER = {"task"}
-NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
+RECORDED_LATER = {"task", "images"}
+REPLACED_BEST = f"replaced_{BEST}"
 
 _logger = logging.getLogger(__name__)
 
@@ -76,8 +80,12 @@ def identity(
     steps_per_epoch: int,
     family: str,
     task: str,
+    images: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint records of its run besides its state."""
+    """What a checkpoint records of its run besides its state.
+
+    images: fingerprints of its splits.
+    """
     return {
         "args": vars(args),
         "world_size": world_size,
@@ -86,6 +94,7 @@ def identity(
         "family": family,
         "task": task,
         "teacher_sha256": teacher_checksum(args),
+        "images": None if images is None else dict(images),
     }
 
 
@@ -108,12 +117,14 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     return changes
 
 
-def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def flag_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], harmless: Collection[str] = HARMLESS
+) -> list[str]:
     """Flags whose values would alter a run, as `flag: before -> now`."""
     return [
         f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if name not in HARMLESS
+        if name not in harmless
         and _plain(before.get(name, _unrecorded(name, before))) != _plain(now.get(name))
     ]
 
@@ -223,11 +234,20 @@ class Saver:
 def start_or_resume(
     training: Resumable, record: dict[str, Any], args: argparse.Namespace, distributed: Distributed
 ) -> Averages:
-    """Load the checkpoint to resume into a new training, if any; -> averages of the epoch begun."""
+    """Load the checkpoint to resume into a new training, if any; -> averages of the epoch begun.
+
+    A run that starts anew, or moves here, first removes what an earlier one left in its folder.
+    """
     averages = Averages()
-    resumed = find_checkpoint(args.resume, args.output_dir)
+    folder, wanted = Path(args.output_dir), run_folder.wanted_checkpoint(args)
+    resumed = find_checkpoint(wanted, args.output_dir)
     if resumed is None:
+        if wanted == "auto":
+            _logger.info("--resume auto: no checkpoint in %s; starting anew at epoch 1", folder)
+        distributed.on_main(lambda: run_folder.clear(folder))
         return averages
+    if wanted != args.resume:
+        _logger.warning("started again by the launcher: the run in %s is continued", folder)
     checkpoint, source = resumed
     same = check_agreement(checkpoint, source, record, args.resume_override)
     training.load_state_dict(checkpoint)
@@ -236,5 +256,47 @@ def start_or_resume(
     else:
         # Batches and the ranks' shares may differ now: the epoch starts again.
         training.step = 0
+    distributed.on_main(lambda: _settle_best(source, folder, checkpoint, wanted == "auto"))
     _logger.info("resumed from %s at epoch %d, step %d", source, training.epoch + 1, training.step)
     return averages
+
+
+def _settle_best(source: Path, folder: Path, checkpoint: Mapping[str, Any], newest: bool) -> None:
+    """Make the folder's best checkpoint that of the run of `checkpoint`, which is in `source`.
+
+    Where it is another run's, or of an epoch after `source`, it is set aside. Beside the `newest`
+    checkpoint it may be of a later epoch: a run may be killed between the two.
+    """
+    own, best = folder / BEST, checkpoint["best"]
+    if source.parent.resolve() != folder.resolve():
+        run_folder.clear(folder)
+        there = source.parent / BEST
+        if best is not None and _read_best(there).get("best") == best:
+            with open(there, "rb") as file, atomic_file(own) as copy:
+                shutil.copyfileobj(file, copy)
+        elif best is not None:
+            _logger.warning(
+                "the best epoch so far (%.4g) is not among the files beside %s: until a later one "
+                "is at least as good, %s has no %s",
+                *(best, source, folder, BEST),
+            )
+        return
+    if source.name == BEST or not own.exists():
+        return
+    found = _read_best(own)
+    if found.get("best") == best:
+        return
+    if newest and not flag_differences(found.get("args", {}), checkpoint["args"]):
+        return
+    os.replace(own, folder / REPLACED_BEST)
+    _logger.warning(
+        "%s is not of the epochs up to %s: it is kept as %s", own, source, REPLACED_BEST
+    )
+
+
+def _read_best(path: Path) -> dict[str, Any]:
+    """A best checkpoint; empty if there is none that can be read."""
+    try:
+        return load_checkpoint(path) if path.exists() else {}
+    except UserError:
+        return {}

@@ -9,6 +9,8 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+# The demo replaces its earlier run in its own folder, but not what lies in a folder that OUTPUT names.
+[[ -n ${OUTPUT:-} ]] || set -- --overwrite "$@"
 DECODER="${DECODER:-upernet}"
 OUTPUT="${OUTPUT:-$ROOT/output/seg-demo-$DECODER}"
 SCENES="${SCENES:-$ROOT/output/scenes}"

@@ -8,6 +8,8 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+# The demo replaces its earlier run in its own folder, but not what lies in a folder that OUTPUT names.
+[[ -n ${OUTPUT:-} ]] || set -- --overwrite "$@"
 OUTPUT="${OUTPUT:-$ROOT/output/video-demo}"
 CLIPS="${CLIPS:-$ROOT/output/clips}"
 TRAIN="${TRAIN:-3000}"
