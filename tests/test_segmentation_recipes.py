@@ -1,11 +1,10 @@
 """The recipes of segmentation are the published ones, and main.py takes every flag of them."""
 
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.recipes import recipe
 from helpers.shell import run
 
 import options
@@ -23,27 +22,10 @@ PUBLISHED = {
 }
 
 
-def recipe(name: str, tmp_path: Path, **variables: str):
-    """The flags of a recipe, parsed by main.py's own parser."""
-    environment = os.environ | {
-        "DRY_RUN": "1",
-        "MODEL_PATH": str(tmp_path),
-        "DATA_PATH": str(tmp_path),
-        "PYTHON": "python3",
-        **variables,
-    }
-    script = ROOT / "scripts" / "seg" / f"{name}.sh"
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout)
-    start = next(i for i, word in enumerate(words) if word.endswith("main.py"))
-    return words[:start], options.parse(words[start + 1 :])
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_is_the_published_one(name, tmp_path):
     gpus, batch, lr, decay, layer_decay, thousands, clip, keep, features, rope = PUBLISHED[name]
-    launcher, args = recipe(name, tmp_path, GPUS=str(gpus))
+    launcher, args = recipe(f"seg/{name}", tmp_path, GPUS=str(gpus))
     assert f"--nproc_per_node={gpus}" in launcher
     assert task_of(args.data_set) == "segmentation" and args.input_size == 512
     assert (args.batch_size, args.lr, args.unscale_lr) == (batch, lr, True)
@@ -65,16 +47,14 @@ def test_recipe_is_the_published_one(name, tmp_path):
 
 def test_vim_base_has_vim_smalls_recipe(tmp_path):
     small, base = (
-        vars(recipe(f"upernet-vim-{size}", tmp_path, GPUS="4")[1]) for size in ("s", "b")
+        vars(recipe(f"seg/upernet-vim-{size}", tmp_path, GPUS="4")[1]) for size in ("s", "b")
     )
     differ = {name for name in small if small[name] != base[name]}
     assert differ == {"model", "output_dir"} and base["model"] == "vim_base"
 
 
-def test_missing_variables_are_named(tmp_path):
-    script = ROOT / "scripts" / "seg" / "dyvm-vim-t.sh"
-    environment = {k: v for k, v in os.environ.items() if k not in ("MODEL_PATH", "DATA_PATH")}
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
+def test_missing_variables_are_named():
+    done = run("scripts/seg/dyvm-vim-t.sh")
     assert done.returncode == 2 and "MODEL_PATH is not set" in done.stderr
     assert "bash scripts/seg/dyvm-vim-t.sh" in done.stderr
 

@@ -1,12 +1,11 @@
 """The recipes of video are the published ones, and main.py takes every flag of them."""
 
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.shell import ROOT, run
+from helpers.recipes import recipe
+from helpers.shell import run
 
 import options
 from datasets import task_of
@@ -29,27 +28,16 @@ SHUFFLE = "--eval-shuffle-frames"
 SIZES = {"t": "tiny", "s": "small", "m": "middle"}
 
 
-def recipe(name: str, tmp_path: Path):
-    """The flags of a recipe for 8 GPUs, parsed by main.py's own parser."""
-    environment = os.environ | {
-        "DRY_RUN": "1",
-        "MODEL_PATH": str(tmp_path),
-        "DATA_PATH": str(tmp_path),
-        "PYTHON": "python3",
-        "GPUS": "8",
-    }
-    script = ROOT / "scripts" / "video" / f"{name}.sh"
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout)
-    start = next(i for i, word in enumerate(words) if word.endswith("main.py"))
-    assert "--nproc_per_node=8" in words[:start]
-    return options.parse(words[start + 1 :])
+def of_video(name: str, tmp_path: Path):
+    """The flags of a recipe for 8 GPUs."""
+    launcher, args = recipe(f"video/{name}", tmp_path, GPUS="8")
+    assert "--nproc_per_node=8" in launcher
+    return args
 
 
 @pytest.mark.parametrize("name", [*DENSE, *DYVM])
 def test_recipe_is_the_published_one(name, tmp_path):
-    args = recipe(name, tmp_path)
+    args = of_video(name, tmp_path)
     *_, size, data_set = name.split("-")
     assert task_of(args.data_set) == "video" and args.data_set == data_set.upper()
     assert args.model.removeprefix("dyvm_") == f"videomamba_{SIZES[size]}"
@@ -77,10 +65,8 @@ def test_recipe_is_the_published_one(name, tmp_path):
     assert args.grad_checkpointing == (size == "m")
 
 
-def test_missing_variables_are_named(tmp_path):
-    script = ROOT / "scripts" / "video" / "videomamba-t-k400.sh"
-    environment = {k: v for k, v in os.environ.items() if k not in ("MODEL_PATH", "DATA_PATH")}
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
+def test_missing_variables_are_named():
+    done = run("scripts/video/videomamba-t-k400.sh")
     assert done.returncode == 2 and "MODEL_PATH is not set" in done.stderr
     assert "bash scripts/video/videomamba-t-k400.sh" in done.stderr
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Token merging as in R-MeeTo (arXiv 2412.12496): 5 tokens before every second layer, no router. Vim-Tiny, ImageNet.
+#
+#   MODEL_PATH=vim_tiny.pth DATA_PATH=/path/to/imagenet GPUS=4 bash scripts/selection/r-meeto-vim-t.sh [flags]
+#
+# MODEL_PATH is the dense checkpoint: teacher and start of the student. Epochs and learning rates are the published
+# ones; the batch for which the rate was published is not known to us. More in scripts/common.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+train_dyvm "${PAPER_RECIPE[@]}" --method token --model dyvm_vim_tiny --reduction merge --merge-tokens 5 \
+  --epochs 30 --batch-size 64 --lr 2e-5 --min-lr 1e-6 "$@"
