@@ -1,5 +1,7 @@
 """What becomes of tokens: merged ones against plain loops, selectors, and what they cost."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,8 @@ import torch.nn.functional as F
 from helpers.reductions import SMALL, build
 from torch import nn
 
-from models import FAMILIES, DynamicVisionMamba, sampling
+from main import main
+from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
 from models.flops import count_flops, sequence_lengths
 from models.layouts import MiddleClassToken, extract, insert
 from models.reduction import REDUCTIONS, TOKEN_STRATEGIES, make_reduction, merging, uniform_stages
@@ -304,3 +307,31 @@ def test_names():
     assert set(REDUCTIONS) == {"prune", "prune+merge", "merge", "mtr"}
     assert [make_reduction(strategy=name).name for name in TOKEN_STRATEGIES] == [*TOKEN_STRATEGIES]
     assert uniform_stages("merge", 7) == (2, 4, 6) and uniform_stages("prune", 24) == (6, 12, 18)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reduction", "merge", "--merge-tokens", "4"],
+        ["--reduction", "mtr", "--pruning-layers", "2", "--token-keep-ratio", "0.7"],
+        ["--token-strategy", "top", "--pruning-layers", "2", "--token-keep-ratio", "0.7"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_published_weights_are_plain_ones(flags, tmp_path):
+    """R-MeeTo's and ToP-ViM's files hold a dense Vim: they evaluate with their reduction."""
+    model = VisionMamba(FAMILIES["vim"], **SMALL | dict(num_classes=10))
+    torch.save({"model": model.state_dict()}, tmp_path / "vim.pth")
+    sizes = [f"{name}={SMALL[name]}" for name in ("embed_dim", "depth", "patch_size")]
+    assert (
+        main(
+            ["--eval", "--model-path", str(tmp_path / "vim.pth"), "--model", "vim_micro",
+             "--model-kwargs", *sizes, "--method", "token", *flags, "--throughput-seconds", "0",
+             "--num-workers", "0", "--device", "cpu", "--output_dir", str(tmp_path)]
+        )
+        == 0
+    )  # fmt: skip
+    report = json.loads((tmp_path / "eval.json").read_text())
+    expected = [12 / 16, 8 / 16] if "merge" in flags else [11 / 16]
+    assert report["dynamic"]["keep"] == expected
+    assert report["dynamic"]["flops"]["exact"] < report["dense"]["flops"]["exact"]

@@ -10,8 +10,6 @@ from helpers.shell import run
 import options
 from datasets import task_of
 
-ROOT = Path(__file__).parents[1]
-
 # Processes, images of each, learning rate, weight decay, layer decay, thousands of steps, clipping,
 # token and block keep ratio, features, rope.
 PUBLISHED = {
