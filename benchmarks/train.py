@@ -35,7 +35,8 @@ from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
 from losses import Budgets, Distillation, Objective
-from models import DynamicVisionMamba, VisionMamba, reduction, sampling
+from models import DynamicVisionMamba, VisionMamba, sampling
+from models.reduction import base
 from ops import selective_scan
 from tasks.classification import ClassificationTerms
 from utils import arguments
@@ -108,8 +109,8 @@ def release_like(name: str) -> Iterator[None]:
     """Run DyVM on the backend `name`, with its tokens re-arranged image by image."""
     with (
         checking.backend(name),
-        mock.patch.object(reduction, "kept_first", kept_first_by_image),
-        mock.patch.object(reduction, "take", take_by_image),
+        mock.patch.object(base, "kept_first", kept_first_by_image),
+        mock.patch.object(base, "take", take_by_image),
     ):
         yield
 
