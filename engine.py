@@ -6,8 +6,6 @@ with the numbers that it would have drawn.
 B images, S stages. Source of the method: "Dynamic Vision Mamba" (arXiv 2504.04787).
 """
 
-import argparse
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,18 +25,15 @@ from models.importance import with_importance
 from models.weights import load_weights
 from tasks import Experiment, Meter, ObjectMeter, ReductionMeter
 from tasks.base import BatchTransform, check_task, task_of_checkpoint
-from utils.checkpoint import copy_to_host, load_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.cuda_graphs import graphed
 from utils.distributed import Distributed
-from utils.errors import UsageError, UserError, first_line
+from utils.errors import UsageError, UserError
 from utils.logging import Averages, Progress
 from utils.nonfinite import NonFiniteSteps
+from utils.optimization import make_optimizer, make_schedule
 from utils.precision import autocast
 from utils.seeding import seed_everything
-
-DEFAULT_BETAS = (0.9, 0.999)
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -371,18 +364,7 @@ def build_training(experiment: Experiment) -> Training:
             f"--accum-steps {args.accum_steps}: an epoch has only {data.steps_per_epoch} batches"
         )
     optimizer = build_optimizer(model, experiment)
-    _tell_inverted_schedule(optimizer, args)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        decay_rate=args.poly_power,  # timm's name for it
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates,
-    )
+    scheduler = make_schedule(optimizer, args, updates)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = None
     if args.model_ema:
@@ -400,23 +382,6 @@ def build_training(experiment: Experiment) -> Training:
         batch_transform=experiment.task.batch_transform(args, data.num_classes),
         guard=NonFiniteSteps(optimizer, scaler, experiment.distributed, data.describe, stop=stop),
     )
-
-
-def _tell_inverted_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
-    """Warn of a schedule that is upside down: `--lr` is scaled by the batch, the others are not."""
-    lr = max(group["lr"] for group in optimizer.param_groups)
-    scaled = f"--lr {args.lr:g}" + ("" if args.unscale_lr else " scaled by the batch / 512")
-    flags = [("--min-lr", args.min_lr, "ends higher than it should begin")]
-    if args.warmup_epochs:
-        flags.append(("--warmup-lr", args.warmup_lr, "goes down in warm-up"))
-    for flag, value, what in flags:
-        if value > lr:
-            _logger.warning(
-                "%s %g is above the learning rate %.3g (%s): the schedule %s; give a lower %s or a "
-                "higher --lr%s",
-                *(flag, value, lr, scaled, what, flag),
-                "" if args.unscale_lr else ", or --unscale-lr",
-            )
 
 
 def load_start(model: VisionMamba, experiment: Experiment) -> VisionMamba | None:
@@ -474,35 +439,4 @@ def build_optimizer(model: VisionMamba, experiment: Experiment) -> torch.optim.O
     args = experiment.args
     clips = experiment.task.clips_of(args)
     whole_batch = args.batch_size * clips * args.accum_steps * experiment.distributed.world_size
-    fused = {"fused": True} if args.opt.lower() in ("adam", "adamw", "sgd") else {}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=args.lr if args.unscale_lr else args.lr * whole_batch / 512,
-            weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay,
-            eps=args.opt_eps,
-            **_betas(args),
-            **fused,
-        )
-        copy_to_host(optimizer.state_dict())  # what a checkpoint cannot hold is found here
-        return optimizer
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"--opt {args.opt} cannot be used: {first_line(error)}") from None
-
-
-def _betas(args: argparse.Namespace) -> dict[str, Any]:
-    """`--opt-betas` as the optimizer takes them; one with another number has its own by default."""
-    info, given = get_optimizer_info(args.opt.lower()), tuple(args.opt_betas)
-    if not info.has_betas:
-        return {"momentum": given[0]} if info.has_momentum else {}
-    if len(given) == info.num_betas:
-        return {"betas": given}
-    if given == DEFAULT_BETAS:
-        return {}
-    raise UsageError(f"--opt-betas {_words(given)}: --opt {args.opt} has {info.num_betas} of them")
-
-
-def _words(numbers: Iterable[float]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
+    return make_optimizer(model, args, args.lr if args.unscale_lr else args.lr * whole_batch / 512)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from drawing.palette import SERIES
+from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UserError
 from utils.files import sha256_of
+from utils.run_folder import CALIBRATED
 
 
 @dataclass
@@ -52,7 +54,8 @@ def read_run(folder: Path, name: str, position: int) -> RunFolder:
 
 def _leave_out_others(run: RunFolder) -> None:
     """Drop an evaluation and a sweep of a checkpoint that is none of the run's, with a note."""
-    own = {_sha256(path) for path in run.folder.glob("*checkpoint*.pth")}
+    names = (NEWEST, PREVIOUS, BEST, CALIBRATED)
+    own = {_sha256(run.folder / name) for name in names if (run.folder / name).exists()}
     if not run.log or not own:
         return
     evaluated = (run.evaluation or {}).get("checkpoint_sha256")

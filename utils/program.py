@@ -51,11 +51,14 @@ class Lasting:
 
 
 def _outlive_readers() -> None:
-    """Make the standard streams `Lasting`, unless a test has replaced them."""
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
-        sys.stdout = Lasting(sys.stdout)
-    if sys.stderr is not None and sys.stderr is sys.__stderr__:
-        sys.stderr = Lasting(sys.stderr)
+    """Make the standard streams `Lasting`, unless a test has replaced them; one that the shell has
+    closed (`>&-`) leads nowhere.
+    """
+    for name, own in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif getattr(sys, name) is own:
+            setattr(sys, name, Lasting(own))
 
 
 def run_main(main: Callable[[], int | None]) -> None:

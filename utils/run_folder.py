@@ -202,6 +202,8 @@ def clear_pictures(folder: Path) -> None:
 
 
 def _remove(folder: Path, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        for path in folder.glob(pattern):
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        try:
             path.unlink()
+        except OSError as error:
+            raise UserError(f"{path} cannot be removed: {error.strerror}") from None
