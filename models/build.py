@@ -37,6 +37,7 @@ IDENTITY = (
     "val_split",
     "input_size",
     "eval_crop_ratio",
+    "bit_depth",
 )
 
 # The flag of each field of ModelSpec, as args and checkpoints name it.
@@ -185,6 +186,7 @@ def recorded_arguments(
     if not _is_ours(recorded):
         return {}
     defaults = {name: recorded[name] for name in (*IDENTITY, *of_task) if name in recorded}
+    defaults.setdefault("bit_depth", 16)  # earlier versions kept the upper 8 of 16 bits
     defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
     defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")

@@ -114,6 +114,7 @@ def flag_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if name not in HARMLESS
+        and not (name == "bit_depth" and now.get(name) == "auto")  # determined from the data
         and _plain(before.get(name, _unrecorded(name, before))) != _plain(now.get(name))
     ]
 
@@ -122,7 +123,7 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
     """What a flag stands for in runs of earlier versions, which did not have it."""
     if name == "poly_power":  # timm's power, where the run had such a schedule
         return 0.1 if flags.get("sched") == "poly" else 1.0
-    return {"crop_area": [0.08, 1.0], "eval_shuffle_frames": False}.get(name)
+    return {"crop_area": [0.08, 1.0], "eval_shuffle_frames": False, "bit_depth": "auto"}.get(name)
 
 
 def _plain(value: Any) -> Any:
