@@ -64,6 +64,7 @@ class Training:
             "step": self.step,
             "best": self.best,
             "grid": list(self.model.patch_embed.grid),  # of the rows of pos_embed
+            "stride": list(self.model.patch_embed.stride),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -411,17 +411,10 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
 def _check_data_given(
     argv: Sequence[str], args: argparse.Namespace, recorded: Mapping[str, Any] | None
 ) -> None:
-    """Raise UsageError for a --data-path without the data set that it is of, and for weights of
-    other programs without the model that they are of.
-    """
+    """Raise UsageError for a --data-path that nothing would be read from."""
     if args.eval and recorded is None:
         return  # what the checkpoint records is not yet known
     given = {argument.split("=")[0] for argument in argv}
-    if args.eval and not recorded and args.model_path and "--model" not in given:
-        raise UsageError(
-            f"{args.model_path} does not record which model it is of: give --model NAME, and "
-            "--model-kwargs where it is not the plain one"
-        )
     if "--data-path" not in given or args.data_set != "DIGITS":
         return
     if "--data-set" in given or recorded:

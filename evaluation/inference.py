@@ -156,7 +156,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
         parser.error("--model-path is needed, the checkpoint to use")
     checkpoint = load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
-    if task.recorded and "args" not in checkpoint:
+    if task.recorded and not recorded_arguments(checkpoint):
         raise UserError(
             f"{args.model_path} does not record the flags of its {task.name} model, and without "
             "them another one might be built; evaluate it with main.py --eval"

@@ -56,17 +56,6 @@ def read_names(file: Path, folders: Sequence[str] = ()) -> list[str]:
     return [printable(" ".join(name.split())) for name in names]
 
 
-def names_in_order(content: Any) -> list[str] | None:
-    """Names of classes beside the weights in a file of any program; None if they are none."""
-    try:
-        names = _of_json(content, ()) if isinstance(content, Mapping) else content
-    except ValueError:
-        return None
-    if isinstance(names, (list, tuple)) and all(isinstance(name, (str, int)) for name in names):
-        return [str(name) for name in names]
-    return None
-
-
 def names_of_lines(lines: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
     """The names by index in the lines of a text, see above; blank lines do not count."""
     filled = [line.strip() for line in lines if line.strip()]

@@ -16,6 +16,7 @@ from utils.files import sha256_of
 
 from .backbone import VisionMamba
 from .embedding import Size
+from .options import METHODS
 from .weights import load_weights
 
 # Flags that a checkpoint records of itself, so that its evaluation need not repeat them.
@@ -172,7 +173,12 @@ def restore(
 
 
 def _is_ours(recorded: Any) -> bool:
-    return isinstance(recorded, Mapping) and "method" in recorded
+    """Whether arguments beside the weights are of our flags; other programs have a method too."""
+    return (
+        isinstance(recorded, Mapping)
+        and recorded.get("method") in METHODS
+        and {"model", "model_kwargs"} <= recorded.keys()
+    )
 
 
 def recorded_arguments(

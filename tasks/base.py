@@ -26,7 +26,7 @@ from loading.loaders import Batch
 from loading.transforms import Transforms, eval_transform, seen_region
 from loading.walking import composed, order_in_doubt
 from models import Result, VisionMamba
-from models.build import ModelSpec, build_model
+from models.build import ModelSpec, build_model, recorded_arguments
 from models.embedding import PatchEmbed
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -365,11 +365,13 @@ def task_named(name: str) -> Task:
 
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
     """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
-    if "task" not in checkpoint:
-        for task in TASKS.values():
-            if task.recognises(checkpoint):
-                return task
-    return task_named(checkpoint.get("task", "classification"))
+    name = checkpoint.get("task")
+    if name in TASKS or isinstance(name, str) and recorded_arguments(checkpoint):
+        return task_named(name)
+    for task in TASKS.values():  # it says nothing, or is another program's, for which it is a word
+        if task.recognises(checkpoint):
+            return task
+    return task_named("classification")
 
 
 def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
