@@ -22,6 +22,7 @@ from loading.loaders import Batch
 from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
 from models.batch_norm import statistics_kept
+from models.fitting import check_numbers
 from models.weights import load_weights
 from tasks import Experiment, Meter, ReductionMeter
 from tasks.base import BatchTransform, check_task, task_of_checkpoint
@@ -68,6 +69,8 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "ema"):
+            check_numbers({}, state[name] or {}, f"the run to resume, entry '{name}'")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

@@ -24,7 +24,7 @@ from loading.images import BadImageError, ImageSet
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from models import Result, VisionMamba
-from models.build import ModelSpec, recorded_arguments, restore
+from models.build import ModelSpec, is_ours, recorded_arguments, restore
 from models.options import add_model_arguments, settle_model
 from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
@@ -156,7 +156,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
         parser.error("--model-path is needed, the checkpoint to use")
     checkpoint = load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
-    if task.recorded and not recorded_arguments(checkpoint):
+    if task.recorded and not is_ours(checkpoint.get("args")):
         raise UserError(
             f"{args.model_path} does not record the flags of its {task.name} model, and without "
             "them another one might be built; evaluate it with main.py --eval"

@@ -66,7 +66,7 @@ def to_8_bits(values: np.ndarray, depth: Depth | None) -> np.ndarray:
         kind = "floating-point" if fractions else "32-bit"
         if fractions or largest > 0xFFFF:
             raise UnknownDepth(f"{kind} pixels, whose range is not defined; give --bit-depth")
-        if depth == AUTO and largest <= 0x7FFF:
+        if depth == AUTO and 0 < largest <= 0x7FFF:
             raise UnknownDepth(
                 f"16-bit pixels up to {largest} only, and no file with 16 bits was among those "
                 f"looked at; give --bit-depth {max(8, int(largest).bit_length())}, or 16"

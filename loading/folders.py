@@ -1,6 +1,7 @@
 """Image sets from folders: one folder per class, and iNaturalist's listings."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from utils.errors import UserError, printable
 
 from .images import FileImages, ImageSet
 from .walking import LeftOut, class_folders, is_dead_link, list_images
+
+_logger = logging.getLogger(__name__)
 
 
 def image_folders(path: Path, split: str) -> ImageSet:
@@ -42,7 +45,27 @@ def labelled_folders(
             f"{printable(root)}: no {kind} in class {', '.join(empty[:5])}{more}{left.instead()}"
         )
     left.tell(root)
+    _doubt_level(root, paths, labels)
     return root, paths, labels, classes
+
+
+def _doubt_level(root: str, paths: list[str], labels: list[int]) -> None:
+    """Warn where all class folders hold but folders, of the same names: PART/CLASS/x.jpg."""
+    inside: dict[int, set[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        _, folder, *rest = path.split(os.sep)
+        if not rest:
+            return
+        inside.setdefault(label, set()).add(folder)
+    names = inside[0]
+    if len(inside) > 1 and len(names) > 1 and all(each == names for each in inside.values()):
+        _logger.warning(
+            "%s: each of the %d class folders holds folders called %s; if these are the classes, "
+            "give them the place of those above",
+            root,
+            len(inside),
+            ", ".join(map(printable, sorted(names)[:3])),
+        )
 
 
 def folder_in(path: Path, name: str) -> Path:

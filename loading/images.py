@@ -78,7 +78,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def decode(file: BinaryIO, convert: Callable[[StoredPixels], Decoded]) -> Decoded:
-    """`convert`(the loaded image in `file`), or `BadImageError`."""
+    """`convert`(the image in `file`, which is not yet loaded), or `BadImageError`."""
     try:
         with warnings.catch_warnings():
             # Pillow would warn of odd metadata once per image and worker. Our own size limit is
@@ -228,11 +228,12 @@ class ArrayImages(LabelledImages):
         return f"{self.name} image {index}"
 
 
+_JPEG = (b".jpg", b".JPG", b".jpeg", b".JPEG")
+
+
 def deep_files(paths: np.ndarray) -> np.ndarray:
     """Indices of the files [N] of bytes that are no JPEGs, which always have 8 bits, by name."""
-    return np.flatnonzero(
-        [not path.lower().endswith((b".jpg", b".jpeg")) for path in paths.tolist()]
-    )
+    return np.flatnonzero([not path.endswith(_JPEG) for path in paths.tolist()])
 
 
 class FileImages(LabelledImages):

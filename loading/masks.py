@@ -40,7 +40,7 @@ def decode_labels(file: BinaryIO) -> np.ndarray:
     header = file.read(25)
     file.seek(0)
     bits = header[24] if header.startswith(_PNG) and len(header) == 25 else 8
-    return decode(file, lambda stored: _to_labels(stored.image, bits))
+    return decode(file, lambda stored: _to_labels(stored.loaded(), bits))
 
 
 def _to_labels(image: Image.Image, bits: int) -> np.ndarray:

@@ -18,12 +18,19 @@ _WITH_ALPHA = ("P", "PA", "LA", "La", "RGBa")  # or, of a palette, perhaps
 
 
 class StoredPixels:
-    """The loaded image of a file; without the file, of colours the upper 8 bits are all."""
+    """The image of an opened file; without the file, the upper 8 bits of colours are all there is.
+
+    Nothing is decoded before it is asked for.
+    """
 
     def __init__(self, file: BinaryIO | None, image: Image.Image):
         self.file, self.image = file, image
         self._raw = _raw_mode(image)
-        image.load()
+
+    def loaded(self) -> Image.Image:
+        """The image in Pillow's mode for it."""
+        self.image.load()
+        return self.image
 
     def deep(self) -> np.ndarray | None:
         """The pixels if they have more than 8 bits a channel: [H, W] or [H, W, C]; else None."""
@@ -56,7 +63,7 @@ class StoredPixels:
 
     def rgb(self, depth: Depth | None) -> Image.Image:
         """In 8-bit RGB. Raises `UnknownDepth`."""
-        image = self.image
+        image = self.loaded()
         if image.format == "PPM":  # its header tells what is white, and Pillow scales to that
             depth = None
         if image.mode == "F" or image.mode.startswith("I"):

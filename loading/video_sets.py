@@ -15,7 +15,7 @@ from .depth import Depth, Range
 from .folders import labelled_folders
 from .images import BadImageError, Example, ImageSet
 from .video import VIDEO_EXTENSIONS, FrameFolder, Video, VideoFile
-from .walking import IMAGE_ENDINGS, LeftOut, by_number, is_hidden, walk
+from .walking import IMAGE_ENDINGS, LeftOut, by_number, walk
 
 
 class Videos(ImageSet):
@@ -61,7 +61,8 @@ def open_video(path: str, depth: Depth | None = None) -> Video:
 
 
 def _is_frame(name: str) -> bool:
-    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
+    # A GIF may be a clip itself.
+    return name.lower().endswith(IMAGE_ENDINGS) and name[-4:].lower() != ".gif" and name[0] != "."
 
 
 def is_video(path: str) -> bool:

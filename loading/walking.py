@@ -62,6 +62,9 @@ class LeftOut:
         elif ending not in _COMPANIONS:
             self._endings[ending or "none"] += 1
 
+    def count(self, reason: str) -> int:
+        return len(self._found.get(reason, ()))
+
     def instead(self) -> str:
         """The end of a message that nothing wanted was found: what there is."""
         return f"; not read are {self._told_endings()}" if self._endings else ""
@@ -87,6 +90,7 @@ class LeftOut:
 
 
 _HIDDEN = "hidden files or folders"
+_BESIDE = "files beside the class folders"
 
 
 def is_dead_link(path: str) -> bool:
@@ -106,12 +110,16 @@ def walk(top: str | os.PathLike, left: LeftOut) -> Iterator[tuple[str, list[str]
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        for name in filter(is_hidden, (*folders, *names)):
-            # A Mac's resource forks and .DS_Store are no images, whatever they are called.
-            if name in folders or name.lower().endswith(IMAGE_ENDINGS) and name[:2] != "._":
-                left.add(_HIDDEN, os.path.join(root, name))
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield root, folders, [name for name in names if not is_hidden(name)]
+        hidden = [name for name in folders if is_hidden(name)]
+        folders[:] = [name for name in folders if name not in hidden]
+        dotted = [name for name in names if name[0] == "."]
+        # A Mac's resource forks and .DS_Store are no images, whatever they are called.
+        hidden += [
+            name for name in dotted if name.lower().endswith(IMAGE_ENDINGS) and name[:2] != "._"
+        ]
+        for name in hidden:
+            left.add(_HIDDEN, os.path.join(root, name))
+        yield root, folders, [name for name in names if name[0] != "."] if dotted else names
 
 
 def _unreadable(error: OSError) -> None:
@@ -145,14 +153,16 @@ def class_folders(root: str, left: LeftOut) -> list[str]:
         elif entry.is_dir():
             names.append(entry.name)
         elif ending and ending not in _COMPANIONS:
-            left.add("files beside the class folders", entry.path)
+            left.add(_BESIDE, entry.path)
         elif is_dead_link(entry.path):
             raise UserError(
                 f"{printable(entry.path)} is a link to {printable(os.readlink(entry.path))}, which "
                 "is not there; mend or remove it"
             )
     if not names:
-        raise UserError(f"{printable(root)}: no class folders in it")
+        beside = left.count(_BESIDE)
+        there = f", but {beside} files, whose class nothing tells" if beside else ""
+        raise UserError(f"{printable(root)}: no class folders in it{there}")
     forms: dict[str, str] = {}
     for name in names:
         other = forms.setdefault(composed(name), name)

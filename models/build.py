@@ -103,7 +103,7 @@ class ModelSpec:
     def from_checkpoint(cls, checkpoint: Mapping[str, Any], source: str) -> "ModelSpec":
         """The model that a checkpoint of ours records. Raises UserError for a foreign one."""
         recorded = checkpoint.get("args")
-        if not _is_ours(recorded):
+        if not is_ours(recorded):
             raise UserError(f"{source} does not record which model it is of")
         return cls._from_record(recorded)
 
@@ -172,7 +172,7 @@ def restore(
     return model.eval()
 
 
-def _is_ours(recorded: Any) -> bool:
+def is_ours(recorded: Any) -> bool:
     """Whether arguments beside the weights are of our flags; other programs have a method too."""
     return (
         isinstance(recorded, Mapping)
@@ -189,7 +189,7 @@ def recorded_arguments(
     of_task: names of further flags, those that its task wants (`Task.recorded`).
     """
     recorded = checkpoint.get("args")
-    if not _is_ours(recorded):
+    if not is_ours(recorded):
         return {}
     defaults = {name: recorded[name] for name in (*IDENTITY, *of_task) if name in recorded}
     defaults.setdefault("bit_depth", 16)  # earlier versions kept the upper 8 of 16 bits

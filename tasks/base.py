@@ -26,7 +26,7 @@ from loading.loaders import Batch
 from loading.transforms import Transforms, eval_transform, seen_region
 from loading.walking import composed, order_in_doubt
 from models import Result, VisionMamba
-from models.build import ModelSpec, build_model, recorded_arguments
+from models.build import ModelSpec, build_model, is_ours
 from models.embedding import PatchEmbed
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -366,7 +366,7 @@ def task_named(name: str) -> Task:
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
     """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
     name = checkpoint.get("task")
-    if name in TASKS or isinstance(name, str) and recorded_arguments(checkpoint):
+    if name in TASKS or isinstance(name, str) and is_ours(checkpoint.get("args")):
         return task_named(name)
     for task in TASKS.values():  # it says nothing, or is another program's, for which it is a word
         if task.recognises(checkpoint):

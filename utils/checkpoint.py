@@ -217,8 +217,8 @@ def _read(path: Path) -> dict:
     """The content decides how it is read, not the name."""
     try:
         with open(path, "rb") as file:
-            head, size = file.read(HEAD), file.seek(0, os.SEEK_END)
-            if is_safetensors(head, size):
+            head = file.read(HEAD)
+            if is_safetensors(head):
                 return opened(load_file(path), str(path))
             _verify_checksum(file)
             file.seek(0)

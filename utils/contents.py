@@ -43,7 +43,6 @@ def kind_of(head: bytes) -> str | None:
     return next((kind for start, kind in _TEXTS if text.startswith(start)), None)
 
 
-def is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes has the header of safetensors: its length, and JSON."""
-    length = int.from_bytes(head[:8], "little")
-    return len(head) > 8 and head[8:9] == b"{" and 2 <= length <= size
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file has the header of safetensors, its length and JSON, of 100 MB at most."""
+    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
