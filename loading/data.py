@@ -97,11 +97,8 @@ def assemble(
     if transforms.quick is not None:  # as many at once as in training
         quick, quick_options = transforms.quick, replace(options, eval_batch_size=None)
     train_loader = calibration_loader = None
-    source = options.data_path or options.data_set
     if train is not None:
-        _check_same_classes(source, train.classes, val.classes)
-    if len(val.classes) == 1 and val.labels is not None:
-        _refuse_one_class(source, val)
+        _check_same_classes(options.data_path or options.data_set, train.classes, val.classes)
     sets = [val] if train is None else [train, val]
     bit_depth = settle_depth(sets, options.bit_depth, BadImageError)
     if train is not None:
@@ -146,16 +143,18 @@ def _check_same_classes(source: str, train: list[str], val: list[str]) -> None:
     )
 
 
-def _refuse_one_class(source: str, images: ImageSet) -> None:
+def refuse_one_class(source: str, data: Data) -> None:
     """Raise UserError for a data set with nothing to tell apart, such as images/CLASS/x.jpg."""
-    parts = [os.fsdecode(path).split(os.sep) for path in getattr(images, "paths", ())]
+    if data.num_classes != 1:
+        return
+    parts = [os.fsdecode(path).split(os.sep) for path in getattr(data.val, "paths", ())]
     inside = sorted({part[1] for part in parts if len(part) > 2})
     hint = ""
     if len(inside) > 1:
         listed = ", ".join(map(printable, inside[:3]))
         hint = f"; are the classes the folders in it ({listed}, ...)? then move them up by one"
     raise UserError(
-        f"{printable(source)}: one class only, {images.classes[0]!r}, so that there is nothing to "
+        f"{printable(source)}: one class only, {data.class_names[0]!r}, so that there is nothing to "
         f"tell apart{hint}"
     )
 

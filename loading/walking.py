@@ -55,11 +55,13 @@ class LeftOut:
 
     def add_file(self, folder: str, name: str) -> None:
         """A file that is not wanted, for its ending; or it is a link that leads nowhere."""
-        path = os.path.join(folder, name)
         ending = os.path.splitext(name)[1].lower()
+        if ending in _COMPANIONS:
+            return
+        path = os.path.join(folder, name)
         if is_dead_link(path):
             self.add("links to what is not there", path)
-        elif ending not in _COMPANIONS:
+        else:
             self._endings[ending or "none"] += 1
 
     def count(self, reason: str) -> int:
@@ -67,14 +69,13 @@ class LeftOut:
 
     def instead(self) -> str:
         """The end of a message that nothing wanted was found: what there is."""
-        return f"; not read are {self._told_endings()}" if self._endings else ""
+        return f"; {self._told_endings()}" if self._endings else ""
 
     def _told_endings(self) -> str:
-        names = ", ".join(
-            f"{count:,} {ending}" for ending, count in self._endings.most_common(_LISTED)
-        )
-        more = len(self._endings) - _LISTED
-        return f"files for their ending ({names}{f' and {more} other endings' * (more > 0)})"
+        common = self._endings.most_common(_LISTED)
+        names = ", ".join(f"{count:,} {ending}" for ending, count in common)
+        more = len(self._endings) - len(common)
+        return f"files of endings that are not read: {names}" + f" and {more} more" * (more > 0)
 
     def tell(self, where: str) -> None:
         """Log it in one line, if there is anything; as a warning unless it is hidden only."""
@@ -82,7 +83,8 @@ class LeftOut:
         for reason, paths in self._found.items():
             names = ", ".join(printable(os.path.relpath(path, where)) for path in paths[:_LISTED])
             more = len(paths) - _LISTED
-            parts.append(f"{len(paths):,} {reason} ({names}{f' and {more:,} more' * (more > 0)})")
+            more = f" and {more:,} more" if more > 0 else ""
+            parts.append(f"{reason}: {len(paths):,} ({names}{more})")
         if parts:
             harmless = not self._endings and set(self._found) <= {_HIDDEN}
             log = _logger.info if harmless else _logger.warning

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -53,15 +54,16 @@ def check_numbers(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
         )
 
 
-def doubt_family(model: VisionMamba, source: str) -> None:
+@cache  # a student and its teacher may start from one file
+def doubt_family(family: str, source: str) -> None:
     """Say that a file names no family, where the place of a class token tells families apart."""
-    if model.family.name in _ALIKE:
+    if family in _ALIKE:
         _logger.warning(
             "%s does not say which family it is of: it is taken to be %s, by --model; %s have the "
-            "same shapes and differ in the place of the class token alone, and with that of the "
-            "other family the answers are wrong",
+            "same shapes and differ in the place of the class token, and with that of the other "
+            "family the answers are wrong",
             source,
-            model.family.name,
+            family,
             " and ".join(_ALIKE),
         )
 

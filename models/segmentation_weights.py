@@ -46,7 +46,7 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
             raise UserError(f"{source}: {error}") from None
         checkpoint["grid"] = list(model.patch_embed.grid)
         if checkpoint_family(checkpoint) is None:
-            doubt_family(model, source)
+            doubt_family(model.family.name, source)
     load_weights(model, checkpoint, source)
     _logger.info("%s: the backbone starts from a classifier; decoder and routers are new", source)
 

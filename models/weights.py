@@ -166,7 +166,7 @@ def load_weights(
         size = other_size(own, state)
         raise UserError(f"{source} does not fit this {model.family.name} model: {size}{message}")
     if family is None and model.has_class_token:
-        doubt_family(model, source)
+        doubt_family(model.family.name, source)
     model.load_state_dict(state, strict=False)
 
 

@@ -45,7 +45,7 @@ def harmless_globals() -> list[Any]:
             return {}
 
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    kinds = {type(np.dtype(code)) for code in (*"?bBhHiIlLqQefd", "U", "S")}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     found: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *kinds]
     found += [(scalar, f"{module}.scalar") for module in modules]
