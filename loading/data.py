@@ -154,8 +154,8 @@ def refuse_one_class(source: str, data: Data) -> None:
         listed = ", ".join(map(printable, inside[:3]))
         hint = f"; are the classes the folders in it ({listed}, ...)? then move them up by one"
     raise UserError(
-        f"{printable(source)}: one class only, {data.class_names[0]!r}, so that there is nothing to "
-        f"tell apart{hint}"
+        f"{printable(source)}: one class only, {data.class_names[0]!r}, so that there is nothing "
+        f"to tell apart{hint}"
     )
 
 

@@ -103,11 +103,11 @@ def opened(content: Any, source: str) -> dict[str, Any]:
     if place is None:
         place = _only_weights(content)
     average = next((name for name in _AVERAGES if _is_weights(content.get(name))), None)
-    state, prefix = _unwrapped(content[place], source)
-    found = {name: value for name, value in content.items() if name not in (place, *_AVERAGES)}
-    found = {"model": state, **found}
+    found = {"model": _unwrapped(content[place], source)}
+    taken = ("model", place, *_AVERAGES)
+    found |= {name: value for name, value in content.items() if name not in taken}
     if average is not None:
-        found["ema"] = _unwrapped(content[average], source, prefix)[0]
+        found["ema"] = _unwrapped(content[average], source)
     elif content.get("ema") is not None:
         _logger.info("%s: its entry 'ema' holds no weights and is not used", source)
     elif "ema" in content:
@@ -140,33 +140,28 @@ def _only_weights(content: Mapping[str, Any]) -> str:
     raise UnknownEnvelope(f"it has no 'model' entry with a state dict (it holds {keys})")
 
 
-def _unwrapped(
-    state: Mapping[str, Any], source: str, prefix: str | None = None
-) -> tuple[dict[str, Any], str]:
-    """Parameters without the prefix that a wrapper has given their names; -> also the prefix.
-
-    prefix: to look for; None: any that stands before all names, or before those of one whole model.
+def _unwrapped(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Parameters without the prefix that wrappers have given the names of one whole model; what has
+    none is left out, and told.
 
     Raises UnknownEnvelope where several models lie side by side.
     """
-    parts = {key: str(key).split(".") for key in state}
     names = {
-        ".".join(part for part in split if part not in _WRAPPERS): key
-        for key, split in parts.items()
+        ".".join(part for part in str(key).split(".") if part not in _WRAPPERS): value
+        for key, value in state.items()
     }
     if len(names) < len(state):
-        return dict(state), ""  # told by whoever compares the names
-    if prefix is None:
-        prefix = _prefix_of(names)
-    within = {name: key for name, key in names.items() if name.startswith(prefix)}
-    if not within:
-        within, prefix = names, ""
-    if prefix:
-        others = [name for name in names if name not in within]
-        more = f"; left out: {', '.join(others[:_LISTED])}" if others else ""
-        more += f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
-        _logger.info("%s: the weights are those under %r%s", source, prefix, more)
-    return {name.removeprefix(prefix): state[key] for name, key in within.items()}, prefix
+        return dict(state)  # told by whoever compares the names
+    prefix = _prefix_of(names)
+    if not prefix:
+        return names
+    others = [name for name in names if not name.startswith(prefix)]
+    more = f"; left out: {', '.join(map(printable, others[:_LISTED]))}" if others else ""
+    more += f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+    _logger.info("%s: the weights are those under %r%s", source, prefix, more)
+    return {
+        name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)
+    }
 
 
 def _prefix_of(names: Mapping[str, Any]) -> str:
