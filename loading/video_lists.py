@@ -117,7 +117,10 @@ def _videos(path: Path, split: str, prefix: Path | None, entries: Sequence[Entry
     if classes is None:
         classes = _numbers(path, split, largest, timed=entries[0].seconds > 0)
     elif largest >= len(classes):
-        raise UserError(f"{file}: label {largest} is beyond the {len(classes)} names in {NAMES}")
+        raise UserError(
+            f"{file}: label {largest} is beyond the {len(classes)} names in {NAMES}; labels count "
+            "from 0"
+        )
     return Videos(str(root), [entry.path for entry in entries], labels, classes)
 
 

@@ -94,9 +94,13 @@ def grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     unknown, taken to be square.
     """
     grid = checkpoint.get("grid")
-    if not isinstance(grid, list) or len(grid) not in (2, 3):
+    table = checkpoint["model"].get("pos_embed")
+    if not isinstance(grid, list) or len(grid) not in (2, 3) or not isinstance(table, Tensor):
         return None
-    return tuple(grid[-2:]) if all(type(side) is int for side in grid) else None
+    if not all(type(side) is int and side > 0 for side in grid) or table.dim() != 3:
+        return None
+    patches = math.prod(grid[-2:])  # there may be a row of a class token
+    return tuple(grid[-2:]) if table.shape[1] - patches in (0, 1) else None
 
 
 def check_stride(

@@ -30,6 +30,7 @@ _CLASSIFIERS = (
     "head.decode_head.segmentation_head.0",
     "head.auxiliary_head.conv_seg",
 )
+_FAMILIES = ("videomamba", "mambareg", "vim")
 TEMPORAL = "temporal_pos_embedding"
 
 
@@ -84,7 +85,7 @@ def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
     Our checkpoints record it; official ones may hold their training arguments; MambaReg has keys of
     its own.
     """
-    if isinstance(checkpoint.get("family"), str):
+    if checkpoint.get("family") in _FAMILIES:
         return checkpoint["family"]
     if "pos_embed_cls" in checkpoint["model"]:
         return "mambareg"
@@ -95,7 +96,7 @@ def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
         or checkpoint.get("arch")  # of timm
         or ""
     ).lower()
-    for family in ("videomamba", "mambareg", "vim"):
+    for family in _FAMILIES:
         if name.removeprefix("dyvm_").startswith(family):
             return family
     return None

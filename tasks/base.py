@@ -366,7 +366,7 @@ def task_named(name: str) -> Task:
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
     """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
     name = checkpoint.get("task")
-    if name in TASKS or isinstance(name, str) and is_ours(checkpoint.get("args")):
+    if isinstance(name, str) and (name in TASKS or is_ours(checkpoint.get("args"))):
         return task_named(name)
     for task in TASKS.values():  # it says nothing, or is another program's, for which it is a word
         if task.recognises(checkpoint):

@@ -115,7 +115,7 @@ def test_lightnings_hyper_parameters(tmp_path, monkeypatch):
         {"args": {"method": "dyvm"}},
         {"args": "--lr 1e-3"},
         {"task": "finetune"},
-        {"grid": "14x14", "family": 3},
+        {"task": ["finetune"], "family": ["vim"], "grid": "14x14", "gate_threshold": 0.5},
     ],
 )
 def test_entries_of_our_names_with_other_meanings(tmp_path, entries):
