@@ -70,7 +70,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("model", "ema"):
-            check_numbers({}, state[name] or {}, f"the run to resume, entry '{name}'")
+            check_numbers({}, state.get(name) or {}, f"the run to resume, entry '{name}'")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

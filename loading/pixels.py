@@ -100,7 +100,7 @@ def _is_drawn_in_alpha(image: Image.Image) -> bool:
     if image.mode != "RGBA":
         return False
     *colours, (clear, opaque) = image.getextrema()
-    return opaque - clear >= 128 and all(high - low < 64 for low, high in colours)
+    return opaque - clear >= 128 and all(high - low < 96 for low, high in colours)
 
 
 def _on_contrast(image: Image.Image) -> Image.Image:

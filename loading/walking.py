@@ -34,7 +34,7 @@ def is_hidden(name: str) -> bool:
 def by_number(name: str) -> list:
     """A key that sorts 2.jpg before 10.jpg."""
     parts = re.split(r"([0-9]+)", name)
-    return [int(part) if part.isdecimal() else part for part in parts]
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def composed(name: str) -> str:

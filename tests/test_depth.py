@@ -202,7 +202,7 @@ def drawing(colour: int, mode: str = "RGBA", size: int = 30) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-@pytest.mark.parametrize("colour, ground", [(0, 255), (30, 255), (255, 0), (200, 0)])
+@pytest.mark.parametrize("colour, ground", [(0, 255), (80, 255), (255, 0), (200, 0)])
 def test_what_is_drawn_in_the_alpha_channel_alone_is_seen(mode, colour, ground):
     content = io.BytesIO()
     drawing(colour, mode).save(content, "PNG")

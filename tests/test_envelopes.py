@@ -111,6 +111,8 @@ def test_lightnings_hyper_parameters(tmp_path, monkeypatch):
     [
         {"ema": 0.9999},
         {"ema": {"decay": 0.99}},
+        {"ema": {"shadow": torch.ones(2)}},
+        {"model_ema": under("student.") | under("teacher.")},
         {"args": {"method": "mae", "lr": 1e-3}},
         {"args": {"method": "dyvm"}},
         {"args": "--lr 1e-3"},
@@ -120,7 +122,7 @@ def test_lightnings_hyper_parameters(tmp_path, monkeypatch):
 )
 def test_entries_of_our_names_with_other_meanings(tmp_path, entries):
     content = loaded(tmp_path, {"model": STATE, **entries})
-    assert is_state(content["model"]) and "ema" not in content
+    assert is_state(content["model"]) and content.get("ema") is None
     assert recorded_arguments(content) == {}
     assert task_of_checkpoint(content).name == "classification"
 

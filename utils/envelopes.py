@@ -9,6 +9,7 @@ import logging
 import pathlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -102,17 +103,27 @@ def opened(content: Any, source: str) -> dict[str, Any]:
     place = next(filter(lambda name: _is_weights(content[name]), there), next(iter(there), None))
     if place is None:
         place = _only_weights(content)
-    average = next((name for name in _AVERAGES if _is_weights(content.get(name))), None)
     found = {"model": _unwrapped(content[place], source)}
     taken = ("model", place, *_AVERAGES)
     found |= {name: value for name, value in content.items() if name not in taken}
-    if average is not None:
-        found["ema"] = _unwrapped(content[average], source)
-    elif content.get("ema") is not None:
-        _logger.info("%s: its entry 'ema' holds no weights and is not used", source)
-    elif "ema" in content:
+    if "ema" in content:
         found["ema"] = None
+    for name in _AVERAGES:
+        if content.get(name) is not None:
+            found["ema"] = _average(content[name], found["model"], f"{source}, '{name}'")
+            break
     return _named(found, source)
+
+
+def _average(value: Any, model: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """An average of the model's weights, or None for something else of that name, which is told."""
+    if _is_weights(value):
+        with suppress(UnknownEnvelope):
+            state = _unwrapped(value, source)
+            if state.keys() == model.keys():
+                return state
+    _logger.info("%s: it holds no average of the model's weights, and is not used", source)
+    return None
 
 
 def _is_weights(value: Any) -> bool:
