@@ -174,6 +174,14 @@ def test_files_that_are_something_else_are_called_so(tmp_path, content, kind, en
         load_checkpoint(tmp_path / f"w.{ending}")
 
 
+def test_a_content_that_contains_itself_is_refused(tmp_path):
+    loop = []
+    loop.append(loop)
+    torch.save({"model": STATE, "loop": loop}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="it is damaged: a part of it contains itself"):
+        load_checkpoint(tmp_path / "w.pth")
+
+
 def test_whole_models_are_told_how_to_be_stored(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"it holds torch.nn.*Linear, .* or the model's state_dict"):

@@ -226,6 +226,8 @@ def _read(path: Path) -> dict:
         return opened(content, str(path))
     except UnknownEnvelope as reason:
         raise _Unusable(str(reason)) from None
+    except RecursionError:
+        raise _Unusable("it is damaged: a part of it contains itself") from None
     except OSError as error:
         raise _Unusable(error.strerror or str(error)) from error
     except SafetensorError as error:
