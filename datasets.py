@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from loading.arrays import cifar, digits, fashion_mnist
 from loading.clutter import CANVAS, CANVASES, clutter
 from loading.data import Data, assemble
+from loading.depth import bit_depth
 from loading.folders import image_folders, inaturalist
 from loading.images import ImageSet
 from loading.options import DataOptions, default_workers
@@ -255,6 +256,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("stop", "skip"),
         default=DataOptions.bad_images,
         help="an image that cannot be decoded ends the run",
+    )
+    add_depth_argument(group)
+
+
+def add_depth_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--bit-depth",
+        type=bit_depth,
+        default=DataOptions.bit_depth,
+        metavar="auto|N|unit",
+        help="of image files with more than 8 bits a channel: 2^N - 1 and all above is white "
+        "(unit: 1, for fractions); auto: what the values in a sample of the files need, recorded "
+        "with the weights",
     )
 
 

@@ -21,6 +21,7 @@ from loading.loaders import Batch
 from losses import Budgets, Distillation, Objective
 from models import Result, VisionMamba
 from models.batch_norm import statistics_kept
+from models.fitting import check_numbers
 from models.importance import with_importance
 from models.weights import load_weights
 from tasks import Experiment, Meter, ObjectMeter, ReductionMeter
@@ -65,9 +66,12 @@ class Training:
             "step": self.step,
             "best": self.best,
             "grid": list(self.model.patch_embed.grid),  # of the rows of pos_embed
+            "stride": list(self.model.patch_embed.stride),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "ema"):
+            check_numbers({}, state.get(name) or {}, f"the run to resume, entry '{name}'")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

@@ -358,6 +358,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
     # The task of an evaluation, and so its flags, are known only once the checkpoint is read.
     if unknown and not (args.eval and recorded is None):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    _check_data_given(argv, args, recorded)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs // 2)
     if args.eval and recorded is None:
@@ -485,6 +486,26 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
                 f"{flag} has no meaning with --method {args.method}; leave it out, or train with "
                 f"--method {' or '.join(readers)}"
             )
+
+
+def _check_data_given(
+    argv: Sequence[str], args: argparse.Namespace, recorded: Mapping[str, Any] | None
+) -> None:
+    """Raise UsageError for a --data-path that nothing would be read from."""
+    if args.eval and recorded is None:
+        return  # what the checkpoint records is not yet known
+    given = {argument.split("=")[0] for argument in argv}
+    if "--data-path" not in given or args.data_set != "DIGITS":
+        return
+    if "--data-set" in given or recorded:
+        raise UsageError(
+            "--data-path has no meaning with --data-set DIGITS, whose images come with "
+            "scikit-learn; give another --data-set, such as FOLDER"
+        )
+    raise UsageError(
+        f"--data-path {args.data_path} without --data-set, whose default is DIGITS: which one is "
+        "it? FOLDER is a folder with train/ and val/, and in each a folder of images per class"
+    )
 
 
 def _check_overwriting(args: argparse.Namespace) -> None:

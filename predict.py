@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
     check(predictor)
     args, overlays = predictor.args, None
-    images = predictor.task.files(args.files)
+    images = predictor.files(args.files)
     if args.overlay:
         check_outside("--overlay", Path(args.overlay), args.files)
         overlays = Overlays(Path(args.overlay), images, predictor.class_names)

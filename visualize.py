@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     source = os.path.normpath(predictor.args.images)
     output = Path(predictor.args.output_dir)
     check_outside("--output_dir", output, [source], "--images")
-    images = predictor.task.files([source])
+    images = predictor.files([source])
     # A folder may be one video, by its frames.
     alone = len(images) == 1 and images.describe(0) == source
     root = source if os.path.isdir(source) and not alone else os.path.dirname(source)

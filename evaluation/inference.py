@@ -4,7 +4,6 @@ B images, C classes.
 """
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +16,21 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 import options
-from datasets import add_whole_images
+from datasets import add_depth_argument, add_whole_images
 from loading.bad_images import BadImages
-from loading.images import ImageSet
+from loading.class_names import read_names
+from loading.depth import settle_depth
+from loading.images import BadImageError, ImageSet
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from models import Result, VisionMamba
-from models.build import ModelSpec, recorded_arguments, restore
+from models.build import ModelSpec, is_ours, recorded_arguments, restore
 from models.options import add_model_arguments, settle_model
 from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
-from utils.errors import UsageError, UserError, printable
+from utils.errors import UsageError, UserError
 from utils.logging import Progress
 from utils.precision import autocast
 
@@ -48,8 +49,9 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     group.add_argument(
         "--class-names",
         metavar="FILE",
-        help="names of the classes by index: one per line, or JSON (default: the checkpoint's; for "
-        "1000 classes without names ImageNet's)",
+        help="names of the classes: one per line in their order, with an index or by folder; or "
+        "JSON, a list or an object by index or by folder (default: the checkpoint's; for 1000 "
+        "classes without names ImageNet's)",
     )
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
@@ -66,6 +68,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     )
     group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
     add_whole_images(group)
+    add_depth_argument(group)
     group = parser.add_argument_group("run")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     options.add_device_arguments(group)
@@ -104,6 +107,15 @@ class Predictor:
     @property
     def img_size(self) -> tuple[int, int]:
         return self.model.patch_embed.img_size
+
+    def files(self, paths: Sequence[str]) -> ImageSet:
+        """The files that a program is given, and those below the folders among them.
+
+        Raises UserError for a folder without any.
+        """
+        images = self.task.files(paths)
+        settle_depth([images], self.args.bit_depth, BadImageError)
+        return images
 
     def results(
         self, images: ImageSet, bad_images: BadImages, shown: bool = True, evaluated: bool = False
@@ -145,7 +157,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
         parser.error("--model-path is needed, the checkpoint to use")
     checkpoint = load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
-    if task.recorded and "args" not in checkpoint:
+    if task.recorded and not is_ours(checkpoint.get("args")):
         raise UserError(
             f"{args.model_path} does not record the flags of its {task.name} model, and without "
             "them another one might be built; evaluate it with main.py --eval"
@@ -172,14 +184,21 @@ def _flags_of(task: Task) -> argparse.ArgumentParser:
 
 def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source: str) -> list[str]:
     """Class names from the user's file, the checkpoint or ImageNet, or else numbers."""
+    imagenet = ImageNetInfo("imagenet-1k")
+    recorded = checkpoint.get("class_names")
+    if not isinstance(recorded, (list, tuple)) or len(recorded) != count:
+        recorded = imagenet.label_names() if count == imagenet.num_classes() else ()
+    recorded = [str(name) for name in recorded]
     if file:
-        names = _read_names(Path(file))
+        try:
+            names = read_names(Path(file), recorded)
+        except UserError as error:
+            raise UserError(f"--class-names {error}") from None
         if len(names) != count:
             raise UserError(
                 f"--class-names {file}: {len(names)} names, and the model has {count} classes"
             )
         return names
-    imagenet = ImageNetInfo("imagenet-1k")
     names = checkpoint.get("class_names")
     if isinstance(names, (list, tuple)) and len(names) == count:
         wordnet_ids = set(imagenet.label_names())  # n01440764, ...: the folders of ImageNet
@@ -194,33 +213,6 @@ def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source
         "%s holds no class names: their numbers are shown; give --class-names FILE", source
     )
     return [f"class {label}" for label in range(count)]
-
-
-def _read_names(path: Path) -> list[str]:
-    """One name per line, a JSON list, or a JSON object {"0": name, "1": [id, name], ...}."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--class-names {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--class-names {path}: not a text file in UTF-8") from None
-    if not text.lstrip().startswith(("[", "{")):
-        return [printable(line.strip()) for line in text.splitlines() if line.strip()]
-    try:
-        content = json.loads(text)
-        entries = (
-            content
-            if isinstance(content, list)
-            else [content[str(label)] for label in range(len(content))]
-        )
-    except ValueError as error:
-        raise UserError(f"--class-names {path}: not JSON ({error})") from None
-    except KeyError as error:
-        raise UserError(f"--class-names {path}: no name for class {error}") from None
-    return [
-        printable(str(entry[-1] if isinstance(entry, list) and entry else entry))
-        for entry in entries
-    ]
 
 
 def check_outside(flag: str, output: Path, sources: Sequence[str], source_flag: str = "") -> None:

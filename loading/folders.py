@@ -1,39 +1,80 @@
 """Image sets from folders: one folder per class, and iNaturalist's listings."""
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, printable
 
 from .images import FileImages, ImageSet
+from .walking import LeftOut, class_folders, is_dead_link, list_images
+
+_logger = logging.getLogger(__name__)
 
 
 def image_folders(path: Path, split: str) -> ImageSet:
     """One folder per split and class, in the order of torchvision's ImageFolder."""
-    root = folder_in(path, split)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise UserError(f"{printable(str(root))}: no class folders in it")
+    return FileImages(*labelled_folders(path, split, list_images, "images"))
+
+
+def labelled_folders(
+    path: Path, split: str, list_files: Callable[[str, LeftOut], list[str]], kind: str
+) -> tuple[str, list[str], list[int], list[str]]:
+    """What lies in one folder per class: its root, paths below it, their labels, the classes.
+
+    kind: of `list_files`, in the plural. What is left out is logged once.
+
+    Raises UserError for missing folders, and for a class without files.
+    """
+    root, left = str(folder_in(path, split)), LeftOut()
+    classes = class_folders(root, left)
     paths, labels, empty = [], [], []
     for label, name in enumerate(classes):
-        files = list_images(root / name)
+        files = list_files(os.path.join(root, name), left)
         if not files:
             empty.append(printable(name))
         paths += [os.path.relpath(file, root) for file in files]
         labels += [label] * len(files)
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise UserError(f"{printable(str(root))}: no images in class {', '.join(empty[:5])}{more}")
-    return FileImages(str(root), paths, labels, classes)
+        raise UserError(
+            f"{printable(root)}: no {kind} in class {', '.join(empty[:5])}{more}{left.instead()}"
+        )
+    left.tell(root)
+    _doubt_level(root, paths, labels)
+    return root, paths, labels, classes
+
+
+def _doubt_level(root: str, paths: list[str], labels: list[int]) -> None:
+    """Warn where all class folders hold but folders, of the same names: PART/CLASS/x.jpg."""
+    inside: dict[int, set[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        _, folder, *rest = path.split(os.sep)
+        if not rest:
+            return
+        inside.setdefault(label, set()).add(folder)
+    names = inside[0]
+    if len(inside) > 1 and len(names) > 1 and all(each == names for each in inside.values()):
+        _logger.warning(
+            "%s: each of the %d class folders holds folders called %s; if these are the classes, "
+            "give them the place of those above",
+            root,
+            len(inside),
+            ", ".join(map(printable, sorted(names)[:3])),
+        )
 
 
 def folder_in(path: Path, name: str) -> Path:
     """The folder `name` in `path`; raises UserError with what there is instead."""
+    if is_dead_link(str(path / name)):
+        raise UserError(
+            f"{printable(str(path / name))} is a link to "
+            f"{printable(os.readlink(path / name))}, which is not there"
+        )
     if not (path / name).is_dir():
         there = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in path.iterdir())[:5]
         raise UserError(
@@ -41,19 +82,6 @@ def folder_in(path: Path, name: str) -> Path:
             f"{', '.join(there) or 'nothing'})"
         )
     return path / name
-
-
-def list_images(top: Path) -> list[str]:
-    """Image files below `top`. Links are followed, but each folder is visited only once."""
-    seen, files = set(), []
-    for root, folders, names in os.walk(top, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        files += [(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return [os.path.join(root, name) for root, name in sorted(files)]
 
 
 def find_images(paths: Sequence[str]) -> FileImages:
@@ -64,11 +92,14 @@ def find_images(paths: Sequence[str]) -> FileImages:
     files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = list_images(Path(path))
+            left = LeftOut()
+            inside = list_images(path, left)
             if not inside:
                 raise UserError(
-                    f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, TIFF)"
+                    f"{printable(path)}: no images in this folder (JPEG, PNG, WebP, BMP, PPM, "
+                    f"TIFF, GIF){left.instead()}"
                 )
+            left.tell(path)
             files += inside
         else:
             files.append(path)

@@ -9,21 +9,23 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from utils.contents import HEAD, kind_of
 from utils.errors import printable
+
+from .depth import Depth, Range, UnknownDepth
+from .pixels import FORMATS, StoredPixels
 
 # Decoding takes 3 bytes a pixel and copies it a few times: a larger image is refused from its
 # header alone. ImageNet's largest image has 18 million pixels.
 MAX_PIXELS = 80_000_000
 # Resizing the shorter side to 256 makes a strip of 1 x 30,000 pixels 2 billion pixels large.
 MAX_ASPECT_RATIO = 100
-# The decoders that Pillow may try, whatever the file's name. Others are risky (EPS runs
-# ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 # What turns an image of this EXIF orientation upright; orientation 1 is upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,30 +44,41 @@ class BadImageError(Exception):
     """An image that cannot be decoded, with the reason in one line."""
 
 
-def decode_image(file: BinaryIO) -> Image.Image:
+def decode_image(file: BinaryIO, depth: Depth | None = None) -> Image.Image:
     """Decode an image file to 8-bit RGB, or raise `BadImageError`.
 
     The EXIF orientation is applied, so that an image is upright as in a viewer. Transparency is
-    dropped, as in torchvision's loader: a transparent pixel shows the colour stored below. 16-bit
-    grey keeps its upper 8 bits. Of several frames the first is used.
+    dropped, as in torchvision's loader: a transparent pixel shows the colour stored below; but what
+    is drawn in the alpha channel alone is shown on white, or on black if it is light. Of several
+    frames the first is used.
+
+    depth: of files with more than 8 bits a channel, see `depth.to_8_bits`.
     """
-    return upright(*decode_stored(file))
+    return upright(*decode_stored(file, depth))
 
 
-def decode_stored(file: BinaryIO) -> tuple[Image.Image, int]:
+def decode_stored(file: BinaryIO, depth: Depth | None = None) -> tuple[Image.Image, int]:
     """As `decode_image`, but the pixels as they are stored, and the EXIF orientation beside them.
 
     For an image with a label map, which has no EXIF block of its own.
     """
-    return decode(file, lambda image: (_to_rgb(image), _orientation(image)))
+    return decode(file, lambda stored: (stored.rgb(depth), _orientation(stored.image)))
+
+
+def file_range(file: BinaryIO) -> Range | None:
+    """What an image file tells of the depth of its data set; None: nothing, or it is unusable."""
+    try:
+        return decode(file, StoredPixels.range)
+    except BadImageError:
+        return None  # told when it is loaded
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def decode(file: BinaryIO, convert: Callable[[Image.Image], Decoded]) -> Decoded:
-    """`convert`(the image in `file`, loaded, in Pillow's mode for it), or `BadImageError`."""
+def decode(file: BinaryIO, convert: Callable[[StoredPixels], Decoded]) -> Decoded:
+    """`convert`(the image in `file`, which is not yet loaded), or `BadImageError`."""
     try:
         with warnings.catch_warnings():
             # Pillow would warn of odd metadata once per image and worker. Our own size limit is
@@ -73,21 +86,34 @@ def decode(file: BinaryIO, convert: Callable[[Image.Image], Decoded]) -> Decoded
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=FORMATS)
             check_size(*image.size)
-            image.load()
-            return convert(image)
+            return convert(StoredPixels(file, image))
     except BadImageError:
         raise
+    except UnknownDepth as reason:
+        raise BadImageError(str(reason)) from None
     except Image.DecompressionBombError as error:
         raise BadImageError(f"too large: {error}") from None
     except Image.UnidentifiedImageError:
-        raise BadImageError("not an image in a known format (" + ", ".join(FORMATS) + ")") from None
+        raise BadImageError(_unidentified(file)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise BadImageError(printable(str(error)) or type(error).__name__) from None
 
 
-def read_image(path: bytes | str) -> Image.Image:
+def _unidentified(file: BinaryIO) -> str:
+    file.seek(0)
+    kind = kind_of(file.read(HEAD))
+    if kind in ("a TIFF", "a BigTIFF"):
+        return (
+            f"{kind} of a layout that Pillow does not read, such as bands that are not red, green "
+            "and blue; save it as an RGB or grey TIFF, or as PNG"
+        )
+    known = f"not an image in a known format ({', '.join(FORMATS)})"
+    return f"{known}: it is {kind}" if kind else known
+
+
+def read_image(path: bytes | str, depth: Depth | None = None) -> Image.Image:
     """Open and decode the file at `path` to 8-bit RGB, or raise `BadImageError`."""
-    return read_file(path, decode_image)
+    return read_file(path, partial(decode_image, depth=depth))
 
 
 def read_file(path: bytes | str, decoder: Callable[[BinaryIO], Decoded]) -> Decoded:
@@ -125,19 +151,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise BadImageError("floating-point pixels, whose range is not defined")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise BadImageError("32-bit pixels, whose range is not defined")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
 class Example(NamedTuple):
     """What a transform is called with.
 
@@ -153,10 +166,13 @@ class ImageSet:
     """One split of a data set. Subclasses load and describe its examples.
 
     `labels` [N] int64 are used to choose stratified parts; None if examples have no class.
-    `classes` names the classes by index; empty for a set without classes.
+    `classes` names the classes by index; empty for a set without classes. `depth` is that of image
+    files with more than 8 bits a channel; a set that decodes such overrides `deep_candidates` and
+    `range`.
     """
 
     knows_objects = False
+    depth: Depth | None = None
 
     def __init__(self, labels=None, classes: Sequence[str] = ()):
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -167,6 +183,17 @@ class ImageSet:
         if self.labels is None:
             raise NotImplementedError
         return len(self.labels)
+
+    def set_depth(self, depth: Depth | None) -> None:
+        self.depth = depth
+
+    def deep_candidates(self) -> np.ndarray:
+        """Indices [K] of the examples whose files may have more than 8 bits a channel."""
+        return np.empty(0, dtype=np.int64)
+
+    def range(self, index: int) -> Range | None:
+        """`file_range` of one of these. Raises `BadImageError`."""
+        raise NotImplementedError
 
     def load(self, index: int) -> Example:
         """Raises `BadImageError`. Random numbers drawn here are reproducible, as in a transform."""
@@ -210,6 +237,14 @@ class ArrayImages(LabelledImages):
         return f"{self.name} image {index}"
 
 
+_JPEG = (b".jpg", b".JPG", b".jpeg", b".JPEG")
+
+
+def deep_files(paths: np.ndarray) -> np.ndarray:
+    """Indices of the files [N] of bytes that are no JPEGs, which always have 8 bits, by name."""
+    return np.flatnonzero([not path.endswith(_JPEG) for path in paths.tolist()])
+
+
 class FileImages(LabelledImages):
     """Images in files below `root`; `paths` are relative to it.
 
@@ -223,7 +258,13 @@ class FileImages(LabelledImages):
         self.paths = np.array([os.fsencode(path) for path in paths])
 
     def load_image(self, index: int) -> Image.Image:
-        return read_image(os.path.join(self.root, self.paths[index]))
+        return read_image(os.path.join(self.root, self.paths[index]), self.depth)
+
+    def deep_candidates(self) -> np.ndarray:
+        return deep_files(self.paths)
+
+    def range(self, index: int) -> Range | None:
+        return read_file(os.path.join(self.root, self.paths[index]), file_range)
 
     def describe(self, index: int) -> str:
         return printable(os.fsdecode(os.path.join(self.root, self.paths[index])))
@@ -236,13 +277,21 @@ class ReaderImages(LabelledImages):
         super().__init__(labels, classes)
         self.reader, self.name = reader, name
 
-    def load_image(self, index: int) -> Image.Image:
+    def _content(self, index: int) -> BinaryIO:
         try:
             with self.reader[int(index)][0] as file:
-                content = file.read()
+                return io.BytesIO(file.read())
         except Exception as error:  # whatever the library behind the reader raises
             raise BadImageError(printable(repr(error))) from None
-        return decode_image(io.BytesIO(content))
+
+    def load_image(self, index: int) -> Image.Image:
+        return decode_image(self._content(index), self.depth)
+
+    def deep_candidates(self) -> np.ndarray:
+        return np.arange(len(self))
+
+    def range(self, index: int) -> Range | None:
+        return file_range(self._content(index))
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
@@ -259,6 +308,15 @@ class SubsetImages(ImageSet):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def set_depth(self, depth: Depth | None) -> None:
+        self.images.set_depth(depth)
+
+    def deep_candidates(self) -> np.ndarray:
+        return np.flatnonzero(np.isin(self.indices, self.images.deep_candidates()))
+
+    def range(self, index: int) -> Range | None:
+        return self.images.range(self.indices[index])
 
     def load(self, index: int) -> Example:
         return self.images.load(self.indices[index])

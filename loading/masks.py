@@ -3,6 +3,7 @@ their images.
 """
 
 import os
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -12,7 +13,18 @@ from torchvision.tv_tensors import Mask
 
 from utils.errors import UserError, printable
 
-from .images import BadImageError, Example, ImageSet, decode, decode_stored, read_file, upright
+from .depth import Range
+from .images import (
+    BadImageError,
+    Example,
+    ImageSet,
+    decode,
+    decode_stored,
+    deep_files,
+    file_range,
+    read_file,
+    upright,
+)
 
 IGNORED = 255  # the class index of pixels without a class
 _BEYOND = 256  # the last place in a table of labels, for all values above 255
@@ -28,7 +40,7 @@ def decode_labels(file: BinaryIO) -> np.ndarray:
     header = file.read(25)
     file.seek(0)
     bits = header[24] if header.startswith(_PNG) and len(header) == 25 else 8
-    return decode(file, lambda image: _to_labels(image, bits))
+    return decode(file, lambda stored: _to_labels(stored.loaded(), bits))
 
 
 def _to_labels(image: Image.Image, bits: int) -> np.ndarray:
@@ -93,13 +105,19 @@ class MaskedImages(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
+    def deep_candidates(self) -> np.ndarray:
+        return deep_files(self.images)
+
+    def range(self, index: int) -> Range | None:
+        return read_file(os.path.join(self.root, self.images[index]), file_range)
+
     def load(self, index: int) -> Example:
         """An image of any EXIF orientation: its label map, which cannot have one, may have been
         drawn on the stored pixels or on the upright image. Its size tells; where both fit (a square
         image, or one upside down), the stored pixels count, as for libraries that read arrays.
         """
         path = os.path.join(self.root, self.images[index])
-        stored, orientation = read_file(path, decode_stored)
+        stored, orientation = read_file(path, partial(decode_stored, depth=self.depth))
         image = upright(stored, orientation)
         try:
             labels = self._labels(os.path.join(self.root, self.masks[index]))

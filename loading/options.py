@@ -4,6 +4,8 @@ import argparse
 import os
 from dataclasses import dataclass, field, fields
 
+from .depth import AUTO, Depth
+
 
 def default_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)))
@@ -34,6 +36,7 @@ class DataOptions:
     pin_mem: bool = True
     repeated_aug: bool = True
     bad_images: str = "stop"
+    bit_depth: Depth = AUTO
     seed: int = 0
     rank: int = 0
     world_size: int = 1

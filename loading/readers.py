@@ -10,8 +10,9 @@ The splits are names if the folder of the shards has timm's `_info.json`. The nu
 its `num_classes` (or the length of its `class_names`); without it, the labels in the shards are
 read once.
 
-Differences from other data sets: timm decodes (EXIF orientation is not applied, 16-bit grey is
-clipped, and Pillow's own size limit holds); `--subset` and `--repeated-aug` are not available; an
+Differences from other data sets: timm decodes (EXIF orientation is not applied, colours keep the
+upper 8 of 16 bits, `--bit-depth auto` looks at no sample, and Pillow's own size limit holds);
+`--subset` and `--repeated-aug` are not available; an
 epoch depends on the number of workers too, and timm fills it up to whole batches for each worker;
 resuming within an epoch reads up to the step; in evaluation every rank reads all shards and keeps
 its share, so that each image counts once.
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -33,11 +35,16 @@ from utils.errors import UsageError, UserError, first_line, printable
 from utils.seeding import derive_seed, random_state
 
 from .bad_images import BadImages
-from .data import Data, assemble
+from .data import Data, assemble, told_empty
+from .depth import UnknownDepth
 from .images import ReaderImages
 from .loaders import Batch, Sample, loader_arguments, read_batches, transformed
 from .options import DataOptions
+from .pixels import StoredPixels
 from .transforms import Transform, Transforms
+from .walking import IMAGE_ENDINGS
+
+_logger = logging.getLogger(__name__)
 
 
 def build_timm_data(options: DataOptions, transforms: Transforms, train: bool) -> Data:
@@ -73,7 +80,12 @@ def build_timm_data(options: DataOptions, transforms: Transforms, train: bool) -
         val_loader,
         bad_images,
         val_loader,
+        bit_depth=options.bit_depth,
     )
+
+
+# Endings of the images in shards, in timm's words; .jpg is the key that it decodes to.
+_KEYS = [ending[1:] for ending in IMAGE_ENDINGS]
 
 
 class Stream(IterableDataset):
@@ -118,9 +130,16 @@ class Stream(IterableDataset):
                     yield Sample(
                         None,
                         failure=f"{self.name}: label {label} is outside the {self.num_classes} "
-                        "classes",
+                        "classes, whose labels count from 0",
                     )
                 elif self.training or place % world_size == rank:
+                    if isinstance(image, Image.Image):
+                        try:
+                            image = StoredPixels(None, image).rgb(self.options.bit_depth)
+                        except UnknownDepth as reason:
+                            name = f"{skipped.source}, after {place} images"
+                            yield Sample(None, problems=[*problems, (name, str(reason))])
+                            continue
                     seed = derive_seed(self.options.seed, self.epoch, rank, worker, place)
                     with random_state(seed):
                         yield Sample(
@@ -226,6 +245,7 @@ def _open(options: DataOptions, split: str, training: bool):
         raise UserError(f"--data-path {printable(path)}: no such folder")
     if name.lower().startswith("hf"):
         _let_timm_import_hugging_face(name)
+    wanted = {"input_key": ";".join(_KEYS), "input_img_mode": ""} if webdataset else {}
     try:
         data_set = create_dataset(
             name,
@@ -234,6 +254,7 @@ def _open(options: DataOptions, split: str, training: bool):
             is_training=training,
             batch_size=options.batch_size,
             seed=options.seed,
+            **wanted,
         )
     except ImportError as error:
         raise UserError(
@@ -248,7 +269,23 @@ def _open(options: DataOptions, split: str, training: bool):
         for shard in reader.split_info.filenames:
             if not (Path(path) / shard).is_file():
                 raise UserError(f"{name}: no shard {printable(shard)} in {printable(path)}")
+        _check_members(Path(path) / reader.split_info.filenames[0])
     return reader
+
+
+def _check_members(shard: Path) -> None:
+    """Raise UserError if the first members of a shard have endings that are not read."""
+    try:
+        with tarfile.open(shard) as archive:
+            names = [member.name for member in itertools.islice(archive, 20) if member.isfile()]
+    except (OSError, tarfile.TarError):
+        return  # told by whoever reads it
+    endings = dict.fromkeys("." + name.rpartition("/")[2].partition(".")[2] for name in names)
+    if names and not any(ending[1:].lower() in _KEYS for ending in endings):
+        raise UserError(
+            f"{printable(str(shard))}: no images in its first samples, whose members end in "
+            f"{', '.join(map(printable, endings))}; read are .{', .'.join(_KEYS)}"
+        )
 
 
 def _class_names(options: DataOptions, readers: list) -> list[str]:
@@ -265,33 +302,35 @@ def _class_names(options: DataOptions, readers: list) -> list[str]:
         ]
     if not options.data_set.lower().startswith("wds/"):
         raise UserError(f"{options.data_set}: the number of classes is unknown")
-    return [
-        str(label)
-        for label in range(1 + max(_largest_label(options, reader) for reader in readers))
-    ]
+    labels = [_labels(options, reader) for reader in readers]
+    classes = [str(label) for label in range(1 + max(set().union(*labels)))]
+    empty = sorted({*range(len(classes))} - labels[0])
+    if empty and len(readers) > 1:  # the first one is of the training
+        _logger.warning("%s: %s", options.data_set, told_empty(empty, classes))
+    return classes
 
 
-def _largest_label(options: DataOptions, reader) -> int:
-    """The largest label in the .cls members of a reader's shards."""
-    largest = -1
+def _labels(options: DataOptions, reader) -> set[int]:
+    """The labels in the .cls members of a reader's shards."""
+    labels: set[int] = set()
     for shard in reader.split_info.filenames:
         path = Path(options.data_path) / shard
         try:
             with tarfile.open(path) as archive:
                 for member in archive:
                     if member.name.endswith(".cls"):
-                        largest = max(largest, int(archive.extractfile(member).read()))
+                        labels.add(int(archive.extractfile(member).read()))
         except (OSError, ValueError, tarfile.TarError) as error:
             reason = printable(first_line(error)).rstrip(":")
             raise UserError(
                 f"{printable(str(path))}: cannot read the labels ({reason}); write num_classes "
                 "into _info.json instead"
             ) from None
-    if largest < 0:
+    if not labels:
         raise UserError(
             f"{options.data_set}: no .cls labels in the shards; write num_classes into _info.json"
         )
-    return largest
+    return labels
 
 
 def _random_access(options: DataOptions, split: str) -> ReaderImages:

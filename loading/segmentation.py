@@ -14,9 +14,11 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from utils.errors import UserError, printable
 
-from .folders import folder_in, list_images
+from .class_names import names_of_lines, read_text
+from .folders import folder_in
 from .images import BadImageError, ImageSet, read_file
 from .masks import IGNORED, MaskedImages, decode_labels, label_table
+from .walking import LeftOut, composed, list_images
 
 CLASSES_FILE = "classes.txt"  # one name per line
 _ADE20K_FILE = "objectInfo150.txt"
@@ -112,7 +114,7 @@ def read_class_names(file: Path) -> list[str]:
     Raises:
         UserError: unreadable, empty, or with an empty or repeated name.
     """
-    names = [line.strip() for line in _read_text(file).rstrip().split("\n")]
+    names = [line.strip() for line in read_text(file).rstrip().split("\n")]
     seen: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name:
@@ -123,12 +125,12 @@ def read_class_names(file: Path) -> list[str]:
                 f"{printable(name)!r}"
             )
         seen[name] = number
-    return names
+    return names_of_lines(names)
 
 
 def _object_names(file: Path) -> list[str]:
     """The first of the names that the benchmark's listing gives to each class."""
-    rows = [row for line in _read_text(file).splitlines() if (row := _ADE20K_LINE.match(line))]
+    rows = [row for line in read_text(file).splitlines() if (row := _ADE20K_LINE.match(line))]
     if not rows or [int(row[1]) for row in rows] != list(range(1, len(rows) + 1)):
         raise UserError(
             f"{printable(str(file))}: not the benchmark's list of classes 1, 2, ...; restore it, "
@@ -137,17 +139,11 @@ def _object_names(file: Path) -> list[str]:
     return [row[2].strip() for row in rows]
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{printable(str(file))}: cannot be read as text ({error})") from None
-
-
 def _pairs(path: Path, images: str, masks: str) -> list[tuple[str, str]]:
     """Images and label maps with the same name but for its ending, relative to `path`."""
     by_stem: dict[str, list[str]] = {}
-    for file in list_images(folder_in(path, images)):
+    left = LeftOut()
+    for file in list_images(folder_in(path, images), left):
         by_stem.setdefault(_stem(file, path / images), []).append(os.path.relpath(file, path))
     mask_files = {
         _stem(file, path / masks): os.path.relpath(file, path)
@@ -156,7 +152,8 @@ def _pairs(path: Path, images: str, masks: str) -> list[tuple[str, str]]:
     }
     where = printable(str(path))
     if not by_stem:
-        raise UserError(f"{where}: no images in {images}/")
+        raise UserError(f"{where}: no images in {images}/{left.instead()}")
+    left.tell(str(path / images))
     alike = [file for files in by_stem.values() if len(files) > 1 for file in files]
     if alike:
         raise UserError(f"{where}: images that differ in their ending only: {_first(alike)}")
@@ -176,7 +173,7 @@ def _pairs(path: Path, images: str, masks: str) -> list[tuple[str, str]]:
 
 
 def _stem(file: str, folder: Path) -> str:
-    return os.path.splitext(os.path.relpath(file, folder))[0]
+    return composed(os.path.splitext(os.path.relpath(file, folder))[0])
 
 
 def _existing(path: Path, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -21,8 +21,9 @@ from av.video.reformatter import VideoReformatter
 
 from utils.errors import first_line, printable
 
+from .depth import Depth, Range
 from .frames import frames_of_part
-from .images import BadImageError, check_size, read_image
+from .images import BadImageError, check_size, file_range, read_file, read_image
 
 MAX_CLIP_PIXELS = 2_000_000_000  # of all frames that are read together, 3 bytes each
 VIDEO_EXTENSIONS = (
@@ -241,10 +242,15 @@ class FrameFolder(Video):
     """A video as a folder of image files, one for each frame.
 
     paths: in the order of the frames.
+    depth: of files with more than 8 bits a channel.
     """
 
-    def __init__(self, paths: Sequence[str]):
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], depth: Depth | None = None):
+        self.paths, self.depth = paths, depth
+
+    def range(self) -> Range | None:
+        """`file_range` of the frame in the middle."""
+        return read_file(self.paths[len(self.paths) // 2], file_range)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -252,7 +258,7 @@ class FrameFolder(Video):
     def read(self, indices: Sequence[int]) -> np.ndarray:
         frames: dict[int, np.ndarray] = {}
         for index in set(indices):
-            frames[index] = np.asarray(read_image(self.paths[index]))
+            frames[index] = np.asarray(read_image(self.paths[index], self.depth))
             _check_clip(frames[index].shape[1], frames[index].shape[0], len(set(indices)))
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadImageError("its frames differ in size")

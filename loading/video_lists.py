@@ -12,6 +12,8 @@ import numpy as np
 
 from utils.errors import UserError, printable
 
+from .class_names import read_names
+from .depth import Depth
 from .frames import parts_of
 from .images import BadImageError, Example, ImageSet
 from .video import VideoFile, VideoPart
@@ -43,6 +45,9 @@ class VideoParts(ImageSet):
         super().__init__(videos.labels[owners], videos.classes)
         self.videos = videos
         self.owners, self.spans = np.asarray(owners), np.asarray(spans, dtype=np.float64)
+
+    def set_depth(self, depth: Depth | None) -> None:
+        self.videos.set_depth(depth)
 
     def load(self, index: int) -> Example:
         video, label = self.videos.load(self.owners[index])
@@ -96,10 +101,7 @@ def listed_classes(path: Path) -> list[str] | None:
     file = path / NAMES
     if not file.is_file():
         return None
-    try:
-        return [name for name in file.read_text(encoding="utf-8").splitlines() if name.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{printable(str(file))}: not a text file in UTF-8") from None
+    return read_names(file)
 
 
 def _videos(path: Path, split: str, prefix: Path | None, entries: Sequence[Entry]) -> Videos:
@@ -115,7 +117,10 @@ def _videos(path: Path, split: str, prefix: Path | None, entries: Sequence[Entry
     if classes is None:
         classes = _numbers(path, split, largest, timed=entries[0].seconds > 0)
     elif largest >= len(classes):
-        raise UserError(f"{file}: label {largest} is beyond the {len(classes)} names in {NAMES}")
+        raise UserError(
+            f"{file}: label {largest} is beyond the {len(classes)} names in {NAMES}; labels count "
+            "from 0"
+        )
     return Videos(str(root), [entry.path for entry in entries], labels, classes)
 
 

@@ -4,18 +4,18 @@ A video is a file, or a folder of image files, one for each frame.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, printable
 
-from .folders import folder_in
+from .depth import Depth, Range
+from .folders import labelled_folders
 from .images import BadImageError, Example, ImageSet
 from .video import VIDEO_EXTENSIONS, FrameFolder, Video, VideoFile
+from .walking import IMAGE_ENDINGS, LeftOut, by_number, walk
 
 
 class Videos(ImageSet):
@@ -32,51 +32,72 @@ class Videos(ImageSet):
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.paths[index]))
 
+    def deep_candidates(self) -> np.ndarray:
+        videos = tuple(ending.encode() for ending in VIDEO_EXTENSIONS)
+        return np.flatnonzero([not path.lower().endswith(videos) for path in self.paths.tolist()])
+
+    def range(self, index: int) -> Range | None:
+        video = open_video(self.path(index))
+        return video.range() if isinstance(video, FrameFolder) else None
+
     def load(self, index: int) -> Example:
-        return Example(open_video(self.path(index)), int(self.labels[index]))
+        return Example(open_video(self.path(index), self.depth), int(self.labels[index]))
 
     def describe(self, index: int) -> str:
         return printable(self.path(index))
 
 
-def open_video(path: str) -> Video:
-    """The video in a file or in a folder of frames. Raises `BadImageError` for an empty folder."""
+def open_video(path: str, depth: Depth | None = None) -> Video:
+    """The video in a file or in a folder of frames. Raises `BadImageError` for an empty folder.
+
+    depth: of frames with more than 8 bits a channel.
+    """
     if not os.path.isdir(path):
         return VideoFile(path)
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMG_EXTENSIONS)]
+    names = [name for name in os.listdir(path) if _is_frame(name)]
     if not names:
         raise BadImageError("a folder without images")
-    return FrameFolder([os.path.join(path, name) for name in sorted(names, key=_by_number)])
+    return FrameFolder([os.path.join(path, name) for name in sorted(names, key=by_number)], depth)
 
 
-def _by_number(name: str) -> list:
-    """A key that sorts 2.jpg before 10.jpg."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if part.isdecimal() else part for part in parts]
+def _is_frame(name: str) -> bool:
+    # A GIF may be a clip itself.
+    return name.lower().endswith(IMAGE_ENDINGS) and name[-4:].lower() != ".gif" and name[0] != "."
 
 
 def is_video(path: str) -> bool:
     """Whether a path is that of a video file, by its name, or of a folder of frames."""
-    return path.lower().endswith(VIDEO_EXTENSIONS) or (
-        os.path.isdir(path)
-        and any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(path))
+    if path.lower().endswith(VIDEO_EXTENSIONS):
+        return True
+    return os.path.isdir(path) and _holds_frames([entry.name for entry in os.scandir(path)])
+
+
+def _holds_frames(names: Sequence[str]) -> bool:
+    """Whether a folder with these files is a video; beside videos, images are thumbnails."""
+    return any(map(_is_frame, names)) and not any(
+        name.lower().endswith(VIDEO_EXTENSIONS) for name in names
     )
 
 
+def list_videos(top: str | os.PathLike, left: LeftOut | None = None) -> list[str]:
+    """Video files and folders of frames below `top`, sorted."""
+    left, found = LeftOut() if left is None else left, []
+    for root, folders, names in walk(top, left):
+        if root != os.fspath(top) and _holds_frames(names):
+            found.append(root)
+            folders.clear()
+            continue
+        for name in names:
+            if name.lower().endswith(VIDEO_EXTENSIONS):
+                found.append(os.path.join(root, name))
+            else:
+                left.add_file(root, name)
+    return sorted(found)
+
+
 def video_folders(path: Path, split: str) -> Videos:
-    """One folder per split and class, and in it videos. Raises UserError if one has none."""
-    root = folder_in(path, split)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise UserError(f"{printable(str(root))}: no class folders in it")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(entry.name for entry in os.scandir(root / name) if is_video(entry.path))
-        if not found:
-            raise UserError(f"{printable(str(root / name))}: no videos in it")
-        paths += [os.path.join(name, file) for file in found]
-        labels += [label] * len(found)
-    return Videos(str(root), paths, labels, classes)
+    """One folder per split and class, and videos below it. Raises UserError if one has none."""
+    return Videos(*labelled_folders(path, split, list_videos, "videos"))
 
 
 def find_videos(paths: Sequence[str]) -> Videos:
@@ -89,13 +110,10 @@ def find_videos(paths: Sequence[str]) -> Videos:
     for path in paths:
         inside = [path]
         if os.path.isdir(path) and not is_video(path):
-            inside = sorted(
-                os.path.join(folder, name)
-                for folder, folders, names in os.walk(path)
-                for name in (*folders, *names)
-                if is_video(os.path.join(folder, name))
-            )
+            left = LeftOut()
+            inside = list_videos(path, left)
+            left.tell(path)
             if not inside:
-                raise UserError(f"{printable(path)}: no videos in this folder")
+                raise UserError(f"{printable(path)}: no videos in this folder{left.instead()}")
         found += inside
     return Videos("", found, np.zeros(len(found)), [])

@@ -73,7 +73,7 @@ def video_shards(path: Path, split: str) -> ShardedVideos:
             if label >= len(classes):
                 raise UserError(
                     f"{printable(str(shard))}: {printable(key)} has the label {label}, beyond the "
-                    f"{len(classes)} names in {NAMES}"
+                    f"{len(classes)} names in {NAMES}; labels count from 0"
                 )
             keys.append(key)
             spans.append((number, start, end))

@@ -16,6 +16,7 @@ from utils.files import sha256_of
 
 from .backbone import VisionMamba
 from .embedding import Size
+from .options import METHODS
 from .weights import load_weights
 
 # Flags that a checkpoint records of itself, so that its evaluation need not repeat them.
@@ -42,6 +43,7 @@ IDENTITY = (
     "input_size",
     "eval_crop_ratio",
     "whole_images",
+    "bit_depth",
 )
 
 # The flag of each field of ModelSpec, as args and checkpoints name it.
@@ -115,7 +117,7 @@ class ModelSpec:
     def from_checkpoint(cls, checkpoint: Mapping[str, Any], source: str) -> "ModelSpec":
         """The model that a checkpoint of ours records. Raises UserError for a foreign one."""
         recorded = checkpoint.get("args")
-        if not _is_ours(recorded):
+        if not is_ours(recorded):
             raise UserError(f"{source} does not record which model it is of")
         return cls._from_record(recorded)
 
@@ -187,8 +189,13 @@ def restore(
     return model.eval()
 
 
-def _is_ours(recorded: Any) -> bool:
-    return isinstance(recorded, Mapping) and "method" in recorded
+def is_ours(recorded: Any) -> bool:
+    """Whether arguments beside the weights are of our flags; other programs have a method too."""
+    return (
+        isinstance(recorded, Mapping)
+        and recorded.get("method") in METHODS
+        and {"model", "model_kwargs"} <= recorded.keys()
+    )
 
 
 def recorded_arguments(
@@ -199,9 +206,10 @@ def recorded_arguments(
     of_task: names of further flags, those that its task wants (`Task.recorded`).
     """
     recorded = checkpoint.get("args")
-    if not _is_ours(recorded):
+    if not is_ours(recorded):
         return {}
     defaults = {name: recorded[name] for name in (*IDENTITY, *of_task) if name in recorded}
+    defaults.setdefault("bit_depth", 16)  # earlier versions kept the upper 8 of 16 bits
     defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
     defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")

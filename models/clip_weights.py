@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .backbone import VisionMamba
+from .fitting import PATCHES
 from .weights import TEMPORAL, load_weights
 
-_PATCHES = "patch_embed.proj.weight"
 _HEAD = "head."
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def inflate(weight: Tensor, tubelet_size: int, centre: bool = True) -> Tensor:
 
 def is_of_images(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's patches are those of images."""
-    weight = checkpoint["model"].get(_PATCHES)
+    weight = checkpoint["model"].get(PATCHES)
     return isinstance(weight, Tensor) and weight.dim() == 4
 
 
@@ -54,7 +54,7 @@ def load_images(
         name: value for name, value in checkpoint["model"].items() if not name.startswith(_HEAD)
     }
     state |= {name: value for name, value in own.items() if name.startswith(_HEAD)}
-    state[_PATCHES] = inflate(state[_PATCHES], model.patch_embed.tubelet_size, centre)
+    state[PATCHES] = inflate(state[PATCHES], model.patch_embed.tubelet_size, centre)
     state[TEMPORAL] = torch.zeros_like(own[TEMPORAL])
     load_weights(model, {**checkpoint, "model": state}, source, from_dense=True)
     _logger.info(

@@ -7,7 +7,8 @@ from typing import Any
 from utils.errors import UserError
 
 from .backbone import VisionMamba
-from .weights import grid_of, is_new_part, load_weights, resize_pos_embed
+from .fitting import check_stride, doubt_family, grid_of
+from .weights import checkpoint_family, is_new_part, load_weights, resize_pos_embed
 
 _CLASSIFIER = ("head.", "neck.", "norm_neck.")
 
@@ -23,6 +24,7 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
     Raises:
         UserError: as in `load_weights`.
     """
+    check_stride(model, checkpoint, source, allowed=True)
     own = model.state_dict()
     state = {
         name: value
@@ -36,13 +38,15 @@ def load_backbone(model: VisionMamba, checkpoint: Mapping[str, Any], source: str
         or ".block_head." in name
         or (is_new_part(name) and name not in state)
     }
-    checkpoint = {**checkpoint, "model": state}
+    checkpoint = {**checkpoint, "model": state, "stride": list(model.patch_embed.stride)}
     if not model.has_class_token and "cls_token" in state:
         try:
             _remove_class_token(model, state, checkpoint)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from None
         checkpoint["grid"] = list(model.patch_embed.grid)
+        if checkpoint_family(checkpoint) is None:
+            doubt_family(model.family.name, source)
     load_weights(model, checkpoint, source)
     _logger.info("%s: the backbone starts from a classifier; decoder and routers are new", source)
 

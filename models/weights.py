@@ -18,6 +18,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 from .backbone import VisionMamba
+from .fitting import check_numbers, check_stride, doubt_family, grid_of, listing, other_size
 from .official_names import from_official
 
 _logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ _CLASSIFIERS = (
     "head.decode_head.segmentation_head.0",
     "head.auxiliary_head.conv_seg",
 )
+_FAMILIES = ("videomamba", "mambareg", "vim")
 TEMPORAL = "temporal_pos_embedding"
-_LISTED = 8  # keys named in an error before the rest is counted
 
 
 def resize_pos_embed(
@@ -84,7 +85,7 @@ def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
     Our checkpoints record it; official ones may hold their training arguments; MambaReg has keys of
     its own.
     """
-    if isinstance(checkpoint.get("family"), str):
+    if checkpoint.get("family") in _FAMILIES:
         return checkpoint["family"]
     if "pos_embed_cls" in checkpoint["model"]:
         return "mambareg"
@@ -92,9 +93,10 @@ def checkpoint_family(checkpoint: Mapping[str, Any]) -> str | None:
     name = str(
         getattr(args, "model", None)
         or (args.get("model") if isinstance(args, Mapping) else "")
+        or checkpoint.get("arch")  # of timm
         or ""
     ).lower()
-    for family in ("videomamba", "mambareg", "vim"):
+    for family in _FAMILIES:
         if name.removeprefix("dyvm_").startswith(family):
             return family
     return None
@@ -113,11 +115,12 @@ def load_weights(
     Args:
         source: the file, for messages.
         from_dense: the new parts of a dynamic model may be absent, all of them together.
-        new_head: a head for another number of classes is replaced by a new one (fine-tuning).
+        new_head: a head for another number of classes is replaced by a new one (fine-tuning), and
+            patches at another stride are a warning.
 
     Raises:
-        UserError: another family, or missing, unexpected or misshapen parameters; all are counted,
-            the first ones listed.
+        UserError: another family or stride, numbers that are not finite, or missing, unexpected or
+            misshapen parameters; all are counted, the first ones listed.
     """
     family = checkpoint_family(checkpoint)
     if family is not None and family != model.family.name:
@@ -130,10 +133,12 @@ def load_weights(
     not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
         raise UserError(
-            f"{source}: {_listing(not_tensors)} of 'model' are no tensors; this is not a "
+            f"{source}: {listing(not_tensors)} of 'model' are no tensors; this is not a "
             "checkpoint of a vision model"
         )
+    check_numbers(own, state, source)
     _check_frames(model, state, source)
+    check_stride(model, checkpoint, source, allowed=new_head)
     _fit_pos_embed(model, state, source, grid_of(checkpoint))
     _fit_temporal(model, state, source)
     dropped = _drop_other_head(own, state, source) if new_head else set()
@@ -151,7 +156,7 @@ def load_weights(
     }
     if any(problems.values()):
         message = "; ".join(
-            f"{len(keys)} {kind}: {_listing(keys)}" for kind, keys in problems.items() if keys
+            f"{len(keys)} {kind}: {listing(keys)}" for kind, keys in problems.items() if keys
         )
         head = state.get("head.weight")
         if head is not None and head.dim() == 2 and len(head) != model.num_classes:
@@ -159,21 +164,11 @@ def load_weights(
                 f". It was trained on {len(head)} classes, the data set has {model.num_classes}: "
                 "choose its --data-set, or fine-tune it first with --method dense --model-path"
             )
-        raise UserError(f"{source} does not fit this {model.family.name} model: {message}")
+        size = other_size(own, state)
+        raise UserError(f"{source} does not fit this {model.family.name} model: {size}{message}")
+    if family is None and model.has_class_token:
+        doubt_family(model.family.name, source)
     model.load_state_dict(state, strict=False)
-
-
-def _listing(keys: list[str]) -> str:
-    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + more
-
-
-def grid_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The grid of an image's patches, or of a slot's, that a checkpoint of ours records; None:
-    unknown, taken to be square.
-    """
-    grid = checkpoint.get("grid")
-    return tuple(grid[-2:]) if isinstance(grid, list) and len(grid) in (2, 3) else None
 
 
 def _check_frames(model: VisionMamba, state: Mapping[str, Tensor], source: str) -> None:

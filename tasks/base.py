@@ -5,6 +5,7 @@ B images, C classes.
 
 import argparse
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from datasets import build_data
@@ -22,8 +24,9 @@ from loading.folders import find_images
 from loading.images import ImageSet
 from loading.loaders import Batch
 from loading.transforms import Transforms, eval_transform, seen_region
+from loading.walking import composed, order_in_doubt
 from models import Result, VisionMamba
-from models.build import ModelSpec, build_model
+from models.build import ModelSpec, build_model, is_ours
 from models.embedding import PatchEmbed
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -33,6 +36,8 @@ from .meters import Meter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_logger = logging.getLogger(__name__)
 
 CLIP_ARGUMENTS = {"num_frames", "tubelet_size"}  # of models of clips
 
@@ -386,11 +391,13 @@ def task_named(name: str) -> Task:
 
 def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
     """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
-    if "task" not in checkpoint:
-        for task in TASKS.values():
-            if task.recognises(checkpoint):
-                return task
-    return task_named(checkpoint.get("task", "classification"))
+    name = checkpoint.get("task")
+    if isinstance(name, str) and (name in TASKS or is_ours(checkpoint.get("args"))):
+        return task_named(name)
+    for task in TASKS.values():  # it says nothing, or is another program's, for which it is a word
+        if task.recognises(checkpoint):
+            return task
+    return task_named("classification")
 
 
 def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
@@ -401,9 +408,15 @@ def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
 
 
 def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str) -> None:
-    """Raise UserError if a checkpoint of ours was trained on classes other than `class_names`."""
+    """Raise UserError if a checkpoint was trained on classes other than `class_names`.
+
+    One that does not name its classes takes the data set's; what speaks against that is logged.
+    """
     recorded = checkpoint.get("class_names")
-    if recorded is None or list(recorded) == list(class_names):
+    if not recorded:
+        _log_taken_names(class_names, source)
+        return
+    if [composed(name) for name in recorded] == [composed(name) for name in class_names]:
         return
     if len(recorded) != len(class_names):
         difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
@@ -413,7 +426,38 @@ def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], sou
         difference = (
             f"other classes than the data set's: class {label} was {before!r}, here it is {now!r}"
         )
+        if sorted(recorded) == sorted(class_names):
+            difference += ", the same in another order"
     raise UserError(
         f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
         "fine-tune it first with --method dense --model-path"
     )
+
+
+def _log_taken_names(class_names: Sequence[str], source: str) -> None:
+    if not class_names:
+        return
+    imagenet = ImageNetInfo("imagenet-1k").label_names()
+    if (shown := order_in_doubt(class_names)) is not None:
+        _logger.warning(
+            "%s does not name its classes, which are taken to be in the order of the folders as "
+            "text: %s; if it was trained in the order of their numbers, write these with equally "
+            "many digits (01, 02, ..., 10)",
+            source,
+            shown,
+        )
+    elif len(class_names) == len(imagenet) and sorted(class_names) != sorted(imagenet):
+        _logger.warning(
+            "%s does not name its 1000 classes; if they are ImageNet's, the folders must be called "
+            "by WordNet's numbers, n01440764 to n15075141: by other names they come in another "
+            "order; here class 0 is %r",
+            source,
+            class_names[0],
+        )
+    else:
+        _logger.info(
+            "%s does not name its classes: they are taken to be those of the data set, %s to %s",
+            source,
+            class_names[0],
+            class_names[-1],
+        )

@@ -14,7 +14,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from datasets import add_augmentation_arguments
-from loading.data import Data
+from loading.data import Data, refuse_one_class
 from loading.loaders import Batch
 from losses import logits_terms
 from models import Result
@@ -95,6 +95,11 @@ class Classification(Task):
         if not isinstance(head, Tensor) or head.dim() != 2:
             raise UserError(f"{source}: no head.weight in it, so that it names no classes")
         return len(head)
+
+    def data(self, args: argparse.Namespace, *settings, **more) -> Data:
+        data = super().data(args, *settings, **more)
+        refuse_one_class(args.data_path or args.data_set, data)
+        return data
 
     def batch_transform(self, args: argparse.Namespace, num_classes: int) -> Mixup | None:
         if not (args.mixup or args.cutmix):

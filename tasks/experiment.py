@@ -32,6 +32,7 @@ class Experiment:
         """Read the data set named by the flags; without `train`, not its training images."""
         task = task_named(task_of(args.data_set)).of_run(args)
         data = task.data(args, task.image_size(ModelSpec.from_args(args)), distributed, train)
+        args.bit_depth = data.bit_depth  # recorded with the weights
         return cls(args, task, data, distributed, Path(args.output_dir))
 
     @property

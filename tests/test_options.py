@@ -251,6 +251,21 @@ def test_evaluation_takes_all_of_them():
 DYNAMIC = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "dyvm", "model_kwargs": []}
 
 
+def test_a_folder_needs_its_data_set():
+    """The digits are the default: a folder beside them would not be read."""
+    for line, recorded in (("", None), ("--eval --model-path x --model vim_tiny", {})):
+        with pytest.raises(UsageError, match="--data-path photos without --data-set, .* FOLDER is"):
+            parse(f"{line} --data-path photos", recorded)
+    with pytest.raises(UsageError, match="--data-path has no meaning with --data-set DIGITS"):
+        parse("--data-set DIGITS --data-path=photos")
+    with pytest.raises(UsageError, match="--data-path has no meaning with --data-set DIGITS"):
+        parse("--eval --model-path x --data-path photos", DYNAMIC)
+    recorded = DYNAMIC | {"data_set": "FOLDER", "data_path": "old"}
+    args = parse("--eval --model-path x --data-path photos", recorded)
+    assert (args.data_set, args.data_path) == ("FOLDER", "photos")
+    assert parse("--eval --model-path x --data-path photos").data_path == "photos"  # not yet known
+
+
 @pytest.mark.parametrize(
     "line, recorded, words",
     [

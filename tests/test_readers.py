@@ -6,12 +6,14 @@ import io
 import json
 import logging
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 import webdataset
 from helpers.data import options, photo
+from PIL import Image
 
 from datasets import build_data
 from loading import readers
@@ -142,6 +144,53 @@ def test_a_damaged_shard_is_told(tmp_path):
     data = build_data(shard_options(root, "--bad-images", "skip"), 32)
     with pytest.raises(UserError, match="wds/photos: the stream ended after 0 of 6 steps"):
         list(data.train_batches(0))
+
+
+def named_shard(file, ending: str, labels, content: bytes | None = None):
+    """A shard of KEY.ending and KEY.cls for each label."""
+    with tarfile.open(file, "w") as archive:
+        for number, label in enumerate(labels):
+            for name, data in ((ending, content or jpeg(number)), ("cls", str(label).encode())):
+                entry = tarfile.TarInfo(f"{number:05d}.{name}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+def one_shard_options(root, *flags: str, count: int = 8):
+    splits = ("--train-split", f"t.tar|{count}", "--val-split", f"v.tar|{count}")
+    return options("--data-set", "wds/x", "--data-path", str(root), *splits, *flags)
+
+
+@pytest.mark.parametrize("ending", ["jpeg", "JPEG", "jfif", "webp"])
+def test_images_in_shards_may_have_any_ending(tmp_path, ending):
+    for name in ("t.tar", "v.tar"):
+        named_shard(tmp_path / name, ending, [0, 1] * 4)
+    data = build_data(one_shard_options(tmp_path), 32)
+    assert sum(len(batch.images) for batch in data.val_batches()) == 8
+    for name in ("t.tar", "v.tar"):
+        named_shard(tmp_path / name, "avif", [0, 1] * 4)
+    with pytest.raises(UserError, match=r"v.tar: no images .* end in .avif, .cls; read are"):
+        build_data(one_shard_options(tmp_path), 32)
+
+
+def test_labels_that_begin_at_one_are_told(tmp_path, caplog):
+    for name in ("t.tar", "v.tar"):
+        named_shard(tmp_path / name, "jpg", [1, 2, 3, 3])
+    data = build_data(one_shard_options(tmp_path, count=4), 32)
+    assert data.class_names == ["0", "1", "2", "3"]
+    assert "wds/x: no training image of 1 of 4 classes: label 0 (0); do the labels" in caplog.text
+
+
+def test_depth_of_images_in_shards(tmp_path):
+    content = io.BytesIO()
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(content, "PNG")
+    for name in ("t.tar", "v.tar"):
+        named_shard(tmp_path / name, "png", [0, 1] * 4, content.getvalue())
+    data = build_data(one_shard_options(tmp_path, "--bit-depth", "12"), 64)
+    assert next(data.val_batches()).images.max() > 2  # white, normalised
+    with pytest.raises(UserError, match="up to 4095 only, .* give --bit-depth 12, or 16"):
+        list(build_data(one_shard_options(tmp_path), 64).val_batches())
 
 
 def test_splits_and_classes_from_the_info_file(tmp_path):

@@ -27,7 +27,7 @@ def test_folders_without_classes_or_videos(video_root, tmp_path):
     with pytest.raises(UserError, match="train: no class folders in it"):
         video_folders(tmp_path, "train")
     (tmp_path / "train" / "left").mkdir()
-    with pytest.raises(UserError, match="left: no videos in it"):
+    with pytest.raises(UserError, match="train: no videos in class left"):
         video_folders(tmp_path, "train")
     with pytest.raises(BadImageError, match="a folder without images"):
         open_video(str(tmp_path / "train"))

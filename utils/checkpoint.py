@@ -13,8 +13,10 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import UserError
+from .contents import HEAD, is_safetensors, kind_of
+from .envelopes import UnknownEnvelope, harmless_globals, opened
+from .errors import UserError, printable
 from .files import atomic_file, hash_stream, remove_temporaries
 
 NEWEST = "checkpoint.pth"
@@ -158,11 +162,12 @@ class CheckpointWriter:
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint to the CPU: `{'model': ...}`, a bare state dict or `.safetensors`.
+    """Read a checkpoint to the CPU, of any program, see `envelopes.opened`; also safetensors.
 
-    The last two, and mmcv's `{'state_dict': ...}`, are returned as `{'model': state_dict}`. Nothing
-    in the file is executed: apart from tensors and plain Python values only `argparse.Namespace` is
-    allowed. The checksum is verified if the file has one.
+    It is returned as `{'model': state_dict, ...}`. Nothing in the file is executed: apart from
+    tensors and plain Python values only `argparse.Namespace`, and NumPy's numbers, paths and other
+    kinds of dicts, which become plain values, are allowed. The checksum is verified if the file has
+    one.
 
     Raises UserError, naming the file and the reason, for everything else.
     """
@@ -209,18 +214,25 @@ def is_intact(path: Path) -> bool:
 
 
 def _read(path: Path) -> dict:
+    """The content decides how it is read, not the name."""
     try:
-        if path.suffix == ".safetensors":
-            return {"model": load_file(path)}
         with open(path, "rb") as file:
+            head = file.read(HEAD)
+            if is_safetensors(head):
+                return opened(load_file(path), str(path))
             _verify_checksum(file)
             file.seek(0)
-            return _envelope(_load_without_code(file))
+            content = _load_without_code(file, head)
+        return opened(content, str(path))
+    except UnknownEnvelope as reason:
+        raise _Unusable(str(reason)) from None
+    except RecursionError:
+        raise _Unusable("it is damaged: a part of it contains itself") from None
     except OSError as error:
         raise _Unusable(error.strerror or str(error)) from error
     except SafetensorError as error:
         raise _Unusable(
-            f"it is cut off, damaged or no safetensors file ({_one_line(error)})"
+            f"it is safetensors, and cut off or damaged ({_one_line(error)})"
         ) from error
 
 
@@ -242,47 +254,42 @@ def _verify_checksum(file: BinaryIO) -> bool:
     return False
 
 
-def _load_without_code(file: BinaryIO) -> Any:
+def _load_without_code(file: BinaryIO, head: bytes) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(harmless_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats: they load or raise an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden is None:
+            kind = kind_of(head)
             raise _Unusable(
-                "it is damaged, no PyTorch checkpoint, or holds something other than tensors and "
-                "plain values; nothing in it was executed"
+                f"it is {kind}"
+                if kind
+                else "it is damaged, no PyTorch checkpoint, or holds something other than tensors "
+                "and plain values; nothing in it was executed"
             ) from error
         raise _Unusable(
             f"it holds {forbidden[1]}, and only tensors, plain values and argparse.Namespace are "
-            "allowed; nothing in it was executed; if you trust it, store its 'model' entry as "
-            ".safetensors"
+            "allowed; nothing in it was executed; if you trust it, store its 'model' entry, or the "
+            "model's state_dict(), as .safetensors"
         ) from error
     except Exception as error:  # torch raises nearly anything on bytes that are not a checkpoint
-        raise _Unusable("it is cut off, damaged or no PyTorch checkpoint") from error
+        raise _Unusable(_what_else(file, head)) from error
 
 
-def _envelope(content: Any) -> dict:
-    if isinstance(content, dict):
-        if isinstance(content.get("model"), dict):
-            return content
-        if isinstance(content.get("state_dict"), dict):  # of mmcv's runners
-            return {"model": content["state_dict"], **_classes_of(content)}
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {"model": content}
-        keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
-        raise _Unusable(f"it has no 'model' entry with a state dict (it holds {keys})")
-    raise _Unusable(f"it holds a {type(content).__name__} and no 'model' entry")
-
-
-def _classes_of(content: dict) -> dict:
-    """The class names in the `meta` of a checkpoint of mmcv."""
-    meta = content.get("meta")
-    classes = meta.get("CLASSES") if isinstance(meta, dict) else None
-    if not isinstance(classes, (list, tuple)):
-        return {}
-    return {"class_names": [str(name).strip() for name in classes]}  # mmsegmentation has "bed "
+def _what_else(file: BinaryIO, head: bytes) -> str:
+    """What a file is that torch cannot read as a checkpoint."""
+    if kind := kind_of(head):
+        return f"it is {kind}"
+    with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+        if "constants.pkl" in names:
+            return "it is a TorchScript program; store the model's state_dict() instead"
+        if "data.pkl" not in names:
+            listed = ", ".join(map(printable, archive.namelist()[:3]))
+            return f"it is a zip archive of other files ({listed})"
+    return "it is cut off, damaged or no PyTorch checkpoint"
 
 
 def _one_line(error: Exception) -> str:

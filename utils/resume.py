@@ -125,6 +125,7 @@ def flag_differences(
         f"--{name.replace('_', '-')}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if name not in harmless
+        and not (name == "bit_depth" and now.get(name) == "auto")  # determined from the data
         and _plain(before.get(name, _unrecorded(name, before))) != _plain(now.get(name))
     ]
 
@@ -136,6 +137,7 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
     return {
         "crop_area": [0.08, 1.0],
         "eval_shuffle_frames": False,
+        "bit_depth": "auto",
         "reduction": "prune",
         "selector_gradient": "paper",
         "selector_weight": 1.0,
