@@ -200,7 +200,8 @@ def teach(
     criterion = training.objective.criterion
 
     def loss(result: Result) -> Tensor:
-        return torch.stack(list(criterion(result, targets).values())).sum()
+        # Scaled against underflow in fp16; shares of importance are the same.
+        return training.scaler.scale(torch.stack(list(criterion(result, targets).values())).sum())
 
     return with_importance(teacher, images, loss, model.pruning_layers)
 

@@ -196,6 +196,12 @@ class Segmentation(Task):
             )
         if args.scorer_input != "hidden":
             raise UsageError(f"--scorer-input {args.scorer_input}: segmenters score hidden states")
+        way = args.token_strategy, args.selector_gradient, args.reduction
+        if args.release_gradients and way != ("learned", "paper", "prune"):
+            raise UsageError(
+                "--release-gradients are those of the paper's selector: leave out "
+                "--token-strategy, --selector-gradient and --reduction"
+            )
 
     def transforms(self, args: argparse.Namespace, img_size: ImageSize, train: bool) -> Transforms:
         augmentation = SegmentationAugmentation(

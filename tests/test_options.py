@@ -165,7 +165,7 @@ def test_flags_without_effect_at_evaluation(caplog):
 def test_a_tilde_is_the_home(monkeypatch):
     """No shell expands it after an equals sign."""
     monkeypatch.setenv("HOME", "/home/ada")
-    args = parse("--output_dir=~/run --data-path ~/data --model-path=~")
+    args = parse("--data-set FOLDER --output_dir=~/run --data-path ~/data --model-path=~")
     assert (args.output_dir, args.data_path) == ("/home/ada/run", "/home/ada/data")
     assert args.model_path == "/home/ada"
     for word in ("~$office.docx", "--prefix=a/~/b", "x~/y", "~ada/x"):

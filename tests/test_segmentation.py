@@ -197,6 +197,8 @@ def test_epochs_of_a_number_of_steps(scenes, tmp_path):
         ("mambareg_tiny", ["--grad-checkpointing"]),
         ("vim_tiny", ["--token-strategy", "random"]),
         ("vim_tiny", ["--token-strategy", "static", "--accum-steps", "2"]),
+        ("vim_tiny", ["--token-strategy", "distilled", "--reduction", "prune+merge"]),
+        ("vim_tiny", ["--selector-gradient", "inplace"]),
     ],
 )
 def test_other_families_and_strategies(scenes, tmp_path, model, more):
@@ -209,6 +211,7 @@ def test_other_families_and_strategies(scenes, tmp_path, model, more):
     run(scenes, tmp_path / "dyvm", *small, *more, *DYNAMIC, "--model-path", teacher)
     line = logged(tmp_path / "dyvm")[0]
     assert line["train_loss"] > 0 and line["train_skipped_steps"] == 0
+    assert ("train_selector" in line) == ("distilled" in more)
 
 
 def test_a_segmenter_starts_from_a_classifier(scenes, classifier, tmp_path, caplog):
