@@ -438,7 +438,7 @@ class DynamicVisionMamba(VisionMamba):
             token_keep = [count / self.num_patches for count in left]
         self.set_token_keep(token_keep if prune_tokens else ())
         for layer in self.pruning_layers:
-            self.layers[layer - 1].mixer.observes = self.reduction.observes
+            self.layers[layer - 1].mixer.observation.of = self.reduction.observes
         for layer in self.layers:
             layer.mixer.mask_in_place = selector_gradient == "inplace"
         if self.pruning_layers and self.reduction.learns:

@@ -6,6 +6,7 @@ section 3.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,17 @@ from .layouts import ClassSlots, RouterMean, read
 CONV_WIDTH = 4
 ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 GROUP_BYTES = 8 << 20  # of xz per group of images in CPU inference: it should stay in the cache
+
+
+@dataclass
+class Observation:
+    """A number for each token, which a reduction wants of a mixer's last forward pass.
+
+    An object of its own: `torch.export` lets a module keep no new tensors.
+    """
+
+    of: str = ""  # "steps", "outputs" or nothing
+    value: Tensor | None = None  # [B, L]
 
 
 class BidirectionalMamba(nn.Module):
@@ -55,8 +67,7 @@ class BidirectionalMamba(nn.Module):
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
         self.router_mean = RouterMean()
-        self.observes = ""  # what a reduction wants to know of the tokens: "steps", "outputs"
-        self.observed: Tensor | None = None  # [B, L], that of the last forward pass
+        self.observation = Observation()
 
     def branch(self, backward: bool) -> BranchParams:
         """The weights of one direction, as the scan reads them."""
@@ -89,7 +100,7 @@ class BidirectionalMamba(nn.Module):
             and not torch.is_grad_enabled()
             and mask is None
             and not self.training
-            and not self.observes
+            and not self.observation.of
             and not torch.compiler.is_compiling()  # groups depend on the images
         ):
             return self._infer_in_groups(hidden, class_slots)
@@ -108,10 +119,10 @@ class BidirectionalMamba(nn.Module):
             in_place=self.mask_in_place,
             **routing,
         )
-        if self.observes == "steps":
-            self.observed = self._steps(xz.detach())
-        elif self.observes == "outputs":
-            self.observed = y.detach().float().clamp_min(0).sum(dim=-1)
+        if self.observation.of == "steps":
+            self.observation.value = self._steps(xz.detach())
+        elif self.observation.of == "outputs":
+            self.observation.value = y.detach().float().clamp_min(0).sum(dim=-1)
         return self.out_proj(y), gates
 
     @torch.no_grad()

@@ -113,6 +113,31 @@ def test_exported_program_takes_any_batch(backend, kind, grad):
     assert grad or OPERATORS[backend] in targets
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(token_strategy="top"),
+        dict(reduction="mtr"),
+        dict(reduction="prune+merge"),
+        dict(reduction="merge", merge_tokens=5),
+    ],
+    ids=lambda way: "-".join(map(str, way.values())),
+)
+def test_other_reductions_are_exported(way):
+    model = model_of(DynamicVisionMamba, **way).eval()
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        for count in (1, 6):
+            torch.testing.assert_close(
+                program.module()(images(count)).logits,
+                model(images(count)).logits,
+                rtol=1e-5,
+                atol=1e-6,
+            )
+
+
 VARIANTS = [None, {}, dict(scorer_input="B"), dict(scorer_input="delta"), dict(prune_tokens=False)]
 
 

@@ -41,7 +41,7 @@ class Reduction:
     merges = False  # whether tokens become means of several
     freezes = False  # whether feature maps go on to show dropped patches, and so teach decisions
     zeroes = False  # as DyVM's release: dropped tokens become 0, with its gradients (see `freeze`)
-    observes = ""  # what the layer before a stage measures of its tokens, see BidirectionalMamba
+    observes = ""  # what the layer before a stage measures of its tokens, see mixer.Observation
 
     def __init__(self, token_keep: Sequence[float] = ()):
         self.token_keep = tuple(token_keep)  # fraction of the original patches after each stage
@@ -72,7 +72,7 @@ def mix(stage: int, tokens: Tokens, model: Staged) -> Tensor:
 
 def observed(stage: int, tokens: Tokens, model: Staged) -> Tensor:
     """What the layer before a stage measured of the patches [B, m], see `Reduction.observes`."""
-    values = model.layers[model.pruning_layers[stage] - 1].mixer.observed
+    values = model.layers[model.pruning_layers[stage] - 1].mixer.observation.value
     return extract(values.unsqueeze(-1), tokens.class_slots)[0].squeeze(-1)
 
 

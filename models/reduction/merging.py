@@ -15,7 +15,7 @@ from ..layouts import extract, insert, take
 from ..tokens import Tokens
 from .base import Reduction, Staged, gather, mix, observed
 
-LARGEST_TABLE = 1 << 26  # similarities held at once
+LARGEST_TABLE = 1 << 20  # similarities of an image that are held at once
 
 
 def average(
@@ -45,7 +45,7 @@ def nearest_kept(features: Tensor, keep: Tensor) -> Tensor:
     batch, count, _ = features.shape
     own = torch.arange(count, device=features.device).expand(batch, -1)
     normed = F.normalize(features.float(), dim=-1)
-    rows = max(1, LARGEST_TABLE // max(1, batch * count))
+    rows = max(1, LARGEST_TABLE // max(1, count))
     nearest = [
         (part @ normed.transpose(1, 2)).masked_fill(~keep.unsqueeze(1), -2).argmax(dim=-1)
         for part in normed.split(rows, dim=1)
