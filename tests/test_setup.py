@@ -21,10 +21,7 @@ def test_setup_takes_the_given_python():
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        (
-            f'exec {sys.executable} -I -S "$@"',
-            "it lacks torch, torchvision, timm, .*jinja2; install",
-        ),
+        (f'exec {sys.executable} -I -S "$@"', "it lacks torch, torchvision, .*jinja2; install"),
         (
             f'PYTHONPATH="${{0%/*}}" exec {sys.executable} "$@"',
             r"it cannot import torch \(no such operator\); install requirements.txt",
