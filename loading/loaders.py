@@ -28,6 +28,7 @@ MAX_REPLACEMENTS = 100
 _WORKER_DIED = "DataLoader worker (pid"
 # In torch's errors about the shared memory of workers; the first is in those of dead ones too.
 _SHARED_MEMORY = ("shared memory", "file </torch_")
+_OPEN_FILES = ("Too many open files", "received 0 items of ancdata")
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
@@ -36,6 +37,11 @@ def worker_died(error: RuntimeError) -> UserError | None:
         return UserError(
             "reading the data failed: /dev/shm, through which workers pass their batches, is too "
             "small: run with --num-workers 0, or give it more room (docker run --shm-size=8g)"
+        )
+    if any(sign in str(error) for sign in _OPEN_FILES):
+        return UserError(
+            "reading the data failed: too many open files; allow more with `ulimit -n 4096`, or "
+            "run with --num-workers 0"
         )
     if not str(error).startswith(_WORKER_DIED):
         return None
@@ -205,6 +211,8 @@ def read_batches(loader: DataLoader, bad_images: BadImages) -> Iterator[Batch]:
                 raise RuntimeError("no shared memory") from error
             if str(error).startswith("Caught "):  # from a live worker, with its stack trace
                 raise
+            if getattr(error, "errno", None) == errno.EMFILE:
+                raise RuntimeError("Too many open files") from error
             # The batch of a dead worker cannot be fetched; torch's handler of SIGCHLD is about to
             # raise the reason.
             time.sleep(1)

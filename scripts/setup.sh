@@ -23,16 +23,16 @@ check_given_python() {
 import importlib, importlib.util, sys
 if sys.version_info < (3, 10):
     sys.exit("it is Python %d.%d, and 3.10 or newer is needed" % sys.version_info[:2])
+modules = "torch torchvision timm numpy einops safetensors tensorboard matplotlib tabulate PIL tqdm av jinja2".split()
+missing = [name for name in modules if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit("it lacks %s; install requirements.txt there, or unset PYTHON" % ", ".join(missing))
 for name in ("torch", "torchvision", "timm"):
     try:
         importlib.import_module(name)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         sys.exit("it cannot import %s (%s); install requirements.txt there, or unset PYTHON" % (name, reason))
-modules = "numpy einops safetensors tensorboard matplotlib tabulate PIL tqdm av jinja2".split()
-missing = [name for name in modules if importlib.util.find_spec(name) is None]
-if missing:
-    sys.exit("it lacks %s; install requirements.txt there, or unset PYTHON" % ", ".join(missing))
 ' 2>&1)" || fail "PYTHON=$PYTHON cannot be used: $(tail -n 1 <<<"${problem:-it does not run}")"
   echo "$python"
 }

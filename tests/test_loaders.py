@@ -387,5 +387,10 @@ def test_no_room_for_the_workers_semaphores(monkeypatch):
         next(data.train_batches(0))
 
 
+@pytest.mark.parametrize("message", ["Too many open files. Communication", "0 items of ancdata"])
+def test_too_many_open_files_are_told_with_what_to_do(message):
+    assert "ulimit -n" in str(worker_died(RuntimeError(f"received {message}")))
+
+
 def test_other_errors_are_not_taken_for_it():
     assert worker_died(RuntimeError("CUDA error: out of memory")) is None

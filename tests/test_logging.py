@@ -239,6 +239,12 @@ class TestRunMain:
                 1,
                 "error: cannot write: No space left on device (a/b)",
             ),
+            (
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+                1,
+                "error: out of memory (DefaultCPUAllocator: can't allocate memory: you tried); try "
+                "a smaller --batch-size, for a training with --accum-steps or --grad-checkpointing",
+            ),
         ],
     )
     def test_one_line(self, capsys, monkeypatch, error, code, line):

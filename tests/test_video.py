@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.processes import launch
+from helpers.processes import launch, wait_until
 from helpers.videos import write_video
 
 import main
@@ -236,6 +236,8 @@ def test_an_interrupted_run_ends_bit_identical(videos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(main, "train_one_epoch", interrupted)
         main.main(flags(videos, *more, "--output_dir", str(parts)))
+    # Its save in the background goes on; between two renames there is no newest one.
+    wait_until((parts / "checkpoint.pth").exists)
     assert 0 < load_checkpoint(parts / "checkpoint.pth")["step"] < 6
     assert main.main(flags(videos, *more, "--resume", "auto", "--output_dir", str(parts))) == 0
     one, other = (load_checkpoint(folder / "checkpoint.pth") for folder in (whole, parts))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .startup import missing_package
 
 
@@ -64,9 +64,10 @@ def _outlive_readers() -> None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit; mistakes of the user become one line on standard error.
 
-    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost disk
-    and a lost process of a distributed run are reported in one line too (exit code 1). Programming
-    errors keep their stack trace. Standard output and standard error become `Lasting`.
+    Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost
+    disk, a memory that is too small, a missing package and a lost process of a distributed run are
+    reported in one line too (exit code 1). Programming errors keep their stack trace. Standard
+    output and standard error become `Lasting`.
     """
     _outlive_readers()
     try:
@@ -92,6 +93,11 @@ def _describe(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if lacking := missing_package(error):
         return lacking
+    if _is_out_of_memory(error):
+        return (
+            f"out of memory ({first_line(error)[:200]}); try a smaller --batch-size, for a "
+            "training with --accum-steps or --grad-checkpointing"
+        )
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         return f"cannot write: {os.strerror(error.errno)}{where}"
@@ -100,6 +106,12 @@ def _describe(error: Exception) -> str | None:
 
         return peer_failure(error)
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, a GPU's or the host's as PyTorch reports them; torch is not imported for this."""
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _rank() -> str:
