@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -124,7 +125,7 @@ def walk(top: str | os.PathLike, left: LeftOut) -> Iterator[tuple[str, list[str]
         yield root, folders, [name for name in names if name[0] != "."] if dotted else names
 
 
-def _unreadable(error: OSError) -> None:
+def _unreadable(error: OSError) -> NoReturn:
     raise UserError(f"{printable(str(error.filename))}: cannot be read ({error.strerror})")
 
 
@@ -146,8 +147,12 @@ def class_folders(root: str, left: LeftOut) -> list[str]:
     Raises UserError if there are none, for one that is a link to what is not there, and for two
     whose names differ in their Unicode form only.
     """
+    try:
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError as error:
+        _unreadable(error)
     names = []
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    for entry in entries:
         ending = os.path.splitext(entry.name)[1].lower()
         if is_hidden(entry.name):
             if entry.is_dir():

@@ -80,14 +80,15 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(root, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
-        if str(path).endswith("more"):
+        if str(path).endswith(closed):
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 
     (root / "train" / "cat" / "more").mkdir()
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="cat/more: cannot be read .Permission denied"):
-        folder_data(root)
+    for closed in ("train/cat/more", "train"):
+        with pytest.raises(UserError, match=f"{closed}: cannot be read .Permission denied"):
+            folder_data(root)
 
 
 def test_folders_at_another_level_than_the_classes(tmp_path, root, caplog):
