@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from drawing import plots
 from drawing.comparison import comparison
 from evaluation.budgets import TOLERANCE, Cell
@@ -111,6 +113,29 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} %"
 
 
+def equal_speed_table(rows: Sequence[Mapping[str, Any]], measure: Measure) -> str:
+    """Each method's measure at the images/s of `static` at each budget, as a Markdown table.
+
+    On the straight line between the method's nearest slower and faster budget; `-` beyond them.
+    Empty if `static` has no speed.
+    """
+    placed: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["keep"] is not None and row["n"] and row["images_per_s"] is not None:
+            placed.setdefault(row["name"], []).append(row)
+    static = placed.get("static", [])
+    if not static:
+        return ""
+    headers = [f"at {row['images_per_s']:,.1f} images/s (keep {row['keep']:g})" for row in static]
+    shown = []
+    for name, points in placed.items():
+        points = sorted(points, key=lambda row: row["images_per_s"])
+        x, y = [row["images_per_s"] for row in points], [row[measure.key] for row in points]
+        values = [np.interp(row["images_per_s"], x, y, np.nan, np.nan) for row in static]
+        shown.append([name, *("-" if np.isnan(v) else measure.text(float(v)) for v in values)])
+    return text_table(shown, ["method", *headers], "github")
+
+
 def write(
     rows: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Outcome],
@@ -188,6 +213,12 @@ def _document(
     )
     knows_objects = any(row["object_share"] is not None for row in rows)
     untrained = ", ".join(about["training_free"])
+    equal_speed = equal_speed_table(rows, measure)
+    if equal_speed:
+        equal_speed = (
+            f"{measure.title} at equal speed, that of `static` at each budget, on the line between "
+            f"a method's budgets next to it:\n\n{equal_speed}\n"
+        )
     lines = [
         "# Comparison at equal operations",
         "",
@@ -198,6 +229,7 @@ def _document(
         "`keep`; off budget: how far a method's own are from it, more than "
         f"{100 * TOLERANCE:.0f} % with {MARK}.{of_object if knows_objects else ''}",
         "",
+        *([equal_speed] if equal_speed else []),
         f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
         f"{epochs}; seeds: {seeds}",
         *(f"* {name} is left out at this budget: {why}" for name, why in about["left_out"].items()),

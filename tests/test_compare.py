@@ -262,6 +262,19 @@ def test_a_table_of_known_numbers(rows):
     assert "object" not in comparison_table.table(without, MEASURE, "simple")
 
 
+def test_at_equal_speed(rows):
+    def method(name, keep, speed, top1):
+        return rows[2] | {"name": name, "keep": keep, "images_per_s": speed, "top1": top1}
+
+    static = [method("static", 0.5, 160.0, 80.0), method("static", 0.2, 190.0, 70.0)]
+    slow = [method("slow", 0.5, 120.0, 90.0), method("slow", 0.2, 170.0, 80.0)]
+    text = comparison_table.equal_speed_table([*rows[:2], *static, *slow], MEASURE)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0] == ["method", "at 160.0 images/s (keep 0.5)", "at 190.0 images/s (keep 0.2)"]
+    assert lines[2:] == [["static", "80.00", "70.00"], ["slow", "82.00", "-"]]
+    assert comparison_table.equal_speed_table(rows, MEASURE) == "", "without static no speeds"
+
+
 @pytest.mark.parametrize(
     "axis, front", [("flops", [0.5, 1, 2]), ("images_per_s", [100, 150, 200, 300])]
 )
@@ -484,10 +497,13 @@ def test_mistakes_that_the_files_show(flags, teacher, tmp_path, monkeypatch):
         common=large,
     )
     refused("--smaller depth=9: its .* MFLOPs are not fewer", *only, "--smaller", "depth=9")
+    cropped = load_checkpoint(teacher)
+    cropped["args"]["eval_crop_ratio"] = 0.9
+    save_checkpoint(cropped, tmp_path / "cropped.pth")
     refused(
-        "method norm-untrained: --eval-crop-ratio is 0.875 in .* and 0.9 here; give it after --",
+        "method norm-untrained: --eval-crop-ratio is 0.9 in .* and 0.875 here; give it after --",
         *("--methods", "--training-free", "norm"),
-        common=["--eval-crop-ratio", "0.9"],
+        dense=tmp_path / "cropped.pth",
     )
     bare = load_checkpoint(teacher)
     save_checkpoint({"model": bare["model"]}, tmp_path / "bare.pth")
