@@ -134,9 +134,10 @@ def solve(
             knob, most = ("--token-keep-ratio", repr(ratio)), False
         cell = Cell(method, keep, knob, exact, budget)
         if most and cell.is_off:
-            layers = ", ".join(map(str, priced.model.pruning_layers))
+            layers = priced.model.pruning_layers
+            before = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
             left_out[cell.name] = (
-                f"pairs cannot reach it: merged before layer {layers}, at most {pairs} each time, "
+                f"pairs cannot reach it: merged before {before}, at most {pairs} each time, "
                 f"they leave {exact / 1e6:.2f} MFLOPs, {100 * cell.deviation:.1f} % more than the "
                 f"budget of {budget / 1e6:.2f}"
             )
@@ -150,9 +151,10 @@ def nearest_ratio(priced: Priced, keep: float, budget: float) -> tuple[float, fl
     where it is as near.
     """
     patches, stages = priced.model.num_patches, len(priced.model.pruning_layers)
+    # The first ratio that leaves a patch.
     low = next(n for n in range(1, STEPS + 1) if int((n / STEPS) ** stages * patches))
     high = STEPS
-    tried = {ratio: priced.at_ratio(ratio) for ratio in (keep, low / STEPS, 1.0)}
+    tried = {ratio: priced.at_ratio(ratio) for ratio in {max(keep, low / STEPS), low / STEPS, 1.0}}
     while high - low > 1:
         middle = (low + high) // 2
         tried[middle / STEPS] = priced.at_ratio(middle / STEPS)

@@ -103,6 +103,17 @@ def test_no_ratio_is_nearer_to_the_budget(name, stages):
             assert ratio < keep, "its predictor is paid for with tokens"
 
 
+def test_a_patch_is_left():
+    """Of five stages that keep 0.2 each, nothing is."""
+    layers = ["--pruning-layers", "1", "2", "3", "4", "5"]
+    priced = Priced(spec("--token-strategy", "norm", *layers), build)
+    ratio, _ = nearest_ratio(priced, 0.2, 0.0)
+    priced.at_ratio(ratio)
+    assert priced.model.kept_counts()[-1] == 1
+    priced.at_ratio(ratio - 1e-4)
+    assert priced.model.kept_counts()[-1] == 0
+
+
 def test_as_many_pairs_as_meet_the_budget():
     layers = ["--pruning-layers", "2", "4"]
     priced = Priced(spec("--reduction", "merge", "--merge-tokens", "1", *layers), build)
@@ -123,7 +134,7 @@ def test_cells_and_what_is_left_out():
     assert cell.deviation == cell.exact / wanted[0.8] - 1 and abs(cell.deviation) < 0.02
     assert list(left_out) == ["merge/keep0.3"]
     assert (
-        "pairs cannot reach it: merged before layer 2, 4, at most 16" in left_out["merge/keep0.3"]
+        "pairs cannot reach it: merged before layers 2, 4, at most 16" in left_out["merge/keep0.3"]
     )
     assert replace(cell, exact=1.021 * cell.budget).is_off
     assert not replace(cell, exact=0.981 * cell.budget).is_off
