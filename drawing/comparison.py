@@ -50,7 +50,7 @@ def comparison(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | 
     methods = dict.fromkeys(row["name"] for row in drawn if row["keep"] is not None)
     for index, name in enumerate(methods):
         points = [row for row in drawn if row["name"] == name and row["keep"] is not None]
-        points.sort(key=lambda row: row[axis])
+        points.sort(key=lambda row: -row["keep"])
         axes.errorbar(
             *places(points),
             yerr=[row["sd"] or 0 for row in points],
