@@ -339,7 +339,7 @@ class Scored(Protocol):
     higher_is_better: bool
 
 
-def _against(axes: Axes, measure: Scored, speed: bool, convention: str) -> None:
+def label_against(axes: Axes, measure: Scored, speed: bool, convention: str) -> None:
     """Labels of a plot of a measure against measured images/s or operations."""
     axes.set_ylabel(measure.label)
     axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {convention}")
@@ -384,7 +384,7 @@ def budget_curve(
             named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
             _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
-    _against(axes, measure, speed, axis)
+    label_against(axes, measure, speed, axis)
     return figure if drawn else None
 
 
@@ -420,6 +420,6 @@ def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | No
         if dense:
             axes.axhline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.margins(0.08, 0.12)
-    _against(axes, measure, axis != "flops", "exact")
+    label_against(axes, measure, axis != "flops", "exact")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

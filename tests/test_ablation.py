@@ -15,7 +15,7 @@ from helpers.processes import ROOT, clean_environment, wait_until
 
 import ablation
 import main
-from evaluation import ablation_table, summary
+from evaluation import ablation_table, runs, summary
 from tests.helpers.flags import tiny
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
@@ -277,16 +277,14 @@ def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
         wait_until((tmp_path / "started").exists)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablation, "_start", start)
+    monkeypatch.setattr(runs, "_start", start)
     with (
         monkeypatch.context() as patch,
-        contextlib.closing(ablation.train_all([planned(tmp_path)], 1, 0)) as ended,
+        contextlib.closing(runs.train_all([planned(tmp_path)], 1, 0)) as ended,
     ):
         sleep = time.sleep
         patch.setattr(
-            ablation.time,
-            "sleep",
-            lambda s: interrupt(s) if s == ablation.POLL_SECONDS else sleep(s),
+            runs.time, "sleep", lambda s: interrupt(s) if s == runs.POLL_SECONDS else sleep(s)
         )
         with pytest.raises(KeyboardInterrupt):
             next(ended)
@@ -294,26 +292,28 @@ def test_ctrl_c_waits_until_the_runs_have_saved(tmp_path, monkeypatch):
 
 
 def test_gpus_in_turn_or_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(ablation.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [
-        ablation._resources("auto", place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)
-    ] == ["3", "5", "3"]
+    assert [runs._resources("auto", place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == [
+        "3",
+        "5",
+        "3",
+    ]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert ablation._resources("auto", 1, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
-    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda process: set(range(8)))
+    assert runs._resources("auto", 1, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert ablation._resources("cpu", 0, 3) == {"OMP_NUM_THREADS": "2"}
-    assert ablation._resources("cpu", 0, 20) == {"OMP_NUM_THREADS": "1"}
+    assert runs._resources("cpu", 0, 3) == {"OMP_NUM_THREADS": "2"}
+    assert runs._resources("cpu", 0, 20) == {"OMP_NUM_THREADS": "1"}
 
 
 def test_why_a_run_failed(tmp_path):
     run = planned(tmp_path)
     (tmp_path / "output.txt").write_text("12:00:00 I fine\nerror: no such folder\n\n")
-    assert ablation.why_it_failed(run, 1) == "error: no such folder"
-    assert ablation.why_it_failed(run, -9) == "ended by SIGKILL"
+    assert runs.why_it_failed(run, 1) == "error: no such folder"
+    assert runs.why_it_failed(run, -9) == "ended by SIGKILL"
     (tmp_path / "output.txt").write_text("")
-    assert ablation.why_it_failed(run, 3) == "exit code 3"
+    assert runs.why_it_failed(run, 3) == "exit code 3"
 
 
 # Bad input
@@ -403,13 +403,13 @@ def test_a_run_is_complete_under_its_own_conditions(done, teacher, monkeypatch):
     [run] = ablation.plan(ablation.parse([*flags, "--variants", "block-only", *COMMON]))
     best = load_checkpoint(run.folder / "best_checkpoint.pth")
     own = best["teacher_sha256"], best["images"]
-    assert ablation.is_complete(run, *own)
+    assert runs.is_complete(run, *own)
     for split in ("train", "val"):
         with pytest.raises(UserError, match="other settings .other images: None -> None"):
-            ablation.is_complete(run, own[0], own[1] | {split: "of others"})
+            runs.is_complete(run, own[0], own[1] | {split: "of others"})
     monkeypatch.setattr(run.args, "gate_threshold", 0.5)
     with pytest.raises(UserError, match="--gate-threshold: 'calibrated' -> 0.5"):
-        ablation.is_complete(run, *own)
+        runs.is_complete(run, *own)
 
 
 def test_a_report_of_another_checkpoint_does_not_complete_a_run(done, tmp_path):
@@ -419,7 +419,7 @@ def test_a_report_of_another_checkpoint_does_not_complete_a_run(done, tmp_path):
     for folder, complete in (("half", True), ("block-only", False)):
         report = (done / folder / "seed0" / "eval.json").read_text()
         (tmp_path / "eval.json").write_text(report)
-        assert ablation.is_evaluated(tmp_path) is complete
+        assert runs.is_evaluated(tmp_path) is complete
 
 
 def test_a_damaged_report_is_named(done, tmp_path):

@@ -17,6 +17,7 @@ from helpers.shell import ROOT, run
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import ablation
+import compare
 import options
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError, UserError
@@ -101,6 +102,8 @@ def check_flags(program: str, flags: list[str]) -> None:
         options.parse(flags, {} if "--eval" in flags else None)
     elif program == "ablation.py":
         ablation.plan(ablation.parse(flags))
+    elif program == "compare.py":
+        compare.plan(compare.parse(flags))
     else:  # where no file of the command is, the program gets as far as looking for it
         with pytest.raises(UserError) as error:
             importlib.import_module(program.removesuffix(".py")).main(flags)
@@ -112,6 +115,7 @@ def test_the_commands_are_found():
     assert {
         "main.py",
         "ablation.py",
+        "compare.py",
         "visualize.py",
         "predict.py",
         "report.py",
@@ -137,6 +141,7 @@ def test_the_program_takes_the_flags(command, tmp_path, monkeypatch):
         "python main.py --eval --model-path x --token-keep-ratio 7",
         "torchrun --standalone main.py --method dvym ...",
         "python ablation.py --dense-path x -- --epoch 3",
+        "python compare.py --dense-path x --keep 2 -- --epochs 3",
         "python visualize.py --model-path x --image photos/ --output_dir y",
         "python predict.py --model x FILE",
         "python report.py x --outputs y",

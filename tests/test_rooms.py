@@ -24,7 +24,7 @@ FLOORS = {
     "utils": 0,
 }
 ROOMS = ("drawing", "evaluation", "loading", "models", "ops", "tasks", "utils")
-PROGRAMS = ("main", "ablation", "predict", "report", "visualize")
+PROGRAMS = ("main", "ablation", "compare", "predict", "report", "visualize")
 
 
 def project_files() -> list[Path]:

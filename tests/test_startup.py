@@ -15,7 +15,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 
-PROGRAMS = ("main", "ablation", "predict", "visualize", "report")
+PROGRAMS = ("main", "ablation", "compare", "predict", "visualize", "report")
 
 
 @pytest.mark.parametrize(
