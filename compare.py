@@ -20,32 +20,28 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import options
 from evaluation.budgets import Cell, Method, Priced, budgets, solve
 from evaluation.comparison_table import RECORD, summarise, table, write
+from evaluation.methods import METHODS, Plan, parsed_of, plan, where_of, words_of
 from evaluation.outcomes import PlannedRun, measure_speeds
 from evaluation.runs import (
     ROOT,
-    SET_HERE,
     SHARED,
     add_run_arguments,
     add_seeds_argument,
     add_teacher_argument,
     check_fit,
     check_name,
-    check_shared,
     check_unique,
     fixed_flags,
     is_complete,
     parse_flags,
     prepare_experiment,
     read_outcomes,
-    refuse_set_here,
     split_flags,
     split_words,
     told_to_leave,
@@ -54,7 +50,6 @@ from evaluation.runs import (
 from evaluation.smaller import parse_smaller, plan_smaller
 from loading.fingerprint import fingerprints
 from models.build import FLAG_OF, ModelSpec, recorded_arguments
-from models.reduction import make_reduction, uniform_stages
 from tasks import Experiment, task_of_checkpoint
 from utils import arguments, preemption
 from utils.checkpoint import load_checkpoint
@@ -65,45 +60,11 @@ from utils.logging import setup_logging
 from utils.program import run_main
 from utils.run_folder import locked
 
-# Each method's flags of main.py, but for the knob that meets a budget.
-METHODS = {
-    "static": "--token-strategy static",
-    "random": "--token-strategy random",
-    "norm": "--token-strategy norm",
-    "top": "--token-strategy top",
-    "paper": "--token-strategy learned",
-    "inplace": "--token-strategy learned --selector-gradient inplace",
-    "distilled": "--token-strategy distilled",
-    "distilled+inplace": "--token-strategy distilled --selector-gradient inplace",
-    "merge": "--reduction merge",
-    "mtr": "--reduction mtr",
-    "prune+merge": "--token-strategy learned --reduction prune+merge",
-    "distilled+merge": "--token-strategy distilled --reduction prune+merge",
-}
 DEFAULT = (
     *("static", "random", "paper", "inplace", "distilled"),
     *("merge", "prune+merge", "distilled+merge"),
 )
-UNTRAINED = "-untrained"  # after the name of a method that is evaluated without training
-
-# Flags that no method may have, and those that belong to a method; what replaces them.
-KNOBS = dict.fromkeys(("--token-keep-ratio", "--merge-tokens"), "--keep before the --")
-REFUSED = SET_HERE | KNOBS | {"--method": "nothing: without routers operations are known before"}
-OF_METHODS = dict.fromkeys(
-    ("--token-strategy", "--selector", "--reduction", "--selector-gradient", "--scorer-input"),
-    '--method NAME "FLAGS" before the --',
-)
-OF_SMALLER = {"--model": "nothing: it is the teacher's", "--model-kwargs": "--smaller"}
-
 _logger = logging.getLogger("compare")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared: {method: flags it parses to}, and those of all students."""
-
-    methods: dict[Method, argparse.Namespace]
-    shared: argparse.Namespace
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -208,85 +169,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace) -> Plan:
-    """The methods with their flags, all checked as far as that needs no file.
-
-    Raises UsageError for what cannot run.
-    """
-    refuse = partial(refuse_set_here, "compare.py")
-    refuse("after --", args.common, REFUSED | OF_METHODS)
-    refuse("--smaller-flags", args.smaller_flags, REFUSED | OF_METHODS | OF_SMALLER)
-    shared = _parsed(args, "after --", Method("static", tuple(METHODS["static"].split())))
-    wanted = [Method(name, tuple(args.flags_of[name])) for name in args.trained]
-    parsed = {}
-    untrained = args.training_free
-    if untrained == []:
-        untrained = [m.name for m in wanted if not _learns(_parsed(args, _where(m), m))]
-    for name in untrained or []:
-        wanted.append(Method(name + UNTRAINED, tuple(args.flags_of[name]), training_free=True))
-    check_unique("--method", [method.name for method in wanted])
-    for method in wanted:
-        refuse(_where(method), method.flags, REFUSED)
-        parsed[method] = _parsed(args, _where(method), method)
-        check_shared(_where(method), parsed[method], shared, "methods")
-        if method.training_free and _learns(parsed[method]):
-            raise UsageError(
-                f"--training-free {method.name.removesuffix(UNTRAINED)}: its predictors have to be "
-                "trained; leave it out"
-            )
-    if not wanted:
-        raise UsageError("nothing to compare: give --methods, --method or --training-free")
-    return Plan(parsed, shared)
-
-
-def _where(method: Method) -> str:
-    return f"method {method.name}"
-
-
-def _parsed(
-    args: argparse.Namespace, where: str, method: Method, depth: int | None = None
-) -> argparse.Namespace:
-    """A method's flags with a knob that stands in for the one to be found."""
-    knob = ("--merge-tokens", "1") if _merges_pairs(method) else ("--token-keep-ratio", "0.5")
-    words = [*words_of(args, method, knob, depth), *fixed_flags(args.dense_path)]
-    return parse_flags(where, words)
-
-
-def _merges_pairs(method: Method) -> bool:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--reduction")
-    return parser.parse_known_args(method.flags)[0].reduction == "merge"
-
-
-def _learns(parsed: argparse.Namespace) -> bool:
-    """Whether a method has predictors."""
-    return make_reduction(
-        parsed.reduction,
-        parsed.token_strategy,
-        parsed.scorer_input,
-        parsed.merge_tokens,
-        parsed.selector_gradient,
-    ).learns
-
-
-def words_of(
-    args: argparse.Namespace, method: Method, knob: Sequence[str], depth: int | None = None
-) -> list[str]:
-    """A method's words of main.py. Pairs are merged before every second of `depth` layers, wherever
-    others have their stages, unless the method's own flags say otherwise.
-    """
-    stages: list[str] = []
-    if _merges_pairs(method) and depth:
-        stages = list(map(str, uniform_stages("merge", depth)))
-        if not stages:
-            raise UsageError(
-                f"{_where(method)}: it merges before every second layer from 2 on, which a model "
-                f"of {depth} does not have; leave it out"
-            )
-        stages = ["--pruning-layers", *stages]
-    return ["--method", "token", *args.common, *stages, *method.flags, *knob]
-
-
 def meet_budgets(
     args: argparse.Namespace, planned: Plan, experiment: Experiment
 ) -> tuple[list[Cell], dict[str, str], int]:
@@ -302,11 +184,11 @@ def meet_budgets(
     wanted, depth = budgets(static, args.keep), static.model.depth
     cells, left_out = [], {}
     for method in planned.methods:
-        spec = ModelSpec.from_args(_parsed(args, _where(method), method, depth))
+        spec = ModelSpec.from_args(parsed_of(args, where_of(method), method, depth))
         try:
             priced = Priced(spec, build)
         except UsageError as error:
-            raise UsageError(f"{_where(method)}: {error}") from None
+            raise UsageError(f"{where_of(method)}: {error}") from None
         found, why = solve(method, priced, wanted)
         cells, left_out = [*cells, *found], left_out | why
     if not cells:
@@ -334,7 +216,7 @@ def plan_runs(
             folder = output / cell.name / f"seed{seed}"
             own = ["--seed", str(seed), "--output_dir", str(folder)]
             words = words_of(args, method, cell.knob, depth)
-            parsed = parse_flags(_where(method), [*words, *fixed, *own])
+            parsed = parse_flags(where_of(method), [*words, *fixed, *own])
             if not method.training_free:
                 runs.append(PlannedRun(cell.name, seed, folder, [*words, *fixed, *own], parsed))
             elif seed == args.seeds[0]:
@@ -362,7 +244,7 @@ def _check_recorded(method: Method, words: Sequence[str], parsed: argparse.Names
         there, here = getattr(evaluated, name), getattr(parsed, name)
         if there != here:
             raise UsageError(
-                f"{_where(method)}: --{name.replace('_', '-')} is {there} in {parsed.model_path} "
+                f"{where_of(method)}: --{name.replace('_', '-')} is {there} in {parsed.model_path} "
                 f"and {here} here; give it after --"
             )
 

@@ -144,7 +144,7 @@ def plan_smaller(
     if before is not None:
         parser = options.build_parser(experiment.task)
         parser.set_defaults(**experiment.task.defaults)
-        words = recipe(parser, teacher["args"], student)
+        words = recipe(parser, teacher["args"] | _whole_batch(teacher), student)
     elif own_epochs:
         words = ["--method", "token", *args.common]  # whose flags a dense model then leaves unread
     else:
@@ -187,6 +187,12 @@ def plan_smaller(
             planned.append(PlannedRun(smaller.name, seed, folder, [*words, *kwargs, *own], flags))
     images = fingerprints(data, first.data_path)
     return SmallerRuns(planned, images, {smaller.name: told for smaller in args.smaller})
+
+
+def _whole_batch(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """One process has the whole batch of the teacher's several if it joins as many of its own."""
+    joined = checkpoint["args"].get("accum_steps", 1)
+    return {"accum_steps": joined * checkpoint.get("world_size", 1)}
 
 
 def _operations(spec: ModelSpec, experiment: Experiment) -> float:
