@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -230,6 +231,19 @@ def test_the_same_command_again_runs_and_measures_nothing(done, flags, teacher, 
     assert modified(done) == before and (done / "compare.md").read_text() == table
     with locked(done), pytest.raises(UserError, match="in use by another compare.py, or by train"):
         compare.main(again)
+
+
+def test_what_failed_is_named(done, flags, teacher, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    failed = {"distilled/keep0.3/seed7": "error: no luck"}
+    monkeypatch.setattr(compare, "train_missing", lambda *_: failed)
+    assert compare.main(words(output, teacher, [*flags, *STAGE], *OWN)) == 1
+    assert "missing: distilled/keep0.3/seed7: error: no luck" in capsys.readouterr().out
+    text = (output / "compare.md").read_text()
+    assert "* distilled/keep0.3/seed7: error: no luck" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["distilled", "0.3", *["-"] * 6, "0"] in rows
 
 
 def test_an_evaluation_stands_under_its_own_conditions(done, tmp_path):
