@@ -3,7 +3,7 @@
 import csv
 import json
 import shlex
-import statistics
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ import compare
 import main
 import options
 from evaluation import runs, summary
-from evaluation.budgets import Method, budgets
+from evaluation.budgets import Cell, Method, budgets
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 from utils.files import write_json
@@ -41,13 +41,13 @@ def words(output, teacher, common, *own):
     ]
 
 
-OWN = """--methods distilled --training-free merge --keep 0.8 0.3 --seeds 0 7 --jobs 2
+OWN = """--methods distilled --training-free merge --keep 0.8 0.3 --seeds 7 --jobs 2
     --smaller embed_dim=8""".split()
 
 
 @pytest.fixture(scope="module")
 def done(flags, teacher, tmp_path_factory):
-    """Output folder of one trained method and one untrained one, two seeds, a smaller model."""
+    """Output folder of one trained method, one untrained one and a smaller model."""
     output = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -103,6 +103,30 @@ def test_what_can_be_had_without_training():
         compare.plan(parsed("--training-free", "paper"))
 
 
+def test_seed_by_seed_and_once_without_training(teacher, flags, tmp_path):
+    """Spread over the seeds is in tests/test_budgets.py, with known numbers."""
+    args = compare.parse(words(tmp_path, teacher, [*flags, *STAGE], "--seeds", 3, 5))
+    cells = [
+        Cell(Method("norm", ("--token-strategy", "norm"), free), keep, knob, 1e6, 1e6)
+        for free in (False, True)
+        for keep, knob in ((0.5, ("--token-keep-ratio", "0.4")), (0.2, ("--token-keep-ratio", "1")))
+    ]
+    cells = [
+        replace(cell, method=replace(cell.method, name=f"n{i}")) for i, cell in enumerate(cells)
+    ]
+    planned = compare.plan_runs(args, cells, 6, {"some": "condition"})
+    assert list(map(str, planned)) == [
+        *("n0/keep0.5/seed3", "n1/keep0.2/seed3", "n2/keep0.5/seed3", "n3/keep0.2/seed3"),
+        *("n0/keep0.5/seed5", "n1/keep0.2/seed5"),
+    ]
+    for run in planned:
+        untrained = run.variant[:2] in ("n2", "n3")
+        assert ("--eval" in run.flags) is untrained is (run.conditions is not None)
+        assert run.args.seed == run.seed and run.args.token_strategy == "norm"
+        assert run.args.token_keep_ratio == (0.4 if "keep0.5" in run.variant else 1)
+        assert run.checkpoint == (teacher if untrained else run.folder / "best_checkpoint.pth")
+
+
 # Real runs
 
 
@@ -133,9 +157,8 @@ def test_operations_are_those_that_were_planned(done):
     for (name, keep), row in rows.items():
         if keep is None:
             continue
-        for seed in (0, 7) if name == "distilled" else (0,):
-            own = report(done, f"{name}/keep{keep}/seed{seed}")["dynamic"]
-            assert own["flops"]["exact"] == row["flops"]
+        own = report(done, f"{name}/keep{keep}/seed7")["dynamic"]
+        assert own["flops"]["exact"] == row["flops"]
         assert row["deviation"] == pytest.approx(row["flops"] / of_static[keep] - 1)
         assert abs(row["deviation"]) < 0.02
     assert list(record["left_out"]) == ["merge-untrained/keep0.3"]
@@ -143,33 +166,27 @@ def test_operations_are_those_that_were_planned(done):
 
 def test_the_table_is_what_the_runs_say(done):
     rows = {(row["method"], row["keep"]): row for row in rows_of(done / "compare.csv")}
-    found = [report(done, f"distilled/keep0.3/seed{seed}")["dynamic"] for seed in (0, 7)]
+    found = report(done, "distilled/keep0.3/seed7")["dynamic"]
     row = rows["distilled", "0.3"]
-    top1 = [values["top1"] for values in found]
-    assert float(row["top1_mean"]) == pytest.approx(statistics.fmean(top1))
-    assert float(row["top1_sd"]) == pytest.approx(statistics.stdev(top1))
-    assert row["runs"] == "2" and float(row["images_per_s"]) > 0
-    for column, part in (("kept_on_object_percent", "share"), ("object_kept_percent", "mass")):
-        values = [each["object"][part][-1] for each in found]
-        assert float(row[column]) == pytest.approx(statistics.fmean(values))
+    assert float(row["top1_mean"]) == found["top1"] and row["top1_sd"] == ""
+    assert row["runs"] == "1" and float(row["images_per_s"]) > 0
+    assert float(row["kept_on_object_percent"]) == found["object"]["share"][-1]
+    assert float(row["object_kept_percent"]) == found["object"]["mass"][-1]
     dense = rows["dense", ""]
-    assert float(dense["top1_mean"]) == report(done, "distilled/keep0.3/seed0")["dense"]["top1"]
+    assert float(dense["top1_mean"]) == report(done, "distilled/keep0.3/seed7")["dense"]["top1"]
     of_runs = rows_of(done / "compare_runs.csv")
     assert [(each["run"], each["seed"]) for each in of_runs] == [
-        ("distilled/keep0.8", "0"),
-        ("distilled/keep0.3", "0"),
-        ("merge-untrained/keep0.8", "0"),
         ("distilled/keep0.8", "7"),
         ("distilled/keep0.3", "7"),
-        ("dense-embed_dim=8", "0"),
+        ("merge-untrained/keep0.8", "7"),
         ("dense-embed_dim=8", "7"),
     ]
     [loss] = [float(each["loss"]) for each in of_runs if each["run"] == "merge-untrained/keep0.8"]
-    assert loss == report(done, "merge-untrained/keep0.8/seed0")["dynamic"]["loss"]
+    assert loss == report(done, "merge-untrained/keep0.8/seed7")["dynamic"]["loss"]
 
 
 def test_what_is_not_trained_has_the_teachers_weights(done, teacher):
-    folder = done / "merge-untrained" / "keep0.8" / "seed0"
+    folder = done / "merge-untrained" / "keep0.8" / "seed7"
     assert not list(folder.glob("*.pth")) and not (folder / "log.txt").exists()
     own = json.loads((folder / "eval.json").read_text())
     assert own["checkpoint_sha256"] == runs.sha256_of(teacher)
@@ -192,7 +209,7 @@ def test_the_document_tells_what_was_done(done):
     for told in (
         "merge-untrained/keep0.3 is left out at this budget: pairs cannot reach it",
         "with the teacher's weights, not trained: merge-untrained",
-        "epochs from the dense teacher: 1; seeds: 0, 7",
+        "epochs from the dense teacher: 1; seeds: 7",
         "| distilled | `--token-strategy distilled` | 0.8: `--token-keep-ratio 0.",
         "0.8: `--merge-tokens ",
         "python compare.py --dense-path ",
@@ -216,8 +233,21 @@ def test_the_same_command_again_runs_and_measures_nothing(done, flags, teacher, 
         compare.main(again)
 
 
+def test_what_failed_is_named(done, flags, teacher, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    failed = {"distilled/keep0.3/seed7": "error: no luck"}
+    monkeypatch.setattr(compare, "train_missing", lambda *_: failed)
+    assert compare.main(words(output, teacher, [*flags, *STAGE], *OWN)) == 1
+    assert "missing: distilled/keep0.3/seed7: error: no luck" in capsys.readouterr().out
+    text = (output / "compare.md").read_text()
+    assert "* distilled/keep0.3/seed7: error: no luck" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["distilled", "0.3", *["-"] * 6, "0"] in rows
+
+
 def test_an_evaluation_stands_under_its_own_conditions(done, tmp_path):
-    folder = done / "merge-untrained" / "keep0.8" / "seed0"
+    folder = done / "merge-untrained" / "keep0.8" / "seed7"
     conditions = json.loads((folder / runs.CONDITIONS).read_text())
     assert {"teacher_sha256", "images_sha256", "amp", "model"} <= set(conditions)
     run = runs.PlannedRun("merge-untrained", 0, folder, [], None, conditions)
