@@ -278,8 +278,8 @@ def add_whole_images(group: argparse._ArgumentGroup) -> None:
         "--whole-images",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="show images whole instead of cropping them (default: where the model's are of at "
-        f"most {SMALL_IMAGE} pixels, and of CLUTTER)",
+        help="show images whole, stretched to the model's size, instead of cropping them (default: "
+        f"where that is at most {SMALL_IMAGE} pixels, and of CLUTTER)",
     )
 
 

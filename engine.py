@@ -181,7 +181,10 @@ def accumulate_gradients(
             # and so on every rank.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             training.scaler.scale(loss / len(parts)).backward()
-        for name, value in ({"loss": loss} | terms | measured_rates(result)).items():
+        measured = {"loss": loss} | terms | measured_rates(result)
+        if result.scored and teacher_result is not None and not teacher_result.importance:
+            measured["selector"] = torch.full_like(loss, torch.nan)  # not taught: not in the mean
+        for name, value in measured.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(parts)
     return totals
 
@@ -234,7 +237,7 @@ def measured_rates(result: Result) -> dict[str, Tensor]:
     }
     patches = result.owner.shape[1]
     for s, kept in enumerate(result.kept):
-        rates[f"keep_stage{s + 1}"] = kept.new_tensor(kept.shape[1] / patches, dtype=torch.float32)
+        rates[f"keep_stage{s + 1}"] = torch.full((), kept.shape[1] / patches, device=kept.device)
     if result.gates.requires_grad:
         rates["gate_forward"], rates["gate_backward"] = result.gates.detach().mean(dim=(0, 1))
     return rates
@@ -357,6 +360,8 @@ def build_training(experiment: Experiment) -> Training:
     model = experiment.model(experiment.spec)
     teacher = load_start(model, experiment) if args.model_path else None
     model.grad_checkpointing = args.grad_checkpointing
+    if teacher is not None:  # it is run backwards for its importance
+        teacher.grad_checkpointing = args.grad_checkpointing
     parallel: nn.Module = model
     if experiment.distributed.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None

@@ -114,8 +114,9 @@ def selector_distance(scored: Sequence[Scored], importance: Sequence[Tensor]) ->
     for stage, matters in zip(scored, importance, strict=True):
         target = take(matters, stage.origin).float() * stage.alive
         target = target / target.sum(dim=1, keepdim=True).clamp_min(torch.finfo().tiny)
-        surprise = torch.special.xlogy(target, target)
-        surprise = surprise - target * stage.scores.float().log_softmax(dim=1)
+        lowest = torch.finfo(torch.float32).min / 2
+        scores = stage.scores.float().masked_fill(stage.alive < 0.5, lowest)
+        surprise = torch.special.xlogy(target, target) - target * scores.log_softmax(dim=1)
         distances.append(surprise.sum(dim=1).mean())
     return torch.stack(distances).mean()
 

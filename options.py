@@ -13,7 +13,7 @@ from typing import Any
 
 from timm.optim import get_optimizer_info, list_optimizers
 
-from datasets import TIMM_PREFIXES, add_data_arguments, settle_data, task_of
+from datasets import CLASSIFICATION, TIMM_PREFIXES, add_data_arguments, settle_data, task_of
 from models.options import add_model_arguments, settle_model
 from models.reduction import SELECTING
 from tasks import Task, task_named
@@ -73,6 +73,10 @@ READ_IF = {
         lambda args: args.reduction != "merge",
         "with --reduction merge, which does not read the token keep ratios that it varies",
     ),
+    "--whole-images": (
+        lambda args: task_of(args.data_set) == CLASSIFICATION,
+        "with --data-set {data_set}, whose images are not cropped as those of one label are",
+    ),
     "--selector-weight": (_is_taught, _NOT_TAUGHT),
     "--importance-every": (_is_taught, _NOT_TAUGHT),
     "--train-split": (_chooses_splits, _SPLITS),
@@ -96,6 +100,8 @@ READ_IF = {
         "without --resume; give --resume auto, or --resume FILE",
     ),
 }
+# Flags of a reduction, of which a checkpoint's are left out where another one is asked for.
+OF_REDUCTION = ("reduction", "token_strategy", "merge_tokens", "selector_gradient", "scorer_input")
 MOST_BUDGETS = 100  # of one --sweep
 
 # Flags of DeiT, Vim and the release that have no counterpart of the same name here.
@@ -371,6 +377,8 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             same = getattr(args, name) == recorded.get(name)
             if same and f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, None)  # that of another data set
+    if recorded:
+        _forget_other_reduction(argv, args, parser)
     settle_data(args)
     settle_model(args)
     _check_read(argv, args)
@@ -421,6 +429,21 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         )
 
 
+def _forget_other_reduction(
+    argv: Sequence[str], args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> None:
+    """Leave out what a checkpoint records of its reduction if the flags ask for another one."""
+    given = {word.split("=")[0] for word in argv}
+    if given.isdisjoint({"--reduction", "--token-strategy", "--selector"}):
+        return
+    plain = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(plain)
+    for flag in OF_REDUCTION:
+        names = next(a for a in parser._actions if a.dest == flag).option_strings
+        if given.isdisjoint(names):
+            setattr(args, flag, plain.get_default(flag))
+
+
 def _check_reduction(args: argparse.Namespace) -> None:
     """Raise UsageError for ways to reduce tokens that do not go together."""
     strategy, reduction = args.token_strategy, args.reduction
@@ -452,6 +475,10 @@ def _check_reduction(args: argparse.Namespace) -> None:
                 "--reduction merge needs --merge-tokens, how many each stage merges; R-MeeTo's: 5 "
                 "for vim_tiny, 11 for vim_small and vim_base"
             )
+    elif args.merge_tokens is not None and args.method in ("dense", "block"):
+        raise UsageError(
+            f"--merge-tokens has no meaning with --method {args.method}, which keeps all tokens"
+        )
     elif args.merge_tokens is not None:
         raise UsageError(
             f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"

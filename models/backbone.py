@@ -377,8 +377,8 @@ def cumulative_keep(ratio: float, stages: int) -> tuple[float, ...]:
 class DynamicVisionMamba(VisionMamba):
     """`VisionMamba` that drops patch tokens before `pruning_layers` and skips scan directions.
 
-    Scans are skipped per image and layer. In training all M slots stay, re-arranged; at evaluation
-    k are left.
+    Scans are skipped per image and layer. In the paper's training all M slots stay, re-arranged; at
+    evaluation, and in training of other reductions, k are left.
 
     Args:
         pruning_layers: ascending layer indexes; a stage reduces the tokens before each. By default
@@ -428,14 +428,8 @@ class DynamicVisionMamba(VisionMamba):
             reduction, token_strategy, scorer_input, merge_tokens, selector_gradient
         )
         self.scorer_input, self.token_strategy = scorer_input, token_strategy
-        if merge_tokens is not None:
-            left = [self.num_patches - merge_tokens * (s + 1) for s in range(len(layers))]
-            if left and left[-1] < 1:
-                raise ValueError(
-                    f"merge_tokens {merge_tokens} before each of the layers {list(layers)} are "
-                    f"more than the {self.num_patches} patches"
-                )
-            token_keep = [count / self.num_patches for count in left]
+        own_keep = self.reduction.own_keep(self.num_patches, len(layers))
+        token_keep = token_keep if own_keep is None else own_keep
         self.set_token_keep(token_keep if prune_tokens else ())
         for layer in self.pruning_layers:
             self.layers[layer - 1].mixer.observation.of = self.reduction.observes

@@ -141,6 +141,10 @@ class BidirectionalMamba(nn.Module):
         projections = self.x_proj.weight.numel() + rank * inner
         return 2 * tokens * (CONV_WIDTH * inner + projections)
 
+    def scan_inputs_operations(self, tokens: int) -> int:
+        """The same of `scan_inputs`, which repeats the input projection too."""
+        return self.step_operations(tokens) + tokens * self.in_proj.weight.numel()
+
     def _infer_in_groups(
         self, hidden: Tensor, class_slots: ClassSlots
     ) -> tuple[Tensor, Tensor | None]:

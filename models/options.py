@@ -78,7 +78,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate"
     )
-    group.add_argument("--token-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument(
+        "--token-pruning-weight",
+        type=not_negative,
+        default=10.0,
+        help="of the term that holds a selector to --token-keep-ratio; of no effect on those that "
+        "keep a fixed number",
+    )
     group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
     group.add_argument("--distill-weight", type=not_negative, default=0.5)
     group.add_argument(
@@ -106,8 +112,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--selector-gradient",
         choices=SELECTOR_GRADIENTS,
         default="paper",
-        help="inplace: the decision about a dropped token hears what the token would change where "
-        "it stands; in the paper's training it hears nothing",
+        help="inplace: the decision about a dropped token gets the gradient of putting it back "
+        "where it stands; in the paper's training it gets none",
     )
     group.add_argument(
         "--selector-weight",

@@ -1,9 +1,9 @@
 """Token pruning: score predictor, order of kept tokens, and why training agrees with evaluation.
 
-In training nothing is removed: kept tokens move to the front, dropped ones behind them, and every
-later mixer masks the dropped ones. Dropped tokens thus come last for the forward scan and first,
-with zero input, for the backward scan, so the states that reach a kept token are those of the
-sequence without them.
+In the paper's training nothing is removed: kept tokens move to the front, dropped ones behind them,
+and every later mixer masks the dropped ones. Dropped tokens thus come last for the forward scan and
+first, with zero input, for the backward scan, so the states that reach a kept token are those of
+the sequence without them.
 
 One idea has a name at each of its moments: `policy` is what was alive before a stage, `decision`
 what the stage keeps of it, `alive` the same in slot order after the re-arrangement, and `mask` the

@@ -72,7 +72,7 @@ class ObjectMeter:
 
     `object`: for each stage the share of kept patches that lie on the object and the share of the
     object's mass in kept patches, both in percent, and `chance`, the share of all patches that lie
-    on it.
+    on it. Where patches are merged, the kept ones are those that stand for the others.
 
     region: (width, height) of an image -> the part that the model sees, in pixels.
     """
@@ -94,10 +94,11 @@ class ObjectMeter:
         mass = torch.stack([self._of_patches(index) for index in batch.indices.tolist()])
         mass = mass.to(self.totals.device)
         on_object = (mass >= LEAST_OF_OBJECT).double()
-        sums = [on_object.numel(), on_object.sum()]
+        sums = [torch.ones_like(mass).sum(), on_object.sum()]
         for kept in result.kept:
-            sums += [kept.numel(), on_object.gather(1, kept).sum(), exact_sum(mass.gather(1, kept))]
-        self.totals += torch.stack([self.totals.new_tensor(part) for part in map(float, sums)])
+            chosen = on_object.gather(1, kept)
+            sums += [torch.ones_like(chosen).sum(), chosen.sum(), exact_sum(mass.gather(1, kept))]
+        self.totals += torch.stack(sums)
         self.count += len(mass)
 
     def _of_patches(self, index: int) -> Tensor:

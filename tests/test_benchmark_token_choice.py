@@ -35,6 +35,7 @@ def test_the_record(small, capsys):
     record = small()
     assert list(record["times"]) == list(record["errors"]) == list(token_choice.WAYS)
     assert max(record["errors"].values()) < 1e-4
+    assert {time["ms"] for time in record["times"].values()} == {2.0, 0.5}, "of a single step"
     assert "x paper's" in capsys.readouterr().out
 
 

@@ -148,10 +148,12 @@ def test_scores_are_drawn_to_the_importance_of_the_tokens_that_are_there():
     origin = torch.stack([torch.randperm(8)[:5] for _ in range(3)])
     alive = torch.ones(3, 5)
     alive[0, 2] = 0
-    right = importance.gather(1, origin).log().where(alive > 0, torch.tensor(-60.0)) + 3
-    assert selector_distance([Scored(right, origin, alive)], [importance]).item() == pytest.approx(
-        0, abs=1e-6
-    )
+    right = (importance.gather(1, origin).log() + 3).requires_grad_()
+    distance = selector_distance([Scored(right, origin, alive)], [importance])
+    assert distance.item() == pytest.approx(0, abs=1e-6)
+    off = torch.randn(3, 5, requires_grad=True)
+    selector_distance([Scored(off, origin, alive)], [importance]).backward()
+    assert (off.grad[alive == 0] == 0).all() and (off.grad[alive > 0] != 0).all()
     scores = torch.randn(3, 5, requires_grad=True)
     distance = selector_distance([Scored(scores, origin, torch.ones(3, 5))], [importance])
     target = importance.gather(1, origin)

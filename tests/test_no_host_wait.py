@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine import measured_rates
 from losses import Budgets, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
 from ops import rms_norm
@@ -126,6 +127,7 @@ def train(family: str, variant: dict) -> None:
         # no backward pass runs on faked devices
         teacher_result.importance = [torch.ones(3, 16, device="cuda")] * len(result.scored)
         loss, _ = objective(result, targets, teacher_result)
+        measured_rates(result)
         assert loss.requires_grad
 
 

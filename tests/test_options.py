@@ -124,6 +124,7 @@ def test_recorded_choices_are_defaults_that_flags_override():
             ["--selector-gradient inplace", "--token-strategy static", "learns no scores"],
         ),
         ("--method dyvm --model-path x --reduction merge", ["--merge-tokens", "11", "vim_small"]),
+        ("--method block --model-path x --merge-tokens 5", ["--merge-tokens", "--method block"]),
         ("--method dyvm --model-path x --merge-tokens 5", ["--merge-tokens", "--reduction prune"]),
         (
             "--method token --model-path x --reduction merge --merge-tokens 5 "
@@ -229,6 +230,20 @@ def test_flags_that_the_method_does_not_read_are_refused(method, flags):
     parse(f"--method {method} --model-path x")
 
 
+def test_another_reduction_at_evaluation():
+    """What the checkpoint records of its own is left out."""
+    recorded = {"data_set": "DIGITS", "model": "dyvm_vim_tiny", "method": "token"}
+    recorded |= {"model_kwargs": [], "token_keep_ratio": 0.5, "token_strategy": "distilled"}
+    args = parse("--eval --model-path x --reduction mtr", recorded)
+    assert (args.reduction, args.token_strategy, args.token_keep_ratio) == ("mtr", "learned", 0.5)
+    assert parse("--eval --model-path x", recorded).token_strategy == "distilled"
+    recorded |= {"token_strategy": "learned", "reduction": "merge", "merge_tokens": 5}
+    args = parse("--eval --model-path x --selector static --reduction prune+merge", recorded)
+    assert (args.reduction, args.token_strategy, args.merge_tokens) == (
+        "prune+merge", "static", None,
+    )  # fmt: skip
+
+
 def test_flags_that_the_default_method_does_not_read_are_refused():
     with pytest.raises(
         UsageError, match="--token-keep-ratio has no meaning with --method dense; .* dyvm or token$"
@@ -275,6 +290,11 @@ def test_a_folder_needs_its_data_set():
             "--eval --model-path x --dense-path y",
             DYNAMIC | {"model": "vim_tiny", "method": "dense"},
             ["--dense-path"],
+        ),
+        (
+            "--data-set SEG_FOLDER --data-path x --whole-images",
+            None,
+            ["--whole-images", "--data-set SEG_FOLDER"],
         ),
         ("--train-split nope", None, ["--train-split", "--data-set DIGITS", "wds/"]),
         (

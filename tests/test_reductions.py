@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers.reductions import SMALL, build
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from main import main
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
@@ -15,7 +16,13 @@ from models.flops import count_flops, sequence_lengths
 from models.layouts import MiddleClassToken, extract, insert
 from models.mixer import Observation
 from models.reduction import REDUCTIONS, TOKEN_STRATEGIES, make_reduction, merging, uniform_stages
-from models.reduction.merging import BipartiteMerging, StepGroups, average, nearest_kept
+from models.reduction.merging import (
+    BipartiteMerging,
+    StepGroups,
+    average,
+    nearest_chosen,
+    nearest_kept,
+)
 from models.tokens import Tokens
 
 WAYS = [
@@ -84,7 +91,8 @@ def test_bipartite_merging_is_that_of_plain_loops(patches, merged):
     tokens, layout, hidden, residual = sequence(patches)
     sizes = torch.randint(1, 5, (3, patches)).double()
     tokens.size = sizes
-    reduction = BipartiteMerging((0.5,), merged)
+    reduction = BipartiteMerging(merged)
+    reduction.token_keep = tuple(reduction.own_keep(patches, 1))
     after = reduction(0, tokens, Model(patches, layout), None)
     patches_after, class_token = extract(after.residual, after.class_slots)
     assert (class_token == 100).all() and after.class_slots == ((patches - merged) // 2,)
@@ -143,6 +151,42 @@ def test_nearest_kept_token(monkeypatch, table):
                     others, key=lambda other: cosine(features[image, slot], features[image, other])
                 )
             assert into[image, slot] == expected
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 13])
+def test_nearest_chosen_token(kept):
+    """A fixed number of chosen tokens: the same, from fewer similarities."""
+    torch.manual_seed(1)
+    features = torch.randn(4, 13, 6)
+    chosen = torch.stack([torch.randperm(13)[:kept].sort().values for _ in range(4)])
+    keep = torch.zeros(4, 13, dtype=torch.bool).scatter(1, chosen, True)
+    found = nearest_chosen(features, chosen)
+    if kept:
+        assert torch.equal(found, nearest_kept(features, keep))
+    assert torch.equal(found.gather(1, chosen), chosen)
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        make_reduction("prune+merge", "static"),
+        make_reduction("merge", merge_tokens=4),
+        make_reduction("mtr"),
+    ],
+    ids=["prune+merge", "merge", "mtr"],
+)
+def test_the_products_that_are_counted_are_those_that_run(reduction):
+    """PyTorch's own count of a stage's matrix products; MTR's steps are a mixer's."""
+    patches, left = 16, 12
+    tokens, layout, _, _ = sequence(patches)
+    reduction.token_keep = (left / patches,)
+    model = Model(patches, layout, torch.rand(3, patches + 1))
+    model.embed_dim = 5
+    model.layers[0].mixer.step_operations = lambda length: 0
+    with FlopCounterMode(display=False) as counter:
+        after = reduction(0, tokens, model, None)
+    assert after.origin.shape[1] == left
+    assert counter.get_total_flops() == 2 * 3 * reduction.operations(patches, left, model)
 
 
 def test_what_is_merged_is_neither_lost_nor_counted_twice():
@@ -235,6 +279,7 @@ def test_steps_are_those_of_the_scan():
     model = build(reduction="mtr", route_blocks=False).eval()
     layer, seen = model.layers[1], []
     layer.mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    layer.mixer.register_forward_hook(lambda module, *_: seen.append(module.observation.value))
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
         xz = layer.mixer.in_proj(seen[0])[..., :32].transpose(1, 2)
@@ -246,7 +291,8 @@ def test_steps_are_those_of_the_scan():
             u = F.silu(F.conv1d(F.pad(flip(xz), (3, 0)), conv.weight, conv.bias, groups=32))
             raw = F.linear(u.transpose(1, 2), x_proj.weight)[..., :1]
             total = total + flip(F.softplus(dt_proj(raw)).mean(-1))
-    torch.testing.assert_close(layer.mixer.observation.value, total, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[1], total, rtol=1e-4, atol=1e-6)
+    assert layer.mixer.observation.value is None, "read once"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +324,8 @@ def test_exact_operations_count_choosing_and_matching(way):
             costs += (entering // 2) * (entering - entering // 2) * 16
         if way.get("reduction") == "mtr":
             costs += merged * min(merged, leaving) * 16
-            costs += 2 * entering * 32 * (4 + 1 + 2 * 16 + 1)  # W, R + 2 N, R for each channel
+            # of all tokens and channels, in both directions: W, R + 2 N, R
+            costs += 2 * (entering + 1) * 32 * (4 + 1 + 2 * 16 + 1)
         if way.get("token_strategy") == "norm":
             costs += entering * 16
         entering = leaving
@@ -291,6 +338,7 @@ def test_exact_operations_count_choosing_and_matching(way):
         (dict(reduction="merge", merge_tokens=7), "stage 2 would merge 7 of 9 .* at most 4"),
         (dict(reduction="merge", merge_tokens=8), "more than the 16 patches"),
         (dict(reduction="merge"), "merge_tokens is how many"),
+        (dict(reduction="merge", merge_tokens=2, set_token_keep=0.5), "has no meaning with"),
         (dict(merge_tokens=3, pruning_layers=(2,)), "merge_tokens is how many"),
         (dict(reduction="pool", pruning_layers=(2,)), "prune, prune.merge, merge, mtr"),
         (
@@ -300,8 +348,10 @@ def test_exact_operations_count_choosing_and_matching(way):
     ],
 )
 def test_what_cannot_be_merged(way, words):
+    ratio = way.pop("set_token_keep", None)
     with pytest.raises(ValueError, match=words):
-        DynamicVisionMamba(FAMILIES["vim"], **SMALL, **way)
+        model = DynamicVisionMamba(FAMILIES["vim"], **SMALL, **way)
+        model.set_token_keep(ratio)
 
 
 def test_names():

@@ -1,8 +1,8 @@
 """What becomes of the patch tokens at a stage: one class per way.
 
-A reduction is called before each pruning layer. `selection` drops tokens: in training the paper's
-selector decides which ones go, keeps all slots and re-arranges them, kept tokens in front, dropped
-ones behind and masked; all others gather the tokens that stay, as at evaluation. `merging` averages
+A reduction is called before each pruning layer. `selection` drops tokens: selectors that decide
+freely in training (the paper's) keep all slots there, with dropped tokens masked, behind the kept
+ones or in place; all others gather the tokens that stay, as at evaluation. `merging` averages
 tokens. A reduction also reports how many stay, from which operations are counted.
 
 Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; other ways name theirs.
@@ -57,7 +57,7 @@ def make_reduction(
             raise ValueError(f"selector_gradient: reduction {reduction!r} selects nothing")
         if strategy != "learned":
             raise ValueError(f"token_strategy {strategy!r}: {reduction!r} selects nothing")
-        return BipartiteMerging((), merge_tokens) if reduction == "merge" else StepGroups()
+        return BipartiteMerging(merge_tokens) if reduction == "merge" else StepGroups()
     selector = SELECTORS[strategy]
     if issubclass(selector, LearnedScores):
         selection = selector((), scorer_input, selector_gradient == "inplace")

@@ -24,6 +24,7 @@ class Staged(Protocol):
     layers: nn.ModuleList
     layout: TokenLayout
     num_patches: int
+    embed_dim: int
     pruning_layers: tuple[int, ...]
     score_predictors: nn.ModuleList
 
@@ -50,6 +51,13 @@ class Reduction:
         """How many of `patches` original patches each stage keeps at evaluation."""
         return [int(ratio * patches) for ratio in self.token_keep]
 
+    def own_keep(self, patches: int, stages: int) -> list[float] | None:
+        """The fractions that follow from this reduction's own arguments, None if they are free.
+
+        Raises ValueError if there are not so many tokens.
+        """
+        return None
+
     def check_counts(self, patches: int) -> None:
         """Raise ValueError if a stage cannot leave as many tokens as it should."""
 
@@ -72,7 +80,8 @@ def mix(stage: int, tokens: Tokens, model: Staged) -> Tensor:
 
 def observed(stage: int, tokens: Tokens, model: Staged) -> Tensor:
     """What the layer before a stage measured of the patches [B, m], see `Reduction.observes`."""
-    values = model.layers[model.pruning_layers[stage] - 1].mixer.observation.value
+    observation = model.layers[model.pruning_layers[stage] - 1].mixer.observation
+    values, observation.value = observation.value, None
     return extract(values.unsqueeze(-1), tokens.class_slots)[0].squeeze(-1)
 
 

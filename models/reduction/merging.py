@@ -4,7 +4,6 @@ B images, M patches, m slots that enter a stage, L = m + n with the n class toke
 leave it, d width.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -37,11 +36,27 @@ def average(
     return replace(tokens, size=total), insert(means, class_tokens, tokens.class_slots)
 
 
-def nearest_kept(features: Tensor, keep: Tensor) -> Tensor:
-    """The most similar kept slot of each token [B, m], by the cosine; its own for a kept one.
+def nearest_chosen(features: Tensor, chosen: Tensor) -> Tensor:
+    """The most similar chosen slot of each token [B, m], by the cosine; its own for a chosen one.
 
-    features [B, m, d], keep [B, m] bool.
+    features [B, m, d]; chosen [B, k], ascending. Only similarities of others to chosen ones are
+    computed.
     """
+    batch, count, _ = features.shape
+    own = torch.arange(count, device=features.device).expand(batch, -1)
+    if not chosen.shape[1]:
+        return own
+    left_over = torch.ones_like(own).scatter_(1, chosen, 0)
+    others = left_over.argsort(dim=1, descending=True, stable=True)[:, : count - chosen.shape[1]]
+    normed = F.normalize(features.float(), dim=-1)
+    targets = take(normed, chosen).transpose(1, 2)
+    rows = max(1, LARGEST_TABLE // chosen.shape[1])
+    nearest = [(part @ targets).argmax(dim=-1) for part in take(normed, others).split(rows, dim=1)]
+    return own.scatter(1, others, take(chosen, torch.cat(nearest, dim=1)))
+
+
+def nearest_kept(features: Tensor, keep: Tensor) -> Tensor:
+    """The same for any number of kept slots, keep [B, m] bool."""
     batch, count, _ = features.shape
     own = torch.arange(count, device=features.device).expand(batch, -1)
     normed = F.normalize(features.float(), dim=-1)
@@ -83,16 +98,28 @@ class BipartiteMerging(Merging):
 
     name = "merge"
 
-    def __init__(self, token_keep: Sequence[float] = (), merge_tokens: int | None = None):
-        super().__init__(token_keep)
+    def __init__(self, merge_tokens: int):
+        super().__init__()
         self.merge_tokens = merge_tokens
 
     def kept_counts(self, patches: int) -> list[int]:
-        if self.merge_tokens is None:
-            return super().kept_counts(patches)
         return [patches - self.merge_tokens * (s + 1) for s in range(len(self.token_keep))]
 
+    def own_keep(self, patches: int, stages: int) -> list[float]:
+        left = [patches - self.merge_tokens * stage for stage in range(1, stages + 1)]
+        if left and left[-1] < 1:
+            raise ValueError(
+                f"merge_tokens {self.merge_tokens} at each of {stages} stages are more than the "
+                f"{patches} patches"
+            )
+        return [count / patches for count in left]
+
     def check_counts(self, patches: int) -> None:
+        if list(self.token_keep) != self.own_keep(patches, len(self.token_keep)):
+            raise ValueError(
+                f"token_keep {list(self.token_keep)} has no meaning with reduction 'merge', which "
+                f"merges {self.merge_tokens} tokens at each stage"
+            )
         entering = patches
         for stage, leaving in enumerate(self.kept_counts(patches), start=1):
             merged = entering - leaving
@@ -136,7 +163,8 @@ class StepGroups(Merging):
     def operations(self, entering: int, leaving: int, model: Staged) -> int:
         merged = entering - leaving
         matched = merged * min(merged, leaving) * model.embed_dim
-        return matched + model.layers[0].mixer.step_operations(entering)
+        length = entering + model.layout.num_tokens
+        return matched + model.layers[0].mixer.step_operations(length)
 
     def averaged(self, tokens: Tokens, mixed: Tensor, into: Tensor) -> tuple[Tokens, Tensor]:
         _, mixed = average(replace(tokens, size=None), mixed, into)

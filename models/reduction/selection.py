@@ -10,7 +10,7 @@ width. Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the other s
 theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from ..layouts import extract
 from ..pruning import best_in_order
 from ..tokens import Scored, Tokens, thaw
 from .base import Reduction, Staged, freeze, gather, mask_in_place, mix, observed, rearrange
-from .merging import average, nearest_kept
+from .merging import average, nearest_chosen, nearest_kept
 
 SCORER_INPUTS = ("hidden", "B", "delta")
 
@@ -62,24 +62,26 @@ class Selection(Reduction):
             decision = self.decide(stage, tokens, scores)
             if freezes:
                 return freeze(tokens, decision, model.layout, self.zeroes)
-            tokens, mixed, into = self._absorbed(tokens, mixed, decision > 0.5, model)
+            tokens, mixed, into = self._absorbed(tokens, mixed, decision > 0.5, nearest_kept)
             mask = mask_in_place if self.in_place else rearrange
             return mask(tokens, mixed, decision, model.layout, into=into)
         chosen = self.choose(stage, tokens, scores, model, images)
-        keep = torch.zeros_like(tokens.alive, dtype=torch.bool).scatter_(1, chosen, True)
-        tokens, mixed, into = self._absorbed(tokens, mixed, keep, model)
+        tokens, mixed, into = self._absorbed(tokens, mixed, chosen, nearest_chosen)
         return gather(tokens, mixed, chosen, model.layout, into)
 
     def _absorbed(
-        self, tokens: Tokens, mixed: Tensor, keep: Tensor, model: Staged
+        self,
+        tokens: Tokens,
+        mixed: Tensor,
+        stay: Tensor,
+        nearest: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tokens, Tensor, Tensor | None]:
-        """Tokens that are not kept [B, m] averaged into kept ones, if this selector absorbs."""
+        """Other tokens averaged into those that stay, as `nearest` names them, if it absorbs."""
         if not self.absorbs:
             return tokens, mixed, None
         patches, _ = extract(mixed, tokens.class_slots)
-        into = nearest_kept(patches.detach(), keep)
-        alive = tokens.alive.detach()
-        return *average(tokens, mixed, into, alive), into
+        into = nearest(patches.detach(), stay)
+        return *average(tokens, mixed, into, tokens.alive.detach()), into
 
     def score(
         self, stage: int, tokens: Tokens, mixed: Tensor, policy: Tensor, model: Staged
@@ -126,6 +128,14 @@ class LearnedScores(Selection):
                 f"scorer_input {scorer_input!r} must be one of {', '.join(SCORER_INPUTS)}"
             )
         self.scorer_input, self.in_place = scorer_input, in_place
+
+    def operations(self, entering: int, leaving: int, model: Staged) -> int:
+        """Also what the predictor reads, where that is computed for it alone."""
+        matching = super().operations(entering, leaving, model)
+        if self.scorer_input == "hidden":
+            return matching
+        length = entering + model.layout.num_tokens
+        return matching + model.layers[0].mixer.scan_inputs_operations(length)
 
     def score(self, stage, tokens, mixed, policy, model):
         predictor = model.score_predictors[stage]
@@ -181,7 +191,7 @@ class StaticTokens(Selection):
 
 
 class LargestNorm(Selection):
-    """Keeps the tokens of the largest norm: a baseline that costs nothing."""
+    """Keeps the tokens of the largest norm: a baseline without predictors."""
 
     name = "norm"
 
@@ -196,7 +206,8 @@ class LargestOutput(Selection):
     """Keeps the tokens with the largest sum over channels of the scans' output, clipped at 0.
 
     Source: ToP-ViM (arXiv 2409.18962), without its alignment of the states; here both directions
-    with their gates count.
+    with their gates count. All scores are 0 for an image whose scans are both off in that layer:
+    the choice is then arbitrary.
     """
 
     name = "top"
