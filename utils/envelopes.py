@@ -112,7 +112,9 @@ def opened(content: Any, source: str) -> dict[str, Any]:
         if content.get(name) is not None:
             found["ema"] = _average(content[name], found["model"], f"{source}, '{name}'")
             break
-    return _named(found, source)
+    found = _named(found, source)
+    # In the order of the file, so that what is saved again has the same bytes.
+    return {name: found[name] for name in dict.fromkeys([*content, *found]) if name in found}
 
 
 def _average(value: Any, model: Mapping[str, Any], source: str) -> dict[str, Any] | None:
