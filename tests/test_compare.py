@@ -328,7 +328,7 @@ def test_mistakes_that_the_files_show(flags, teacher, tmp_path, monkeypatch):
     large = ["--model-kwargs", "patch_size=28", "depth=6", "embed_dim=16", "d_state=4"]
     stages = "--reduction merge --pruning-layers 1 2 3 4"
     refused(
-        "method m: .*merge_tokens 1 before each of the layers .* more than the 4 patches",
+        "method m: .*merge_tokens 1 at each of 4 stages are more than the 4 patches",
         *("--methods", "--method", "m", stages, "--keep", 0.5),
         common=large,
     )
