@@ -14,8 +14,13 @@ from typing import Any
 from timm.optim import get_optimizer_info, list_optimizers
 
 from datasets import CLASSIFICATION, TIMM_PREFIXES, add_data_arguments, settle_data, task_of
-from models.options import add_model_arguments, settle_model
-from models.reduction import SELECTING
+from models.options import (
+    add_model_arguments,
+    check_reduction,
+    forget_other_reduction,
+    reduction_defaults,
+    settle_model,
+)
 from tasks import Task, task_named
 from utils.arguments import OneLineParser, below_one, not_negative, positive, ratio, whole
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
@@ -100,8 +105,6 @@ READ_IF = {
         "without --resume; give --resume auto, or --resume FILE",
     ),
 }
-# Flags of a reduction, of which a checkpoint's are left out where another one is asked for.
-OF_REDUCTION = ("reduction", "token_strategy", "merge_tokens", "selector_gradient", "scorer_input")
 MOST_BUDGETS = 100  # of one --sweep
 
 # Flags of DeiT, Vim and the release that have no counterpart of the same name here.
@@ -358,6 +361,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
     task = task_for(argv, recorded or {})
     parser = build_parser(task)
     parser.set_defaults(**task.defaults)
+    plain = reduction_defaults(parser)
     if recorded:
         parser.set_defaults(**recorded)
     args, unknown = parser.parse_known_args(argv)
@@ -378,7 +382,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             if same and f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, None)  # that of another data set
     if recorded:
-        _forget_other_reduction(argv, args, parser)
+        forget_other_reduction(argv, args, plain)
     settle_data(args)
     settle_model(args)
     _check_read(argv, args)
@@ -390,7 +394,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
 
 def _check(args: argparse.Namespace, task: Task) -> None:
     """Raise UsageError for combinations that cannot work."""
-    _check_reduction(args)
+    check_reduction(args)
     if args.sweep and not args.eval:
         raise UsageError(
             "--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget"
@@ -426,62 +430,6 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         raise UsageError(
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
-        )
-
-
-def _forget_other_reduction(
-    argv: Sequence[str], args: argparse.Namespace, parser: argparse.ArgumentParser
-) -> None:
-    """Leave out what a checkpoint records of its reduction if the flags ask for another one."""
-    given = {word.split("=")[0] for word in argv}
-    if given.isdisjoint({"--reduction", "--token-strategy", "--selector"}):
-        return
-    plain = argparse.ArgumentParser(add_help=False)
-    add_model_arguments(plain)
-    for flag in OF_REDUCTION:
-        names = next(a for a in parser._actions if a.dest == flag).option_strings
-        if given.isdisjoint(names):
-            setattr(args, flag, plain.get_default(flag))
-
-
-def _check_reduction(args: argparse.Namespace) -> None:
-    """Raise UsageError for ways to reduce tokens that do not go together."""
-    strategy, reduction = args.token_strategy, args.reduction
-    if args.method in ("dense", "block") and (strategy, args.scorer_input) != ("learned", "hidden"):
-        raise UsageError(
-            f"--token-strategy and --scorer-input have no meaning with --method {args.method}, "
-            "which keeps all tokens"
-        )
-    if reduction not in SELECTING and strategy != "learned":
-        raise UsageError(
-            f"--token-strategy {strategy} has no meaning with --reduction {reduction}, which "
-            "selects nothing; --reduction prune+merge merges what a strategy does not keep"
-        )
-    if strategy not in ("learned", "distilled") or reduction not in SELECTING:
-        what = (
-            f"--token-strategy {strategy}" if reduction in SELECTING else f"--reduction {reduction}"
-        )
-        for flag, value, default in (
-            ("--scorer-input", args.scorer_input, "hidden"),
-            ("--selector-gradient", args.selector_gradient, "paper"),
-        ):
-            if value != default:
-                raise UsageError(
-                    f"{flag} {value} has no meaning with {what}, which learns no scores"
-                )
-    if reduction == "merge" and args.method in ("dyvm", "token"):
-        if args.merge_tokens is None:
-            raise UsageError(
-                "--reduction merge needs --merge-tokens, how many each stage merges; R-MeeTo's: 5 "
-                "for vim_tiny, 11 for vim_small and vim_base"
-            )
-    elif args.merge_tokens is not None and args.method in ("dense", "block"):
-        raise UsageError(
-            f"--merge-tokens has no meaning with --method {args.method}, which keeps all tokens"
-        )
-    elif args.merge_tokens is not None:
-        raise UsageError(
-            f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"
         )
 
 

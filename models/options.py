@@ -1,14 +1,24 @@
 """Flags that say which model is built and how it is made dynamic."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from utils.arguments import below_one, key_value, not_negative, positive, ratio
 from utils.errors import UsageError
 
-from .reduction import REDUCTIONS, SCORER_INPUTS, SELECTOR_GRADIENTS, TOKEN_STRATEGIES
+from .reduction import REDUCTIONS, SCORER_INPUTS, SELECTING, SELECTOR_GRADIENTS, TOKEN_STRATEGIES
 from .registry import canonical_name, model_names
 
 METHODS = ("dense", "dyvm", "token", "block")
+# What a checkpoint records of its reduction, with the flags that set it.
+OF_REDUCTION = {
+    "reduction": ("--reduction",),
+    "token_strategy": ("--token-strategy", "--selector"),
+    "merge_tokens": ("--merge-tokens",),
+    "selector_gradient": ("--selector-gradient",),
+    "scorer_input": ("--scorer-input",),
+}
 
 
 def gate_threshold(text: str) -> float | str:
@@ -162,3 +172,62 @@ def settle_model(args: argparse.Namespace) -> None:
             f"--model {args.model} is dynamic; --method dense trains {name.removeprefix('dyvm_')}"
         )
     args.model = name if dynamic or args.method == "dense" else f"dyvm_{name}"
+
+
+def reduction_defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What the flags of a reduction are if they are not given."""
+    return {name: parser.get_default(name) for name in OF_REDUCTION}
+
+
+def forget_other_reduction(
+    argv: Sequence[str], args: argparse.Namespace, defaults: Mapping[str, Any]
+) -> None:
+    """Leave out what a checkpoint records of its reduction if the flags ask for another one."""
+    given = {word.split("=")[0] for word in argv}
+    asking = OF_REDUCTION["reduction"] + OF_REDUCTION["token_strategy"]
+    if given.isdisjoint(asking):
+        return
+    for name, flags in OF_REDUCTION.items():
+        if given.isdisjoint(flags):
+            setattr(args, name, defaults[name])
+
+
+def check_reduction(args: argparse.Namespace) -> None:
+    """Raise UsageError for ways to reduce tokens that do not go together."""
+    strategy, reduction = args.token_strategy, args.reduction
+    if args.method in ("dense", "block") and (strategy, args.scorer_input) != ("learned", "hidden"):
+        raise UsageError(
+            f"--token-strategy and --scorer-input have no meaning with --method {args.method}, "
+            "which keeps all tokens"
+        )
+    if reduction not in SELECTING and strategy != "learned":
+        raise UsageError(
+            f"--token-strategy {strategy} has no meaning with --reduction {reduction}, which "
+            "selects nothing; --reduction prune+merge merges what a strategy does not keep"
+        )
+    if strategy not in ("learned", "distilled") or reduction not in SELECTING:
+        what = (
+            f"--token-strategy {strategy}" if reduction in SELECTING else f"--reduction {reduction}"
+        )
+        for flag, value, default in (
+            ("--scorer-input", args.scorer_input, "hidden"),
+            ("--selector-gradient", args.selector_gradient, "paper"),
+        ):
+            if value != default:
+                raise UsageError(
+                    f"{flag} {value} has no meaning with {what}, which learns no scores"
+                )
+    if reduction == "merge" and args.method in ("dyvm", "token"):
+        if args.merge_tokens is None:
+            raise UsageError(
+                "--reduction merge needs --merge-tokens, how many each stage merges; R-MeeTo's: 5 "
+                "for vim_tiny, 11 for vim_small and vim_base"
+            )
+    elif args.merge_tokens is not None and args.method in ("dense", "block"):
+        raise UsageError(
+            f"--merge-tokens has no meaning with --method {args.method}, which keeps all tokens"
+        )
+    elif args.merge_tokens is not None:
+        raise UsageError(
+            f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"
+        )
