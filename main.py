@@ -21,16 +21,17 @@ from typing import Any
 
 import options
 from datasets import task_of
-from engine import Interrupted, Training, build_training, train_one_epoch, validate
+from engine import Interrupted, train_one_epoch, validate
 from evaluation.calibration import calibrate
 from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
 from loading.fingerprint import fingerprints
 from loading.loaders import worker_died
 from models import VisionMamba
-from models.build import STORED, recorded_arguments, restore, set_threshold
+from models.build import STAGE_KEEP, STORED, recorded_arguments, restore, set_threshold
 from models.weights import load_weights
 from tasks import Experiment, check_task, task_named, task_of_checkpoint
+from training import Training, build_training
 from utils import preemption, resume, run_folder
 from utils.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
 from utils.distributed import init_distributed
@@ -80,7 +81,7 @@ def train(experiment: Experiment) -> int:
         f" of {data.num_classes} classes" if data.num_classes else "",
         data.steps_per_epoch,
     )
-    while training.epoch < args.epochs:
+    while training.epoch < args.epochs and not gives_up(training, args.patience):
         after_step = functools.partial(saver.after_step, averages)
         try:
             finished = train_one_epoch(training, experiment, averages, after_step)
@@ -105,6 +106,19 @@ def train(experiment: Experiment) -> int:
     distributed.barrier()
     evaluate_best(training, experiment)
     return 0
+
+
+def gives_up(training: Training, patience: int | None) -> bool:
+    """Whether the best epoch is `--patience` epochs back."""
+    if not patience or training.best_epoch is None:
+        return False
+    since = training.epoch - 1 - training.best_epoch
+    if since >= patience:
+        _logger.info(
+            "--patience %d: no epoch since %d was better; the training ends after %d of them",
+            *(patience, training.best_epoch + 1, training.epoch),
+        )
+    return since >= patience
 
 
 def _leave(saver: resume.Saver) -> int:
@@ -148,7 +162,7 @@ def evaluate_epoch(
     value = values[decisive.key]
     best = decisive.improves(value, training.best)
     if best:
-        training.best = value
+        training.best, training.best_epoch = value, training.epoch
     _logger.info(
         "epoch %d/%d: loss %.4f, %s %s (best %s)",
         training.epoch + 1,
@@ -160,6 +174,7 @@ def evaluate_epoch(
     )
     return record | {
         f"best_{decisive.log_name}": training.best,
+        "best_epoch": training.best_epoch,
         "epoch": training.epoch,
         "n_parameters": sum(p.numel() for p in training.model.parameters()),
     }, best
@@ -173,6 +188,8 @@ def evaluate_best(training: Training, experiment: Experiment) -> None:
     if best.exists():
         source, weights = best, load_checkpoint(best)
         model.load_state_dict(weights["model"])
+        if training.keep_schedule is not None:
+            training.set_token_keep(weights[STAGE_KEEP])
         if ema is not None:
             ema.load_state_dict(weights["ema"])
     else:
@@ -222,7 +239,8 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         if experiment.is_main:
             save_calibrated(checkpoint, thresholds, model, experiment)
     if args.sweep:
-        trained = recorded_arguments(checkpoint).get("token_keep_ratio")
+        recorded = recorded_arguments(checkpoint)
+        trained = None if recorded.get(STAGE_KEEP) else recorded.get("token_keep_ratio")
         run_sweep(model, dense, trained, experiment)
         return
     report_evaluation(model, ema, dense, experiment, args.model_path)
@@ -256,8 +274,9 @@ def save_calibrated(
         budgets = {
             "block_keep_ratio": experiment.args.block_keep_ratio,
             "token_keep_ratio": experiment.args.token_keep_ratio,
+            STAGE_KEEP: experiment.args.stage_keep,
         }
-        content = checkpoint | {"args": checkpoint["args"] | budgets}
+        content = checkpoint | {"args": checkpoint["args"] | budgets, STAGE_KEEP: None}
     save_checkpoint(content | {STORED: thresholds}, experiment.output / CALIBRATED)
 
 

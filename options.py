@@ -21,6 +21,7 @@ from models.options import (
     reduction_defaults,
     settle_model,
 )
+from models.reduction import SELECTING
 from tasks import Task, task_named
 from utils.arguments import OneLineParser, below_one, not_negative, positive, ratio, whole
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
@@ -41,6 +42,9 @@ READ_BY = {
     "--distill-weight": ("dyvm", "token", "block"),
     "--reduction": ("dyvm", "token"),
     "--selector-gradient": ("dyvm", "token"),
+    "--stage-keep": ("dyvm", "token"),
+    "--keep-schedule": ("dyvm", "token"),
+    "--final-noise": ("dyvm", "token", "block"),
 }
 
 
@@ -59,6 +63,14 @@ def _is_taught(args: argparse.Namespace) -> bool:
     return args.token_strategy == "distilled"
 
 
+def _draws(args: argparse.Namespace) -> bool:
+    """Whether training decides with noise: gates, and selectors that are free to."""
+    if args.method in ("dyvm", "block"):
+        return True
+    free = args.token_strategy == "learned" or args.selector_gradient == "inplace"
+    return args.method == "token" and args.reduction in SELECTING and free
+
+
 _SPLITS = (
     "with --data-set {data_set}; only timm's readers (wds/..., hfds/..., tfds/...) have splits to "
     "choose"
@@ -74,6 +86,15 @@ READ_IF = {
         lambda args: args.reduction != "merge",
         "with --reduction merge; --merge-tokens says how many tokens each stage merges",
     ),
+    "--stage-keep": (
+        lambda args: args.reduction != "merge",
+        "with --reduction merge; --merge-tokens says how many tokens each stage merges",
+    ),
+    "--keep-schedule": (
+        lambda args: args.reduction != "merge",
+        "with --reduction merge, which merges as many tokens at each stage",
+    ),
+    "--final-noise": (_draws, "here: nothing is decided with noise"),
     "--sweep": (
         lambda args: args.reduction != "merge",
         "with --reduction merge, which does not read the token keep ratios that it varies",
@@ -215,6 +236,9 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive, default=30)
+    group.add_argument(
+        "--patience", type=positive, metavar="N", help="stop after N epochs without a better one"
+    )
     group.add_argument(
         "--lr", type=not_negative, help="at a batch of 512 (default: 1e-3 for dense, else 5e-5)"
     )
@@ -381,6 +405,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             same = getattr(args, name) == recorded.get(name)
             if same and f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, None)  # that of another data set
+    _settle_stage_keep(argv, args)
     if recorded:
         forget_other_reduction(argv, args, plain)
     settle_data(args)
@@ -431,6 +456,21 @@ def _check(args: argparse.Namespace, task: Task) -> None:
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
         )
+
+
+def _settle_stage_keep(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """--token-keep-ratio and --sweep take the place of the stages' own ratios in a checkpoint."""
+    given = {word.split("=")[0] for word in argv}
+    if "--stage-keep" in given:
+        if others := sorted(given & {"--token-keep-ratio", "--sweep"}):
+            raise UsageError(f"--stage-keep and {others[0]} both say what is left; give one")
+    elif "--token-keep-ratio" in given or args.sweep:
+        if args.sweep and args.stage_keep:
+            _logger.info(
+                "--sweep R: stage j keeps R^j; the checkpoint's own %s are not among these budgets",
+                ", ".join(f"{keep:.3g}" for keep in args.stage_keep),
+            )
+        args.stage_keep = None
 
 
 def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:

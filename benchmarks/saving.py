@@ -28,10 +28,11 @@ import torch
 
 import options
 from benchmarks import flags, records
-from engine import Training, accumulate_gradients, build_training, gradient_norm
+from engine import accumulate_gradients, gradient_norm
 from loading.data import Data
 from loading.loaders import Batch
 from tasks import Experiment
+from training import Training, build_training
 from utils import arguments, resume
 from utils.checkpoint import copy_to_host, is_intact, load_checkpoint
 from utils.distributed import Distributed

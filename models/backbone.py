@@ -246,6 +246,15 @@ class VisionMamba(TimmInterface, nn.Module):
         for layer in self.layers:
             layer.mixer.gate_threshold = logit
 
+    def set_noise(self, factor: float) -> None:
+        """Set the factor of the Gumbel noise in training's decisions and gates; 1 in the paper."""
+        if self.reduction.noise is None:
+            # A tensor: a compiled model would be compiled anew for each number.
+            self.reduction.noise = torch.ones((), device=self.pos_embed.device)
+            for layer in self.layers:
+                layer.mixer.noise = self.reduction.noise
+        self.reduction.noise.fill_(factor)
+
     @property
     def gate_threshold(self) -> float:
         return self.layers[0].mixer.gate_threshold

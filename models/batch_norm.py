@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`; in training with several processes its statistics are those of all images.
 
-    PyTorch's `nn.SyncBatchNorm`, into which engine.py converts it on GPUs, does not run on a CPU.
+    PyTorch's `nn.SyncBatchNorm`, into which training.py converts it on GPUs, does not run on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:

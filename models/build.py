@@ -26,6 +26,7 @@ IDENTITY = (
     "model_kwargs",
     "pruning_layers",
     "token_keep_ratio",
+    "stage_keep",
     "block_keep_ratio",
     "token_strategy",
     "scorer_input",
@@ -53,6 +54,7 @@ FLAG_OF = {
     "kwargs": "model_kwargs",
     "pruning_layers": "pruning_layers",
     "token_keep_ratio": "token_keep_ratio",
+    "stage_keep": "stage_keep",
     "token_strategy": "token_strategy",
     "scorer_input": "scorer_input",
     "reduction": "reduction",
@@ -79,6 +81,7 @@ FLAGGED = {
 }
 
 STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
+STAGE_KEEP = "stage_keep"  # in a checkpoint: what its stages learned to keep, as --stage-keep
 
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ class ModelSpec:
         kwargs: further arguments of the model, such as embed_dim.
         pruning_layers, img_size: None for the model's own.
         token_keep_ratio: stage j keeps its j-th power of the patches.
+        stage_keep: what each stage keeps of them, in place of that.
     """
 
     name: str
@@ -100,6 +104,7 @@ class ModelSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     pruning_layers: Sequence[int] | None = None
     token_keep_ratio: float = 0.7
+    stage_keep: Sequence[float] | None = None
     token_strategy: str = "learned"
     scorer_input: str = "hidden"
     reduction: str = "prune"
@@ -119,7 +124,7 @@ class ModelSpec:
         recorded = checkpoint.get("args")
         if not is_ours(recorded):
             raise UserError(f"{source} does not record which model it is of")
-        return cls._from_record(recorded)
+        return cls._from_record(recorded | _learned(checkpoint))
 
     @classmethod
     def _from_record(cls, record: Mapping[str, Any]) -> "ModelSpec":
@@ -147,7 +152,7 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
     if spec.dynamic:
         arguments |= dict(
             pruning_layers=spec.pruning_layers,
-            token_keep=spec.token_keep_ratio,
+            token_keep=spec.stage_keep or spec.token_keep_ratio,
             token_strategy=spec.token_strategy,
             scorer_input=spec.scorer_input,
             reduction=spec.reduction,
@@ -209,12 +214,18 @@ def recorded_arguments(
     if not is_ours(recorded):
         return {}
     defaults = {name: recorded[name] for name in (*IDENTITY, *of_task) if name in recorded}
+    defaults |= _learned(checkpoint)
     defaults.setdefault("bit_depth", 16)  # earlier versions kept the upper 8 of 16 bits
     defaults["model_kwargs"] = list(defaults.get("model_kwargs", {}).items())
     defaults["dense_path"] = _recorded_teacher(
         recorded.get("model_path"), checkpoint.get("teacher_sha256")
     )
     return defaults
+
+
+def _learned(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training has learned in place of a flag."""
+    return {STAGE_KEEP: checkpoint[STAGE_KEEP]} if checkpoint.get(STAGE_KEEP) else {}
 
 
 def _recorded_teacher(path: str | None, sha256: str | None) -> str | None:

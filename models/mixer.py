@@ -66,6 +66,7 @@ class BidirectionalMamba(nn.Module):
         self.block_head = Linear(2 * inner, 2) if router else None
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
+        self.noise: Tensor | None = None  # factor of the gates' noise in training, see `set_noise`
         self.router_mean = RouterMean()
         self.observation = Observation()
 
@@ -88,7 +89,7 @@ class BidirectionalMamba(nn.Module):
         """Gates [B, 2] (forward, backward) from the class tokens of xz, [B, n, 4d]."""
         logits = self.block_head(class_xz.mean(dim=1)).float()
         if self.training:
-            return sampling.binary_gate(logits, f"router.layer{self.layer_index}")
+            return sampling.binary_gate(logits, f"router.layer{self.layer_index}", self.noise)
         return (logits > self.gate_threshold).float()
 
     def forward(

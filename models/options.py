@@ -86,6 +86,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="stage j keeps R^j of the patches; at evaluation it overrides the trained budget",
     )
     group.add_argument(
+        "--stage-keep",
+        type=ratio,
+        nargs="+",
+        metavar="K",
+        help="fractions of the patches that are left after each stage, in place of "
+        "--token-keep-ratio",
+    )
+    group.add_argument(
+        "--keep-schedule",
+        choices=("fixed", "learned"),
+        default="fixed",
+        help="learned: the training shares the operations of --token-keep-ratio (or --stage-keep) "
+        "out among the stages anew, by trying; the checkpoint records what came of it",
+    )
+    group.add_argument(
         "--block-keep-ratio", type=ratio, default=0.8, metavar="R", help="target of the mean gate"
     )
     group.add_argument(
@@ -96,6 +111,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "keep a fixed number",
     )
     group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument(
+        "--final-noise",
+        type=not_negative,
+        default=1.0,
+        metavar="F",
+        help="factor of the Gumbel noise in selectors' decisions and gates at the end of the "
+        "training, down from 1 in a straight line (in the paper it stays 1)",
+    )
     group.add_argument("--distill-weight", type=not_negative, default=0.5)
     group.add_argument(
         "--token-strategy",

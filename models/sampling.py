@@ -43,20 +43,27 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def keep_decision(log_probs: Tensor, name: str) -> Tensor:
+def _scaled(noise: Tensor, factor: Tensor | None) -> Tensor:
+    return noise if factor is None else noise * factor
+
+
+def keep_decision(log_probs: Tensor, name: str, factor: Tensor | None = None) -> Tensor:
     """Hard Gumbel-softmax at temperature 1: log-probabilities (keep, drop) [B, M, 2] -> [B, M].
 
-    The result is 1 (keep) or 0.
+    The result is 1 (keep) or 0. factor: of the noise, a scalar; None for 1.
     """
-    noisy = log_probs.float() + gumbel_like(log_probs, name)
+    noisy = log_probs.float() + _scaled(gumbel_like(log_probs, name), factor)
     hard = (noisy[..., 0] >= noisy[..., 1]).float()
     return straight_through(hard, noisy.softmax(dim=-1)[..., 0])
 
 
-def binary_gate(logits: Tensor, name: str) -> Tensor:
-    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits -> gates 0 or 1 of the same shape."""
+def binary_gate(logits: Tensor, name: str, factor: Tensor | None = None) -> Tensor:
+    """Gumbel-sigmoid at temperature 2, hard at 0.5: logits -> gates 0 or 1 of the same shape.
+
+    factor: of the noise, a scalar; None for 1.
+    """
     noise = gumbel_like(logits, f"{name}.gumbels1") - gumbel_like(logits, f"{name}.gumbels2")
-    soft = torch.sigmoid((logits.float() + noise) / 2)
+    soft = torch.sigmoid((logits.float() + _scaled(noise, factor)) / 2)
     return straight_through((soft > 0.5).float(), soft)
 
 

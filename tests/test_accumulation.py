@@ -5,12 +5,13 @@ import torch
 
 import engine
 import options
-from engine import accumulate_gradients, build_training, train_one_epoch
+from engine import accumulate_gradients, train_one_epoch
 from loading.loaders import Batch
 from models import sampling
 from models.build import ModelSpec, build_model
 from tasks import Experiment
 from tests.helpers.flags import tiny
+from training import build_training
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Distributed
 from utils.logging import Averages

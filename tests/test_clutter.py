@@ -180,7 +180,7 @@ def test_a_selector_is_taught_and_measured(fashion, tmp_path, capsys):
 
 
 def test_a_distilled_selector_needs_a_teacher(monkeypatch):
-    import engine
+    import training
 
     model = SimpleNamespace(
         token_keep=(0.5,), reduction=SimpleNamespace(draws=False, taught=True), route_blocks=False
@@ -188,4 +188,4 @@ def test_a_distilled_selector_needs_a_teacher(monkeypatch):
     args = SimpleNamespace(token_pruning_weight=1.0, block_pruning_weight=1.0, block_keep_ratio=1)
     experiment = SimpleNamespace(args=args, task=None, spec=SimpleNamespace(dynamic=True))
     with pytest.raises(UsageError, match="distilled: a teacher says .* give --model-path"):
-        engine.build_objective(model, None, experiment)
+        training.build_objective(model, None, experiment)

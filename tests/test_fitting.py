@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_weights import dense, dynamic
 
-import engine
 from models import fitting
 from models.build import restore
 from models.clip_weights import load_images
 from models.segmentation import as_segmenter, make_head
 from models.segmentation_weights import load_backbone
 from models.weights import load_weights
+from training import Training
 from utils.errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
         load_backbone(segmenter(), {"model": dense(depth=4).state_dict() | broken()}, "w.pth")
     training = argparse.Namespace(model=dense(), ema=None)
     with pytest.raises(UserError, match="the run to resume, entry 'ema': 1 of its 58"):
-        engine.Training.load_state_dict(training, good | {"ema": checkpoint["model"]})
+        Training.load_state_dict(training, good | {"ema": checkpoint["model"]})
 
 
 def segmenter():

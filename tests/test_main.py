@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import datasets
-import engine
 import main
 from loading.arrays import digits
 from loading.images import fixed_part
@@ -20,6 +19,7 @@ from report import main as write_report
 from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
 from tasks.classification import check_classes
 from tests.helpers.flags import tiny
+from training import build_training, ema_decay
 from utils import preemption, resume
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
@@ -240,10 +240,10 @@ def test_bf16_trains(dense, tmp_path, few_validation_images):
 
 def test_the_average_of_a_short_run_forgets_the_initial_weights():
     for updates in (50, 660, 75_000):
-        assert engine.ema_decay(0.99996, updates) == 0.99996
-        assert 1e-3 < engine.ema_decay(None, updates) ** updates < 0.01
-    assert engine.ema_decay(None, 3) == 0
-    assert engine.ema_decay(None, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
+        assert ema_decay(0.99996, updates) == 0.99996
+        assert 1e-3 < ema_decay(None, updates) ** updates < 0.01
+    assert ema_decay(None, 3) == 0
+    assert ema_decay(None, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
 
 
 STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
@@ -504,7 +504,7 @@ def test_training_is_built_as_the_recipe_says(flags, criterion):
         ]
     )
     alone = Distributed(torch.device("cpu"))
-    training = engine.build_training(Experiment.prepare(args, alone))
+    training = build_training(Experiment.prepare(args, alone))
     assert type(training.objective.criterion.criterion).__name__ == criterion
     assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
     decay = {
@@ -519,7 +519,7 @@ def test_training_is_built_as_the_recipe_says(flags, criterion):
 
 def built(*flags):
     args = main.options.parse([*SMALL, *flags])
-    return engine.build_training(Experiment.prepare(args, Distributed(torch.device("cpu"))))
+    return build_training(Experiment.prepare(args, Distributed(torch.device("cpu"))))
 
 
 def test_betas_as_each_optimizer_takes_them(few_validation_images):

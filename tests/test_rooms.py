@@ -10,13 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports go down, from a higher floor to a lower one, or stay within a room.
 FLOORS = {
-    "programs": 7,
-    "evaluation": 6,
-    "engine": 5,
+    "programs": 8,
+    "evaluation": 7,
+    "engine": 6,
+    "training": 5,
     "options": 5,
     "tasks": 4,
     "datasets": 3,
     "losses": 3,
+    "schedules": 3,
     "drawing": 3,
     "models": 2,
     "loading": 1,

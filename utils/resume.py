@@ -38,6 +38,7 @@ HARMLESS = {
     "dense_path",
     "eval",
     "bad_images",
+    "patience",
     "calibrate",
     *OF_EVALUATION,
 }
@@ -142,6 +143,8 @@ def _unrecorded(name: str, flags: Mapping[str, Any]) -> Any:
         "selector_gradient": "paper",
         "selector_weight": 1.0,
         "importance_every": 1,
+        "keep_schedule": "fixed",
+        "final_noise": 1.0,
     }.get(name)
 
 

@@ -42,6 +42,7 @@ class Reduction:
     merges = False  # whether tokens become means of several
     freezes = False  # whether feature maps go on to show dropped patches, and so teach decisions
     zeroes = False  # as DyVM's release: dropped tokens become 0, with its gradients (see `freeze`)
+    noise: Tensor | None = None  # factor of the noise in training's decisions, see `set_noise`
     observes = ""  # what the layer before a stage measures of its tokens, see mixer.Observation
 
     def __init__(self, token_keep: Sequence[float] = ()):

@@ -150,7 +150,8 @@ class LearnedScores(Selection):
         return predictor(features, policy)
 
     def decide(self, stage, tokens, scores):
-        return sampling.keep_decision(scores, f"token.stage{stage}") * tokens.alive
+        noisy = sampling.keep_decision(scores, f"token.stage{stage}", self.noise)
+        return noisy * tokens.alive
 
 
 class DistilledScores(LearnedScores):
