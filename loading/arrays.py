@@ -26,7 +26,7 @@ def digits(_path: Path | None, split: str) -> ImageSet:
     if split == "train":
         chosen = np.setdiff1d(np.arange(len(labels)), chosen)
     names = [str(digit) for digit in np.unique(labels)]
-    return ArrayImages(pixels[chosen], labels[chosen], names, f"DIGITS {split}")
+    return ArrayImages(pixels[chosen], labels[chosen], names, f"DIGITS {split}", on_black=True)
 
 
 def fashion_mnist(path: Path | None, split: str) -> ImageSet:
@@ -38,7 +38,7 @@ def fashion_mnist(path: Path | None, split: str) -> ImageSet:
             f"FMNIST: images ({len(pixels)}) and labels ({len(labels)}) of {split} do not fit "
             "together"
         )
-    return ArrayImages(pixels, labels, FashionMNIST.classes, f"FMNIST {split}")
+    return ArrayImages(pixels, labels, FashionMNIST.classes, f"FMNIST {split}", on_black=True)
 
 
 def _read_idx(path: Path | None, name: str) -> np.ndarray:

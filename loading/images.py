@@ -224,17 +224,25 @@ class LabelledImages(ImageSet):
 
 
 class ArrayImages(LabelledImages):
-    """Images held in memory: `pixels` [N, H, W] or [N, H, W, 3], uint8."""
+    """Images held in memory: `pixels` [N, H, W] or [N, H, W, 3], uint8.
 
-    def __init__(self, pixels: np.ndarray, labels, classes: list[str], name: str):
+    on_black: they are [N, H, W] and show nothing but the object, before a black ground.
+    """
+
+    def __init__(
+        self, pixels: np.ndarray, labels, classes: list[str], name: str, on_black: bool = False
+    ):
         super().__init__(labels, classes)
-        self.pixels, self.name = pixels, name
+        self.pixels, self.name, self.knows_objects = pixels, name, on_black
 
     def load_image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def describe(self, index: int) -> str:
         return f"{self.name} image {index}"
+
+    def object_mass(self, index: int) -> np.ndarray:
+        return self.pixels[index]
 
 
 _JPEG = (b".jpg", b".JPG", b".jpeg", b".JPEG")

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The method from end to end on a CPU, on scikit-learn's digits: a dense teacher, a DyVM student trained from it, the
-# two side by side, the student at other budgets, and a report of it all.
+# two side by side, the student at other budgets, one whose tokens are chosen by what matters to the teacher, and a
+# report of it all.
 #
-#   bash scripts/demo.sh [flags of main.py for both trainings]
+#   bash scripts/demo.sh [flags of main.py for all trainings]
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,29 +31,37 @@ step() {
 PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
 SECONDS=0
 
-step "1/5 dense vim_micro, $EPOCHS_DENSE epochs"
+step "1/6 dense vim_micro, $EPOCHS_DENSE epochs"
 "$PYTHON" "$ROOT/main.py" --method dense --model vim_micro --epochs "$EPOCHS_DENSE" --lr "$LR_DENSE" \
   "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dense" "$@"
 
-step "2/5 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a stage, $BLOCK_KEEP_RATIO of the scans"
-"$PYTHON" "$ROOT/main.py" --method dyvm --model dyvm_vim_micro --model-path "$OUTPUT/dense/best_checkpoint.pth" \
-  --epochs "$EPOCHS_DYVM" --lr "$LR_DYVM" \
-  --token-keep-ratio "$TOKEN_KEEP_RATIO" --block-keep-ratio "$BLOCK_KEEP_RATIO" \
-  --token-pruning-weight 10 --block-pruning-weight 10 \
-  "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/dyvm" "$@"
+# A student named $1 with the further flags $2 ...
+student() {
+  "$PYTHON" "$ROOT/main.py" --method dyvm --model dyvm_vim_micro --model-path "$OUTPUT/dense/best_checkpoint.pth" \
+    --epochs "$EPOCHS_DYVM" --lr "$LR_DYVM" \
+    --token-keep-ratio "$TOKEN_KEEP_RATIO" --block-keep-ratio "$BLOCK_KEEP_RATIO" \
+    --token-pruning-weight 10 --block-pruning-weight 10 \
+    "${DIGITS_RECIPE[@]}" --output_dir "$OUTPUT/$1" "${@:2}"
+}
 
-step "3/5 budgets: the student at other token keep ratios"
+step "2/6 DyVM from it, $EPOCHS_DYVM epochs: $TOKEN_KEEP_RATIO of the tokens a stage, $BLOCK_KEEP_RATIO of the scans"
+student dyvm "$@"
+
+step "3/6 budgets: the student at other token keep ratios"
 "$PYTHON" "$ROOT/main.py" --eval --sweep 0.5:1.0:0.1 --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
   --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm" --throughput-seconds 4
 
-step "4/5 evaluation: dense against DyVM"
+step "4/6 evaluation: dense against DyVM"
 "$PYTHON" "$ROOT/main.py" --eval --model-path "$OUTPUT/dyvm/best_checkpoint.pth" \
   --dense-path "$OUTPUT/dense/best_checkpoint.pth" --output_dir "$OUTPUT/dyvm"
 
-step "5/5 report"
-"$PYTHON" "$ROOT/report.py" "$OUTPUT/dyvm"
+step "5/6 the same budgets, but the tokens are chosen by what matters to the teacher (docs/method.md)"
+student distilled --token-strategy distilled "$@"
+
+step "6/6 report"
+"$PYTHON" "$ROOT/report.py" "$OUTPUT/dyvm" "$OUTPUT/distilled" --output "$OUTPUT/report.html"
 
 step "the demo took $((SECONDS / 60)) min $((SECONDS % 60)) s"
-echo "report:  $OUTPUT/dyvm/report.html"
-echo "picture: $OUTPUT/dyvm/kept_patches.png"
-echo "curves:  $PYTHON -m tensorboard.main --logdir $OUTPUT"
+echo "report:   $OUTPUT/report.html"
+echo "pictures: $OUTPUT/dyvm/kept_patches.png, $OUTPUT/distilled/kept_patches.png"
+echo "curves:   $PYTHON -m tensorboard.main --logdir $OUTPUT"

@@ -62,7 +62,9 @@ def test_it_is_shown_whole_unless_asked_otherwise(fashion):
     args = options("--data-set", "CLUTTER", "--data-path", str(fashion))
     settle_data(args)
     data = build_data(args, 56)
-    assert data.val.knows_objects and not build_data(options(), 32).val.knows_objects
+    assert data.val.knows_objects
+    strokes = build_data(options(), 32).val
+    assert strokes.knows_objects and strokes.object_mass(7).shape == (8, 8)
     seen = next(data.val_batches()).images[0]
     image = np.asarray(data.val.load_image(0)).transpose(2, 0, 1) / 255
     mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -9,15 +9,17 @@ import torch
 from helpers.processes import launch
 
 STEP = """
-import argparse, sys
+import json, sys
 import torch
 from torch import nn
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
+from models.importance import with_importance
 from losses import Budgets, Distillation, Objective
 from tasks.classification import ClassificationTerms
 from utils.distributed import init_distributed
 
-dynamic, output = sys.argv[1] == "dyvm", sys.argv[2]
+way, output = json.loads(sys.argv[1]), sys.argv[2]
+dynamic = way is not None
 distributed = init_distributed("cpu")
 # Python's lock seldom changes hands: a gloo thread that still needs it at the end aborts.
 sys.setswitchinterval(10)
@@ -29,8 +31,11 @@ classify = ClassificationTerms(nn.CrossEntropyLoss())
 objective = Objective(classify)
 if dynamic:
     stages = dict(pruning_layers=(1, 3), token_keep=(0.7, 0.4))
-    model = DynamicVisionMamba(FAMILIES["vim"], **stages, **sizes)
-    objective = Objective(classify, Budgets(model.token_keep, 0.5), Distillation())
+    stages = {} if "merge_tokens" in way else stages
+    model = DynamicVisionMamba(FAMILIES["vim"], **stages, **sizes, **way)
+    keep = model.token_keep if model.reduction.draws else None
+    distillation = Distillation(tokens=not model.reduction.merges)
+    objective = Objective(classify, Budgets(keep, 0.5), distillation)
 images, targets = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
 noise = {f"token.stage{s}": torch.randn(8, 16, 2) for s in range(2)}
 noise |= {f"router.layer{i}.gumbels{k}": 8 * torch.randn(8, 2) for i in range(4) for k in (1, 2)}
@@ -40,12 +45,18 @@ noise = {name: value[share] for name, value in noise.items()}
 model.train()
 parallel = nn.parallel.DistributedDataParallel(model) if distributed.world_size > 1 else model
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-with torch.no_grad():
-    teacher_result = teacher(images[share]) if dynamic else None
+teacher_result = None
+if dynamic:
+    teacher.requires_grad_(False)
+    def answer(result):
+        return classify(result, targets[share])["cls"]
+    teacher_result = with_importance(teacher, images[share], answer, model.pruning_layers)
 with sampling.replay(noise):
     result = parallel(images[share])
 if dynamic:
-    assert 0 < result.gates.mean() < 1 and 0 < result.alive.mean() < 1
+    assert 0 < result.gates.mean() < 1
+    assert 0 < result.alive.mean() < 1 or 0 < result.alive.shape[1] < 16
+    assert bool(result.scored) == model.reduction.taught
 loss, _ = objective(result, targets[share], teacher_result)
 loss.backward()
 optimizer.step()
@@ -55,10 +66,22 @@ distributed.shutdown()
 """
 
 
-@pytest.mark.parametrize("method", ["dense", "dyvm"])
-def test_one_step_of_two_processes_is_that_of_one_on_the_joined_batch(method, tmp_path):
+WAYS = {
+    "dense": None,
+    "dyvm": {},
+    "inplace": dict(selector_gradient="inplace"),
+    "distilled": dict(token_strategy="distilled"),
+    "distilled+inplace+merge": dict(
+        token_strategy="distilled", selector_gradient="inplace", reduction="prune+merge"
+    ),
+    "merge": dict(reduction="merge", merge_tokens=3),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_one_step_of_two_processes_is_that_of_one_on_the_joined_batch(way, tmp_path):
     for processes in (1, 2):
-        launch(processes, ["-c", STEP, method, tmp_path / f"{processes}.pth"])
+        launch(processes, ["-c", STEP, json.dumps(way), tmp_path / f"{processes}.pth"])
     one, two = (
         torch.load(tmp_path / f"{processes}.pth", weights_only=True) for processes in (1, 2)
     )

@@ -129,7 +129,10 @@ def test_a_dyvm_run_reports_dense_and_dynamic(student):
         "keep",
         "gates",
         "gate_threshold",
+        "object",
     }
+    seen = report["dynamic"]["object"]
+    assert 0 < seen["mass"][-1] < 100 and 0 < seen["chance"] < 100
     assert report["dynamic"]["keep"] == [int(16 * 0.7**j) / 16 for j in (1, 2, 3)]
     assert (
         len(report["dynamic"]["gates"]) == 4

@@ -468,9 +468,14 @@ def test_demo(python, tmp_path):
         "scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path / "demo", EPOCHS_DENSE=5, EPOCHS_DYVM=3
     )
     assert result.returncode == 0, result.stderr
-    assert f"report:  {tmp_path}/demo/dyvm/report.html" in result.stdout
+    assert f"report:   {tmp_path}/demo/report.html" in result.stdout
     *calls, report = (tmp_path / "calls.log").read_text().splitlines()
-    dense, student, sweep, evaluation = map(flags_of, calls)
+    dense, student, sweep, evaluation, distilled = map(flags_of, calls)
+    different = {name: value for name, value in distilled.items() if student.get(name) != value}
+    assert different == {
+        "token-strategy": "distilled",
+        "output_dir": f"{tmp_path}/demo/distilled",
+    }
     assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "5")
     assert (student["method"], student["model"], student["epochs"]) == (
         "dyvm",
@@ -488,4 +493,5 @@ def test_demo(python, tmp_path):
         == f"{tmp_path}/demo/dyvm/best_checkpoint.pth"
     )
     assert sweep["sweep"] == "0.5:1.0:0.1"
-    assert f"report.py {tmp_path}/demo/dyvm " in report
+    folders = f"{tmp_path}/demo/dyvm {tmp_path}/demo/distilled"
+    assert f"report.py {folders} --output {tmp_path}/demo/report.html" in report

@@ -42,22 +42,33 @@ def test_merging_is_as_published(name, tmp_path):
     assert spec.pruning_layers is None, "every second layer"
 
 
-def test_the_comparison_on_clutter(python, tmp_path):
+@pytest.mark.parametrize("name", ["clutter", "fmnist", "fmnist-56", "digits"])
+def test_the_comparison(name, python, tmp_path):
     """A dense teacher, and compare.py from its checkpoint with equal flags."""
     given = {"SEEDS": "1 2", "KEEP": "0.4", "METHODS": "static distilled", "STEPS": 30}
     done = run(
-        "scripts/selection/clutter.sh", "--amp", "bf16",
-        PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=3, SMALLER="", **given,
+        "scripts/selection/compare.sh", name, "--amp", "bf16",
+        PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=3, SMALLER="depth=4;depth=3 d_state=2", **given,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     dense, comparison = (tmp_path / "calls.log").read_text().splitlines()
     teacher = options.parse(shlex.split(dense)[1:-1])  # without the stand-in's GOLDEN_DIR
     assert (teacher.method, teacher.epochs, teacher.resume) == ("dense", 3, "auto")
     args = compare.parse(shlex.split(comparison)[1:-1])
-    assert (args.seeds, args.keep, args.smaller) == ([1, 2], [0.4], [])
+    assert (args.seeds, args.keep) == ([1, 2], [0.4])
+    assert [smaller.changes for smaller in args.smaller] == [
+        {"depth": 4},
+        {"depth": 3, "d_state": 2},
+    ]
     assert args.trained == ["static", "distilled", "merge-early"]
     assert args.dense_path == f"{teacher.output_dir}/best_checkpoint.pth"
     student = compare.plan(args).shared
     assert (student.epoch_steps, student.amp, student.pruning_layers) == (30, "bf16", [2])
-    for name in ("data_set", "input_size", "model_kwargs", "batch_size", "hflip", "crop_padding"):
-        assert getattr(student, name) == getattr(teacher, name)
+    same = ("data_set", "input_size", "model_kwargs", "batch_size", "hflip", "crop_padding")
+    assert all(getattr(student, flag) == getattr(teacher, flag) for flag in same)
+
+
+def test_a_comparison_of_nothing_known(tmp_path):
+    done = run("scripts/selection/compare.sh", "imagenet")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("which comparison? ") and "not 'imagenet'" in done.stderr

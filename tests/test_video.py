@@ -88,6 +88,34 @@ def test_a_run_leaves_its_files(dense, dynamic):
     assert (dynamic / "decisions" / "sample1.gif").exists()
 
 
+@pytest.mark.parametrize(
+    "way, kept",
+    [
+        (["--token-strategy", "distilled"], [11, 7]),
+        (["--selector-gradient", "inplace"], [11, 7]),
+        (["--reduction", "mtr"], [11, 7]),
+        (["--reduction", "prune+merge", "--token-strategy", "distilled"], [11, 7]),
+        (["--reduction", "merge", "--merge-tokens", "3"], [13, 10]),
+        (["--stage-keep", "0.75", "0.25"], [12, 4]),
+    ],
+    ids=lambda value: "-".join(value[1::2]) if isinstance(value[0], str) else "",
+)
+def test_other_ways_to_reduce_the_tokens_of_clips(way, kept, videos, dense, tmp_path):
+    path = ["--model-path", str(dense / "best_checkpoint.pth")]
+    more = ["--method", "dyvm", "--pruning-layers", "1", "2", *path, *way]
+    assert main.main(flags(videos, *more, "--output_dir", str(tmp_path))) == 0
+    trained = report(tmp_path)["dynamic"]
+    assert [sum(stage) for stage in trained["kept_per_slot"]] == pytest.approx(kept)
+    assert (tmp_path / "decisions" / "sample1.gif").exists()
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert ("train_selector" in line) == ("distilled" in way) and line["train_loss"] > 0
+    evaluate = ["--eval", "--model-path", str(tmp_path / "best_checkpoint.pth"), "--device", "cpu"]
+    evaluate += ["--num-workers", "0", "--throughput-seconds", "0"]
+    assert main.main([*evaluate, "--output_dir", str(tmp_path / "again")]) == 0
+    again = report(tmp_path / "again")["dynamic"]
+    assert all(again[key] == trained[key] for key in ("top1", "loss", "kept_per_slot", "flops"))
+
+
 def test_views_are_merged_by_their_mean_probability(dynamic, tmp_path):
     """Two segments of three crops; a video counts once, its operations six times."""
     path = str(dynamic / "best_checkpoint.pth")
