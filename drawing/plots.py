@@ -7,7 +7,7 @@ import html
 import io
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +90,17 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
+
+
+def save_all(output: Path, name: str, draw: Callable[[str], Figure | None]) -> None:
+    """Write what `draw` makes of operations and of speed as NAME_flops.png and NAME_speed.png.
+
+    draw: "flops" or "images_per_s" -> a figure; None: there is nothing to show.
+    """
+    for axis, ending in (("flops", "flops"), ("images_per_s", "speed")):
+        figure = draw(axis)
+        if figure is not None:
+            save(figure, output / f"{name}_{ending}.png")
 
 
 @styled

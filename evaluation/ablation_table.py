@@ -6,10 +6,10 @@ from typing import Any
 
 from drawing import plots
 from evaluation.columns import EXACT, SPEED
-from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread
+from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
 from tasks import Measure, Task
 from utils.environment import describe_environment
-from utils.files import atomic_file, write_csv, write_json
+from utils.files import write_csv
 from utils.tables import text_table
 
 RECORD = "ablation.json"
@@ -108,23 +108,17 @@ def write(
 ) -> None:
     """Write `ablation.json`, `ablation.md`, CSV files of variants and runs, and the plots."""
     environment = describe_environment()
-    write_json(
-        output / RECORD,
-        {**about, "environment": environment, "rows": rows, "missing": failed, "speeds": speeds},
-    )
-    _write_variants(rows, task.best.key, output / "ablation.csv")
+    record = {**about, "environment": environment}
+    record |= {"rows": rows, "missing": failed, "speeds": speeds}
+    text = _document(rows, failed, about, environment, speeds, task.best)
+    write_results(output, "ablation", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "ablation_runs.csv")
-    with atomic_file(output / "ablation.md") as file:
-        text = _document(rows, failed, about, environment, speeds, task.best)
-        file.write(text.encode(errors="backslashreplace"))
-    for axis, name in (("flops", "ablation_flops.png"), ("images_per_s", "ablation_speed.png")):
-        figure = plots.variants(rows, axis, task.best)
-        if figure is not None:
-            plots.save(figure, output / name)
+    plots.save_all(output, "ablation", lambda axis: plots.variants(rows, axis, task.best))
 
 
-def _write_variants(rows: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
-    columns = {
+def _columns(key: str) -> dict[str, str]:
+    """Columns of the CSV file of the variants; key: that of the best measure."""
+    return {
         "variant": "name",
         "runs": "n",
         f"{key}_mean": key,
@@ -134,11 +128,6 @@ def _write_variants(rows: Sequence[Mapping[str, Any]], key: str, path: Path) -> 
         "patches_kept": "patches_kept",
         "scans_kept": "scans_kept",
     }
-    write_csv(
-        path,
-        list(columns),
-        (["" if row[name] is None else row[name] for name in columns.values()] for row in rows),
-    )
 
 
 def _write_runs(outcomes: Sequence[Outcome], task: Task, path: Path) -> None:

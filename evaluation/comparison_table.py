@@ -10,10 +10,10 @@ from drawing import plots
 from drawing.comparison import comparison
 from evaluation.budgets import TOLERANCE, Cell
 from evaluation.columns import EXACT, SPEED
-from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread
+from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
 from tasks import Measure, Task
 from utils.environment import describe_environment
-from utils.files import atomic_file, write_csv, write_json
+from utils.files import write_csv
 from utils.tables import text_table
 
 RECORD = "compare.json"
@@ -147,23 +147,17 @@ def write(
 ) -> None:
     """Write `compare.json`, `compare.md`, CSV files of the rows and of the runs, and the plots."""
     environment = describe_environment()
-    write_json(
-        output / RECORD,
-        {**about, "environment": environment, "rows": rows, "missing": failed, "speeds": speeds},
-    )
-    _write_rows(rows, task.best.key, output / "compare.csv")
+    record = {**about, "environment": environment}
+    record |= {"rows": rows, "missing": failed, "speeds": speeds}
+    text = _document(rows, failed, about, environment, speeds, task.best)
+    write_results(output, "compare", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "compare_runs.csv")
-    with atomic_file(output / "compare.md") as file:
-        text = _document(rows, failed, about, environment, speeds, task.best)
-        file.write(text.encode(errors="backslashreplace"))
-    for axis, name in (("flops", "compare_flops.png"), ("images_per_s", "compare_speed.png")):
-        figure = comparison(rows, axis, task.best)
-        if figure is not None:
-            plots.save(figure, output / name)
+    plots.save_all(output, "compare", lambda axis: comparison(rows, axis, task.best))
 
 
-def _write_rows(rows: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
-    columns = {
+def _columns(key: str) -> dict[str, str]:
+    """Columns of the CSV file of the rows; key: that of the best measure."""
+    return {
         "method": "name",
         "keep": "keep",
         "knob": "knob",
@@ -176,11 +170,6 @@ def _write_rows(rows: Sequence[Mapping[str, Any]], key: str, path: Path) -> None
         "kept_on_object_percent": "object_share",
         "object_kept_percent": "object_mass",
     }
-    write_csv(
-        path,
-        list(columns),
-        (["" if row[name] is None else row[name] for name in columns.values()] for row in rows),
-    )
 
 
 def _write_runs(outcomes: Sequence[Outcome], task: Task, path: Path) -> None:

@@ -29,7 +29,9 @@ METHODS = {
 UNTRAINED = "-untrained"  # after the name of a method that is evaluated without training
 
 # Flags that no method may have, and those that belong to a method; what replaces them.
-KNOBS = dict.fromkeys(("--token-keep-ratio", "--merge-tokens"), "--keep before the --")
+KNOBS = dict.fromkeys(
+    ("--token-keep-ratio", "--stage-keep", "--merge-tokens"), "--keep before the --"
+)
 REFUSED = SET_HERE | KNOBS | {"--method": "nothing: without routers operations are known before"}
 OF_METHODS = dict.fromkeys(
     ("--token-strategy", "--selector", "--reduction", "--selector-gradient", "--scorer-input"),

@@ -16,7 +16,7 @@ from tasks import Experiment
 from utils.checkpoint import BEST, load_checkpoint
 from utils.environment import device_name
 from utils.errors import UserError
-from utils.files import sha256_of
+from utils.files import atomic_file, sha256_of, write_csv, write_json
 
 DENSE = "dense"
 
@@ -158,3 +158,19 @@ def of_missing(failed: Mapping[str, str]) -> list[str]:
     if not failed:
         return []
     return ["Missing runs:", "", *(f"* {run}: {reason}" for run, reason in failed.items()), ""]
+
+
+def write_results(
+    output: Path, name: str, record: Mapping[str, Any], text: str, columns: Mapping[str, str]
+) -> None:
+    """Write a record with its `rows` as NAME.json, its document as NAME.md, the rows as NAME.csv.
+
+    columns: {header in the CSV file: key of a row}.
+    """
+    write_json(output / f"{name}.json", record)
+    with atomic_file(output / f"{name}.md") as file:
+        file.write(text.encode(errors="backslashreplace"))
+    cells = (
+        ["" if row[key] is None else row[key] for key in columns.values()] for row in record["rows"]
+    )
+    write_csv(output / f"{name}.csv", list(columns), cells)

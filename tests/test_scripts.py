@@ -472,10 +472,7 @@ def test_demo(python, tmp_path):
     *calls, report = (tmp_path / "calls.log").read_text().splitlines()
     dense, student, sweep, evaluation, distilled = map(flags_of, calls)
     different = {name: value for name, value in distilled.items() if student.get(name) != value}
-    assert different == {
-        "token-strategy": "distilled",
-        "output_dir": f"{tmp_path}/demo/distilled",
-    }
+    assert different == {"token-strategy": "distilled", "output_dir": f"{tmp_path}/demo/distilled"}
     assert (dense["method"], dense["model"], dense["epochs"]) == ("dense", "vim_micro", "5")
     assert (student["method"], student["model"], student["epochs"]) == (
         "dyvm",

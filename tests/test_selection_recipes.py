@@ -46,9 +46,10 @@ def test_merging_is_as_published(name, tmp_path):
 def test_the_comparison(name, python, tmp_path):
     """A dense teacher, and compare.py from its checkpoint with equal flags."""
     given = {"SEEDS": "1 2", "KEEP": "0.4", "METHODS": "static distilled", "STEPS": 30}
+    given |= {"SMALLER": "depth=4;depth=3 d_state=2"}
     done = run(
         "scripts/selection/compare.sh", name, "--amp", "bf16",
-        PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=3, SMALLER="depth=4;depth=3 d_state=2", **given,
+        PYTHON=python, OUTPUT=tmp_path / "runs", EPOCHS_DENSE=3, **given,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     dense, comparison = (tmp_path / "calls.log").read_text().splitlines()
