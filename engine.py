@@ -196,7 +196,8 @@ def _prepare(
     part = to_device(part, experiment.device)
     images, targets = part.images, part.targets
     if training.batch_transform is not None:
-        images, targets = training.batch_transform(images, targets)
+        # It works in place, and a batch may be looked at twice.
+        images, targets = training.batch_transform(images.clone(), targets)
     return images, targets
 
 

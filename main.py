@@ -115,7 +115,7 @@ def gives_up(training: Training, patience: int | None) -> bool:
     since = training.epoch - 1 - training.best_epoch
     if since >= patience:
         _logger.info(
-            "--patience %d: no epoch since %d was better; the training ends after %d of them",
+            "--patience %d: no epoch since %d was as good; the training ends after %d of them",
             *(patience, training.best_epoch + 1, training.epoch),
         )
     return since >= patience
@@ -189,7 +189,9 @@ def evaluate_best(training: Training, experiment: Experiment) -> None:
         source, weights = best, load_checkpoint(best)
         model.load_state_dict(weights["model"])
         if training.keep_schedule is not None:
-            training.set_token_keep(weights[STAGE_KEEP])
+            spec = experiment.spec
+            own = weights.get(STAGE_KEEP)  # None: of epochs before --resume-override
+            training.set_token_keep(own or spec.stage_keep or spec.token_keep_ratio)
         if ema is not None:
             ema.load_state_dict(weights["ema"])
     else:
@@ -209,7 +211,7 @@ def show_epoch(
     """TensorBoard: every number of the epoch's log line, and a picture of the patches kept."""
     epoch = record["epoch"]
     for name, value in record.items():
-        if name not in ("epoch", "n_parameters"):
+        if name not in ("epoch", "n_parameters", "best_epoch"):
             tensorboard.add_scalar(name, value, epoch)
     picture = draw_decisions(model, experiment)
     if picture is not None:
@@ -240,7 +242,14 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
             save_calibrated(checkpoint, thresholds, model, experiment)
     if args.sweep:
         recorded = recorded_arguments(checkpoint)
-        trained = None if recorded.get(STAGE_KEEP) else recorded.get("token_keep_ratio")
+        trained = recorded.get("token_keep_ratio")
+        if own := recorded.get(STAGE_KEEP):
+            trained = None
+            _logger.info(
+                "--sweep R: stage j keeps R^j; what the checkpoint's own stages keep, %s, is not "
+                "among these budgets",
+                ", ".join(f"{keep:.3g}" for keep in own),
+            )
         run_sweep(model, dense, trained, experiment)
         return
     report_evaluation(model, ema, dense, experiment, args.model_path)

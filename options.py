@@ -20,6 +20,7 @@ from models.options import (
     forget_other_reduction,
     reduction_defaults,
     settle_model,
+    settle_stage_keep,
 )
 from models.reduction import SELECTING
 from tasks import Task, task_named
@@ -237,7 +238,10 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive, default=30)
     group.add_argument(
-        "--patience", type=positive, metavar="N", help="stop after N epochs without a better one"
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="stop after N epochs of which none is at least as good as the best one before",
     )
     group.add_argument(
         "--lr", type=not_negative, help="at a batch of 512 (default: 1e-3 for dense, else 5e-5)"
@@ -405,7 +409,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             same = getattr(args, name) == recorded.get(name)
             if same and f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, None)  # that of another data set
-    _settle_stage_keep(argv, args)
+    settle_stage_keep(argv, args)
     if recorded:
         forget_other_reduction(argv, args, plain)
     settle_data(args)
@@ -456,21 +460,6 @@ def _check(args: argparse.Namespace, task: Task) -> None:
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
         )
-
-
-def _settle_stage_keep(argv: Sequence[str], args: argparse.Namespace) -> None:
-    """--token-keep-ratio and --sweep take the place of the stages' own ratios in a checkpoint."""
-    given = {word.split("=")[0] for word in argv}
-    if "--stage-keep" in given:
-        if others := sorted(given & {"--token-keep-ratio", "--sweep"}):
-            raise UsageError(f"--stage-keep and {others[0]} both say what is left; give one")
-    elif "--token-keep-ratio" in given or args.sweep:
-        if args.sweep and args.stage_keep:
-            _logger.info(
-                "--sweep R: stage j keeps R^j; the checkpoint's own %s are not among these budgets",
-                ", ".join(f"{keep:.3g}" for keep in args.stage_keep),
-            )
-        args.stage_keep = None
 
 
 def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:

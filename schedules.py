@@ -1,6 +1,6 @@
 """What a training changes besides the learning rate: how much each stage keeps, and the noise.
 
-S stages, M patches. Both are this project's own; in the paper they are fixed.
+In the paper both are fixed; changing them is this project's own. S stages, M patches.
 """
 
 import math
@@ -38,6 +38,16 @@ def fraction_of(count: int, patches: int) -> float:
     return millionths / 1e6
 
 
+def check_stages(model: VisionMamba) -> None:
+    """Raise UsageError for a model whose stages have nothing to share out."""
+    stages = len(model.pruning_layers)
+    if stages < 2:
+        raise UsageError(
+            "--keep-schedule learned shares operations out among stages, of which there is "
+            f"{stages}; give --pruning-layers at least two layers"
+        )
+
+
 class KeepSchedule:
     """Learns how much each stage keeps of its tokens, at fixed operations.
 
@@ -58,12 +68,7 @@ class KeepSchedule:
     """
 
     def __init__(self, model: VisionMamba, steps: int):
-        stages = len(model.pruning_layers)
-        if stages < 2:
-            raise UsageError(
-                f"--keep-schedule learned shares operations among stages, of which there is "
-                f"{stages}; give --pruning-layers at least two layers"
-            )
+        check_stages(model)
         self.model, self.budget = model, count_flops(model).exact
         self.first, last = round(BEGIN * steps), round(END * steps)
         self.interval = max(2, -(-(last - self.first) // MOST_TRIALS))
@@ -77,7 +82,8 @@ class KeepSchedule:
     def is_due(self, step: int) -> bool:
         """Whether there is a trial before this step of the training."""
         since = step - self.first
-        return since >= 0 and since % self.interval == 0 and not self.is_done
+        in_time = 0 <= since < self.trials * self.interval
+        return in_time and since % self.interval == 0 and not self.is_done
 
     @property
     def is_done(self) -> bool:
@@ -91,13 +97,11 @@ class KeepSchedule:
         """
         by_loss, by_cost = torch.zeros(2, len(self.logs), dtype=torch.float64)
         for stage in range(len(self.logs)):
-            both = self._around(stage)
-            span = (both[0] - both[1])[stage]
-            costs = [self._operations(logs) for logs in both]  # these set the model, too
-            losses = []
+            both, costs, losses = self._around(stage), [], []
             for logs in both:
-                self._set(logs)
+                costs.append(self._operations(logs))
                 losses.append(loss().double().cpu())
+            span = (both[0] - both[1])[stage]
             by_loss[stage] = (losses[0] - losses[1]) / span
             by_cost[stage] = (costs[0] - costs[1]) / span
         by_loss -= (by_loss @ by_cost) / (by_cost @ by_cost) * by_cost
@@ -129,6 +133,7 @@ class KeepSchedule:
         return keep
 
     def _operations(self, logs: Tensor) -> float:
+        """`exact` operations of an image, with the model set to keep what the logarithms say."""
         self._set(logs)
         return count_flops(self.model).exact
 

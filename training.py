@@ -47,14 +47,14 @@ class Training:
     best: float | None = None
     best_epoch: int | None = None
 
-    def set_token_keep(self, keep: Sequence[float]) -> None:
+    def set_token_keep(self, keep: float | Sequence[float]) -> None:
         """What each stage keeps from now on, in the average of the weights and in the loss too."""
         self.model.set_token_keep(keep)
         if self.ema is not None:
             self.ema.module.set_token_keep(keep)
         budgets = self.objective.budgets
         if budgets.token_keep is not None:
-            self.objective.budgets = replace(budgets, token_keep=keep)
+            self.objective.budgets = replace(budgets, token_keep=self.model.token_keep)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -83,8 +83,10 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.guard.in_a_row = state["skipped_in_a_row"]
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.best_epoch = state.get("best_epoch")
-        if self.keep_schedule is not None:
+        # Earlier versions did not record it; patience then counts from here.
+        latest = None if self.best is None else self.epoch - 1
+        self.best_epoch = state.get("best_epoch", latest)
+        if self.keep_schedule is not None and state.get("keep_schedule"):
             self.keep_schedule.load_state_dict(state["keep_schedule"])
             self.set_token_keep(state[STAGE_KEEP])
 
@@ -130,7 +132,7 @@ def build_training(experiment: Experiment) -> Training:
     if args.model_ema:
         ema = ModelEmaV3(model, decay=ema_decay(args.model_ema_decay, args.epochs * updates))
     stop = args.nonfinite == "stop"
-    learned = args.keep_schedule == "learned"
+    learned = args.keep_schedule == "learned" and args.method in ("dyvm", "token")
     return Training(
         model,
         parallel,

@@ -25,7 +25,7 @@ from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from models import Result, VisionMamba
 from models.build import ModelSpec, is_ours, recorded_arguments, restore
-from models.options import add_model_arguments, settle_model
+from models.options import add_model_arguments, settle_model, settle_stage_keep
 from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
@@ -166,6 +166,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     parser.set_defaults(**{name: value for name, value in own.items() if name not in args})
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
+    settle_stage_keep(argv, args)
     settle_model(args)
     task = task.of_run(args)
     count = task.num_classes(checkpoint, args.model_path)

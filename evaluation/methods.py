@@ -63,13 +63,18 @@ def plan(args: argparse.Namespace) -> Plan:
     parsed = {}
     untrained = args.training_free
     if untrained == []:
-        untrained = [m.name for m in wanted if not learns(parsed_of(args, where_of(m), m))]
+        untrained = [m.name for m in wanted if _needs_no_training(args, m)]
     for name in untrained or []:
         wanted.append(Method(name + UNTRAINED, tuple(args.flags_of[name]), training_free=True))
     check_unique("--method", [method.name for method in wanted])
     for method in wanted:
         parsed[method] = parsed_of(args, where_of(method), method)
         check_shared(where_of(method), parsed[method], shared, "methods")
+        if method.training_free and parsed[method].keep_schedule != "fixed":
+            raise UsageError(
+                f"--training-free {method.name.removesuffix(UNTRAINED)}: its schedule has to be "
+                "learned; leave it out"
+            )
         if method.training_free and learns(parsed[method]):
             raise UsageError(
                 f"--training-free {method.name.removesuffix(UNTRAINED)}: its predictors have to be "
@@ -97,6 +102,11 @@ def merges_pairs(method: Method) -> bool:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--reduction")
     return parser.parse_known_args(method.flags)[0].reduction == "merge"
+
+
+def _needs_no_training(args: argparse.Namespace, method: Method) -> bool:
+    parsed = parsed_of(args, where_of(method), method)
+    return not learns(parsed) and parsed.keep_schedule == "fixed"
 
 
 def learns(parsed: argparse.Namespace) -> bool:

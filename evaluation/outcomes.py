@@ -115,7 +115,10 @@ def measure_speeds(
     models = {DENSE: dense}
     for name, run in first.items():
         checkpoint, threshold = load_checkpoint(run.checkpoint), run.args.gate_threshold
-        model = experiment.model(ModelSpec.from_args(run.args))
+        spec = ModelSpec.from_args(run.args)
+        if run.conditions is None:  # its stages may have learned what they keep
+            spec = ModelSpec.from_checkpoint(checkpoint, str(run.checkpoint))
+        model = experiment.model(spec)
         models[name] = restore(model, checkpoint, str(run.checkpoint), threshold=threshold)
     images_per_s, _ = forward_speeds(models, experiment, seconds / 2 * len(models))
     return {"conditions": conditions, "images_per_s": images_per_s}

@@ -26,6 +26,7 @@ import options
 from evaluation.outcomes import DENSE, Outcome, PlannedRun
 from models.build import ModelSpec
 from models.weights import load_weights
+from schedules import check_stages
 from tasks import Experiment, Measure
 from utils import arguments, preemption
 from utils.checkpoint import BEST, load_checkpoint, load_newest
@@ -195,6 +196,8 @@ def check_fit(
         try:
             model = experiment.model(ModelSpec.from_args(run.args))
             load_weights(model, dense, dense_path, from_dense=True)
+            if run.args.keep_schedule == "learned" and run.args.method != "block":
+                check_stages(model)
         except UserError as error:
             raise type(error)(f"{what} {run.variant}: {error}") from None
 
@@ -227,7 +230,7 @@ def is_complete(run: PlannedRun, teacher_sha256: str, images: Mapping[str, str])
         return False
     checkpoint, path = newest
     recorded = checkpoint.get("args", {})
-    different = flag_differences(recorded, vars(run.args), HARMLESS - OF_EVALUATION)
+    different = flag_differences(recorded, vars(run.args), HARMLESS - OF_EVALUATION - {"patience"})
     if checkpoint.get("teacher_sha256") != (teacher_sha256 if run.args.model_path else None):
         different.append("another dense teacher")
     trained_on = checkpoint.get("images") or images  # earlier versions did not record them

@@ -122,9 +122,11 @@ def recipe(
 
 
 def updates(checkpoint: Mapping[str, Any]) -> int | None:
-    """Steps in which a checkpoint's training was to change the weights; None: not recorded."""
+    """Steps in which a checkpoint's training was to change the weights; None: not recorded, or it
+    may have ended before, by --patience.
+    """
     args, batches = checkpoint.get("args"), checkpoint.get("steps_per_epoch")
-    if not isinstance(args, Mapping) or "epochs" not in args or not batches:
+    if not isinstance(args, Mapping) or "epochs" not in args or not batches or args.get("patience"):
         return None
     return args["epochs"] * (batches // args.get("accum_steps", 1))
 

@@ -44,6 +44,10 @@ WITHOUT_EFFECT = {
     "gate_threshold",
     "block_keep_ratio",
     "token_keep_ratio",
+    "stage_keep",
+    "keep_schedule",
+    "final_noise",
+    "patience",
 }
 
 _logger = logging.getLogger(__name__)

@@ -70,7 +70,7 @@ FLAGGED = {
     "drop_path_rate": "--drop-path",
     "img_size": "--input-size",
     "pruning_layers": "--pruning-layers",
-    "token_keep": "--token-keep-ratio",
+    "token_keep": "--token-keep-ratio or --stage-keep",
     "token_strategy": "--token-strategy",
     "scorer_input": "--scorer-input",
     "reduction": "--reduction",

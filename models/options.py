@@ -254,3 +254,23 @@ def check_reduction(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"
         )
+
+
+def settle_stage_keep(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """--token-keep-ratio and other stages take the place of a checkpoint's --stage-keep.
+
+    Raises UsageError for flags that contradict each other, or the checkpoint.
+    """
+    given = {word.split("=")[0] for word in argv}
+    if "--stage-keep" in given:
+        if others := sorted(given & {"--token-keep-ratio", "--sweep"}):
+            raise UsageError(f"--stage-keep and {others[0]} both say what is left; give one")
+        return
+    if "--token-keep-ratio" in given:
+        args.stage_keep = None
+    elif args.stage_keep and "--pruning-layers" in given:
+        if len(args.stage_keep) != len(args.pruning_layers):
+            raise UsageError(
+                f"--pruning-layers: the checkpoint's {len(args.stage_keep)} stages have ratios of "
+                "their own; say what others keep by --stage-keep or --token-keep-ratio"
+            )

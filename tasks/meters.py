@@ -62,7 +62,8 @@ class ReductionMeter:
         }
 
 
-LEAST_OF_OBJECT = 0.01  # a patch with less of the object's mass is not on it
+LEAST_OF_OBJECT = 0.49  # of the object's mass for each patch: one with less is not on it
+FINEST = 64  # pixels of a side that are enough to cut out what a model sees
 
 Region = tuple[float, float, float, float]
 
@@ -93,7 +94,7 @@ class ObjectMeter:
     def update(self, batch: Batch, result: Result) -> None:
         mass = torch.stack([self._of_patches(index) for index in batch.indices.tolist()])
         mass = mass.to(self.totals.device)
-        on_object = (mass >= LEAST_OF_OBJECT).double()
+        on_object = (mass >= LEAST_OF_OBJECT / mass.shape[1]).double()
         sums = [torch.ones_like(mass).sum(), on_object.sum()]
         for kept in result.kept:
             chosen = on_object.gather(1, kept)
@@ -104,7 +105,9 @@ class ObjectMeter:
     def _of_patches(self, index: int) -> Tensor:
         """Each patch's share [M] of the object's mass, float64."""
         mass = torch.as_tensor(self.images.object_mass(index), dtype=torch.float64)
-        left, top, right, bottom = map(round, self.region(mass.shape[::-1]))
+        times = -(-FINEST // min(mass.shape))
+        left, top, right, bottom = (round(times * x) for x in self.region(mass.shape[::-1]))
+        mass = mass.repeat_interleave(times, 0).repeat_interleave(times, 1)
         patches = F.adaptive_avg_pool2d(mass[None, top:bottom, left:right], self.grid).flatten()
         return patches / patches.sum().clamp_min(torch.finfo(torch.float64).tiny)
 

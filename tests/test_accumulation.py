@@ -129,3 +129,15 @@ def test_layer_decay_halves_the_learning_rate_from_layer_to_layer(training):
     head = lr[id(model.head.weight)]
     assert head == averages.means()["lr"] > 0  # what the log says is the undecayed one
     assert layers == [{head * 0.5**k} for k in (4, 3, 2, 1)]
+
+
+def test_a_batch_can_be_looked_at_twice(training):
+    """Mixup works in place; a trial of a schedule and the statistics of a joined batch come before
+    the pass that teaches.
+    """
+    experiment, run = training("dense", "--mixup", "0.8", "--cutmix", "1")
+    images = torch.randn(8, 3, 16, 16)
+    part, before = Batch(images, torch.arange(8) % 10, torch.arange(8)), images.clone()
+    one, other = (engine._prepare(run, part, 0, experiment) for _ in range(2))
+    assert torch.equal(images, before) and not torch.equal(one[0], before)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -118,9 +118,9 @@ class Known:
         return mass
 
 
-def measured(kept, region=(0, 0, 40, 40)):
-    model = SimpleNamespace(patch_embed=SimpleNamespace(grid=(2, 2)), pruning_layers=(1, 3))
-    meter = ObjectMeter(model, Known(), lambda size: region, torch.device("cpu"))
+def measured(kept, region=(0, 0, 40, 40), grid=(2, 2), images=None):
+    model = SimpleNamespace(patch_embed=SimpleNamespace(grid=grid), pruning_layers=(1, 3))
+    meter = ObjectMeter(model, images or Known(), lambda size: region, torch.device("cpu"))
     for index, stages in enumerate(kept):
         batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.tensor([index]))
         meter.update(batch, SimpleNamespace(kept=[torch.tensor([stage]) for stage in stages]))
@@ -138,6 +138,26 @@ def test_the_object_is_measured_in_what_the_model_sees():
     """A crop whose four patches all lie on the second object."""
     found = measured([[[0], [0]], [[3], [3]]], region=(0, 0, 20, 20))
     assert found["chance"] == 100 and found["mass"] == pytest.approx([25, 25])
+
+
+def test_an_object_is_one_for_small_patches_too():
+    """Each of them has little of its mass."""
+    kept = [[[0], [0]], [[1], [1]]]
+    for grid in ((4, 4), (20, 20), (40, 40)):
+        assert measured(kept, grid=grid)["chance"] == pytest.approx(100 * 3 / 8)
+
+
+def test_a_region_may_end_within_a_pixel():
+    """8 pixels, of which 7.45 are seen: the last row and column count."""
+
+    class Corner:
+        def object_mass(self, index):
+            mass = np.zeros((8, 8), np.uint8)
+            mass[7, 7] = 200
+            return mass
+
+    found = measured([[[3], [3]]], (0.44, 0.44, 7.45, 7.45), images=Corner())
+    assert found["mass"] == [100, 100] and found["chance"] == 25
 
 
 def test_a_part_of_the_set_knows_its_objects():

@@ -94,6 +94,9 @@ def test_pairs_are_merged_before_every_second_layer():
 def test_what_can_be_had_without_training():
     plan = compare.plan(parsed("--methods", "static", "paper", "merge", "--training-free"))
     free = [method.name for method in plan.methods if method.training_free]
+    learning = ["--method", "a", "--token-strategy static --keep-schedule learned"]
+    some = compare.plan(parsed("--methods", "static", *learning, "--training-free"))
+    assert [method.name for method in some.methods] == ["static", "a", "static-untrained"]
     assert free == ["static-untrained", "merge-untrained"]
     alone = compare.plan(parsed("--methods", "--training-free", "norm"))
     assert [method.name for method in alone.methods] == ["norm-untrained"]
@@ -275,6 +278,12 @@ def test_an_evaluation_stands_under_its_own_conditions(done, tmp_path):
         ("--method a '--seed 1'", "", "method a: --seed is set by compare.py; use --seeds"),
         ("--method a '--token-keep-ratio 0.5'", "", "method a: --token-keep-ratio is set"),
         ("--method a '--merge-tokens 900'", "", "method a: --merge-tokens is set by"),
+        ("--method a '--stage-keep 0.5'", "", "method a: --stage-keep is set by"),
+        (
+            "--method a '--token-strategy static --keep-schedule learned' --training-free a",
+            "",
+            "--training-free a: its schedule has to be learned",
+        ),
         ("--method a '--method dyvm'", "", "method a: --method is set by compare.py"),
         ("--method a '--data-set CIFAR10'", "", "method a: --data-set must be the same for all"),
         ("--method static-untrained '' --training-free static", "", "is given twice"),
@@ -319,6 +328,8 @@ def test_mistakes_that_the_files_show(flags, teacher, tmp_path, monkeypatch):
 
     only = "--methods", "static"
     refused("none.pth", *only, dense=tmp_path / "none.pth", kind=UserError)
+    learned = "--method", "a", "--token-strategy static --keep-schedule learned"
+    refused("method a/keep0.7: --keep-schedule learned .* there is 1", *only, *learned)
     other = ["--model-kwargs", "patch_size=8", "depth=6"]
     refused("method static/keep0.7: .* does not fit", *only, common=other, kind=UserError)
     refused("--keep 0.01 leaves none of the 49 patches", *only, "--keep", 0.01)

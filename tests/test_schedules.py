@@ -11,12 +11,19 @@ from helpers.processes import launch
 from helpers.reductions import build
 
 import main
+import options
+import predict
+from evaluation import outcomes
+from evaluation.inference import build_parser, load_predictor
+from evaluation.outcomes import PlannedRun
+from models.build import recorded_arguments
 from models.flops import count_flops
 from models.sampling import binary_gate, keep_decision
-from predict import main as predict
 from schedules import KeepSchedule, fraction_of, noise_factor
+from tasks import Experiment
 from utils import preemption
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import Distributed
 from utils.errors import UsageError
 
 SMALL = tiny("--throughput-seconds", "0", epochs=2)
@@ -153,10 +160,10 @@ def test_the_checkpoint_records_what_was_learned(learned, dense, tmp_path, capsy
     )
     point = json.loads((tmp_path / "sweep.json").read_text())["points"][0]
     assert not point["trained"] and point["keep"] == [9 / 16, 5 / 16, 3 / 16]
-    assert "are not among these budgets" in "".join(capsys.readouterr())
+    assert "is not among these budgets" in "".join(capsys.readouterr())
 
     picture = str(tmp_path / "decisions" / "sample1.png")
-    predict(["--model-path", str(learned), "--device", "cpu", picture])
+    predict.main(["--model-path", str(learned), "--device", "cpu", picture])
     assert "sample1.png" in capsys.readouterr().out
 
 
@@ -236,7 +243,7 @@ def test_patience(dense, tmp_path, monkeypatch, capsys):
     train(tmp_path, dense, *flags, "--epochs", "9")
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["best_epoch"] for line in lines] == [0, 1, 1, 1]
-    assert "--patience 2: no epoch since 2 was better; the training ends after 4" in "".join(
+    assert "--patience 2: no epoch since 2 was as good; the training ends after 4" in "".join(
         capsys.readouterr()
     )
     assert load_checkpoint(tmp_path / "best_checkpoint.pth")["best_epoch"] == 1
@@ -279,3 +286,79 @@ def test_flags_that_cannot_work(flags, words, dense, tmp_path):
     with pytest.raises(UsageError, match=words.replace("[", r"\[")):
         main.main([*SMALL, "--output_dir", str(tmp_path / "new"), *given])
     assert not (tmp_path / "new" / "checkpoint.pth").exists()
+
+
+def test_its_speed_is_that_of_what_was_learned(learned, dense, monkeypatch):
+    args = options.parse([*SMALL, *LEARNED, "--model-path", str(dense)])
+    run = PlannedRun("learned", 0, learned.parent, [], args)
+    timed = {}
+
+    def speeds(models, *_):
+        timed.update({name: model.kept_counts() for name, model in models.items()})
+        return dict.fromkeys(models, 1.0), None
+
+    monkeypatch.setattr(outcomes, "forward_speeds", speeds)
+    alone = Distributed(torch.device("cpu"))
+    experiment = Experiment.prepare(args, alone)
+    record = learned.parent / "none.json"
+    outcomes.measure_speeds([outcomes.Outcome.read(run)], str(dense), experiment, 1.0, record)
+    kept = read(learned.parent)["dynamic"]["keep"]
+    assert timed["learned"] == [round(16 * share) for share in kept]
+
+
+def test_other_programs_show_what_was_learned_or_is_asked_for(learned, capsys):
+    def kept(*flags):
+        given = ["--model-path", str(learned), "--device", "cpu", *flags]
+        return load_predictor(build_parser("predict.py", ""), given).model.kept_counts()
+
+    own = [round(16 * share) for share in load_checkpoint(learned)["stage_keep"]]
+    assert kept() == own
+    assert kept("--token-keep-ratio", "0.5") == [8, 4, 2]
+    assert kept("--stage-keep", "1", "0.5", "0.25") == [16, 8, 4]
+    with pytest.raises(UsageError, match="the checkpoint's 3 stages have ratios of their own"):
+        kept("--pruning-layers", "1", "2")
+
+
+def test_a_sweep_leaves_the_schedule_to_what_is_written_beside_it(learned):
+    checkpoint = load_checkpoint(learned)
+    words = ["--eval", "--model-path", str(learned), "--sweep", "0.5"]
+    assert (
+        options.parse(words, recorded_arguments(checkpoint)).stage_keep
+        == (checkpoint["stage_keep"])
+    )
+
+
+def test_a_learned_schedule_after_another_one(dense, tmp_path, capsys):
+    """--resume-override from a run of fixed ratios, also one whose best epoch stays the best."""
+    fixed = [flag for flag in LEARNED if flag not in ("--keep-schedule", "learned")]
+    best = train(tmp_path, dense, *fixed, "--epochs", "1")
+    content = load_checkpoint(best)
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        saved = load_checkpoint(tmp_path / name) | {"best": 101.0}
+        save_checkpoint(saved, tmp_path / name)
+    train(tmp_path, dense, *LEARNED, "--epochs", "4", "--resume", "auto", "--resume-override")
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["stage_keep"] is not None
+    assert read(tmp_path)["dynamic"]["keep"] == [9 / 16, 5 / 16, 3 / 16], "of the best epoch"
+    assert content["stage_keep"] is None and content["keep_schedule"] is None
+
+
+def test_runs_of_earlier_versions_go_on(dense, tmp_path):
+    """They do not record which epoch was the best."""
+    flags = ["--method", "dense", "--patience", "1"]
+    train(tmp_path, dense, *flags, "--epochs", "1")
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        saved = load_checkpoint(tmp_path / name) | {"best": 101.0}
+        del saved["best_epoch"], saved["stage_keep"], saved["keep_schedule"]
+        for flag in ("patience", "stage_keep", "keep_schedule", "final_noise"):
+            del saved["args"][flag]
+        save_checkpoint(saved, tmp_path / name)
+    train(tmp_path, dense, *flags, "--epochs", "4", "--resume", "auto", "--resume-override")
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["best_epoch"] for line in lines] == [0, 0], "one more, and none is as good"
+
+
+def test_a_method_without_stages_learns_no_schedule(dense, tmp_path):
+    """The last --method counts, as in recipes and ablations."""
+    flags = ["--method", "dyvm", *STAGES, "--keep-schedule", "learned", "--method", "block"]
+    train(tmp_path, dense, *flags, "--epochs", "1")
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["stage_keep"] is None

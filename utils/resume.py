@@ -20,7 +20,7 @@ from .run_folder import NONFINITE
 
 # Flags that do not alter a training, but the evaluation of its checkpoint.
 OF_EVALUATION = {"eval_segments", "eval_crops", "gate_threshold"}
-# Flags about where, how fast and how long; they do not alter the final weights of a run.
+# Flags about where, how fast and how long; they do not alter what a step does to the weights.
 HARMLESS = {
     "output_dir",
     "device",
