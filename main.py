@@ -38,7 +38,14 @@ from utils.distributed import init_distributed
 from utils.environment import describe_environment
 from utils.errors import UsageError
 from utils.files import prepare_output_dir, write_json
-from utils.logging import Averages, EpochLog, setup_logging, tensorboard_writer, write_args
+from utils.logging import (
+    NOT_PLOTTED,
+    Averages,
+    EpochLog,
+    setup_logging,
+    tensorboard_writer,
+    write_args,
+)
 from utils.nonfinite import NonFiniteError
 from utils.program import run_main
 from utils.run_folder import CALIBRATED
@@ -211,7 +218,7 @@ def show_epoch(
     """TensorBoard: every number of the epoch's log line, and a picture of the patches kept."""
     epoch = record["epoch"]
     for name, value in record.items():
-        if name not in ("epoch", "n_parameters", "best_epoch"):
+        if name not in NOT_PLOTTED:
             tensorboard.add_scalar(name, value, epoch)
     picture = draw_decisions(model, experiment)
     if picture is not None:

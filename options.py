@@ -66,10 +66,10 @@ def _is_taught(args: argparse.Namespace) -> bool:
 
 def _draws(args: argparse.Namespace) -> bool:
     """Whether training decides with noise: gates, and selectors that are free to."""
-    if args.method in ("dyvm", "block"):
-        return True
+    if args.method != "token":
+        return True  # gates are; READ_BY refuses it for dense models
     free = args.token_strategy == "learned" or args.selector_gradient == "inplace"
-    return args.method == "token" and args.reduction in SELECTING and free
+    return args.reduction in SELECTING and free
 
 
 _SPLITS = (

@@ -40,12 +40,12 @@ from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
 from utils.arguments import OneLineParser
 from utils.files import atomic_file, read_csv
+from utils.logging import NOT_PLOTTED
 from utils.program import run_main
 
 PICTURE_WIDTH = 1600  # pixels; wider pictures are reduced
 PNG_BYTES = 300_000  # pictures that take more as PNG are photographs, and become JPEG
 GIF_BYTES = 2_000_000  # larger animations are not embedded
-NOT_PLOTTED = ("epoch", "n_parameters", "best_epoch")
 
 
 def argument_rows(runs: list[RunFolder]) -> list[dict[str, Any]]:

@@ -163,7 +163,11 @@ def test_tensorboard_has_the_names_of_the_log_and_the_picture(student):
 
     events = EventAccumulator(str(student))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == log(student)[0].keys() - {"epoch", "n_parameters"}
+    assert set(events.Tags()["scalars"]) == log(student)[0].keys() - {
+        "epoch",
+        "n_parameters",
+        "best_epoch",
+    }
     assert events.Tags()["images"] == ["kept_patches"]
     assert [event.value for event in events.Scalars("test_acc1")] == pytest.approx(
         [line["test_acc1"] for line in log(student)]

@@ -177,6 +177,7 @@ GIVEN = {
     "--gate-threshold": 0.5,
     "--reduction": "mtr",
     "--selector-gradient": "paper",
+    "--keep-schedule": "fixed",
 }  # where 1 is no value of the flag
 
 
@@ -195,6 +196,9 @@ GIVEN = {
                 "--gate-threshold",
                 "--reduction",
                 "--selector-gradient",
+                "--stage-keep",
+                "--keep-schedule",
+                "--final-noise",
             ],
         ),
         ("token", ["--block-keep-ratio", "--block-pruning-weight", "--gate-threshold"]),
@@ -206,6 +210,8 @@ GIVEN = {
                 "--pruning-layers",
                 "--reduction",
                 "--selector-gradient",
+                "--stage-keep",
+                "--keep-schedule",
             ],
         ),
         ("dyvm", []),

@@ -101,7 +101,11 @@ def test_everything_of_the_runs_is_in_it(runs, page):
         for tag, attributes in elements
         if tag == "svg" and " over the epochs" in attributes["aria-label"]
     }
-    assert drawn == (log_names(runs[0]) | log_names(runs[1])) - {"epoch", "n_parameters"}
+    assert drawn == (log_names(runs[0]) | log_names(runs[1])) - {
+        "epoch",
+        "n_parameters",
+        "best_epoch",
+    }
     evaluated = json.loads((runs[1] / "eval.json").read_text())
     assert f"{evaluated['dynamic']['top1']:.2f}" in text
     assert f"{evaluated['dynamic']['flops']['exact'] / 1e6:,.2f}" in text
@@ -161,7 +165,11 @@ def test_tensorboard_log_and_report_share_their_names(runs):
     for run in runs:
         events = EventAccumulator(str(run))
         events.Reload()
-        assert set(events.Tags()["scalars"]) == log_names(run) - {"epoch", "n_parameters"}
+        assert set(events.Tags()["scalars"]) == log_names(run) - {
+            "epoch",
+            "n_parameters",
+            "best_epoch",
+        }
 
 
 @pytest.mark.skipif(

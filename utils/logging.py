@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _logger = logging.getLogger(__name__)
+NOT_PLOTTED = ("epoch", "n_parameters", "best_epoch")  # of the lines of log.txt
 
 
 class _ConsoleHandler(logging.Handler):
