@@ -184,7 +184,7 @@ def masked_and_pruned(
         patch.setattr(
             sampling,
             "keep_decision",
-            lambda log_probs, name: torch.zeros_like(log_probs[..., 0]).scatter(
+            lambda log_probs, name, *_: torch.zeros_like(log_probs[..., 0]).scatter(
                 1, slots[int(name[-1])], 1.0
             ),
         )
@@ -215,7 +215,7 @@ def test_masked_training_equals_pruned_evaluation(family, routed, backend, monke
             torch.nn.init.normal_(layer.mixer.block_head.weight, std=20.0)
             torch.nn.init.zeros_(layer.mixer.block_head.bias)
         monkeypatch.setattr(
-            sampling, "binary_gate", lambda logits, name: (logits > 0).to(logits.dtype)
+            sampling, "binary_gate", lambda logits, name, *_: (logits > 0).to(logits.dtype)
         )
     patches, gates = model.num_patches, []
     for counts in [

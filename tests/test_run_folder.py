@@ -208,6 +208,20 @@ class TestLock:
         with run_folder.locked(tmp_path):
             pass
 
+    def test_what_a_killed_run_leaves_is_waited_for(self, tmp_path):
+        hear, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            with run_folder.locked(tmp_path):
+                os.write(tell, b"x")
+                time.sleep(0.7)
+                os._exit(0)
+        assert os.read(hear, 1) == b"x"
+        begin = time.monotonic()
+        with run_folder.locked(tmp_path):
+            assert 0.3 < time.monotonic() - begin < run_folder.GRACE
+        os.waitpid(child, 0)
+
     def test_a_killed_run_leaves_none_though_its_workers_live(self, tmp_path):
         hear, tell = os.pipe()
         child = os.fork()

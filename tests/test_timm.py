@@ -169,7 +169,7 @@ def test_maps_are_the_same_in_training_and_evaluation(monkeypatch):
             [torch.cat([k, s[~torch.isin(s, k)]]) for k, s in zip(kept, slots, strict=True)]
         )
     monkeypatch.setattr(
-        models.sampling, "keep_decision", lambda log_probs, name: decisions[int(name[-1])]
+        models.sampling, "keep_decision", lambda log_probs, name, *_: decisions[int(name[-1])]
     )
     masked = model.train().forward_features(images, range(4))
     for layer in range(4):

@@ -8,9 +8,11 @@ import argparse
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .checkpoint import BEST, NEWEST, PREVIOUS
 from .distributed import Distributed
@@ -19,6 +21,7 @@ from .errors import UsageError, UserError
 NONFINITE = "nonfinite.pth"  # state of a run that cannot continue, for inspection
 CALIBRATED = "calibrated_checkpoint.pth"  # of --eval --calibrate
 LOG, LOCK = "log.txt", ".lock"
+GRACE = 3.0  # seconds
 EVAL_BAD_IMAGES = "eval_bad_images_rank{}.txt"  # of --eval; bad_images_rank*.txt is the training's
 # What cannot be had again without computing it again.
 RESULTS = (NEWEST, PREVIOUS, BEST, CALIBRATED, LOG, "eval.json", "sweep.json")
@@ -71,25 +74,41 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
+def _lock(file: IO) -> bool:
+    """Whether the file could be locked within the time that a killed run's processes may take to
+    end.
+    """
+    end = time.monotonic() + GRACE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+        time.sleep(0.05)
+
+
 @contextmanager
 def locked(folder: Path, user: str = "run") -> Iterator[int]:
     """Keep a second `user` out of the folder; -> the lock's descriptor.
 
     The lock ends with the process, however it ends; a process that is given the descriptor keeps
-    it too.
+    it too. What a killed run has started may outlive it by moments: those are waited for.
 
     Raises UserError if the folder is in use.
     """
     with open(folder / LOCK, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another {user}; wait for it, or choose another --output_dir"
-            ) from None
+            free = _lock(file)
         except OSError as error:
+            free = True
             _logger.warning(
                 "%s cannot be locked (%s): start no second %s in it", folder, error.strerror, user
+            )
+        if not free:
+            raise UserError(
+                f"{folder} is in use by another {user}; wait for it, or choose another --output_dir"
             )
         _held.add(file.fileno())
         try:
