@@ -22,8 +22,8 @@ import options
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError, UserError
 
-# Scripts that train or test whatever the flags: test_scripts.py runs them with stand-ins for their
-# programs.
+# Scripts that train or test whatever the flags: test_scripts.py and others run them with stand-ins
+# for their programs.
 WITH_STAND_INS = {
     "scripts/demo.sh",
     "scripts/test.sh",
@@ -32,6 +32,7 @@ WITH_STAND_INS = {
     "scripts/seg/demo.sh",
     "scripts/video/demo.sh",
     "scripts/ablation/fmnist.sh",
+    "scripts/selection/compare.sh",
 }
 FAST = ["--num-workers", "0", "--device", "cpu"]
 # Behind the README's own flags: what makes a training one of seconds.
