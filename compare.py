@@ -122,6 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
         "may be repeated",
     )
     group.add_argument(
+        "--smaller-seeds",
+        type=arguments.positive,
+        metavar="N",
+        help="of these models train the first N seeds alone (default: all)",
+    )
+    group.add_argument(
         "--smaller-flags",
         default="",
         metavar="FLAGS",
@@ -163,8 +169,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.smaller = list(map(parse_smaller, args.smaller))
     check_unique("--smaller", [smaller.name for smaller in args.smaller])
     args.smaller_flags = split_flags("--smaller-flags", args.smaller_flags)
-    if args.smaller_flags and not args.smaller:
-        raise UsageError("--smaller-flags is for --smaller, which is not given")
+    for flag, value in (
+        ("--smaller-flags", args.smaller_flags),
+        ("--smaller-seeds", args.smaller_seeds),
+    ):
+        if value and not args.smaller:
+            raise UsageError(f"{flag} is for --smaller, which is not given")
     args.common = common
     return args
 

@@ -1,6 +1,7 @@
 """Flags shared by benchmarks. A wrong one raises UsageError at once: one line, exit code 2."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -113,9 +114,11 @@ def add_retries(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, settle the precision and set up PyTorch."""
-    args = parser.parse_args()
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse the command line or `words`, settle the precision and set up PyTorch."""
+    args = parser.parse_args(words)
     if "profile" in args and args.profile and args.device != "cuda":
         raise UsageError(
             "--profile needs --device cuda: PyTorch's profiler does not see the C++ kernels of a "

@@ -1,6 +1,6 @@
 """The results of a comparison at equal operations: `compare.md`, CSV, plots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,27 +113,49 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} %"
 
 
-def equal_speed_table(rows: Sequence[Mapping[str, Any]], measure: Measure) -> str:
-    """Each method's measure at the images/s of `static` at each budget, as a Markdown table.
+def equal_speed_table(
+    rows: Sequence[Mapping[str, Any]], smaller: Iterable[str], measure: Measure
+) -> str:
+    """What evenly spread tokens and smaller dense models score at each method's images/s, Markdown.
 
-    On the straight line between the method's nearest slower and faster budget; `-` beyond them.
-    Empty if `static` has no speed.
+    Both on straight lines from the dense teacher on; `-` beyond their ends. Empty if the teacher
+    has no speed, or there is no such line.
     """
-    placed: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["keep"] is not None and row["n"] and row["images_per_s"] is not None:
-            placed.setdefault(row["name"], []).append(row)
-    static = placed.get("static", [])
-    if not static:
+    timed = [row for row in rows if row["n"] and row["images_per_s"] is not None]
+    teacher = [row for row in timed if row["name"] == DENSE]
+    lines = {
+        "static": [row for row in timed if row["name"] == "static"],
+        "smaller dense": [row for row in timed if row["name"] in set(smaller)],
+    }
+    lines = {name: sorted(teacher + line, key=_speed) for name, line in lines.items() if line}
+    if not teacher or not lines:
         return ""
-    headers = [f"at {row['images_per_s']:,.1f} images/s (keep {row['keep']:g})" for row in static]
-    shown = []
-    for name, points in placed.items():
-        points = sorted(points, key=lambda row: row["images_per_s"])
-        x, y = [row["images_per_s"] for row in points], [row[measure.key] for row in points]
-        values = [np.interp(row["images_per_s"], x, y, np.nan, np.nan) for row in static]
-        shown.append([name, *("-" if np.isnan(v) else measure.text(float(v)) for v in values)])
-    return text_table(shown, ["method", *headers], "github")
+
+    def at(line: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+        x, y = [_speed(point) for point in line], [point[measure.key] for point in line]
+        value = float(np.interp(_speed(row), x, y, np.nan, np.nan))
+        if np.isnan(value):
+            return "-"
+        return f"{measure.text(value)} ({measure.text(row[measure.key] - value, signed=True)})"
+
+    shown = [
+        [
+            row["name"],
+            f"{row['keep']:g}",
+            f"{_speed(row):,.1f}",
+            measure.text(row[measure.key]),
+            *(at(line, row) for line in lines.values()),
+        ]
+        for row in timed
+        if row["keep"] is not None and row["name"] != "static"
+    ]
+    headers = ["method", "keep", SPEED.label, measure.label]
+    headers += [f"{name} (difference)" for name in lines]
+    return text_table(shown, headers, "github")
+
+
+def _speed(row: Mapping[str, Any]) -> float:
+    return row["images_per_s"]
 
 
 def write(
@@ -202,11 +224,12 @@ def _document(
     )
     knows_objects = any(row["object_share"] is not None for row in rows)
     untrained = ", ".join(about["training_free"])
-    equal_speed = equal_speed_table(rows, measure)
+    equal_speed = equal_speed_table(rows, about["smaller"], measure)
     if equal_speed:
         equal_speed = (
-            f"{measure.title} at equal speed, that of `static` at each budget, on the line between "
-            f"a method's budgets next to it:\n\n{equal_speed}\n"
+            f"{measure.title} of each method, and of others at its images/s: on the line from the "
+            "dense teacher through the budgets of `static`, and on that through the smaller dense "
+            f"models:\n\n{equal_speed}\n"
         )
     lines = [
         "# Comparison at equal operations",

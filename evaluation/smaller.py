@@ -174,7 +174,7 @@ def plan_smaller(
     told = training_of(epochs, per_epoch, before, after, teacher)
     limit = _operations(experiment.spec.dense(), experiment)
     planned = []
-    for seed in args.seeds:
+    for seed in args.seeds[: args.smaller_seeds]:
         for smaller in args.smaller:
             folder = Path(args.output_dir).resolve() / smaller.name / f"seed{seed}"
             own = ["--seed", str(seed), "--output_dir", str(folder), "--epochs", str(epochs)]

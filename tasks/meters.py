@@ -92,8 +92,7 @@ class ObjectMeter:
         self.count = 0
 
     def update(self, batch: Batch, result: Result) -> None:
-        mass = torch.stack([self._of_patches(index) for index in batch.indices.tolist()])
-        mass = mass.to(self.totals.device)
+        mass = self.masses(batch.indices)
         on_object = (mass >= LEAST_OF_OBJECT / mass.shape[1]).double()
         sums = [torch.ones_like(mass).sum(), on_object.sum()]
         for kept in result.kept:
@@ -102,9 +101,14 @@ class ObjectMeter:
         self.totals += torch.stack(sums)
         self.count += len(mass)
 
+    def masses(self, indices: Tensor) -> Tensor:
+        """Shares of the objects' mass in the patches of images [B] -> [B, M] float64."""
+        mass = torch.stack([self._of_patches(index) for index in indices.tolist()])
+        return mass.to(self.totals.device)
+
     def _of_patches(self, index: int) -> Tensor:
         """Each patch's share [M] of the object's mass, float64."""
-        mass = torch.as_tensor(self.images.object_mass(index), dtype=torch.float64)
+        mass = torch.from_numpy(self.images.object_mass(index).astype("float64"))
         times = -(-FINEST // min(mass.shape))
         left, top, right, bottom = (round(times * x) for x in self.region(mass.shape[::-1]))
         mass = mass.repeat_interleave(times, 0).repeat_interleave(times, 1)

@@ -168,13 +168,24 @@ def test_at_equal_speed(rows):
     def method(name, keep, speed, top1):
         return rows[2] | {"name": name, "keep": keep, "images_per_s": speed, "top1": top1}
 
-    static = [method("static", 0.5, 160.0, 80.0), method("static", 0.2, 190.0, 70.0)]
-    slow = [method("slow", 0.5, 120.0, 90.0), method("slow", 0.2, 170.0, 80.0)]
-    text = comparison_table.equal_speed_table([*rows[:2], *static, *slow], MEASURE)
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert lines[0] == ["method", "at 160.0 images/s (keep 0.5)", "at 190.0 images/s (keep 0.2)"]
-    assert lines[2:] == [["static", "80.00", "70.00"], ["slow", "82.00", "-"]]
-    assert comparison_table.equal_speed_table(rows, MEASURE) == "", "without static no speeds"
+    def cells(*more, smaller=("dense-depth=2",)):
+        text = comparison_table.equal_speed_table([*rows[:2], *more], smaller, MEASURE)
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+    static = [method("static", 0.5, 150.0, 80.0), method("static", 0.2, 200.0, 70.0)]
+    slow = [method("slow", 0.5, 125.0, 84.0), method("slow", 0.2, 220.0, 81.0)]
+    header, _, *lines = cells(*static, *slow)
+    assert header[4:] == ["static (difference)", "smaller dense (difference)"]
+    # Dense 90 at 100, 60 at 300.
+    assert lines == [
+        ["slow", "0.5", "125.0", "84.00", "85.00 (-1.00)", "86.25 (-2.25)"],
+        ["slow", "0.2", "220.0", "81.00", "-", "72.00 (+9.00)"],
+    ]
+    assert cells(*slow)[0][4:] == ["smaller dense (difference)"]
+    assert cells(*static, *slow, smaller=())[0][4:] == ["static (difference)"]
+    assert cells(*slow, smaller=()) == [], "no line to compare with"
+    untimed = [rows[0] | {"images_per_s": None}, *static, *slow]
+    assert comparison_table.equal_speed_table(untimed, (), MEASURE) == ""
 
 
 @pytest.mark.parametrize(

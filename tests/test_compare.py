@@ -15,7 +15,9 @@ import main
 import options
 from evaluation import runs, summary
 from evaluation.budgets import Cell, Method, budgets
+from tasks import Experiment
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import init_distributed
 from utils.errors import UsageError, UserError
 from utils.files import write_json
 from utils.run_folder import locked
@@ -128,6 +130,16 @@ def test_seed_by_seed_and_once_without_training(teacher, flags, tmp_path):
         assert run.args.seed == run.seed and run.args.token_strategy == "norm"
         assert run.args.token_keep_ratio == (0.4 if "keep0.5" in run.variant else 1)
         assert run.checkpoint == (teacher if untrained else run.folder / "best_checkpoint.pth")
+
+
+def test_smaller_models_of_some_seeds(teacher, flags, tmp_path):
+    own = "--seeds", 3, 5, "--smaller", "embed_dim=8", "--smaller", "embed_dim=12"
+    for more, seeds in (([], [3, 3, 5, 5]), (["--smaller-seeds", 1], [3, 3])):
+        args = compare.parse(words(tmp_path, teacher, [*flags, *STAGE], *own, *more))
+        student = compare.plan(args).shared
+        experiment = Experiment.prepare(student, init_distributed("cpu"))
+        planned = compare.plan_smaller(args, student, experiment).runs
+        assert [run.seed for run in planned] == seeds
 
 
 # Real runs
@@ -296,6 +308,7 @@ def test_an_evaluation_stands_under_its_own_conditions(done, tmp_path):
         ("--smaller ''", "", "--smaller '': give changes of --model-kwargs"),
         ("--smaller depth=2 --smaller depth=2", "", "--smaller: dense-depth=2 is given twice"),
         ("--smaller-flags '--lr 1'", "", "--smaller-flags is for --smaller"),
+        ("--smaller-seeds 1", "", "--smaller-seeds is for --smaller"),
         ("--smaller depth=2 --smaller-flags '--model x'", "", "--model is set by compare.py"),
         ("", "--token-strategy norm", "after --: --token-strategy is set by compare.py"),
         ("", "--reduction=mtr", 'after --: --reduction is set by compare.py; use --method NAME "'),

@@ -61,7 +61,7 @@ def test_the_comparison(name, python, tmp_path):
         {"depth": 4},
         {"depth": 3, "d_state": 2},
     ]
-    assert args.trained == ["static", "distilled", "merge-early"]
+    assert args.trained == ["static", "distilled", "merge-early", "distilled-3"]
     assert args.dense_path == f"{teacher.output_dir}/best_checkpoint.pth"
     student = compare.plan(args).shared
     assert (student.epoch_steps, student.amp, student.pruning_layers) == (30, "bf16", [2])

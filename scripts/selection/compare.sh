@@ -69,8 +69,9 @@ fi
 COMPARED=(--methods "${METHODS[@]}")
 # R-MeeTo's merging before every second layer of so shallow a model cannot reach these budgets.
 COMPARED+=(--method merge-early "--reduction merge --pruning-layers 1 2")
+COMPARED+=(--method distilled-3 "--token-strategy distilled --pruning-layers 1 2 3")
 for smaller in "${SMALLER[@]}"; do
-  COMPARED+=(--smaller "$smaller")
+  COMPARED+=(--smaller "$smaller" --smaller-seeds 1) # one training each, as of the teacher
 done
 
 PYTHON="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)"
