@@ -17,6 +17,7 @@ from torch import Tensor
 
 import options
 from datasets import add_depth_argument, add_whole_images
+from exporting.onnx_model import OnnxModel, is_onnx
 from loading.bad_images import BadImages
 from loading.class_names import read_names
 from loading.depth import settle_depth
@@ -37,6 +38,16 @@ from utils.precision import autocast
 _logger = logging.getLogger(__name__)
 
 
+def add_class_names(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="names of the classes: one per line in their order, with an index or by folder; or "
+        "JSON, a list or an object by index or by folder (default: the checkpoint's; for 1000 "
+        "classes without names ImageNet's)",
+    )
+
+
 def build_parser(prog: str, description: str) -> arguments.OneLineParser:
     """The flags of every program that takes a checkpoint and images."""
     parser = arguments.OneLineParser(
@@ -46,13 +57,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("images")
-    group.add_argument(
-        "--class-names",
-        metavar="FILE",
-        help="names of the classes: one per line in their order, with an index or by folder; or "
-        "JSON, a list or an object by index or by folder (default: the checkpoint's; for 1000 "
-        "classes without names ImageNet's)",
-    )
+    add_class_names(group)
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
         "--num-workers",
@@ -155,7 +160,8 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
-    checkpoint = load_checkpoint(args.model_path)
+    runtime = OnnxModel(args.model_path) if is_onnx(args.model_path) else None
+    checkpoint = runtime.checkpoint if runtime else load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
     if task.recorded and not is_ours(checkpoint.get("args")):
         raise UserError(
@@ -169,12 +175,35 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     settle_stage_keep(argv, args)
     settle_model(args)
     task = task.of_run(args)
+    if runtime:
+        check_fixed(argv, args)
+        names = class_names(args.class_names, checkpoint, runtime.num_classes, args.model_path)
+        return Predictor(runtime, task, names, args, torch.device("cpu"))
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device
     model = task.model(ModelSpec.from_args(args), count)
     restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
     names = class_names(args.class_names, checkpoint, count, args.model_path)
     return Predictor(model.to(device).eval(), task, names, args, device)
+
+
+def check_fixed(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that an exported model cannot follow any more."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    flags = (flags | {"--input-size", "--ema"}) - {"--model-path"}
+    for word in argv:
+        if word.split("=")[0] in flags:
+            raise UsageError(
+                f"{word.split('=')[0]} cannot change {args.model_path}; export the checkpoint "
+                "again with it"
+            )
+    if args.device == "cuda" or args.amp != "off":
+        raise UsageError(
+            f"{args.model_path} is run by ONNX Runtime on the CPU in its own precision; leave out "
+            "--device and --amp"
+        )
 
 
 def _flags_of(task: Task) -> argparse.ArgumentParser:

@@ -193,3 +193,17 @@ _operator = register(
     setup_context=_setup_context,
     backward=_differentiate,
 )
+
+
+def _composed(
+    hidden: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_forward` in PyTorch's operators, none of them in place."""
+    total = residual if hidden is None else residual + hidden
+    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    normed = (total * scale * weight).to(dtype)
+    return normed, total.new_empty(0) if hidden is None else total, scale
+
+
+# For `run_decompositions` of a program that is to run where this operator is not known.
+DECOMPOSITIONS = {_operator: _composed}

@@ -24,7 +24,7 @@ done
 "$PYTHON" -m ruff format --check .
 
 coverage=(--cov-report=term-missing:skip-covered)
-for module in *.py drawing evaluation loading models ops tasks utils; do
+for module in *.py drawing evaluation exporting loading models ops tasks utils; do
   coverage+=(--cov="${module%.py}")
 done
 if [[ $# -eq 0 ]]; then

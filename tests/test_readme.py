@@ -120,6 +120,7 @@ def test_the_commands_are_found():
         "visualize.py",
         "predict.py",
         "report.py",
+        "export.py",
         "scripts/eval.sh",
         "scripts/vim-s.sh",
         *WITH_STAND_INS,
@@ -145,6 +146,7 @@ def test_the_program_takes_the_flags(command, tmp_path, monkeypatch):
         "python compare.py --dense-path x --keep 2 -- --epochs 3",
         "python visualize.py --model-path x --image photos/ --output_dir y",
         "python predict.py --model x FILE",
+        "python export.py --model-path x --output y.onnx --format coreml",
         "python report.py x --outputs y",
     ],
 )
@@ -270,9 +272,20 @@ def test_sweep(at_home):
 
 
 def test_predictions(at_home, capsys):
-    start("predict.py", *find("predict.py"), *FAST)
+    start("predict.py", *find("predict.py", "CKPT"), *FAST)
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and {row[1] for row in rows} <= {"cat", "dog"}
+
+
+def test_another_runtime(at_home, capsys):
+    pytest.importorskip("onnxruntime")
+    start("export.py", *find("export.py", "dyvm.onnx"))
+    capsys.readouterr()
+    said = []
+    for arguments in (find("predict.py", "dyvm.onnx"), find("predict.py", "CKPT")):
+        start("predict.py", *("photos" if a == "photo.jpg" else a for a in arguments), *FAST)
+        said.append([line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1] and len(said[0]) == 6
 
 
 def test_pictures(at_home):

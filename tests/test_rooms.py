@@ -13,6 +13,7 @@ FLOORS = {
     "programs": 8,
     "evaluation": 7,
     "engine": 6,
+    "exporting": 6,
     "training": 5,
     "options": 5,
     "tasks": 4,
@@ -25,8 +26,8 @@ FLOORS = {
     "ops": 1,
     "utils": 0,
 }
-ROOMS = ("drawing", "evaluation", "loading", "models", "ops", "tasks", "utils")
-PROGRAMS = ("main", "ablation", "compare", "predict", "report", "visualize")
+ROOMS = ("drawing", "evaluation", "exporting", "loading", "models", "ops", "tasks", "utils")
+PROGRAMS = ("main", "ablation", "compare", "export", "predict", "report", "visualize")
 
 
 def project_files() -> list[Path]:

@@ -188,7 +188,7 @@ class StaticTokens(Selection):
     def choose(self, stage, tokens, scores, model, images):
         count, entering = self.kept_counts(model.num_patches)[stage], tokens.alive.shape[1]
         slots = torch.arange(count, device=tokens.alive.device) * entering // max(count, 1)
-        return slots.expand(len(tokens.alive), -1)
+        return slots.expand(tokens.alive.shape[0], -1)
 
 
 class LargestNorm(Selection):

@@ -19,6 +19,8 @@ B images, L tokens, E inner channels, N states, R step rank.
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
@@ -39,20 +41,39 @@ __all__ = [
     "backend_for",
     "bidirectional_ssm",
     "branch_inputs",
+    "portable",
     "runs_on",
     "ssm_branch",
 ]
 
 PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
-_MODULES = {"torch": "torch_lean", "triton": "triton_scan"}  # modules not named like their backend
+_MODULES = {
+    "torch": "torch_lean",
+    "triton": "triton_scan",
+    "portable": "portable_scan",
+}  # modules not named like their backend
 
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 _chosen: dict[str, ModuleType] = {}
+_traced_for_elsewhere = False
 
 
 class BackendError(UserError, RuntimeError):
     """A backend that was asked for by name cannot run here or does not take the arguments."""
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Within it, what is traced of an evaluation uses PyTorch's own operators alone, so that it
+    runs where this project is not installed.
+    """
+    global _traced_for_elsewhere
+    before, _traced_for_elsewhere = _traced_for_elsewhere, True
+    try:
+        yield
+    finally:
+        _traced_for_elsewhere = before
 
 
 @lru_cache(maxsize=None)
@@ -300,7 +321,10 @@ def bidirectional_ssm(
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
     in_place = in_place and mask is not None
-    backend = _chosen[backend_for(xz, forward, in_place)]
+    if _traced_for_elsewhere:
+        backend = _load("portable")[0]
+    else:
+        backend = _chosen[backend_for(xz, forward, in_place)]
     if hasattr(backend, "bidirectional_ssm"):
         return backend.bidirectional_ssm(
             xz,

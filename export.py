@@ -1,0 +1,174 @@
+"""Write a checkpoint's model as a file that other programs run.
+
+    python export.py --model-path output/dyvm/best_checkpoint.pth --output dyvm.onnx
+    python export.py --model-path output/dyvm/best_checkpoint.pth --output small.onnx --int8
+    python export.py --model-path output/dyvm/best_checkpoint.pth --format torch --output dyvm.pt2
+    python predict.py --model-path dyvm.onnx photo.jpg
+
+The file takes normalised images [batch, 3, height, width] of the model's size, any number of them,
+and answers logits. It holds standard operators alone; tokens that are dropped are gone in it, and a
+scan that no image of a batch wants is not run. Before it is kept, its answers are compared with the
+checkpoint's. Classes, normalisation, size and budget are in its metadata.
+"""
+
+from utils.startup import prepare, require
+
+prepare()
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from evaluation.inference import add_class_names, load_predictor
+from exporting.checking import Agreement, compare, require_agreement
+from exporting.program import decompose, trace
+from exporting.record import readable, record_of
+from loading.transforms import MEAN, STD
+from models.options import add_model_arguments
+from utils import arguments
+from utils.errors import UsageError
+from utils.files import atomic_file, sha256_of
+from utils.program import run_main
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+LEFT = {"onnx": 1.6, "torch": 0.7}  # time that the other steps take, relative to tracing
+_logger = logging.getLogger("export")
+
+
+def build_parser() -> arguments.OneLineParser:
+    parser = arguments.OneLineParser(
+        prog="export.py",
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser.add_argument_group("file")
+    group.add_argument("--output", required=True, metavar="FILE", help="what to write")
+    group.add_argument(
+        "--format",
+        choices=tuple(SUFFIXES),
+        default="onnx",
+        help="onnx: for ONNX Runtime and others; torch: for torch.export.load, where this project "
+        "is not needed",
+    )
+    group.add_argument(
+        "--opset", type=arguments.positive, default=18, metavar="N", help="of ONNX, 18 to 23"
+    )
+    group.add_argument(
+        "--int8",
+        action="store_true",
+        help="ONNX: weights of the products in 8 bits, and what they are multiplied by rounded at "
+        "run time; smaller, and less exact",
+    )
+    group = parser.add_argument_group("checkpoint")
+    add_class_names(group)
+    group.add_argument("--ema", action="store_true", help="use the average of the weights")
+    group.add_argument(
+        "--input-size",
+        type=arguments.image_size,
+        metavar="N|HxW",
+        help="size of the model's images (default: as trained)",
+    )
+    add_model_arguments(parser)
+    # What a prediction's record has besides, and a model is built without.
+    parser.set_defaults(
+        device="cpu", amp="off", eval_crop_ratio=0.875, whole_images=False, bit_depth="auto"
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do not go together, before any work."""
+    output = Path(args.output)
+    if output.suffix != SUFFIXES[args.format]:
+        raise UsageError(
+            f"--output {output}: a file of --format {args.format} ends with {SUFFIXES[args.format]}"
+        )
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder; name a file")
+    if args.format != "onnx" and args.int8:
+        raise UsageError("--int8 is for --format onnx")
+    if args.format == "onnx":
+        require("onnx", "onnxscript", "onnxruntime")
+        from exporting.onnx_file import OPSETS
+
+        if args.opset not in OPSETS:
+            raise UsageError(
+                f"--opset {args.opset}: give {OPSETS[0]} to {OPSETS[-1]}, which PyTorch writes"
+            )
+
+
+def write_onnx(program, args: argparse.Namespace, texts: dict[str, str], model) -> Agreement:
+    """Convert, compare with the model, and write; -> how far they agree."""
+    from exporting.onnx_file import to_onnx, with_int8_weights
+    from exporting.onnx_model import OnnxModel
+
+    _logger.info("3/4 converting to ONNX")
+    converted = to_onnx(program, args.opset, texts)
+    if args.int8:
+        converted = with_int8_weights(converted)
+    _logger.info("4/4 comparing with the checkpoint")
+    with atomic_file(args.output) as file:
+        file.write(converted.SerializeToString())
+        file.flush()
+        written = OnnxModel(file.name)
+        found = compare(model, lambda images: written(images).logits)
+        if not args.int8:
+            require_agreement(found)
+    return found
+
+
+def write_torch(program, args: argparse.Namespace, texts: dict[str, str], model) -> Agreement:
+    """Save, compare with the model; -> how far they agree."""
+    _logger.info("3/3 comparing with the checkpoint")
+    with atomic_file(args.output) as file:
+        torch.export.save(program, file, extra_files=texts)
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.export.load(file)
+        found = compare(model, loaded.module())
+        require_agreement(found)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    check(parser.parse_args(argv))
+    predictor = load_predictor(parser, argv)
+    args, model, task = predictor.args, predictor.model, predictor.task
+    if args.token_strategy == "random" and model.pruning_layers and args.reduction != "merge":
+        raise UsageError(
+            "--token-strategy random: random tokens depend on every bit of an image, which other "
+            "runtimes round otherwise; export another model"
+        )
+    checkpoint = sha256_of(args.model_path)
+    record = record_of(model, vars(args), task, predictor.class_names, checkpoint)
+    texts = readable(record, MEAN, STD)
+    write = write_onnx if args.format == "onnx" else write_torch
+    steps = 4 if args.format == "onnx" else 3
+    _logger.info("1/%d tracing %d layers", steps, model.depth)
+    begin = time.monotonic()
+    program = trace(model)
+    spent = time.monotonic() - begin
+    _logger.info("2/%d decomposing, about %.0f s left", steps, spent * LEFT[args.format])
+    found = write(decompose(program, args.format == "onnx"), args, texts, model)
+    size = os.path.getsize(args.output) / 1e6
+    print(
+        f"{args.output}: {size:.1f} MB, {task.name}, {model.num_classes} classes, images of "
+        f"{'x'.join(map(str, model.patch_embed.img_size))} pixels; against the checkpoint: {found}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,92 @@
+"""Whether an exported model answers as the checkpoint's does.
+
+B images, C classes.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models import VisionMamba
+from utils.errors import UserError
+
+from .program import example_images
+
+CANDIDATES, CHECKED = 12, 4  # images of noise; the comparison takes steady ones of them
+NUDGES, NUDGE = 6, 1e-5  # changes of all weights, relative; a steady image answers the same
+STEADY = 1e-3  # change of a logit, relative to the largest one
+LARGEST_ERROR = 1e-4  # the same, between exported and own model
+
+
+class Agreement(NamedTuple):
+    """On some images: the largest difference of a logit, relative to the largest one; and the share
+    of answers (images, or their pixels) of the same top-1.
+    """
+
+    images: int
+    error: float
+    same: float
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "NOT COMPARED, all its answers to noise hang on rounding (is it trained?)"
+        return (
+            f"logits differ by {self.error:.1e} of the largest, {100 * self.same:.4g} % of the "
+            f"top-1 are the same ({self.images} images of noise)"
+        )
+
+
+def relative(one: Tensor, other: Tensor) -> Tensor:
+    """Of each image's logits the largest difference [B], relative to the largest of all."""
+    return (one - other).flatten(1).abs().amax(1) / other.abs().max()
+
+
+def _nudged(model: VisionMamba) -> Iterator[VisionMamba]:
+    """Copies whose weights differ in what other libraries may round otherwise."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(NUDGES):
+        nudged = copy.deepcopy(model)
+        for weight in nudged.parameters():
+            weight.mul_(1 + NUDGE * torch.randn(weight.shape, generator=generator))
+        yield nudged
+
+
+@torch.no_grad()
+def compare(
+    model: VisionMamba, answer: Callable[[Tensor], Tensor], images: Tensor | None = None
+) -> Agreement:
+    """A model and a function images -> logits on noise, one image and then several at once.
+
+    Only on images whose answers do not hang on rounding: two scores that are nearly equal decide
+    about a token one way here and the other way there, and neither is wrong.
+
+    Of no image at all if all hang on it. Raises UserError for answers of another shape.
+    """
+    images = example_images(model, CANDIDATES) if images is None else images
+    expected = model(images).logits
+    steady = torch.ones(len(images), dtype=torch.bool)
+    for nudged in _nudged(model):
+        steady &= relative(nudged(images).logits, expected) < STEADY
+    images, expected = images[steady][:CHECKED], expected[steady][:CHECKED]
+    if not len(images):
+        return Agreement(0, math.nan, math.nan)
+    rest = [answer(images[1:])] if len(images) > 1 else []
+    actual = torch.cat([answer(images[:1]), *rest])
+    if actual.shape != expected.shape:
+        raise UserError(
+            f"the exported model answers {list(actual.shape)} where the checkpoint answers "
+            f"{list(expected.shape)}"
+        )
+    error = relative(actual, expected).max()
+    same = (actual.argmax(1) == expected.argmax(1)).double().mean()
+    return Agreement(len(images), error.item(), same.item())
+
+
+def require_agreement(found: Agreement) -> None:
+    """Raise UserError unless all logits that were compared agree."""
+    if found.images and not found.error <= LARGEST_ERROR:
+        raise UserError(f"the exported model is not the checkpoint's: {found}; nothing was written")

@@ -1,0 +1,82 @@
+"""A traced program as an ONNX file, and the same with 8-bit weights."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import torch
+from torch.export import ExportedProgram
+
+from utils.errors import UserError, first_line
+
+from .program import INPUT, OUTPUT
+
+OPSETS = range(18, 24)  # what PyTorch's exporter writes, and converts to
+
+logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every constant that it merges
+logging.getLogger("onnxscript").setLevel(logging.WARNING)
+
+
+def to_onnx(program: ExportedProgram, opset: int, texts: Mapping[str, str]) -> onnx.ModelProto:
+    """The program in standard operators of an opset, with texts as metadata.
+
+    Raises UserError for a program that does not fit the opset.
+    """
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise UserError(f"the model does not fit ONNX opset {opset}: {first_line(error)}") from None
+    model = converted.model_proto
+    written = {each.domain: each.version for each in model.opset_import}
+    foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
+    if written.get("", written.get("ai.onnx")) != opset or foreign:
+        raise UserError(
+            f"the model does not fit ONNX opset {opset}: PyTorch wrote {written}; try --opset "
+            f"{OPSETS[0]}"
+        )
+    onnx.helper.set_model_props(model, dict(texts))
+    return model
+
+
+def with_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with the weights of its products in 8 bits, a scale for each output channel; what
+    they are multiplied by is rounded to 8 bits anew for every call.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    before = logging.root.level
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source)
+        logging.root.setLevel(logging.ERROR)  # it advises to a step that is not needed here
+        try:
+            quantize_dynamic(
+                source,
+                target,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                extra_options={"EnableSubgraph": True, "MatMulConstBOnly": True},
+            )
+        finally:
+            logging.root.setLevel(before)
+        quantised = onnx.load(target)
+    texts = {each.key: each.value for each in model.metadata_props}
+    onnx.helper.set_model_props(quantised, texts)
+    return quantised

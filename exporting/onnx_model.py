@@ -1,0 +1,62 @@
+"""A model of ours in an ONNX file, run by ONNX Runtime as if it were the model itself.
+
+B images, C classes.
+"""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Result
+from utils.errors import UserError, first_line
+from utils.startup import require
+
+from .record import parse_record
+
+SUFFIX = ".onnx"
+
+
+def is_onnx(path: str | os.PathLike) -> bool:
+    """By the name: ONNX files do not say what they are."""
+    return Path(path).suffix.lower() == SUFFIX
+
+
+class OnnxModel:
+    """Called with images [B, 3, H, W] it returns a Result that has logits and nothing else.
+
+    Raises UserError for a file that is not one of export.py, or that ONNX Runtime refuses.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None):
+        require("onnxruntime")
+        import onnxruntime
+
+        self.path = str(path)
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path}")
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads or torch.get_num_threads()
+        settings.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                self.path, settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its errors have no common class of their own
+            raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
+        self.record = parse_record(self.session.get_modelmeta().custom_metadata_map, self.path)
+        self.num_classes = len(self.record["class_names"])
+        self.patch_embed = SimpleNamespace(img_size=tuple(self.record["input_size"]))
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint would record beside its weights."""
+        return {name: self.record[name] for name in ("task", "args", "class_names")}
+
+    def __call__(self, images: Tensor) -> Result:
+        (logits,) = self.session.run(None, {"images": images.float().cpu().numpy()})
+        nothing = torch.empty(0, len(images), 2)
+        return Result(torch.from_numpy(logits), None, None, None, gates=nothing)

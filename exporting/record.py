@@ -1,0 +1,74 @@
+"""What an exported file says of itself, as text beside the program."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models import VisionMamba
+from models.build import IDENTITY, sigmoid
+from models.flops import count_flops
+from tasks import TASKS, Task
+from utils.errors import UserError
+
+OWN = "dyvm"  # key of the record that predict.py reads
+VERSION = 1
+NOT_RECORDED = {"data_path", "prefix"}  # of the machine
+
+
+def record_of(
+    model: VisionMamba,
+    flags: Mapping[str, Any],
+    task: Task,
+    class_names: Sequence[str],
+    checkpoint: str,
+) -> dict[str, Any]:
+    """The flags that a prediction depends on, the classes, and what the model costs.
+
+    flags: those that it was loaded with; checkpoint: SHA-256.
+    """
+    names = [
+        name for name in (*IDENTITY, *task.recorded) if name in flags and name not in NOT_RECORDED
+    ]
+    recorded = {name: flags[name] for name in names}
+    recorded["model_kwargs"] = dict(flags["model_kwargs"])
+    return {
+        "version": VERSION,
+        "task": task.name,
+        "args": recorded,
+        "class_names": list(class_names),
+        "checkpoint": checkpoint,
+        "input_size": list(model.patch_embed.img_size),
+        "frames": model.num_frames,
+        "kept_patches": model.kept_counts(),
+        "patches": model.num_patches,
+        "gate_threshold": sigmoid(model.gate_threshold) if model.route_blocks else None,
+        "exact_flops": count_flops(model).exact,
+    }
+
+
+def readable(
+    record: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, str]:
+    """The record as keys and texts: that of predict.py, and what users of other programs want."""
+    wanted = ("class_names", "input_size", "kept_patches", "exact_flops")
+    return {
+        OWN: json.dumps(record),
+        **{name: json.dumps(record[name]) for name in wanted},
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+    }
+
+
+def parse_record(texts: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The record among a file's texts. Raises UserError for a file of another program."""
+    try:
+        record = json.loads(texts[OWN])
+        known = record["version"] == VERSION and record["task"] in TASKS and record["args"]
+    except (KeyError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise UserError(
+            f"{source} is not a model that export.py has written: it lacks its record; export it "
+            "again from its checkpoint"
+        )
+    return record

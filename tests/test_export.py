@@ -1,0 +1,296 @@
+"""export.py: files that other runtimes run, equal to the checkpoint; what it says to bad input."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.seeing import save_images, save_model
+from torch import nn
+
+import export
+import options
+import predict
+from evaluation.inference import load_predictor
+from exporting import checking
+from exporting.onnx_model import OnnxModel
+from models.build import ModelSpec
+from tasks import task_named
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+TINY = ["--model-kwargs", "embed_dim=16", "depth=2", "d_state=4"]
+STAGE = ["--pruning-layers", "1"]
+TOKEN = ["--method", "token", *STAGE, *TINY]
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+
+def decided(path: Path) -> Path:
+    """The checkpoint with predictors that tell tokens apart: no decision is nearly a tie."""
+    checkpoint = load_checkpoint(path)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in checkpoint["model"].items():
+        if "score_predictors" in name and weight.dim() == 2:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    save_checkpoint(dict(checkpoint), path)
+    return path
+
+
+def classifier(folder: Path, *flags: str, seed: int = 0) -> Path:
+    return decided(save_model(folder / "model.pth", *flags, classes=CLASSES, seed=seed))
+
+
+def segmenter(folder: Path, decoder: str) -> Path:
+    """A dynamic segmenter with random weights, as a training leaves it."""
+    torch.manual_seed(0)
+    flags = ["--data-set", "SEG_FOLDER", "--data-path", str(folder), "--input-size", "32"]
+    flags += [
+        "--decoder",
+        decoder,
+        "--method",
+        "token" if decoder == "upernet" else "dyvm",
+        *STAGE,
+        "--eval",
+        "--model-path",
+        "none",
+    ]
+    depth = 4 if decoder == "upernet" else 2
+    layers = ["--output-layers", *("0123" if decoder == "upernet" else "1")]
+    kwargs = ["--model-kwargs", "embed_dim=16", f"depth={depth}", "d_state=4", "patch_size=8"]
+    args = options.parse([*flags, *layers, *kwargs], {})
+    model = task_named("segmentation").of_run(args).model(ModelSpec.from_args(args), len(CLASSES))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+    recorded = vars(args) | {"model_path": None, "eval": False}
+    content = {"model": model.state_dict(), "family": model.family.name, "args": recorded}
+    content |= {"task": "segmentation", "class_names": CLASSES}
+    save_checkpoint(content, folder / "model.pth")
+    return decided(folder / "model.pth")
+
+
+def exported(checkpoint: Path, *flags: str, suffix: str = ".onnx") -> Path:
+    output = checkpoint.with_suffix(suffix)
+    export.main(["--model-path", str(checkpoint), "--output", str(output), *flags])
+    return output
+
+
+def own_model(checkpoint: Path):
+    return load_predictor(export.build_parser(), ["--model-path", str(checkpoint), "--output", "x"])
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """A checkpoint with stages and routers, and its ONNX file."""
+    folder = tmp_path_factory.mktemp("routed")
+    checkpoint = classifier(folder, "--method", "dyvm", *STAGE, *TINY, seed=3)
+    return checkpoint, exported(checkpoint)
+
+
+def test_batches_of_any_size(routed):
+    checkpoint, file = routed
+    model, runtime = own_model(checkpoint).model, OnnxModel(file)
+    images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images)
+    for size in (1, 2, 7):
+        logits = runtime(images[:size]).logits
+        torch.testing.assert_close(logits, expected.logits[:size], atol=1e-5, rtol=1e-5)
+    assert expected.gates.unique().tolist() == [0, 1], "the test needs scans of both kinds"
+
+
+def test_standard_operators_alone_and_tokens_really_go(routed):
+    graph = onnx.load(routed[1]).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["If"] == 4, "a direction of a layer each"
+    assert kinds["TopK"] >= 1 and not kinds["Scan"]
+    inside = [node.op_type for each in graph.node if each.op_type == "If"
+              for branch in each.attribute for node in branch.g.node]  # fmt: skip
+    assert inside.count("Scan") == 4
+    assert [len(each.type.tensor_type.shape.dim) for each in graph.input] == [4]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param, "batch"
+
+
+def test_a_scan_that_no_image_wants_is_not_run(routed, tmp_path):
+    """By ONNX Runtime's own profile, against the gates of each image."""
+    checkpoint, file = routed
+    model = own_model(checkpoint).model
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images *= torch.linspace(-4, 4, 12)[:, None, None, None]
+    with torch.no_grad():
+        wanted = model(images).gates.sum(dim=(0, 2)).int().tolist()
+    for image, scans in zip(images, wanted, strict=True):
+        settings = onnxruntime.SessionOptions()
+        settings.enable_profiling, settings.profile_file_prefix = True, str(tmp_path / "profile")
+        session = onnxruntime.InferenceSession(str(file), settings)
+        session.run(None, {"images": image[None].numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+        run = [e for e in events if e.get("args", {}).get("op_name") == "Scan"
+               and e["name"].endswith("_kernel_time")]  # fmt: skip
+        assert len(run) == scans
+    assert len(set(wanted)) > 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model", "videomamba_micro", *TOKEN),
+        ("--model", "mambareg_tiny", "--input-size", "32", *TOKEN, "patch_size=8",
+         "num_registers=4", "register_reduction=2"),
+        ("--data-set", "VIDEO_FOLDER", "--model", "videomamba_micro", "--num-frames", "2", *TOKEN),
+        ("--method", "token", "--reduction", "merge", "--merge-tokens", "3", *TINY),
+        ("--reduction", "mtr", *TOKEN),
+        ("--reduction", "prune+merge", *TOKEN),
+        ("--token-strategy", "static", *TOKEN),
+        ("--method", "dense", "--model", "videomamba_micro", *TINY),
+    ],
+    ids=["videomamba", "mambareg", "clips", "merge", "mtr", "prune+merge", "static", "dense"],
+)  # fmt: skip
+def test_every_kind_of_model(flags, tmp_path, capsys):
+    """export.py itself refuses a file that differs from the checkpoint by more than 1e-4."""
+    checkpoint = classifier(tmp_path, *flags)
+    file = exported(checkpoint)
+    said = capsys.readouterr().out
+    assert str(file) in said and "100 % of the top-1 are the same" in said
+    found = checking.compare(own_model(checkpoint).model, lambda x: OnnxModel(file)(x).logits)
+    assert found.error < 1e-5
+
+
+@pytest.mark.parametrize("decoder", ["light", "upernet"])
+def test_segmenters(decoder, tmp_path, capsys):
+    checkpoint = segmenter(tmp_path, decoder)
+    file = exported(checkpoint)
+    runtime = OnnxModel(file)
+    assert runtime(torch.rand(1, 3, 32, 32)).logits.shape[:2] == (1, 3)
+    said = []
+    images = save_images(tmp_path / "images", 2)
+    capsys.readouterr()
+    for model in (checkpoint, file):
+        predict.main(["--model-path", str(model), "--num-workers", "0", str(images)])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
+def test_predict_says_the_same_of_the_file(routed, tmp_path, capsys):
+    images = save_images(tmp_path / "images", 5)
+    said = []
+    for model in routed:
+        predict.main(["--model-path", str(model), "--json", "--num-workers", "0", str(images)])
+        said.append(json.loads(capsys.readouterr().out))
+    for own, other in zip(*said, strict=True):
+        assert own["file"] == other["file"]
+        assert own["top"][0]["class"] == other["top"][0]["class"]
+
+
+def test_what_the_file_says_of_itself(routed):
+    texts = onnxruntime.InferenceSession(str(routed[1])).get_modelmeta().custom_metadata_map
+    assert json.loads(texts["class_names"]) == CLASSES
+    assert json.loads(texts["input_size"]) == [32, 32]
+    assert json.loads(texts["mean"]) == pytest.approx([0.485, 0.456, 0.406])
+    model = own_model(routed[0]).model
+    assert json.loads(texts["kept_patches"]) == model.kept_counts()
+    assert "data_path" not in json.loads(texts["dyvm"])["args"], "of the machine"
+
+
+def test_eight_bits(routed, tmp_path):
+    from exporting.onnx_file import with_int8_weights
+
+    _, file = routed
+    small = tmp_path / "small.onnx"
+    onnx.save(with_int8_weights(onnx.load(file)), small)
+    kinds = Counter(node.op_type for node in onnx.load(small).graph.node)
+    assert kinds["MatMulInteger"] and small.stat().st_size < file.stat().st_size
+    images = torch.rand(4, 3, 32, 32)
+    near = OnnxModel(small)(images).logits - OnnxModel(file)(images).logits
+    assert 0 < near.abs().max() < 0.2 * OnnxModel(file)(images).logits.abs().max()
+
+
+def test_for_torch_export_load(routed, tmp_path):
+    checkpoint, _ = routed
+    file = exported(checkpoint, "--format", "torch", suffix=".pt2")
+    texts = {"class_names": ""}
+    program = torch.export.load(file, extra_files=texts)
+    assert json.loads(texts["class_names"]) == CLASSES
+    assert not [node for node in program.graph.nodes if "dyvm" in str(node.target)]
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = own_model(checkpoint).model(images).logits
+        torch.testing.assert_close(program.module()(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+    checkpoint = classifier(tmp_path, "--method", "dense", *TINY)
+    monkeypatch.setattr(checking, "LARGEST_ERROR", 0.0)
+    with pytest.raises(UserError, match="is not the checkpoint's: logits differ .* nothing was"):
+        exported(checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_what_hangs_on_rounding_is_not_compared(routed, monkeypatch):
+    model = own_model(routed[0]).model
+    right = checking.compare(model, lambda images: model(images).logits)
+    assert (right.images, right.error, right.same) == (checking.CHECKED, 0, 1)
+    monkeypatch.setattr(checking, "STEADY", 0.0)
+    found = checking.compare(model, lambda images: torch.zeros(len(images), 3))
+    assert found.images == 0 and "NOT COMPARED" in str(found)
+    checking.require_agreement(found)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--output model.pt2", "a file of --format onnx ends with .onnx"),
+        ("--output nowhere/x.onnx", "there is no folder nowhere"),
+        ("--output x.pt2 --format torch --int8", "--int8 is for --format onnx"),
+        ("--output x.onnx --opset 12", "--opset 12: give 18 to 23"),
+    ],
+)
+def test_wrong_flags(flags, said, routed):
+    with pytest.raises(UsageError, match=said):
+        export.main(["--model-path", str(routed[0]), *flags.split()])
+
+
+def test_random_tokens_are_refused(tmp_path):
+    checkpoint = save_model(tmp_path / "model.pth", "--token-strategy", "random", *TOKEN)
+    with pytest.raises(UsageError, match="random tokens depend on every bit of an image"):
+        exported(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--token-keep-ratio 0.5", "--token-keep-ratio cannot change .*; export the checkpoint"),
+        ("--ema", "--ema cannot change"),
+        ("--input-size 64", "--input-size cannot change"),
+        ("--amp bf16", "run by ONNX Runtime on the CPU"),
+    ],
+)
+def test_what_a_file_cannot_follow(flags, said, routed, tmp_path):
+    images = save_images(tmp_path / "images", 1)
+    with pytest.raises(UsageError, match=said):
+        predict.main(["--model-path", str(routed[1]), *flags.split(), str(images)])
+
+
+def test_other_files(routed, tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(routed[0].read_bytes())
+    with pytest.raises(UserError, match="broken.onnx: ONNX Runtime cannot load it"):
+        OnnxModel(tmp_path / "broken.onnx")
+    foreign = onnx.load(routed[1])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(UserError, match="foreign.onnx is not a model that export.py has written"):
+        OnnxModel(tmp_path / "foreign.onnx")
+    with pytest.raises(UserError, match="there is no file .*missing.onnx"):
+        OnnxModel(tmp_path / "missing.onnx")
