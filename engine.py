@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loading.loaders import Batch
+from losses import total_of
 from models import Result, VisionMamba
 from models.batch_norm import statistics_kept
 from models.importance import with_importance
@@ -160,7 +161,7 @@ def teach(
 
     def loss(result: Result) -> Tensor:
         # Scaled against underflow in fp16; shares of importance are the same.
-        return training.scaler.scale(torch.stack(list(criterion(result, targets).values())).sum())
+        return training.scaler.scale(total_of(criterion(result, targets)))
 
     return with_importance(teacher, images, loss, model.pruning_layers)
 
@@ -175,7 +176,7 @@ def try_schedule(training: Training, part: Batch, experiment: Experiment) -> Non
     def loss() -> Tensor:
         with autocast(experiment.device, experiment.args.amp):
             terms = training.objective.criterion(training.model(images), targets)
-        return mean_over_ranks(torch.stack(list(terms.values())).sum())
+        return mean_over_ranks(total_of(terms))
 
     training.model.eval()
     keep = training.keep_schedule.learn(loss)

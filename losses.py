@@ -10,7 +10,7 @@ B images, M patches, S stages, d width. Source: "Dynamic Vision Mamba" (arXiv 25
 3.4.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -263,8 +263,10 @@ class Objective(nn.Module):
             terms |= self.budgets.terms(result, whole)
         if self.distillation is not None:
             terms |= self.distillation.terms(result, teacher_result, whole)
-        return _sum(list(terms.values())), terms
+        return total_of(terms), terms
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+def total_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of scalars, at least one."""
+    values = list(terms.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
