@@ -175,6 +175,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         if value and not args.smaller:
             raise UsageError(f"{flag} is for --smaller, which is not given")
+    if args.smaller_seeds and args.smaller_seeds > len(args.seeds):
+        raise UsageError(
+            f"--smaller-seeds {args.smaller_seeds} are more than the {len(args.seeds)} of --seeds"
+        )
     args.common = common
     return args
 

@@ -6,9 +6,10 @@
     python predict.py --model-path dyvm.onnx photo.jpg
 
 The file takes normalised images [batch, 3, height, width] of the model's size, any number of them,
-and answers logits. It holds standard operators alone; tokens that are dropped are gone in it, and a
+and returns logits. It holds standard operators alone; tokens that are dropped are gone in it, and a
 scan that no image of a batch wants is not run. Before it is kept, its answers are compared with the
-checkpoint's. Classes, normalisation, size and budget are in its metadata.
+checkpoint's; of --int8 the difference is reported. Classes, normalisation, size and budget are in
+its metadata.
 """
 
 from utils.startup import prepare, require
@@ -25,19 +26,21 @@ from pathlib import Path
 
 import torch
 
-from evaluation.inference import add_class_names, load_predictor
+from evaluation.inference import add_checkpoint_arguments, load_predictor
 from exporting.checking import Agreement, compare, require_agreement
 from exporting.program import decompose, trace
 from exporting.record import readable, record_of
 from loading.transforms import MEAN, STD
+from models import VisionMamba
 from models.options import add_model_arguments
 from utils import arguments
+from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError
-from utils.files import atomic_file, sha256_of
+from utils.files import atomic_file, prepare_output_dir, remove_temporaries, sha256_of
 from utils.program import run_main
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-LEFT = {"onnx": 1.6, "torch": 0.7}  # time that the other steps take, relative to tracing
+LEFT = {"onnx": 1.6, "torch": 0.7}  # time of the other steps, in multiples of the tracing
 _logger = logging.getLogger("export")
 
 
@@ -54,11 +57,11 @@ def build_parser() -> arguments.OneLineParser:
         "--format",
         choices=tuple(SUFFIXES),
         default="onnx",
-        help="onnx: for ONNX Runtime and others; torch: for torch.export.load, where this project "
-        "is not needed",
+        help="onnx: for ONNX Runtime and others; torch: for torch.export.load where this project is "
+        "not installed; run as it is, that is far slower, it is meant for a compiler",
     )
     group.add_argument(
-        "--opset", type=arguments.positive, default=18, metavar="N", help="of ONNX, 18 to 23"
+        "--opset", type=arguments.positive, metavar="N", help="of ONNX, 18 to 21 (default: 18)"
     )
     group.add_argument(
         "--int8",
@@ -66,25 +69,16 @@ def build_parser() -> arguments.OneLineParser:
         help="ONNX: weights of the products in 8 bits, and what they are multiplied by rounded at "
         "run time; smaller, and less exact",
     )
-    group = parser.add_argument_group("checkpoint")
-    add_class_names(group)
-    group.add_argument("--ema", action="store_true", help="use the average of the weights")
-    group.add_argument(
-        "--input-size",
-        type=arguments.image_size,
-        metavar="N|HxW",
-        help="size of the model's images (default: as trained)",
-    )
+    add_checkpoint_arguments(parser)
     add_model_arguments(parser)
-    # What a prediction's record has besides, and a model is built without.
-    parser.set_defaults(
-        device="cpu", amp="off", eval_crop_ratio=0.875, whole_images=False, bit_depth="auto"
-    )
+    parser.set_defaults(device="cpu", amp="off")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that do not go together, before any work."""
+    """Raise UsageError for flags that do not go together, UserError for a folder that cannot be
+    written to, before any work.
+    """
     output = Path(args.output)
     if output.suffix != SUFFIXES[args.format]:
         raise UsageError(
@@ -94,25 +88,42 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {output}: there is no folder {output.parent}")
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder; name a file")
-    if args.format != "onnx" and args.int8:
-        raise UsageError("--int8 is for --format onnx")
+    prepare_output_dir(output.parent)
     if args.format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
         from exporting.onnx_file import OPSETS
 
-        if args.opset not in OPSETS:
+        if args.opset and args.opset not in OPSETS:
+            raise UsageError(f"--opset {args.opset}: give {OPSETS[0]} to {OPSETS[-1]}")
+    elif args.int8 or args.opset:
+        raise UsageError(f"--{'int8' if args.int8 else 'opset'} is for --format onnx")
+
+
+def check_model(model: VisionMamba, args: argparse.Namespace) -> None:
+    """Raise UsageError for a model that cannot become such a file."""
+    if args.token_strategy == "random" and model.pruning_layers:
+        raise UsageError(
+            "--token-strategy random: random tokens depend on every bit of an image, which other "
+            "runtimes round otherwise; export another model"
+        )
+    if args.format == "onnx":
+        from exporting.onnx_file import MOST_BYTES
+
+        size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        if size > MOST_BYTES:
             raise UsageError(
-                f"--opset {args.opset}: give {OPSETS[0]} to {OPSETS[-1]}, which PyTorch writes"
+                f"{args.model_path}: its weights take {size / 1e9:.1f} GB, an ONNX file holds "
+                f"{MOST_BYTES / 1e9:.0f}; use --format torch"
             )
 
 
 def write_onnx(program, args: argparse.Namespace, texts: dict[str, str], model) -> Agreement:
     """Convert, compare with the model, and write; -> how far they agree."""
-    from exporting.onnx_file import to_onnx, with_int8_weights
+    from exporting.onnx_file import OPSETS, to_onnx, with_int8_weights
     from exporting.onnx_model import OnnxModel
 
     _logger.info("3/4 converting to ONNX")
-    converted = to_onnx(program, args.opset, texts)
+    converted = to_onnx(program, args.opset or OPSETS[0], texts)
     if args.int8:
         converted = with_int8_weights(converted)
     _logger.info("4/4 comparing with the checkpoint")
@@ -147,14 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     check(parser.parse_args(argv))
     predictor = load_predictor(parser, argv)
     args, model, task = predictor.args, predictor.model, predictor.task
-    if args.token_strategy == "random" and model.pruning_layers and args.reduction != "merge":
-        raise UsageError(
-            "--token-strategy random: random tokens depend on every bit of an image, which other "
-            "runtimes round otherwise; export another model"
-        )
-    checkpoint = sha256_of(args.model_path)
-    record = record_of(model, vars(args), task, predictor.class_names, checkpoint)
+    check_model(model, args)
+    checkpoint = load_checkpoint(args.model_path)
+    names = checkpoint.get("class_names"), predictor.class_names
+    record = record_of(model, vars(args), task, *names, sha256_of(args.model_path))
     texts = readable(record, MEAN, STD)
+    remove_temporaries(Path(args.output))
     write = write_onnx if args.format == "onnx" else write_torch
     steps = 4 if args.format == "onnx" else 3
     _logger.info("1/%d tracing %d layers", steps, model.depth)

@@ -3,6 +3,7 @@
 python predict.py --model-path output/dyvm/best_checkpoint.pth photo.jpg more/
 python predict.py --model-path output/dyvm/best_checkpoint.pth --json more/ > predictions.json
 python predict.py --model-path output/segmenter/best_checkpoint.pth --overlay pictures photos/
+python predict.py --model-path dyvm.onnx photo.jpg        # what export.py has written
 
 With `--overlay DIR`, of a segmenter: `DIR/overlays/X.png` shows the classes over each image,
 `DIR/predictions/X.png` holds them, as a palette PNG of the image's own size.
@@ -65,7 +66,9 @@ def predictions(predictor: Predictor, images: ImageSet, top: int) -> Iterator[Pr
 
     for batch, result in predictor.results(images, bad_images, evaluated=True):
         answers = predictor.task.named(result, batch.targets, predictor.class_names, top)
-        usable = result.logits.flatten(1).isfinite().all(dim=1).tolist()
+        usable = [True] * len(answers)
+        if result.logits is not None:  # else too large to be kept: a segmenter's labels alone
+            usable = result.logits.flatten(1).isfinite().all(dim=1).tolist()
         for place, (index, named) in enumerate(zip(batch.indices.tolist(), answers, strict=True)):
             yield from unreadable(index)
             error = None if usable[place] else NOT_FINITE
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="for the label maps of a segmenter, and pictures of them over the images",
     )
-    predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv)
+    predictor = load_predictor(parser, sys.argv[1:] if argv is None else argv, exported=True)
     check(predictor)
     args, overlays = predictor.args, None
     images = predictor.files(args.files)

@@ -4,8 +4,8 @@
         --keep 0.5 0.2 -- --data-path FOLDER
 
 The model keeps a share of its tokens before one layer, as evaluation does, and answers without the
-others: those that matter most by the gradient of its own loss, which knows the label and which no
-selector can beat by much (`importance`); the patches of the object, where the data set knows it;
+others: those that matter most by the gradient of its own loss, which knows the label
+(`importance`); the patches of the object, where the data set knows it;
 the largest; evenly spread ones; random ones. Where random is as good as importance, no selector can
 gain anything. What follows `--` are flags of main.py for the data.
 """
@@ -35,7 +35,7 @@ from utils import arguments
 from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
 from utils.errors import UsageError, UserError
-from utils.files import write_json
+from utils.files import sha256_of, write_json
 from utils.logging import Progress
 from utils.program import run_main
 from utils.tables import text_table
@@ -96,6 +96,7 @@ def prepare(args: argparse.Namespace, words: Sequence[str]) -> tuple[Experiment,
             "not known, or it is reduced already"
         )
     told = ["--eval", "--model-path", args.model_path, "--device", args.device, *words]
+    told += ["--amp", "off"]
     experiment = Experiment.prepare(
         options.parse(told, recorded), init_distributed(args.device), train=False
     )
@@ -143,11 +144,11 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     """Top-1 in percent: {"all tokens": number, way: {share: number}}."""
     experiment, model = prepare(args, words)
     right: dict[tuple[str, float], int] = {}
-    every = max(1, experiment.data.num_val // args.images)
-    seen = 0
+    count, seen = experiment.data.num_val, 0
+    wanted = torch.linspace(0, count - 1, min(args.images, count)).long()
     loader = experiment.data.val_loader
     for batch in Progress(loader.batches(), "images", total=len(loader)):
-        chosen = batch.indices % every == 0
+        chosen = torch.isin(batch.indices, wanted)
         if not chosen.any():
             continue
         batch = to_device(batch, experiment.device)
@@ -156,21 +157,23 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         )
         seen += len(images)
 
-        def count(name: str, keep: float, images=images, targets=targets) -> None:
+        def score(name: str, keep: float, images=images, targets=targets) -> None:
             hits = (model(images).logits.argmax(1) == targets).sum().item()
             right[name, keep] = right.get((name, keep), 0) + hits
 
-        count(DENSE, 1.0)
+        score(DENSE, 1.0)
         layer = args.pruning_layer
         for name, make in choices(model, experiment, layer, images, targets, indices).items():
             for keep in args.keep:
                 with reduced(model, layer, make([keep])):
-                    count(name, keep)
+                    score(name, keep)
     top1 = {key: 100 * hits / seen for key, hits in right.items()}
     ways = dict.fromkeys(name for name, _ in top1 if name != DENSE)
     return {
         "data_set": experiment.args.data_set,
         "images": seen,
+        "checkpoint_sha256": sha256_of(args.model_path),
+        "input_size": list(model.patch_embed.img_size),
         "pruning_layer": args.pruning_layer,
         "top1": {DENSE: top1[DENSE, 1.0]}
         | {way: {f"{keep:g}": top1[way, keep] for keep in args.keep} for way in ways},

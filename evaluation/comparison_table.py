@@ -1,6 +1,6 @@
 """The results of a comparison at equal operations: `compare.md`, CSV, plots."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _percent(value: float | None) -> str:
 
 
 def equal_speed_table(
-    rows: Sequence[Mapping[str, Any]], smaller: Iterable[str], measure: Measure
+    rows: Sequence[Mapping[str, Any]], smaller: Collection[str], measure: Measure
 ) -> str:
     """What evenly spread tokens and smaller dense models score at each method's images/s, Markdown.
 
@@ -125,7 +125,7 @@ def equal_speed_table(
     teacher = [row for row in timed if row["name"] == DENSE]
     lines = {
         "static": [row for row in timed if row["name"] == "static"],
-        "smaller dense": [row for row in timed if row["name"] in set(smaller)],
+        "smaller dense": [row for row in timed if row["name"] in smaller],
     }
     lines = {name: sorted(teacher + line, key=_speed) for name, line in lines.items() if line}
     if not teacher or not lines:
@@ -229,7 +229,8 @@ def _document(
         equal_speed = (
             f"{measure.title} of each method, and of others at its images/s: on the line from the "
             "dense teacher through the budgets of `static`, and on that through the smaller dense "
-            f"models:\n\n{equal_speed}\n"
+            "models (the teacher, and perhaps these, one training each):\n\n"
+            f"{equal_speed}\n"
         )
     lines = [
         "# Comparison at equal operations",

@@ -38,7 +38,16 @@ from utils.precision import autocast
 _logger = logging.getLogger(__name__)
 
 
-def add_class_names(group: argparse._ArgumentGroup) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group of what is taken from a checkpoint besides its model."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--ema", action="store_true", help="use the average of the weights")
+    group.add_argument(
+        "--input-size",
+        type=arguments.image_size,
+        metavar="N|HxW",
+        help="size of the model's images (default: as trained)",
+    )
     group.add_argument(
         "--class-names",
         metavar="FILE",
@@ -56,8 +65,8 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_checkpoint_arguments(parser)
     group = parser.add_argument_group("images")
-    add_class_names(group)
     group.add_argument("--batch-size", type=arguments.positive, default=32)
     group.add_argument(
         "--num-workers",
@@ -65,17 +74,10 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
         default=default_workers(),
         help="processes that read images, where there is more than one batch of them",
     )
-    group.add_argument(
-        "--input-size",
-        type=arguments.image_size,
-        metavar="N|HxW",
-        help="size of the model's images (default: as trained)",
-    )
     group.add_argument("--eval-crop-ratio", type=arguments.ratio, default=0.875)
     add_whole_images(group)
     add_depth_argument(group)
     group = parser.add_argument_group("run")
-    group.add_argument("--ema", action="store_true", help="use the average of the weights")
     options.add_device_arguments(group)
     add_model_arguments(parser)
     return parser
@@ -155,12 +157,25 @@ class Predictor:
             return self.task.predict(self.model, images.to(self.device))
 
 
-def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Predictor:
-    """Parse flags and load `--model-path`; its recorded arguments replace the flags' defaults."""
+def load_predictor(
+    parser: arguments.OneLineParser, argv: Sequence[str], exported: bool = False
+) -> Predictor:
+    """Parse flags and load `--model-path`; its recorded arguments replace the flags' defaults.
+
+    exported: an ONNX file of export.py will do.
+    """
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
-    runtime = OnnxModel(args.model_path) if is_onnx(args.model_path) else None
+    runtime = None
+    if is_onnx(args.model_path):
+        if not exported:
+            raise UsageError(
+                f"{args.model_path} is an exported model; {parser.prog} needs the checkpoint that "
+                "it was made from"
+            )
+        runtime = OnnxModel(args.model_path)
+        check_fixed(argv, args)
     checkpoint = runtime.checkpoint if runtime else load_checkpoint(args.model_path)
     task = task_of_checkpoint(checkpoint)
     if task.recorded and not is_ours(checkpoint.get("args")):
@@ -168,7 +183,7 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
             f"{args.model_path} does not record the flags of its {task.name} model, and without "
             "them another one might be built; evaluate it with main.py --eval"
         )
-    own = vars(_flags_of(task).parse_args([]))
+    own = vars(build_parser("", "").parse_args([])) | vars(_flags_of(task).parse_args([]))
     parser.set_defaults(**{name: value for name, value in own.items() if name not in args})
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
@@ -176,8 +191,9 @@ def load_predictor(parser: arguments.OneLineParser, argv: Sequence[str]) -> Pred
     settle_model(args)
     task = task.of_run(args)
     if runtime:
-        check_fixed(argv, args)
-        names = class_names(args.class_names, checkpoint, runtime.num_classes, args.model_path)
+        names = runtime.record["shown_names"]
+        if args.class_names:
+            names = class_names(args.class_names, checkpoint, len(names), args.model_path)
         return Predictor(runtime, task, names, args, torch.device("cpu"))
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device

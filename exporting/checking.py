@@ -4,6 +4,7 @@ B images, C classes.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from models import VisionMamba
 from utils.errors import UserError
 
 from .program import example_images
+
+_logger = logging.getLogger(__name__)
 
 CANDIDATES, CHECKED = 12, 4  # images of noise; the comparison takes steady ones of them
 NUDGES, NUDGE = 6, 1e-5  # changes of all weights, relative; a steady image answers the same
@@ -33,7 +36,7 @@ class Agreement(NamedTuple):
 
     def __str__(self) -> str:
         if not self.images:
-            return "NOT COMPARED, all its answers to noise hang on rounding (is it trained?)"
+            return "NOT COMPARED: all its answers to noise depend on rounding (is it trained?)"
         return (
             f"logits differ by {self.error:.1e} of the largest, {100 * self.same:.4g} % of the "
             f"top-1 are the same ({self.images} images of noise)"
@@ -61,13 +64,18 @@ def compare(
 ) -> Agreement:
     """A model and a function images -> logits on noise, one image and then several at once.
 
-    Only on images whose answers do not hang on rounding: two scores that are nearly equal decide
+    Only on images whose answers do not depend on rounding: two scores that are nearly equal decide
     about a token one way here and the other way there, and neither is wrong.
 
-    Of no image at all if all hang on it. Raises UserError for answers of another shape.
+    Of no image at all if all of them do. Raises UserError for answers of another shape, or that
+    are not finite.
     """
     images = example_images(model, CANDIDATES) if images is None else images
     expected = model(images).logits
+    if not expected.isfinite().all():
+        raise UserError(
+            "the checkpoint's answers to noise are not finite (NaN); look at its weights"
+        )
     steady = torch.ones(len(images), dtype=torch.bool)
     for nudged in _nudged(model):
         steady &= relative(nudged(images).logits, expected) < STEADY
@@ -81,12 +89,16 @@ def compare(
             f"the exported model answers {list(actual.shape)} where the checkpoint answers "
             f"{list(expected.shape)}"
         )
+    if not actual.isfinite().all():
+        raise UserError("the exported model's answers are not finite (NaN); nothing was written")
     error = relative(actual, expected).max()
     same = (actual.argmax(1) == expected.argmax(1)).double().mean()
     return Agreement(len(images), error.item(), same.item())
 
 
 def require_agreement(found: Agreement) -> None:
-    """Raise UserError unless all logits that were compared agree."""
+    """Raise UserError unless all logits that were compared agree; warn if none were."""
+    if not found.images:
+        _logger.warning("the exported model was %s", found)
     if found.images and not found.error <= LARGEST_ERROR:
         raise UserError(f"the exported model is not the checkpoint's: {found}; nothing was written")

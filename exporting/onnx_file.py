@@ -16,7 +16,8 @@ from utils.errors import UserError, first_line
 
 from .program import INPUT, OUTPUT
 
-OPSETS = range(18, 24)  # what PyTorch's exporter writes, and converts to
+OPSETS = range(18, 22)  # those that are tested
+MOST_BYTES = 2_000_000_000  # of one file
 
 logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every constant that it merges
 logging.getLogger("onnxscript").setLevel(logging.WARNING)
@@ -64,7 +65,7 @@ def with_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     with TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, source)
-        logging.root.setLevel(logging.ERROR)  # it advises to a step that is not needed here
+        logging.root.setLevel(logging.ERROR)  # it recommends a step that is not needed here
         try:
             quantize_dynamic(
                 source,

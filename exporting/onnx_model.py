@@ -15,6 +15,7 @@ from models import Result
 from utils.errors import UserError, first_line
 from utils.startup import require
 
+from .program import INPUT
 from .record import parse_record
 
 SUFFIX = ".onnx"
@@ -25,30 +26,40 @@ def is_onnx(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() == SUFFIX
 
 
+def open_session(path: str | os.PathLike):
+    """A file in ONNX Runtime, with as many threads as PyTorch has. Raises UserError."""
+    require("onnxruntime")
+    import onnxruntime
+
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3
+    # Waiting threads sleep, as those of OpenMP do (utils/startup.py).
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class of their own
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
+
+
+def run(session, images: Tensor) -> Tensor:
+    """images -> logits."""
+    (logits,) = session.run(None, {INPUT: images.float().cpu().numpy()})
+    return torch.from_numpy(logits)
+
+
 class OnnxModel:
     """Called with images [B, 3, H, W] it returns a Result that has logits and nothing else.
 
     Raises UserError for a file that is not one of export.py, or that ONNX Runtime refuses.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None):
-        require("onnxruntime")
-        import onnxruntime
-
-        self.path = str(path)
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path}")
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads or torch.get_num_threads()
-        settings.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(
-                self.path, settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its errors have no common class of their own
-            raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
-        self.record = parse_record(self.session.get_modelmeta().custom_metadata_map, self.path)
-        self.num_classes = len(self.record["class_names"])
+    def __init__(self, path: str | os.PathLike):
+        self.session = open_session(path)
+        self.record = parse_record(self.session.get_modelmeta().custom_metadata_map, str(path))
+        self.num_classes = len(self.record["shown_names"])
         self.patch_embed = SimpleNamespace(img_size=tuple(self.record["input_size"]))
 
     @property
@@ -57,6 +68,6 @@ class OnnxModel:
         return {name: self.record[name] for name in ("task", "args", "class_names")}
 
     def __call__(self, images: Tensor) -> Result:
-        (logits,) = self.session.run(None, {"images": images.float().cpu().numpy()})
+        logits = run(self.session, images)
         nothing = torch.empty(0, len(images), 2)
-        return Result(torch.from_numpy(logits), None, None, None, gates=nothing)
+        return Result(logits, None, None, None, gates=nothing)

@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from models import VisionMamba
 from ops import rms_norm, selective_scan
+from utils.errors import UserError, first_line
 
 INPUT, OUTPUT = "images", "logits"
 TRACED = 2  # images of the batch that is traced: a batch of one would stay one
@@ -47,7 +48,10 @@ def trace(model: VisionMamba) -> ExportedProgram:
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     with warnings.catch_warnings(), selective_scan.portable():
         warnings.simplefilter("ignore")
-        return export(Answer(model).eval(), (images,), dynamic_shapes=({0: batch},))
+        try:
+            return export(Answer(model).eval(), (images,), dynamic_shapes=({0: batch},))
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:
+            raise UserError(f"PyTorch cannot export this model: {first_line(error)}") from None
 
 
 def _sort_by_topk(

@@ -12,19 +12,21 @@ from utils.errors import UserError
 
 OWN = "dyvm"  # key of the record that predict.py reads
 VERSION = 1
-NOT_RECORDED = {"data_path", "prefix"}  # of the machine
+NOT_RECORDED = {"data_path", "prefix"}  # specific to the machine
 
 
 def record_of(
     model: VisionMamba,
     flags: Mapping[str, Any],
     task: Task,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
+    shown_names: Sequence[str],
     checkpoint: str,
 ) -> dict[str, Any]:
     """The flags that a prediction depends on, the classes, and what the model costs.
 
-    flags: those that it was loaded with; checkpoint: SHA-256.
+    flags: those that it was loaded with; class_names: as the checkpoint has them; shown_names: as
+    predict.py prints them; checkpoint: SHA-256.
     """
     names = [
         name for name in (*IDENTITY, *task.recorded) if name in flags and name not in NOT_RECORDED
@@ -35,7 +37,10 @@ def record_of(
         "version": VERSION,
         "task": task.name,
         "args": recorded,
-        "class_names": list(class_names),
+        "class_names": class_names,
+        "shown_names": list(shown_names),
+        "ema": flags["ema"],
+        "int8": flags["int8"],
         "checkpoint": checkpoint,
         "input_size": list(model.patch_embed.img_size),
         "frames": model.num_frames,
@@ -50,10 +55,13 @@ def readable(
     record: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, str]:
     """The record as keys and texts: that of predict.py, and what users of other programs want."""
-    wanted = ("class_names", "input_size", "kept_patches", "exact_flops")
+    wanted = ("task", "input_size", "frames", "kept_patches", "patches", "gate_threshold")
+    wanted += ("exact_flops", "ema", "int8", "checkpoint")
     return {
         OWN: json.dumps(record),
+        "class_names": json.dumps(record["shown_names"]),
         **{name: json.dumps(record[name]) for name in wanted},
+        "channels": "RGB, 0 to 1, less mean, divided by std",
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
     }
@@ -63,9 +71,14 @@ def parse_record(texts: Mapping[str, str], source: str) -> dict[str, Any]:
     """The record among a file's texts. Raises UserError for a file of another program."""
     try:
         record = json.loads(texts[OWN])
-        known = record["version"] == VERSION and record["task"] in TASKS and record["args"]
+        version, known = record["version"], record["task"] in TASKS and record["args"]
     except (KeyError, ValueError, TypeError):
-        known = False
+        version = known = None
+    if version is not None and version != VERSION:
+        raise UserError(
+            f"{source} was written by another version of export.py (its record has the number "
+            f"{version}, here it is {VERSION}); export it again from its checkpoint"
+        )
     if not known:
         raise UserError(
             f"{source} is not a model that export.py has written: it lacks its record; export it "

@@ -309,6 +309,7 @@ def test_an_evaluation_stands_under_its_own_conditions(done, tmp_path):
         ("--smaller depth=2 --smaller depth=2", "", "--smaller: dense-depth=2 is given twice"),
         ("--smaller-flags '--lr 1'", "", "--smaller-flags is for --smaller"),
         ("--smaller-seeds 1", "", "--smaller-seeds is for --smaller"),
+        ("--seeds 1 --smaller depth=2 --smaller-seeds 2", "", "are more than the 1 of --seeds"),
         ("--smaller depth=2 --smaller-flags '--model x'", "", "--model is set by compare.py"),
         ("", "--token-strategy norm", "after --: --token-strategy is set by compare.py"),
         ("", "--reduction=mtr", 'after --: --reduction is set by compare.py; use --method NAME "'),

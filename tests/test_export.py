@@ -2,6 +2,9 @@
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from torch import nn
 import export
 import options
 import predict
-from evaluation.inference import load_predictor
+import visualize
+from evaluation.inference import build_parser, load_predictor
 from exporting import checking
 from exporting.onnx_model import OnnxModel
 from models.build import ModelSpec
@@ -28,6 +32,7 @@ pytest.importorskip("onnxscript")
 TINY = ["--model-kwargs", "embed_dim=16", "depth=2", "d_state=4"]
 STAGE = ["--pruning-layers", "1"]
 TOKEN = ["--method", "token", *STAGE, *TINY]
+SMALLEST = ["--method", "dense", "--model-kwargs", "embed_dim=16", "depth=1", "d_state=4"]
 CLASSES = ["ant", "bee", "cat"]
 
 
@@ -189,9 +194,15 @@ def test_predict_says_the_same_of_the_file(routed, tmp_path, capsys):
     for model in routed:
         predict.main(["--model-path", str(model), "--json", "--num-workers", "0", str(images)])
         said.append(json.loads(capsys.readouterr().out))
+    probabilities = []
     for own, other in zip(*said, strict=True):
         assert own["file"] == other["file"]
-        assert own["top"][0]["class"] == other["top"][0]["class"]
+        first, second = (
+            {each["name"]: each["probability"] for each in e["top"]} for e in (own, other)
+        )
+        assert first == pytest.approx(second, abs=1e-5) and len(first) == len(CLASSES)
+        probabilities.append(first["ant"])
+    assert len(set(probabilities)) > 1
 
 
 def test_what_the_file_says_of_itself(routed):
@@ -223,19 +234,77 @@ def test_for_torch_export_load(routed, tmp_path):
     texts = {"class_names": ""}
     program = torch.export.load(file, extra_files=texts)
     assert json.loads(texts["class_names"]) == CLASSES
-    assert not [node for node in program.graph.nodes if "dyvm" in str(node.target)]
+    graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert len(graphs) > 4, "those of the scans and the gates"
+    assert not [node for m in graphs for node in m.graph.nodes if "dyvm" in str(node.target)]
     images = torch.rand(3, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    alone = "import torch; p = torch.export.load('model.pt2').module(); "
+    alone += "torch.save(p(torch.load('images.pt')), 'logits.pt')"
+    folder = checkpoint.parent
+    shutil.copy(tmp_path / "images.pt", folder)
+    subprocess.run([sys.executable, "-c", alone], cwd=folder, check=True, capture_output=True)
     with torch.no_grad():
         expected = own_model(checkpoint).model(images).logits
-        torch.testing.assert_close(program.module()(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.load(folder / "logits.pt"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
-    checkpoint = classifier(tmp_path, "--method", "dense", *TINY)
+    checkpoint = classifier(tmp_path, *SMALLEST)
     monkeypatch.setattr(checking, "LARGEST_ERROR", 0.0)
     with pytest.raises(UserError, match="is not the checkpoint's: logits differ .* nothing was"):
         exported(checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+    checkpoint = load_checkpoint(checkpoint)
+    checkpoint["model"]["layers.0.norm.weight"].fill_(1e30)
+    save_checkpoint(dict(checkpoint), tmp_path / "model.pth")
+    with pytest.raises(UserError, match="answers to noise are not finite"):
+        exported(tmp_path / "model.pth")
+
+
+def test_the_average_in_eight_bits_with_names_of_ones_own(tmp_path, capsys):
+    path = classifier(tmp_path, *SMALLEST)
+    checkpoint = load_checkpoint(path)
+    average = {name: weight + 0.1 for name, weight in checkpoint["model"].items()}
+    save_checkpoint(dict(checkpoint) | {"ema": average}, path)
+    (tmp_path / "names.txt").write_text("Ameise\nBiene\nKatze\n")
+    file = exported(
+        path, "--ema", "--int8", "--opset", "21", "--class-names", f"{tmp_path}/names.txt"
+    )
+    assert "logits differ by" in capsys.readouterr().out
+    runtime = OnnxModel(file)
+    assert (runtime.record["ema"], runtime.record["int8"]) == (True, True)
+    assert onnx.load(file).opset_import[0].version == 21
+    wanted = load_predictor(
+        export.build_parser(), ["--model-path", str(path), "--output", "x", "--ema"]
+    )
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = wanted.model(images).logits
+    assert (runtime(images).logits - expected).abs().max() < 0.1 * expected.abs().max()
+    images = save_images(tmp_path / "images", 1)
+    capsys.readouterr()
+    predict.main(["--model-path", str(file), "--num-workers", "0", str(images)])
+    assert capsys.readouterr().out.split("\t")[1] in ("Ameise", "Biene", "Katze")
+    (tmp_path / "by_folder.json").write_text('{"ant": "one", "bee": "two", "cat": "three"}')
+    named = ["--class-names", f"{tmp_path}/by_folder.json"]
+    predict.main(["--model-path", str(file), "--num-workers", "0", str(images), *named])
+    assert capsys.readouterr().out.split("\t")[1] in ("one", "two", "three")
+
+
+def test_images_are_shown_as_by_the_checkpoint(tmp_path):
+    """Flags that a checkpoint does not record have predict.py's defaults."""
+    path = save_model(tmp_path / "model.pth", *SMALLEST)
+    checkpoint = load_checkpoint(path)
+    for name in ("whole_images", "eval_crop_ratio", "bit_depth"):
+        del checkpoint["args"][name]
+    save_checkpoint(dict(checkpoint), path)
+    args = own_model(path).args
+    usual = load_predictor(
+        build_parser("", ""), ["--model-path", str(path), "--device", "cpu"]
+    ).args
+    for name in ("whole_images", "eval_crop_ratio", "bit_depth"):
+        assert getattr(args, name) == getattr(usual, name)
 
 
 def test_what_hangs_on_rounding_is_not_compared(routed, monkeypatch):
@@ -254,7 +323,8 @@ def test_what_hangs_on_rounding_is_not_compared(routed, monkeypatch):
         ("--output model.pt2", "a file of --format onnx ends with .onnx"),
         ("--output nowhere/x.onnx", "there is no folder nowhere"),
         ("--output x.pt2 --format torch --int8", "--int8 is for --format onnx"),
-        ("--output x.onnx --opset 12", "--opset 12: give 18 to 23"),
+        ("--output x.pt2 --format torch --opset 20", "--opset is for --format onnx"),
+        ("--output x.onnx --opset 12", "--opset 12: give 18 to 21"),
     ],
 )
 def test_wrong_flags(flags, said, routed):
@@ -273,6 +343,7 @@ def test_random_tokens_are_refused(tmp_path):
     [
         ("--token-keep-ratio 0.5", "--token-keep-ratio cannot change .*; export the checkpoint"),
         ("--ema", "--ema cannot change"),
+        ("--method dense", "--method cannot change"),
         ("--input-size 64", "--input-size cannot change"),
         ("--amp bf16", "run by ONNX Runtime on the CPU"),
     ],
@@ -281,6 +352,15 @@ def test_what_a_file_cannot_follow(flags, said, routed, tmp_path):
     images = save_images(tmp_path / "images", 1)
     with pytest.raises(UsageError, match=said):
         predict.main(["--model-path", str(routed[1]), *flags.split(), str(images)])
+
+
+def test_programs_that_need_the_checkpoint(routed, tmp_path):
+    file = str(routed[1])
+    with pytest.raises(UsageError, match="is an exported model; export.py needs the checkpoint"):
+        export.main(["--model-path", file, "--output", str(tmp_path / "x.onnx")])
+    words = ["--model-path", file, "--images", str(tmp_path), "--output_dir", f"{tmp_path}/out"]
+    with pytest.raises(UsageError, match="is an exported model; visualize.py needs the checkpoint"):
+        visualize.main(words)
 
 
 def test_other_files(routed, tmp_path):
@@ -292,5 +372,9 @@ def test_other_files(routed, tmp_path):
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match="foreign.onnx is not a model that export.py has written"):
         OnnxModel(tmp_path / "foreign.onnx")
+    onnx.helper.set_model_props(foreign, {"dyvm": '{"version": 99, "task": "x", "args": {}}'})
+    onnx.save(foreign, tmp_path / "newer.onnx")
+    with pytest.raises(UserError, match="was written by another version of export.py"):
+        OnnxModel(tmp_path / "newer.onnx")
     with pytest.raises(UserError, match="there is no file .*missing.onnx"):
         OnnxModel(tmp_path / "missing.onnx")

@@ -65,8 +65,8 @@ class BackendError(UserError, RuntimeError):
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """Within it, what is traced of an evaluation uses PyTorch's own operators alone, so that it
-    runs where this project is not installed.
+    """Within it, `bidirectional_ssm` is traced in PyTorch's own operators alone, for programs that
+    run where this project is not installed.
     """
     global _traced_for_elsewhere
     before, _traced_for_elsewhere = _traced_for_elsewhere, True
