@@ -57,8 +57,8 @@ def build_parser() -> arguments.OneLineParser:
         "--format",
         choices=tuple(SUFFIXES),
         default="onnx",
-        help="onnx: for ONNX Runtime and others; torch: for torch.export.load where this project is "
-        "not installed; run as it is, that is far slower, it is meant for a compiler",
+        help="onnx: for ONNX Runtime and others; torch: for torch.export.load where this project "
+        "is not installed; run as it is, that is far slower, it is meant for a compiler",
     )
     group.add_argument(
         "--opset", type=arguments.positive, metavar="N", help="of ONNX, 18 to 21 (default: 18)"

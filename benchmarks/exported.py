@@ -3,9 +3,9 @@
     python benchmarks/exported.py --batch 1 16 --output benchmarks/results/exported-cpu.json
 
 DeiT, Vim and DyVM of one size with random weights, DyVM with routers that differ between images.
-Each is exported once; its logits are compared with the eager model's, on images whose answers do not depend on
-rounding; what is wrong is not timed, and the command fails. The files with 8-bit weights are timed
-too; their error is reported and is no reason to fail. Samples are taken in turn.
+Each is exported once; its logits are compared with the eager model's, on images whose answers do
+not depend on rounding; what is wrong is not timed, and the command fails. The files with 8-bit
+weights are timed too; their error is reported and is no reason to fail. Samples are taken in turn.
 """
 
 import argparse
