@@ -24,7 +24,15 @@ from models.options import (
 )
 from models.reduction import SELECTING
 from tasks import Task, task_named
-from utils.arguments import OneLineParser, below_one, not_negative, positive, ratio, whole
+from utils.arguments import (
+    OneLineParser,
+    below_one,
+    given_flags,
+    not_negative,
+    positive,
+    ratio,
+    whole,
+)
 from utils.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.precision import AMP_DTYPES
@@ -382,8 +390,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
 
     For `--eval`, parse once to learn the checkpoint's name and again with what it recorded.
     """
-    for argument in argv:
-        name = argument.split("=")[0]
+    for name in given_flags(argv):
         if name in REPLACED:
             raise UsageError(f"{name} is not a flag here; use {REPLACED[name]}")
     task = task_for(argv, recorded or {})
@@ -404,7 +411,7 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
             raise UsageError("--eval needs --model-path, the checkpoint to evaluate")
         return args  # flags are checked again once the checkpoint's own are known
     if recorded and args.data_set != recorded["data_set"]:
-        given = {word.split("=")[0] for word in argv}
+        given = given_flags(argv)
         for name in ("data_path", "prefix", "part_seconds", "part_stride", "canvas"):
             same = getattr(args, name) == recorded.get(name)
             if same and f"--{name.replace('_', '-')}" not in given:
@@ -468,12 +475,12 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     Flags of READ_BY pass at evaluation, and when an earlier `--method` on the command line reads
     them: a recipe's flags stay when the user overrides its method with a second `--method`.
     """
-    given_flags = {argument.split("=")[0] for argument in argv}
+    given = given_flags(argv)
     for flag, (is_read, where) in READ_IF.items():
-        if flag in given_flags and not is_read(args):
+        if flag in given and not is_read(args):
             raise UsageError(f"{flag} has no meaning {where.format_map(vars(args))}")
     if args.eval:
-        if "--block-keep-ratio" in given_flags and not args.calibrate:
+        if "--block-keep-ratio" in given and not args.calibrate:
             _logger.warning(
                 "--block-keep-ratio %g changes nothing here: the gates open above the "
                 "checkpoint's own threshold; --calibrate finds the one for this share, "
@@ -485,7 +492,7 @@ def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:
     parser.add_argument("--method", action="append", default=[])
     named = {args.method, *parser.parse_known_args(argv)[0].method}
     for flag, readers in READ_BY.items():
-        if flag in given_flags and named.isdisjoint(readers):
+        if flag in given and named.isdisjoint(readers):
             raise UsageError(
                 f"{flag} has no meaning with --method {args.method}; leave it out, or train with "
                 f"--method {' or '.join(readers)}"
@@ -498,7 +505,7 @@ def _check_data_given(
     """Raise UsageError for a --data-path that nothing would be read from."""
     if args.eval and recorded is None:
         return  # what the checkpoint records is not yet known
-    given = {argument.split("=")[0] for argument in argv}
+    given = given_flags(argv)
     if "--data-path" not in given or args.data_set != "DIGITS":
         return
     if "--data-set" in given or recorded:

@@ -209,11 +209,10 @@ def check_fixed(argv: Sequence[str], args: argparse.Namespace) -> None:
     add_model_arguments(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     flags = (flags | {"--input-size", "--ema"}) - {"--model-path"}
-    for word in argv:
-        if word.split("=")[0] in flags:
+    for flag in arguments.given_flags(argv):
+        if flag in flags:
             raise UsageError(
-                f"{word.split('=')[0]} cannot change {args.model_path}; export the checkpoint "
-                "again with it"
+                f"{flag} cannot change {args.model_path}; export the checkpoint again with it"
             )
     if args.device == "cuda" or args.amp != "off":
         raise UsageError(

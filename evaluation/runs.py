@@ -140,8 +140,7 @@ def refuse_set_here(
     program: str, where: str, words: Sequence[str], refused: Mapping[str, str]
 ) -> None:
     """Raise UsageError for a flag that the program sets; refused: {flag: what to use}."""
-    for word in words:
-        name = word.split("=")[0]
+    for name in arguments.given_flags(words):
         if name in refused:
             raise UsageError(f"{where}: {name} is set by {program}; use {refused[name]}")
 

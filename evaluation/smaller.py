@@ -18,7 +18,7 @@ from loading.fingerprint import fingerprints
 from models.build import FLAG_OF, ModelSpec
 from models.flops import count_flops
 from tasks import Experiment
-from utils.arguments import key_value
+from utils.arguments import given_flags, key_value
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError, first_line
 from utils.resume import HARMLESS
@@ -142,7 +142,7 @@ def plan_smaller(
         return SmallerRuns([], {}, {})
     teacher = load_checkpoint(args.dense_path)
     before = updates(teacher)
-    own_epochs = any(word.split("=")[0] == "--epochs" for word in args.smaller_flags)
+    own_epochs = "--epochs" in given_flags(args.smaller_flags)
     if before is not None:
         parser = options.build_parser(experiment.task)
         parser.set_defaults(**experiment.task.defaults)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.arguments import below_one, key_value, not_negative, positive, ratio
+from utils.arguments import below_one, given_flags, key_value, not_negative, positive, ratio
 from utils.errors import UsageError
 
 from .reduction import REDUCTIONS, SCORER_INPUTS, SELECTING, SELECTOR_GRADIENTS, TOKEN_STRATEGIES
@@ -206,7 +206,7 @@ def forget_other_reduction(
     argv: Sequence[str], args: argparse.Namespace, defaults: Mapping[str, Any]
 ) -> None:
     """Leave out what a checkpoint records of its reduction if the flags ask for another one."""
-    given = {word.split("=")[0] for word in argv}
+    given = given_flags(argv)
     asking = OF_REDUCTION["reduction"] + OF_REDUCTION["token_strategy"]
     if given.isdisjoint(asking):
         return
@@ -261,7 +261,7 @@ def settle_stage_keep(argv: Sequence[str], args: argparse.Namespace) -> None:
 
     Raises UsageError for flags that contradict each other, or the checkpoint.
     """
-    given = {word.split("=")[0] for word in argv}
+    given = given_flags(argv)
     if "--stage-keep" in given:
         if others := sorted(given & {"--token-keep-ratio", "--sweep"}):
             raise UsageError(f"--stage-keep and {others[0]} both say what is left; give one")

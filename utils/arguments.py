@@ -4,6 +4,7 @@ import argparse
 import ast
 import os
 import sys
+from collections.abc import KeysView, Sequence
 from typing import Any
 
 from .errors import UsageError
@@ -23,6 +24,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(f"{message} (see python {self.prog} --help)")
+
+
+def given_flags(words: Sequence[str]) -> KeysView[str]:
+    """A command line's flags without their values, and its other words; each once, in order."""
+    return dict.fromkeys(word.split("=")[0] for word in words).keys()
 
 
 def _at_home(word: str) -> str:
