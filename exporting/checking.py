@@ -20,7 +20,7 @@ from .program import example_images
 _logger = logging.getLogger(__name__)
 
 CANDIDATES, CHECKED = 12, 4  # images of noise; the comparison takes steady ones of them
-NUDGES, NUDGE = 6, 1e-5  # changes of all weights, relative; a steady image answers the same
+NUDGES, NUDGE = 6, 1e-6  # changes of all weights, relative; a steady image answers the same
 STEADY = 1e-3  # change of a logit, relative to the largest one
 LARGEST_ERROR = 1e-4  # the same, between exported and own model
 
