@@ -78,7 +78,8 @@ def decisive(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if "score_predictors" in name and weight.dim() == 2:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+            # Larger ones saturate the scores of wide models, which are ties again.
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
 
 
 @torch.no_grad()
