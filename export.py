@@ -34,7 +34,6 @@ from loading.transforms import MEAN, STD
 from models import VisionMamba
 from models.options import add_model_arguments
 from utils import arguments
-from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError
 from utils.files import atomic_file, prepare_output_dir, remove_temporaries, sha256_of
 from utils.program import run_main
@@ -159,8 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     predictor = load_predictor(parser, argv)
     args, model, task = predictor.args, predictor.model, predictor.task
     check_model(model, args)
-    checkpoint = load_checkpoint(args.model_path)
-    names = checkpoint.get("class_names"), predictor.class_names
+    names = predictor.recorded_names, predictor.class_names
     record = record_of(model, vars(args), task, *names, sha256_of(args.model_path))
     texts = readable(record, MEAN, STD)
     remove_temporaries(Path(args.output))

@@ -11,7 +11,7 @@ weights are timed too; their error is reported and is no reason to fail. Samples
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +37,7 @@ from utils.tables import text_table
 from utils.timing import interleaved
 
 OPSET = 18
-EAGER, RUNTIME, INT8 = "", ", ONNX Runtime", ", ONNX Runtime, int8"
+RUNTIME, INT8 = ", ONNX Runtime", ", ONNX Runtime, int8"
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,10 +73,10 @@ class Runtime:
         return run(self.session, images)
 
 
-def decisive(model: nn.Module) -> None:
-    """Predictors that tell tokens apart: those of a new model are ties but for rounding."""
+def decide(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give predictors weights that tell tokens apart: a new model's are ties but for rounding."""
     generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         if "score_predictors" in name and weight.dim() == 2:
             # Larger ones saturate the scores of wide models, which are ties again.
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
@@ -88,7 +88,7 @@ def exported(found: dict[str, nn.Module], args: argparse.Namespace, folder: Path
     files = {}
     for name, model in found.items():
         print(f"exporting {name}", file=sys.stderr)
-        decisive(model)
+        decide(model.named_parameters())
         begin = time.perf_counter()
         file = converted(model, args.img_size)
         spent = time.perf_counter() - begin
@@ -121,14 +121,14 @@ def measure(
         for call in calls.values():
             call()
         times = interleaved(calls, "cpu", 5, args.seconds, args.retries)
-        dynamic = f"DyVM-{args.model}"
-        gates = found[dynamic](images).gates.float().mean(dim=1)
     part = {
         "batch": batch,
         "models": {name: {"images_per_s": 1e3 * batch / t["ms"], **t} for name, t in times.items()},
     }
-    dense = f"Vim-{args.model}"
+    dense, dynamic = f"Vim-{args.model}", f"DyVM-{args.model}"
     if {dense, dynamic} <= calls.keys():
+        with torch.inference_mode():
+            gates = found[dynamic](images).gates.float().mean(dim=1)
         own = {name: times[name + RUNTIME] for name in (dense, dynamic)}
         part["gain"] = dynamic_gain(found, args.model, own, gates)
     return part

@@ -5,15 +5,13 @@
 
 The model keeps a share of its tokens before one layer, as evaluation does, and answers without the
 others: those that matter most by the gradient of its own loss, which knows the label
-(`importance`); the patches of the object, where the data set knows it;
-the largest; evenly spread ones; random ones. Where random is as good as importance, no selector can
-gain anything. What follows `--` are flags of main.py for the data.
+(`importance`); the patches of the object, where the data set knows it; the largest; evenly spread
+ones; random ones. What follows `--` are flags of main.py for the data.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import options
 from benchmarks import flags, records
 from engine import to_device
+from evaluation.runs import split_words
 from models import VisionMamba
 from models.build import recorded_arguments, restore
 from models.importance import with_importance
-from models.reduction import Reduction
+from models.reduction import Reduction, staged_before
 from models.reduction.selection import LargestNorm, RandomTokens, Selection, StaticTokens
 from tasks import Experiment, ObjectMeter, task_of_checkpoint
 from utils import arguments
@@ -57,21 +56,9 @@ class Given(Selection):
         return self.values.gather(1, tokens.origin)
 
 
-@contextmanager
-def reduced(model: VisionMamba, layer: int, reduction: Reduction):
-    """The dense model with a stage before a layer."""
-    before = model.reduction, model.pruning_layers
-    model.reduction, model.pruning_layers = reduction, (layer,)
-    try:
-        yield
-    finally:
-        model.reduction, model.pruning_layers = before
-
-
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and the words after `--`."""
-    words = sys.argv[1:]
-    at = words.index("--") if "--" in words else len(words)
+    own, words = split_words(sys.argv[1:], {})
     parser = flags.build_parser("oracle.py", __doc__)
     parser.add_argument("--model-path", required=True, metavar="FILE", help="a dense checkpoint")
     parser.add_argument("--pruning-layer", type=arguments.positive, required=True, metavar="LAYER")
@@ -82,7 +69,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         default=1000,
         help="of the validation set, evenly spread; default: 1000",
     )
-    return flags.parse(parser, words[:at]), words[at + 1 :]
+    return flags.parse(parser, own), words
 
 
 def prepare(args: argparse.Namespace, words: Sequence[str]) -> tuple[Experiment, VisionMamba]:
@@ -165,7 +152,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         layer = args.pruning_layer
         for name, make in choices(model, experiment, layer, images, targets, indices).items():
             for keep in args.keep:
-                with reduced(model, layer, make([keep])):
+                with staged_before(model, (layer,), make([keep])):
                     score(name, keep)
     top1 = {key: 100 * hits / seen for key, hits in right.items()}
     ways = dict.fromkeys(name for name, _ in top1 if name != DENSE)

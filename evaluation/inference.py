@@ -104,6 +104,7 @@ class Predictor:
     class_names: list[str]
     args: argparse.Namespace
     device: torch.device
+    recorded_names: list[str] | None = None  # as the checkpoint has them
 
     @classmethod
     def of(cls, model: VisionMamba, experiment: Experiment) -> "Predictor":
@@ -200,7 +201,8 @@ def load_predictor(
     model = task.model(ModelSpec.from_args(args), count)
     restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
     names = class_names(args.class_names, checkpoint, count, args.model_path)
-    return Predictor(model.to(device).eval(), task, names, args, device)
+    recorded = checkpoint.get("class_names")
+    return Predictor(model.to(device).eval(), task, names, args, device, recorded)
 
 
 def check_fixed(argv: Sequence[str], args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backbone import VisionMamba
 from .layouts import class_count, insert
-from .reduction import Reduction
+from .reduction import Reduction, staged_before
 from .tokens import Result, Tokens
 
 
@@ -41,14 +41,10 @@ def with_importance(
         loss: of a Result, a scalar.
         layers: importance is that of the tokens before each of these layers, for all that follow.
     """
-    probe, before = Probe(), (model.reduction, model.pruning_layers)
-    model.reduction, model.pruning_layers = probe, tuple(layers)
-    try:
-        with torch.enable_grad():
-            result = model(images)
-            gradients = torch.autograd.grad(loss(result), probe.masks)
-    finally:
-        model.reduction, model.pruning_layers = before
+    probe = Probe()
+    with staged_before(model, layers, probe), torch.enable_grad():
+        result = model(images)
+        gradients = torch.autograd.grad(loss(result), probe.masks)
     # A token that is dropped at a stage is missing in all layers behind it.
     total, importance = 0, []
     for gradient in reversed(gradients):

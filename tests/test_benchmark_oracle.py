@@ -9,6 +9,7 @@ from helpers.seeing import DYNAMIC, save_model
 
 from benchmarks import oracle
 from models.build import ModelSpec, build_model
+from models.reduction import staged_before
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError, UserError
 
@@ -42,7 +43,7 @@ def test_the_largest_given_values_stay(dense):
     spec = ModelSpec.from_checkpoint(load_checkpoint(dense), str(dense))
     model = build_model(spec, 10).eval()
     values = torch.rand(2, model.num_patches)
-    with torch.no_grad(), oracle.reduced(model, 2, oracle.Given([0.25], values)):
+    with torch.no_grad(), staged_before(model, (2,), oracle.Given([0.25], values)):
         kept = model(torch.rand(2, 3, *model.patch_embed.img_size)).kept[0]
     assert kept.tolist() == values.topk(model.num_patches // 4).indices.sort().values.tolist()
     assert model.pruning_layers == ()

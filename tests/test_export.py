@@ -29,6 +29,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from benchmarks.exported import decide  # noqa: E402
+
 TINY = ["--model-kwargs", "embed_dim=16", "depth=2", "d_state=4"]
 STAGE = ["--pruning-layers", "1"]
 TOKEN = ["--method", "token", *STAGE, *TINY]
@@ -44,10 +46,7 @@ def as_a_process_of_its_own(monkeypatch):
 def decided(path: Path) -> Path:
     """The checkpoint with predictors that tell tokens apart: no decision is nearly a tie."""
     checkpoint = load_checkpoint(path)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in checkpoint["model"].items():
-        if "score_predictors" in name and weight.dim() == 2:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+    decide(checkpoint["model"].items())
     save_checkpoint(dict(checkpoint), path)
     return path
 

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -53,6 +54,31 @@ def undone(monkeypatch):
     for name in ("MPLBACKEND", "USER", "HOME", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     return monkeypatch
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries differ")
+@pytest.mark.parametrize("setting, kept", [("", True), ("MALLOC_ARENA_MAX", False)])
+def test_freed_memory_is_kept(setting, kept):
+    """Not returned to the system and faulted in again by the next step, unless the user says so."""
+    code = """if True:
+        import resource, sys
+        sys.path.insert(0, ".")
+        from utils import startup
+        startup.prepare()
+        for turn in range(40):
+            blocks = [bytes(1 << 20) for _ in range(32)]
+            del blocks
+            if turn == 1:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    env |= {setting: "8"} if setting else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    faults = int(done.stdout)
+    assert faults < 1000 if kept else faults > 10_000, done
 
 
 def test_plots_need_no_notebook(undone):

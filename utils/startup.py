@@ -5,6 +5,7 @@ from utils.startup import prepare
 prepare()
 """
 
+import ctypes
 import getpass
 import importlib.util
 import os
@@ -36,8 +37,9 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def prepare() -> None:
     """Make the machine's peculiarities harmless: see the functions below."""
     # Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared
-    # machine.
+    # machine, and small models up to a quarter faster on one without other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_freed_memory()
     # Plots go to files. A notebook's `!python main.py` names a backend that may not be installed.
     os.environ["MPLBACKEND"] = "agg"
     _name_the_user()
@@ -46,6 +48,21 @@ def prepare() -> None:
         require(*MODULES)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 1 GiB that is freed, in place of returning it to the system and asking
+    for it again, page by page, in every step (up to a tenth of a small model's time).
+
+    Its limits are left alone where the user sets one, and other C libraries have none.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(mmap_threshold, 32 << 20)  # the most it takes
+        mallopt(trim_threshold, 1 << 30)
 
 
 def _name_the_user() -> None:

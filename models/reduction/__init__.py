@@ -8,7 +8,7 @@ tokens. A reduction also reports how many stay, from which operations are counte
 Source: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; other ways name theirs.
 """
 
-from .base import Reduction, Staged
+from .base import Reduction, Staged, staged_before
 from .merging import BipartiteMerging, StepGroups
 from .selection import SCORER_INPUTS, SELECTORS, LearnedScores, Selection
 
@@ -23,6 +23,7 @@ __all__ = [
     "Selection",
     "Staged",
     "make_reduction",
+    "staged_before",
     "uniform_stages",
 ]
 

@@ -4,7 +4,8 @@ B images, M patches, m slots that enter a stage, L = m + n with the n class toke
 leave it, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -25,6 +26,7 @@ class Staged(Protocol):
     layout: TokenLayout
     num_patches: int
     embed_dim: int
+    reduction: "Reduction"
     pruning_layers: tuple[int, ...]
     score_predictors: nn.ModuleList
 
@@ -71,6 +73,17 @@ class Reduction:
         is dropped is frozen in training.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def staged_before(model: Staged, layers: Sequence[int], reduction: Reduction) -> Iterator[None]:
+    """Within it a model has this reduction before these layers in place of its own."""
+    before = model.reduction, model.pruning_layers
+    model.reduction, model.pruning_layers = reduction, tuple(layers)
+    try:
+        yield
+    finally:
+        model.reduction, model.pruning_layers = before
 
 
 def mix(stage: int, tokens: Tokens, model: Staged) -> Tensor:
