@@ -72,6 +72,59 @@ def test_compiler_that_is_no_program(monkeypatch, tmp_path):
         build.library_path()
 
 
+def compiler_without(folder: Path, *refused: str) -> str:
+    """Path of a compiler that fails where it is given one of these flags, as old ones do."""
+    real = shutil.which(os.environ.get("CXX", "g++"))
+    path = folder / "older"
+    cases = "|".join(refused)
+    refusal = f'case "$word" in {cases}) echo "error: $word?" >&2; exit 1;; esac'
+    path.write_text(f'#!/bin/sh\nfor word; do {refusal}; done\nexec {real} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def check_kernels_of(compiler: str, monkeypatch, folder: Path) -> None:
+    """The kernels that it builds compute what the definition says."""
+    params = BranchParams(*(p.float() for p in params_of(21, 5, 3)))
+    xz = torch.randn(2, 19, 42)
+    monkeypatch.setenv("DYVM_BACKEND", "reference")
+    expected = ssm_branch(xz, params)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("DYVM_BACKEND", "cpu")
+    torch.testing.assert_close(ssm_branch(xz, params), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "refused, threads", [(["-march=native", "-mcpu=native"], 1), (["-fopenmp"], 0)]
+)
+def test_compiler_that_lacks_a_flag(monkeypatch, tmp_path, caplog, fresh_choice, refused, threads):
+    """The next best kernels are built, and compute the same; one line says what is missing."""
+    needs_compiler()
+    with caplog.at_level(logging.INFO):
+        check_kernels_of(compiler_without(tmp_path, *refused), monkeypatch, tmp_path)
+    assert library.kernels().several_threads() == threads
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "run on one thread" in line]) == 1 - threads
+
+
+def test_clang(monkeypatch, tmp_path, fresh_choice):
+    """The compiler of macOS and of some clusters, with what it says of OpenMP left out."""
+    if shutil.which("clang++") is None:
+        pytest.skip("no clang++")
+    monkeypatch.setattr(build, "_openmp", lambda: ("-fno-openmp",))
+    check_kernels_of("clang++", monkeypatch, tmp_path)
+
+
+def test_the_build_line_of_macos(monkeypatch):
+    """Apple's clang brings no OpenMP runtime: PyTorch's own is linked. Never run on a Mac."""
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    first, second, runtime, search = build._openmp()
+    assert (first, second) == ("-Xpreprocessor", "-fopenmp")
+    lib = Path(torch.__file__).parent / "lib"
+    assert runtime == str(lib / "libomp.dylib") and search == f"-Wl,-rpath,{lib}"
+
+
 def test_compiler_that_cannot_be_read(monkeypatch):
     monkeypatch.setenv("CXX", "g++ '-O2")
     with pytest.raises(build.BuildError, match="cannot read CXX=g.* '-O2: No closing quotation"):

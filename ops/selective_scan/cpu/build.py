@@ -1,27 +1,27 @@
-"""Builds the C++ kernels on the machine that runs them, once, into a user cache."""
+"""Builds the C++ kernels on the machine that runs them, once, into a user cache.
+
+With g++, or with clang, which is what g++ is on macOS (written for, and never run there).
+"""
 
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import logging
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-)
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# All instructions of this processor: the first of these that the compiler knows. Clang for ARM
+# knows the second alone, and older ones neither.
+_MACHINE = (("-march=native",), ("-mcpu=native",), ())
+_COMPILERS = ("g++", "c++", "clang++")
 
 _logger = logging.getLogger(__name__)
 
@@ -34,12 +34,13 @@ def _compiler() -> list[str]:
     """The command, which may have several words (`CXX="ccache g++"`)."""
     given = os.environ.get("CXX", "")
     try:
-        command = shlex.split(given) or ["g++"]
+        command = shlex.split(given)
     except ValueError as error:
         raise BuildError(f"cannot read CXX={given}: {error}") from error
-    path = shutil.which(command[0])
+    names = command[:1] or _COMPILERS
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        raise BuildError(f"no C++ compiler: '{command[0]}' is not on PATH")
+        raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on PATH")
     return [path, *command[1:]]
 
 
@@ -60,14 +61,32 @@ def _run(command: list[str]) -> str:
     return result.stderr
 
 
-def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
-    """Names the result: sources, flags, and what the compiler says of itself and of this CPU
-    (-march=native, -v).
-    """
-    digest = hashlib.sha256(" ".join(flags).encode())
-    digest.update(
-        _run([*compiler, *flags, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull]).encode()
-    )
+def _openmp() -> tuple[str, ...]:
+    """The flags for several threads, on the OpenMP runtime that PyTorch has loaded."""
+    if sys.platform != "darwin":
+        return ("-fopenmp",)
+    # Apple's clang reads the pragmas and brings no runtime; PyTorch's packages do.
+    folder = os.path.join(*importlib.util.find_spec("torch").submodule_search_locations, "lib")
+    runtime = os.path.join(folder, "libomp.dylib")
+    return ("-Xpreprocessor", "-fopenmp", runtime, f"-Wl,-rpath,{folder}")
+
+
+def _described(compiler: list[str], flags: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The flags with those for this CPU, and what the compiler says of itself and of both (-v)."""
+    refused = None
+    for machine in _MACHINE:
+        command = [*compiler, *machine, *flags, "-E", "-v", "-x", "c++", os.devnull]
+        try:
+            return (*machine, *flags), _run([*command, "-o", os.devnull])
+        except BuildError as error:
+            refused = refused or error
+    raise refused
+
+
+def _key(flags: tuple[str, ...], description: str) -> str:
+    """Names the result: sources, flags, compiler and CPU."""
+    digest = hashlib.sha256(" ".join((*flags, *_openmp())).encode())
+    digest.update(description.encode())
     for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
@@ -107,7 +126,8 @@ def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
-    path = _cache_folder() / f"selective_scan-{_key(compiler, flags)}.so"
+    flags, description = _described(compiler, flags)
+    path = _cache_folder() / f"selective_scan-{_key(flags, description)}.so"
     if path.exists():
         return path
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -116,7 +136,11 @@ def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
             _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
-                _run([*compiler, *flags, str(_SOURCE), "-o", str(unfinished)])
+                command = [*compiler, *flags, str(_SOURCE), "-o", str(unfinished)]
+                try:
+                    _run([*command, *_openmp()])
+                except BuildError:
+                    _run(command)  # for one thread, if OpenMP is what is missing
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)

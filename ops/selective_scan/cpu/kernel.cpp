@@ -26,6 +26,13 @@ extern "C" {
 int64_t lanes() { return kLanes; }
 int64_t tile_steps() { return kTile; }
 int64_t problem_bytes() { return sizeof(Problem); }
+int64_t several_threads() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 void pack(const Problem* p) {
 #pragma omp parallel for collapse(2) num_threads((int)p->threads)

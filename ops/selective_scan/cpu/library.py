@@ -1,12 +1,14 @@
 """The C++ kernels as Python calls them: the library, and ctypes mirrors of its structures."""
 
 import ctypes
+import logging
 
 from torch import Tensor
 
 from ..params import BranchParams
 from .build import load_library
 
+_logger = logging.getLogger(__name__)
 _held: ctypes.CDLL | None = None
 
 
@@ -76,6 +78,8 @@ def load() -> ctypes.CDLL:
     library = load_library()
     if library.problem_bytes() != ctypes.sizeof(Problem):
         raise AssertionError("problem.h and its ctypes mirror disagree")
+    if not library.several_threads():
+        _logger.warning("the compiler has no OpenMP: the CPU kernels run on one thread")
     _held = library
     return library
 

@@ -47,7 +47,7 @@ inline float sum(Vec v) {
 }
 // The larger of two numbers, or a NaN where either is one.
 inline float larger(float a, float b) { return a != a || b <= a ? a : b; }
-inline Vec larger(Vec a, Vec b) { return (a != a) | (b <= a) ? a : b; }
+inline Vec larger(Vec a, Vec b) { return ((a != a) | (b <= a)) ? a : b; }
 inline float max(Vec v) {
   float lane[kLanes];
   store(lane, v);
