@@ -1,6 +1,6 @@
 """Images per second of whole models: Vim and DyVM against timm's DeiT of equal size.
 
-    python benchmarks/model.py --output benchmarks/results/model-cpu.json
+    python benchmarks/model.py --runs 5 --output benchmarks/results/model-cpu.json
     python benchmarks/model.py --device cuda --precision bf16 --models S --batch 1 16 64 256
 
 DyVM keeps 70 % of its tokens a stage and runs 80 % of its scans; the routers are set so that the
@@ -8,11 +8,13 @@ choice differs between images. On a GPU every model also runs in a CUDA graph, a
 mamba_ssm backend where it is installed. The logits of everything that is timed are compared on the
 very batch: our models with the float32 definition, compiled forms and graphs with the eager one;
 what is wrong gets no speed, and the command fails. Samples are taken in turn and redone while other
-processes are busy. The gain of DyVM over the dense model is shown beside the gain in operations
-(`exact` convention, at the gates of this very batch), and the share of it reached.
+processes are busy; with --runs a speed is the median of several such runs, and the spread of the
+ratios over the runs is shown. The gain of DyVM over the dense model is shown beside the gain in
+operations (`exact` convention, at the gates of this very batch), and the share of it reached.
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -73,6 +75,9 @@ def parse_args() -> argparse.Namespace:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="DeiT compiled too (default: on a GPU)",
+    )
+    parser.add_argument(
+        "--runs", type=arguments.positive, default=1, help="each of --seconds; default: 1"
     )
     flags.add_profile(parser)
     flags.add_precision(parser)
@@ -247,7 +252,10 @@ def measure(
             for name, call in calls.items()
             if not name.endswith("graph")
         }
-        times = interleaved(calls, args.device, 5, args.seconds, args.retries)
+        runs = [
+            interleaved(calls, args.device, 5, args.seconds, args.retries) for _ in range(args.runs)
+        ]
+        times = {name: median_of([run[name] for run in runs]) for name in calls}
         part = {
             "size": size,
             "batch": batch,
@@ -258,6 +266,11 @@ def measure(
                 for name, t in times.items()
             },
         }
+        base = f"DeiT-{size}"
+        if args.runs > 1 and base in calls:
+            part["x DeiT eager"] = {
+                name: [run[base]["ms"] / run[name]["ms"] for run in runs] for name in calls
+            }
         if args.profile:
             part["hotspots"] = {
                 name: hotspots.hotspots(calls[name], args.device) for name in found if name in calls
@@ -268,6 +281,16 @@ def measure(
             )
             part |= dynamic_gain(found, size, part["models"], gates)
     return part
+
+
+def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The times of one call over several runs as those of one: medians, and counts in all."""
+    return {
+        key: sum(run[key] for run in runs)
+        if key in ("samples", "disturbed")
+        else statistics.median(run[key] for run in runs)
+        for key in runs[0]
+    }
 
 
 def dynamic_gain(
@@ -320,6 +343,10 @@ def table(part: dict) -> str:
         "disturbed",
         "error",
     ]
+    if spread := part.get("x DeiT eager"):
+        headers.insert(3, "in runs")
+        for row in rows:
+            row.insert(3, f"{min(spread[row[0]]):.2f} to {max(spread[row[0]]):.2f}")
     lines = [f"batch {part['batch']}", text_table(rows, headers)]
     if "share" in part:
         lines.append(

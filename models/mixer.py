@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.linear import Linear
+from ops.prepared import decay
 from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
@@ -81,7 +82,7 @@ class BidirectionalMamba(nn.Module):
             getattr(self, f"x_proj{suffix}").weight,
             dt_proj.weight,
             dt_proj.bias,
-            -torch.exp(A_log.float()),
+            decay(A_log),
             getattr(self, f"D{suffix}"),
         )
 

@@ -279,12 +279,14 @@ def tiny_table(monkeypatch, tmp_path, *flags):
 
 def test_only_forms_with_the_right_logits_get_a_speed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "compile", lambda deit, dynamic: lambda images: deit(images) * 1.01)
-    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile")
+    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile", "--runs", "2")
     assert part["wrong"] == ["DeiT-T, compiled"] and part["errors"][
         "DeiT-T, compiled"
     ] == pytest.approx(0.01, rel=1e-3)
     assert part["models"].keys() == {"DeiT-T", "Vim-T", "DyVM-T"}
     assert all(row["images_per_s"] > 0 for row in part["models"].values())
+    assert all(row["samples"] == 2 * 5 for row in part["models"].values())
+    assert part["x DeiT eager"]["DeiT-T"] == [1, 1] and len(part["x DeiT eager"]["Vim-T"]) == 2
     assert complaint == (
         1,
         "no speed without correctness: DeiT-T, compiled at batch 3 beyond 2e-05",
@@ -292,6 +294,7 @@ def test_only_forms_with_the_right_logits_get_a_speed(monkeypatch, tmp_path, cap
     printed = capsys.readouterr()
     assert "no speed: the logits of DeiT-T, compiled at batch 3 are wrong by 1.0e-02" in printed.err
     assert "DeiT-T, compiled" not in printed.out and "dynamic against dense" in printed.out
+    assert "1.00 to 1.00" in printed.out
 
 
 def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
