@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import prepared
 from ops.linear import Linear
-from ops.prepared import decay
 from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
@@ -34,6 +34,28 @@ class Observation:
 
     of: str = ""  # "steps", "outputs" or nothing
     value: Tensor | None = None  # [B, L]
+
+
+class Router(Linear):
+    """Logits of a layer's two scans from what it projects of its class tokens."""
+
+    def before(self, projection: Linear, classes: Tensor) -> Tensor:
+        """The logits [B, 2] of classes [B, n, d] that are not projected yet.
+
+        On a CPU by one small matrix for both weights, in place of rows that fill up two products.
+        """
+        weights = self.weight, projection.weight
+        whole = {classes.dtype, *(each.dtype for each in weights)} == {torch.float32}
+        if whole and not torch.is_autocast_enabled("cpu") and prepared.applies(*weights):
+            return self(classes.mean(dim=1), prepared.product(*weights))
+        return self(projection(classes).mean(dim=1))
+
+    def forward(self, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
+        """inputs [B, i], weight [2, i], the router's own by default -> [B, 2]"""
+        if weight is None:
+            return super().forward(inputs)
+        # Not a product: its rows would depend on those beside them (`ops.linear`).
+        return (inputs[:, None] * weight).sum(dim=-1) + self.bias
 
 
 class BidirectionalMamba(nn.Module):
@@ -64,7 +86,7 @@ class BidirectionalMamba(nn.Module):
         states = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
         self.A_log = nn.Parameter(states)
         self.A_b_log = nn.Parameter(states.clone())
-        self.block_head = Linear(2 * inner, 2) if router else None
+        self.block_head = Router(2 * inner, 2) if router else None
         self.out_proj = Linear(inner, dim, bias=False)
         self.gate_threshold = 0.0  # a logit
         self.noise: Tensor | None = None  # factor of the gates' noise in training, see `set_noise`
@@ -82,13 +104,13 @@ class BidirectionalMamba(nn.Module):
             getattr(self, f"x_proj{suffix}").weight,
             dt_proj.weight,
             dt_proj.bias,
-            decay(A_log),
+            prepared.decay(A_log),
             getattr(self, f"D{suffix}"),
         )
 
-    def route(self, class_xz: Tensor) -> Tensor:
-        """Gates [B, 2] (forward, backward) from the class tokens of xz, [B, n, 4d]."""
-        logits = self.block_head(class_xz.mean(dim=1)).float()
+    def route(self, logits: Tensor) -> Tensor:
+        """Gates [B, 2] (forward, backward) from the router's logits [B, 2]."""
+        logits = logits.float()
         if self.training:
             return sampling.binary_gate(logits, f"router.layer{self.layer_index}", self.noise)
         return (logits > self.gate_threshold).float()
@@ -110,7 +132,7 @@ class BidirectionalMamba(nn.Module):
         gates, routing = None, {}
         if self.block_head is not None:
             mean = self.router_mean if self.training else None
-            gates = self.route(read(xz, class_slots, mask, mean))
+            gates = self.route(self.block_head(read(xz, class_slots, mask, mean).mean(dim=1)))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
             xz,
@@ -152,7 +174,7 @@ class BidirectionalMamba(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time: their xz fits the cache.
 
-        Images whose scans are both off are skipped: only their class tokens are projected.
+        Images whose scans are both off are skipped.
         """
         batch, tokens, _ = hidden.shape
         count = math.ceil(
@@ -163,7 +185,7 @@ class BidirectionalMamba(nn.Module):
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active, whole = None, None, True
         if self.block_head is not None:
-            gates = self.route(self.in_proj(read(hidden, class_slots)))
+            gates = self.route(self.block_head.before(self.in_proj, read(hidden, class_slots)))
             active = gates > 0.5
             running = active.any(dim=1)
             whole = bool(running.all())

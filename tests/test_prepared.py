@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-import models  # noqa: F401  (registers them)
+from models.mixer import BidirectionalMamba
 from ops import prepared
 from ops.prepared import decay
 
@@ -49,6 +49,38 @@ def test_computed_again_when_the_weight_changes(weight, change):
         after = decay(model.weight)
     torch.testing.assert_close(after, -model.weight.detach().float().exp())
     assert not torch.equal(after, before) or model.weight.dtype == torch.half
+
+
+def test_a_product_follows_both_weights():
+    first, second = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(2, 5))
+    with torch.no_grad():
+        before = prepared.product(second, first)
+        assert prepared.product(second, first) is before
+        torch.testing.assert_close(before, second @ first)
+        for change in (first.mul_, second.mul_):
+            change(2.0)
+            torch.testing.assert_close(prepared.product(second, first), second @ first)
+        other = nn.Parameter(torch.randn(5, 3))
+        torch.testing.assert_close(prepared.product(second, other), second @ other)
+
+
+def test_routers_decide_as_in_training():
+    """One matrix for two: the logits of the definition, without and with class tokens."""
+    torch.manual_seed(0)
+    layer = BidirectionalMamba(16, 4, halve=True, router=True).eval()
+    nn.init.normal_(layer.block_head.weight, std=5)
+    classes, logits = torch.randn(7, 2, 16), []
+    expected = layer.block_head(layer.in_proj(classes).mean(dim=1)).detach()
+    layer.block_head.register_forward_hook(lambda *of: logits.append(of[2]))
+    with torch.no_grad():
+        layer(torch.cat([classes, torch.randn(7, 5, 16)], dim=1), (0, 1))
+    assert len(logits) == 1, "hooks are called, as the calibration needs"
+    torch.testing.assert_close(logits[0], expected, rtol=1e-5, atol=1e-5)
+    layer.bfloat16()
+    with torch.no_grad():
+        found = layer.block_head.before(layer.in_proj, classes.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.3)
 
 
 def test_with_gradient_and_in_inference_mode(weight):
