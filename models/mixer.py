@@ -189,6 +189,8 @@ class BidirectionalMamba(nn.Module):
             active = gates > 0.5
             running = active.any(dim=1)
             whole = bool(running.all())
+            if not running.any():
+                return torch.zeros_like(hidden), gates
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
         forward, backward = self.branch(False), self.branch(True)

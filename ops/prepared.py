@@ -7,7 +7,7 @@ storage. What is written through `.data` PyTorch does not tell; write to the wei
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class _Kept(NamedTuple):
     others: list[weakref.ref]  # weights besides the first
     state: list[tuple]
-    value: Tensor
+    value: Any
 
 
-_kept = WeakTensorKeyDictionary()  # the first weight -> _Kept
+_kept = WeakTensorKeyDictionary()  # the first weight -> {name: _Kept}
 
 
 def applies(*weights: Tensor) -> bool:
@@ -37,15 +37,20 @@ def applies(*weights: Tensor) -> bool:
     )
 
 
-def _follows(make: Callable[[], Tensor], first: Tensor, *others: Tensor) -> Tensor:
-    """make(), or what it has given for the same weights."""
-    state = [(each._version, each.data_ptr(), each.dtype) for each in (first, *others)]
-    kept = _kept.get(first)
+def follow(name: str, make: Callable[[], Any], *weights: Tensor) -> Any:
+    """make(), or what it has given under this name for the same weights; where `applies`.
+
+    A view stands for its whole tensor, since it may be made anew for each call.
+    """
+    state = [(each._version, each.data_ptr(), each.dtype, each.shape) for each in weights]
+    first, *others = (each if each._base is None else each._base for each in weights)
+    held = _kept.setdefault(first, {})
+    kept = held.get(name)
     same = kept is not None and kept.state == state
     if not (same and all(ref() is each for ref, each in zip(kept.others, others, strict=True))):
         # No inference tensor: a later call may be without inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[first] = _Kept([weakref.ref(each) for each in others], state, make())
+            kept = held[name] = _Kept([weakref.ref(each) for each in others], state, make())
     return kept.value
 
 
@@ -53,11 +58,11 @@ def decay(A_log: Tensor) -> Tensor:
     """A = -exp(A_log) [E, N] in float32."""
     if not applies(A_log):
         return -torch.exp(A_log.float())
-    return _follows(lambda: -torch.exp(A_log.float()), A_log)
+    return follow("decay", lambda: -torch.exp(A_log.float()), A_log)
 
 
 def product(second: Tensor, first: Tensor) -> Tensor:
     """second [O, I] first [I, d] -> [O, d] in float32: one linear map in place of two, where
     `applies` says so.
     """
-    return _follows(lambda: (second.double() @ first.double()).float(), second, first)
+    return follow("product", lambda: (second.double() @ first.double()).float(), second, first)
