@@ -1,6 +1,6 @@
 """Residual add + RMSNorm, the prologue of every layer, as an operator.
 
-It is computed by PyTorch or, on a GPU, by fused kernels.
+It is computed by PyTorch or, where they run, by fused kernels; on a CPU the forward pass alone.
 
 B images, L tokens, d model width. Source: Zhang & Sennrich, "Root Mean Square Layer Normalization"
 (arXiv 1910.07467).
@@ -65,22 +65,36 @@ def _add_rms_norm(
 
 
 @lru_cache(maxsize=None)
-def _triton() -> ModuleType | None:
-    """The fused kernels, None where Triton is not installed."""
+def _module(name: str) -> ModuleType | None:
+    """Fused kernels, None where they need a package that is not installed."""
     try:
-        return importlib.import_module("ops.rms_norm_triton")
+        return importlib.import_module(f"ops.rms_norm_{name}")
     except ImportError:
         return None
 
 
+def _asked_for(name: str) -> bool:
+    """A scan backend asked for by name is measured as it is, without fused kernels of another."""
+    return os.environ.get("DYVM_BACKEND") in (None, "", name)
+
+
+def _on_cpu(
+    hidden: Tensor | None, residual: Tensor, weight: Tensor, dtype: torch.dtype
+) -> ModuleType | None:
+    """The forward pass in C++ where it takes these tensors."""
+    if residual.device.type != "cpu" or not _asked_for("cpu"):
+        return None
+    kernels = _module("cpu")
+    return kernels if kernels.takes(hidden, residual, weight, dtype) else None
+
+
 def _fused(hidden: Tensor | None, residual: Tensor, weight: Tensor) -> ModuleType | None:
-    """The fused kernels where they take these tensors."""
-    # A scan backend asked for by name is measured as it is, without the fused kernel of another.
-    if os.environ.get("DYVM_BACKEND") not in (None, "", "triton"):
+    """The fused kernels in Triton where they take these tensors."""
+    if not _asked_for("triton"):
         return None
     if not weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return None
-    kernels = _triton()
+    kernels = _module("triton")
     return kernels if kernels is not None and kernels.takes(hidden, residual, weight) else None
 
 
@@ -90,7 +104,7 @@ def _forward(
     """normed, their sum (without elements when there is no hidden: it would be the residual
     itself), and 1 / rms [B, L, 1].
     """
-    kernels = _fused(hidden, residual, weight)
+    kernels = _fused(hidden, residual, weight) or _on_cpu(hidden, residual, weight, dtype)
     if kernels is not None:
         return kernels.forward(hidden, residual, weight, eps, dtype)
     with torch.autocast(residual.device.type, enabled=False):

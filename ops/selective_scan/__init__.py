@@ -91,6 +91,11 @@ def _unavailable(name: str) -> str | None:
     return _load(name)[0].available()
 
 
+def available(name: str) -> bool:
+    """Whether a backend can run on this machine, whatever its arguments."""
+    return _unavailable(name) is None
+
+
 def _refusal(name: str, xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
     module, reason = _load(name)
     return reason or module.takes(xz, params, in_place) or _unavailable(name)

@@ -3,6 +3,7 @@
 #include "extent.h"
 #include "in_place.h"
 #include "infer.h"
+#include "norm.h"
 #include "pack.h"
 
 namespace {
@@ -32,6 +33,16 @@ int64_t several_threads() {
 #else
   return 0;
 #endif
+}
+
+void add_rms_norm(const float* hidden, const float* residual, const float* weight, float* total, float* normed,
+                  float* scale, int64_t rows, int64_t width, float eps, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = row * width;
+    scale[row] = norm_row(hidden ? hidden + at : nullptr, residual + at, weight, hidden ? total + at : nullptr,
+                          normed + at, width, eps);
+  }
 }
 
 void pack(const Problem* p) {
