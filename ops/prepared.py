@@ -42,7 +42,7 @@ def follow(name: str, make: Callable[[], Any], *weights: Tensor) -> Any:
 
     A view stands for its whole tensor, since it may be made anew for each call.
     """
-    state = [(each._version, each.data_ptr(), each.dtype, each.shape) for each in weights]
+    state = [(each._version, each.data_ptr(), each.dtype, each.numel()) for each in weights]
     first, *others = (each if each._base is None else each._base for each in weights)
     held = _kept.setdefault(first, {})
     kept = held.get(name)
