@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import prepared
 from ops.linear import Linear
+from ops.operators import plain_on_cpu
 from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
@@ -21,6 +21,7 @@ from . import sampling
 from .layouts import ClassSlots, RouterMean, read
 
 CONV_WIDTH = 4
+LOG2_E = math.log2(math.e)
 ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 GROUP_BYTES = 8 << 20  # of xz per group of images in CPU inference: it should stay in the cache
 
@@ -36,18 +37,33 @@ class Observation:
     value: Tensor | None = None  # [B, L]
 
 
+def decay(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log) [E, N] in float32."""
+    if torch.is_grad_enabled() or A_log.device.type != "cpu" or torch.compiler.is_compiling():
+        return -torch.exp(A_log.float())
+    # PyTorch's exp wakes MKL's threads for a few thousand numbers, which takes longer than they do.
+    return -torch.exp2(A_log.float() * LOG2_E)
+
+
 class Router(Linear):
     """Logits of a layer's two scans from what it projects of its class tokens."""
 
     def before(self, projection: Linear, classes: Tensor) -> Tensor:
         """The logits [B, 2] of classes [B, n, d] that are not projected yet.
 
-        On a CPU by one small matrix for both weights, in place of rows that fill up two products.
+        By one small matrix for both weights, in place of rows that fill up two products, where
+        nothing else is to see the projection.
         """
-        weights = self.weight, projection.weight
-        whole = {classes.dtype, *(each.dtype for each in weights)} == {torch.float32}
-        if whole and not torch.is_autocast_enabled("cpu") and prepared.applies(*weights):
-            return self(classes.mean(dim=1), prepared.product(*weights))
+        given = classes, self.weight, projection.weight
+        alone = type(projection) is Linear and projection.bias is None
+        alone = alone and not projection._forward_hooks and not projection._forward_pre_hooks
+        if (
+            alone
+            and all(each.dtype == torch.float32 for each in given)
+            and not torch.is_autocast_enabled("cpu")
+            and plain_on_cpu(*given)
+        ):
+            return self(classes.mean(dim=1), self.weight @ projection.weight)
         return self(projection(classes).mean(dim=1))
 
     def forward(self, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -104,7 +120,7 @@ class BidirectionalMamba(nn.Module):
             getattr(self, f"x_proj{suffix}").weight,
             dt_proj.weight,
             dt_proj.bias,
-            prepared.decay(A_log),
+            decay(A_log),
             getattr(self, f"D{suffix}"),
         )
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _NAMESPACE = "dyvm"
 # Not torch.library.custom_op, whose wrapper costs more time at every call.
@@ -55,6 +56,21 @@ def register(
             lib=_library,
         )
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def plain_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors whose numbers lie in this process's memory and may be read there:
+    on a CPU, of no subclass, and while nothing traces, counts or maps (torch.func).
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(tensor.device.type == "cpu" for tensor in given)
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and _get_current_dispatch_mode() is None
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

@@ -8,8 +8,8 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .operators import plain_on_cpu
 from .selective_scan import available
 from .selective_scan.cpu.library import kernels, pointer
 
@@ -22,9 +22,7 @@ def takes(hidden: Tensor | None, residual: Tensor, weight: Tensor, dtype: torch.
         dtype == torch.float32
         and all(each.dtype == dtype and each.is_contiguous() for each in given)
         and residual.numel() > 0
-        # Without numbers to point at: while something traces, and under torch.func.
-        and _get_current_dispatch_mode() is None
-        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and plain_on_cpu(*given)
         and available("cpu")
     )
 

@@ -151,6 +151,39 @@ def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, 
         assert not found[off].any() and found[~off].any()
 
 
+def test_routers_decide_as_in_training():
+    """One matrix for two: the logits of the definition; hooks are called, as calibration needs."""
+    torch.manual_seed(0)
+    layer, logits = BidirectionalMamba(16, 4, halve=True, router=True).eval(), []
+    torch.nn.init.normal_(layer.block_head.weight, std=5)
+    classes = torch.randn(7, 2, 16)
+    hidden = torch.cat([classes, torch.randn(7, 5, 16)], dim=1)
+    layer.block_head.register_forward_hook(lambda *of: logits.append(of[2]))
+    for change in range(3):
+        expected = layer.block_head(layer.in_proj(classes).mean(dim=1)).detach()
+        logits.clear()
+        with torch.no_grad():
+            layer(hidden, (0, 1))
+            torch.testing.assert_close(*logits, expected, rtol=1e-5, atol=1e-5)
+            if change == 0:
+                layer.in_proj.weight.data.mul_(2)  # which no version tells
+        if change == 1:  # what stands around the projection is seen
+            layer.in_proj.register_forward_hook(lambda _, inputs, output: output * 3)
+    layer.bfloat16()
+    with torch.no_grad():
+        found = layer.block_head.before(layer.in_proj, classes.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=1.0)
+
+
+def test_decays_without_gradient_are_those_of_training():
+    A_log = torch.randn(6, 4, requires_grad=True)
+    with torch.no_grad():
+        found = mixer.decay(A_log)
+    torch.testing.assert_close(found, mixer.decay(A_log).detach(), rtol=1e-6, atol=0)
+    assert mixer.decay(A_log).requires_grad and mixer.decay(A_log.bfloat16()).dtype == torch.float32
+
+
 def test_counters_of_operations_see_the_product_alone():
     """Not the trials that choose it."""
     x, weight, _ = tensors(3, 52, width=37)

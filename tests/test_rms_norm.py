@@ -81,6 +81,7 @@ def test_the_kernel_leaves_the_rest_to_pytorch(monkeypatch):
         torch.testing.assert_close(found[:, 0], whole)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert add_rms_norm(None, mode.from_tensor(x), weight)[0].shape == x.shape
+    assert rms_norm._on_cpu(None, x, torch.rand(12, device="meta"), torch.float32) is None
     monkeypatch.setenv("DYVM_BACKEND", "torch")
     assert rms_norm._on_cpu(None, x, weight, torch.float32) is None
     for bad in (float("nan"), float("inf")):

@@ -5,6 +5,7 @@ environment, with stand-ins for slow programs (python, srun) so that nothing is 
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,6 +450,14 @@ def test_gpu_check_goes_on_after_a_failure(python, tmp_path):
     assert calls.count(f" --output {tmp_path}/results/") == len(rows) - 2
     assert "benchmarks/ops.py --device cuda --precision bf16 --batch 256 " in calls
     assert "benchmarks/model.py --device cuda --models S --img-size 512 --batch 256 " in calls
+
+
+def test_arm_check_without_an_emulator(tmp_path):
+    for tool, real in {"bash": "bash", "dirname": "dirname", "mmdebstrap": "true"}.items():
+        (tmp_path / tool).symlink_to(shutil.which(real))
+    said = one_line(run("scripts/arm_check.sh", PATH=str(tmp_path), ARM_ROOT=tmp_path / "arm"), 1)
+    assert "needs qemu-aarch64 aarch64-linux-gnu-g++: sudo apt-get install" in said
+    assert not (tmp_path / "arm").exists()
 
 
 def test_gpu_check_without_a_gpu(tmp_path):

@@ -37,7 +37,7 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def prepare() -> None:
     """Make the machine's peculiarities harmless: see the functions below."""
     # Waiting threads sleep. Spinning, the default, makes steps many times slower on a shared
-    # machine, and small models up to a quarter faster on one without other work.
+    # machine, and small models faster on one without other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_freed_memory()
     # Plots go to files. A notebook's `!python main.py` names a backend that may not be installed.
@@ -51,8 +51,8 @@ def prepare() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep up to 1 GiB that is freed, in place of returning it to the system and asking
-    for it again, page by page, in every step (up to a tenth of a small model's time).
+    """Have glibc keep what is freed (1 GiB at the end of a heap, and all blocks below 32 MiB), in
+    place of returning it to the system and asking for it again, page by page, in every step.
 
     Its limits are left alone where the user sets one, and other C libraries have none.
     """

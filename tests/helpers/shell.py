@@ -29,6 +29,7 @@ def environment(**variables):
         "RDZV_ID",
         "NNODES",
         "XDG_CACHE_HOME",
+        "ARM_ROOT",
     }
     kept = {
         name: value

@@ -77,15 +77,34 @@ def _described(compiler: list[str], flags: tuple[str, ...]) -> tuple[tuple[str, 
     for machine in _MACHINE:
         command = [*compiler, *machine, *flags, "-E", "-v", "-x", "c++", os.devnull]
         try:
-            return (*machine, *flags), _run([*command, "-o", os.devnull])
+            description = _run([*command, "-o", os.devnull])
         except BuildError as error:
             refused = refused or error
+            continue
+        if not machine:
+            _logger.warning(
+                "the CPU kernels have the basic instructions alone, since the compiler does not "
+                "know this processor: %s",
+                refused,
+            )
+        return (*machine, *flags), description
     raise refused
+
+
+def _has_openmp(compiler: list[str], folder: Path) -> bool:
+    """Whether the compiler builds for several threads."""
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so") as file:
+        try:
+            nothing = ["-shared", "-fPIC", "-x", "c++", os.devnull, "-x", "none"]
+            _run([*compiler, *nothing, *_openmp(), "-o", file.name])
+        except BuildError:
+            return False
+    return True
 
 
 def _key(flags: tuple[str, ...], description: str) -> str:
     """Names the result: sources, flags, compiler and CPU."""
-    digest = hashlib.sha256(" ".join((*flags, *_openmp())).encode())
+    digest = hashlib.sha256(" ".join(flags).encode())
     digest.update(description.encode())
     for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
         digest.update(source.read_bytes())
@@ -127,20 +146,26 @@ def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
 
 def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
     flags, description = _described(compiler, flags)
-    path = _cache_folder() / f"selective_scan-{_key(flags, description)}.so"
+    folder = _cache_folder()
+
+    def named(flags: tuple[str, ...]) -> Path:
+        return folder / f"selective_scan-{_key(flags, description)}.so"
+
+    serial, flags = flags, (*flags, *_openmp())
+    path = named(flags)
     if path.exists():
         return path
+    if not _has_openmp(compiler, folder):  # asked again each time: it may be installed by then
+        flags, path = serial, named(serial)
+        if path.exists():
+            return path
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
-                command = [*compiler, *flags, str(_SOURCE), "-o", str(unfinished)]
-                try:
-                    _run([*command, *_openmp()])
-                except BuildError:
-                    _run(command)  # for one thread, if OpenMP is what is missing
+                _run([*compiler, str(_SOURCE), *flags, "-o", str(unfinished)])
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)

@@ -5,14 +5,12 @@ B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to
 
 import ctypes
 import threading
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import prepared
 from ops.linear import linear
 
 from ..params import BranchParams, Directions
@@ -104,33 +102,13 @@ def _given(call: Call) -> list[int]:
     return [which for which, params in enumerate(call.directions) if params is not None]
 
 
-def _pack(problem: Problem, call: Call, weights: Mapping[int, Tensor]) -> None:
-    """Writes the weights of these directions as the kernels read them."""
-    for which in weights:
+def _pack(problem: Problem, call: Call, weights: tuple[Tensor, ...]) -> None:
+    """Writes the weights as the kernels read them."""
+    for which in _given(call):
         direction = problem.direction[which]
         direction.given = Given(*map(pointer, call.directions[which]))
         direction.weights = pointer(weights[which])
     kernels().pack(ctypes.byref(problem))
-
-
-def _packed(call: Call, which: int) -> tuple[Tensor, Tensor]:
-    """A direction's weights [W + 3 + N + R, P] and projection [E, R + 2N, padded] as inference
-    reads them; kept while the weights stay the same, in about as much memory.
-    """
-    _, _, channels, states, rank = call.sizes
-    params = call.directions[which]
-
-    def make() -> tuple[Tensor, Tensor]:
-        problem = _problem(call)
-        weights = torch.empty(CONV_WIDTH + 3 + states + rank, problem.padded)
-        projection = torch.empty(channels, padded(rank + 2 * states))
-        problem.direction[which].projection = pointer(projection)
-        _pack(problem, call, {which: weights})
-        return weights, projection
-
-    if not prepared.applies(*params):
-        return make()
-    return prepared.follow(f"direction {which}, {kernels().lanes()} lanes", make, *params)
 
 
 def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None:
@@ -162,14 +140,17 @@ def infer(call: Call) -> Tensor:
     """
     library, problem, xz = kernels(), _problem(call), call.xz
     images, tokens, channels, states, rank = call.sizes
+    columns = padded(rank + 2 * states)
     out, extent = (
         xz.new_empty(images, tokens, channels),
         xz.new_empty(6 * images + 4, dtype=torch.int64),
     )
-    kept = [_packed(call, which) for which in _given(call)]
-    for which, (weights, projection) in zip(_given(call), kept, strict=True):
-        direction = problem.direction[which]
-        direction.weights, direction.projection = pointer(weights), pointer(projection)
+    weights, kept = [None, None], []
+    for which in _given(call):
+        weights[which] = xz.new_empty(CONV_WIDTH + 3 + states + rank, problem.padded)
+        kept.append(xz.new_empty(channels, columns))
+        problem.direction[which].projection = pointer(kept[-1])
+    _pack(problem, call, weights)
     _measure(problem, call, extent, call.masked)
     problem.out = pointer(out)
     # Whole images to each thread is faster, unless threads would stand idle.
@@ -209,7 +190,7 @@ def forward(call: Call) -> tuple[Tensor, Saved]:
     """y [B, L, E] and what the backward pass needs."""
     problem, saved = _problem(call), Saved.empty(call)
     out = call.xz.new_empty(*call.xz.shape[:2], call.xz.shape[2] // 2)
-    _pack(problem, call, {which: saved.weights[which] for which in _given(call)})
+    _pack(problem, call, saved.weights)
     _measure(problem, call, saved.extent, call.masked)
     saved = _run_forward(problem, call, saved, out)
     projected = list(saved.projected)
