@@ -187,6 +187,23 @@ def test_smaller_instruction_sets(monkeypatch, flags):
         assert y[..., 3].isnan().all() and y[..., 4].isfinite().all(), hex(bits)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_type(monkeypatch, default):
+    """What the kernels write is float32 whatever new tensors are."""
+    needs_compiler()
+    params = BranchParams(*(p.float().requires_grad_() for p in params_of(21, 5, 3)))
+    xz = torch.randn(2, 19, 42, requires_grad=True)
+    monkeypatch.setenv("DYVM_BACKEND", "cpu")
+    expected = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        actual = torch.autograd.grad(ssm_branch(xz, params).square().sum(), (xz, *params))
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     needs_compiler()
     (tmp_path / "file").write_text("")

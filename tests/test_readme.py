@@ -28,6 +28,7 @@ WITH_STAND_INS = {
     "scripts/demo.sh",
     "scripts/test.sh",
     "scripts/gpu_check.sh",
+    "scripts/arm_check.sh",
     "scripts/slurm.sh",
     "scripts/seg/demo.sh",
     "scripts/video/demo.sh",

@@ -249,11 +249,12 @@ class _Written(NamedTuple):
     @classmethod
     def empty(cls, problem: Problem, rows: int) -> "_Written":
         width, states = problem.padded, problem.states
+        kind = {"dtype": torch.float32, "device": "cpu"}
         return cls(
-            torch.empty(rows, width, device="cpu"),
-            torch.empty(rows, width, device="cpu"),
-            torch.empty(problem.groups, rows, 2 * states, device="cpu"),
-            torch.zeros(problem.images, CONV_WIDTH + 2 + states, width, device="cpu"),
+            torch.empty(rows, width, **kind),
+            torch.empty(rows, width, **kind),
+            torch.empty(problem.groups, rows, 2 * states, **kind),
+            torch.zeros(problem.images, CONV_WIDTH + 2 + states, width, **kind),
         )
 
 
