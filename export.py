@@ -3,13 +3,15 @@
     python export.py --model-path output/dyvm/best_checkpoint.pth --output dyvm.onnx
     python export.py --model-path output/dyvm/best_checkpoint.pth --output small.onnx --int8
     python export.py --model-path output/dyvm/best_checkpoint.pth --format torch --output dyvm.pt2
+    python export.py --model-path output/dyvm/best_checkpoint.pth --format aoti --output dyvm.pt2
     python predict.py --model-path dyvm.onnx photo.jpg
 
 The file takes normalised images [batch, 3, height, width] of the model's size, any number of them,
-and returns logits. It holds standard operators alone; tokens that are dropped are gone in it, and a
-scan that no image of a batch wants is not run. Before it is kept, its answers are compared with the
-checkpoint's; of --int8 the difference is reported. Classes, normalisation, size and budget are in
-its metadata.
+and returns logits. Tokens that are dropped are gone in it, and a scan that no image of a batch
+wants is not run. It holds standard operators alone, but for --format aoti: a program that was
+compiled for this kind of CPU, for C++ (examples/aoti), with a library of the scan beside it. Before
+a file is kept, its answers are compared with the checkpoint's; of --int8 the difference is
+reported. Classes, normalisation, size and budget are in its metadata.
 """
 
 from utils.startup import prepare, require
@@ -19,10 +21,12 @@ prepare()
 import argparse
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -38,8 +42,12 @@ from utils.errors import UsageError
 from utils.files import atomic_file, prepare_output_dir, remove_temporaries, sha256_of
 from utils.program import run_main
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-LEFT = {"onnx": 1.6, "torch": 0.7}  # time of the other steps, in multiples of the tracing
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+LEFT = {
+    "onnx": 1.6,
+    "torch": 0.7,
+    "aoti": 16,
+}  # time of the other steps, in multiples of the tracing
 _logger = logging.getLogger("export")
 
 
@@ -57,7 +65,8 @@ def build_parser() -> arguments.OneLineParser:
         choices=tuple(SUFFIXES),
         default="onnx",
         help="onnx: for ONNX Runtime and others; torch: for torch.export.load where this project "
-        "is not installed; run as it is, that is far slower, it is meant for a compiler",
+        "is not installed; run as it is, that is far slower, it is meant for a compiler; aoti: "
+        "compiled by AOTInductor for this kind of CPU, for C++ and Python",
     )
     group.add_argument(
         "--opset", type=arguments.positive, metavar="N", help="of ONNX, 18 to 21 (default: 18)"
@@ -150,6 +159,28 @@ def write_torch(program, args: argparse.Namespace, texts: dict[str, str], model)
     return found
 
 
+def write_aoti(program, args: argparse.Namespace, texts: dict[str, str], model) -> Agreement:
+    """Compile, compare with the model, and write with the library; -> how far they agree."""
+    from exporting import package
+
+    with TemporaryDirectory() as folder:
+        compiled = Path(folder) / "model.pt2"
+        _logger.info("3/4 compiling")
+        package.to_package(program, texts, compiled)
+        _logger.info("4/4 comparing with the checkpoint")
+        found = compare(model, package.open_package(compiled))
+        require_agreement(found)
+        library = Path(args.output).with_name(package.LIBRARY)
+        for source, target in (package.operators(), library), (compiled, args.output):
+            with open(source, "rb") as content, atomic_file(target) as file:
+                shutil.copyfileobj(content, file)
+    _logger.info("its operators are in %s", library)
+    return found
+
+
+WRITERS = {"onnx": write_onnx, "torch": write_torch, "aoti": write_aoti}
+
+
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = sys.argv[1:] if argv is None else argv
@@ -162,14 +193,18 @@ def main(argv: list[str] | None = None) -> None:
     record = record_of(model, vars(args), task, *names, sha256_of(args.model_path))
     texts = readable(record, MEAN, STD)
     remove_temporaries(Path(args.output))
-    write = write_onnx if args.format == "onnx" else write_torch
-    steps = 4 if args.format == "onnx" else 3
+    steps, scan = 3 if args.format == "torch" else 4, "portable"
+    if args.format == "aoti":
+        from exporting import package
+
+        package.operators()
+        scan = "native"
     _logger.info("1/%d tracing %d layers", steps, model.depth)
     begin = time.monotonic()
-    program = trace(model)
+    program = trace(model, scan)
     spent = time.monotonic() - begin
     _logger.info("2/%d decomposing, about %.0f s left", steps, spent * LEFT[args.format])
-    found = write(decompose(program, args.format == "onnx"), args, texts, model)
+    found = WRITERS[args.format](decompose(program, args.format == "onnx"), args, texts, model)
     size = os.path.getsize(args.output) / 1e6
     print(
         f"{args.output}: {size:.1f} MB, {task.name}, {model.num_classes} classes, images of "

@@ -1,11 +1,13 @@
-"""Exported models in ONNX Runtime against eager PyTorch, and against DeiT in ONNX Runtime.
+"""Exported models against eager PyTorch, and against DeiT exported the same way.
 
     python benchmarks/exported.py --batch 1 16 --output benchmarks/results/exported-cpu.json
+    python benchmarks/exported.py --format aoti --output benchmarks/results/aoti-cpu.json
 
-DeiT, Vim and DyVM of one size with random weights, DyVM with routers that differ between images.
-Each is exported once; its logits are compared with the eager model's, on images whose answers do
-not depend on rounding; what is wrong is not timed, and the command fails. The files with 8-bit
-weights are timed too; their error is reported and is no reason to fail. Samples are taken in turn.
+DeiT, Vim and DyVM of one size with random weights, DyVM with routers that differ between images, in
+ONNX Runtime or compiled by AOTInductor. Each is exported once; its logits are compared with the
+eager model's, on images whose answers do not depend on rounding; what is wrong is not timed, and
+the command fails. ONNX files with 8-bit weights are timed too; their error is reported and is no
+reason to fail. Samples are taken in turn.
 """
 
 import argparse
@@ -13,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,6 @@ from benchmarks import flags, records
 from benchmarks.checking import require_correct
 from benchmarks.model import SIZES, build, dynamic_gain, image_size, logits_of, random_images
 from exporting import checking, program
-from exporting.onnx_file import to_onnx, with_int8_weights
-from exporting.onnx_model import open_session, run
 from models import VisionMamba
 from utils import arguments
 from utils.files import write_json
@@ -37,11 +37,14 @@ from utils.tables import text_table
 from utils.timing import interleaved
 
 OPSET = 18
-RUNTIME, INT8 = ", ONNX Runtime", ", ONNX Runtime, int8"
+RUNTIME, INT8, COMPILED = ", ONNX Runtime", ", ONNX Runtime, int8", ", AOTInductor"
+KINDS = {"onnx": (RUNTIME, INT8), "aoti": (COMPILED,)}  # the first may not differ from the model
+PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "aoti": ()}
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.build_parser("exported.py", __doc__)
+    parser.add_argument("--format", choices=KINDS, default="onnx")
     parser.add_argument("--model", choices=SIZES, default="T")
     parser.add_argument("--batch", nargs="+", type=arguments.positive, default=[1, 16])
     parser.add_argument("--img-size", type=image_size, default=224)
@@ -52,25 +55,57 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def converted(model: nn.Module, size: int) -> onnx.ModelProto:
+@dataclass
+class Exported:
+    """A file in its runtime."""
+
+    run: Callable[[Tensor], Tensor] = field(repr=False)
+    megabytes: float
+    load_s: float
+    error: float = float("nan")  # of the logits, of their largest
+
+
+def traced(model: nn.Module, size: int, scan: str) -> torch.export.ExportedProgram:
     if isinstance(model, VisionMamba):
-        return to_onnx(program.decompose(program.trace(model), onnx=True), OPSET, {})
+        return program.decompose(program.trace(model, scan), onnx=scan == "portable")
     batch = torch.export.Dim("batch", min=1, max=program.LARGEST_BATCH)
     images = torch.randn(program.TRACED, 3, size, size)
-    return to_onnx(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), OPSET, {})
+    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
 
 
-class Runtime:
-    """A file in ONNX Runtime: images -> logits."""
+def loaded(path: Path, load: Callable[[Path], Callable[[Tensor], Tensor]]) -> Exported:
+    begin = time.perf_counter()
+    run = load(path)
+    return Exported(run, path.stat().st_size / 1e6, time.perf_counter() - begin)
 
-    def __init__(self, model: onnx.ModelProto, path: Path):
-        onnx.save(model, path)
-        begin = time.perf_counter()
-        self.session = open_session(path)
-        self.load_s, self.megabytes = time.perf_counter() - begin, path.stat().st_size / 1e6
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return run(self.session, images)
+def in_onnx_runtime(model: nn.Module, size: int, path: Path) -> dict[str, Exported]:
+    import onnx
+
+    from exporting.onnx_file import to_onnx, with_int8_weights
+    from exporting.onnx_model import open_session, run
+
+    def load(path: Path) -> Callable[[Tensor], Tensor]:
+        return partial(run, open_session(path))
+
+    files = {RUNTIME: to_onnx(traced(model, size, "portable"), OPSET, {})}
+    files[INT8] = with_int8_weights(files[RUNTIME])
+    found = {}
+    for kind, file in files.items():
+        onnx.save(file, path)
+        found[kind] = loaded(path, load)
+    return found
+
+
+def by_aotinductor(model: nn.Module, size: int, path: Path) -> dict[str, Exported]:
+    from exporting import package
+
+    path = path.with_suffix(".pt2")
+    package.to_package(traced(model, size, "native"), {}, path)
+    return {COMPILED: loaded(path, package.open_package)}
+
+
+EXPORTS = {"onnx": in_onnx_runtime, "aoti": by_aotinductor}
 
 
 def decide(weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -84,26 +119,25 @@ def decide(weights: Iterable[tuple[str, Tensor]]) -> None:
 
 @torch.no_grad()
 def exported(found: dict[str, nn.Module], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """{name: {"runtime", "int8", "export_s", "error", "int8_error"}} of the models."""
+    """{name: {"export_s", "programs": {kind: Exported}}} of the models."""
     files = {}
+    images = random_images(checking.CANDIDATES, args.img_size, "cpu")
     for name, model in found.items():
         print(f"exporting {name}", file=sys.stderr)
         decide(model.named_parameters())
         begin = time.perf_counter()
-        file = converted(model, args.img_size)
-        spent = time.perf_counter() - begin
-        runtime = Runtime(file, folder / f"{name}.onnx")
-        small = Runtime(with_int8_weights(file), folder / f"{name}.int8.onnx")
-        images = random_images(checking.CANDIDATES, args.img_size, "cpu")
-
-        def error(answer: Callable[[Tensor], Tensor], model=model, images=images) -> float:
+        programs = EXPORTS[args.format](model, args.img_size, folder / f"{name}.onnx")
+        files[name] = {"export_s": time.perf_counter() - begin, "programs": programs}
+        for each in programs.values():
             if isinstance(model, VisionMamba):
-                return checking.compare(model, answer, images).error
-            return checking.relative(answer(images), model(images)).max().item()
-
-        files[name] = {"runtime": runtime, "int8": small, "export_s": spent}
-        files[name] |= {"error": error(runtime), "int8_error": error(small)}
+                each.error = checking.compare(model, each.run, images).error
+            else:
+                each.error = checking.relative(each.run(images), model(images)).max().item()
     return files
+
+
+def is_right(file: dict[str, Any], fmt: str) -> bool:
+    return file["programs"][KINDS[fmt][0]].error <= checking.LARGEST_ERROR
 
 
 def measure(
@@ -113,10 +147,10 @@ def measure(
     images = random_images(batch, args.img_size, "cpu")
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in found.items():
-        if files[name]["error"] <= checking.LARGEST_ERROR:
+        if is_right(files[name], args.format):
             calls[name] = lambda model=model: logits_of(model(images))
-            calls[name + RUNTIME] = partial(files[name]["runtime"], images)
-            calls[name + INT8] = partial(files[name]["int8"], images)
+            for kind, each in files[name]["programs"].items():
+                calls[name + kind] = partial(each.run, images)
     with torch.inference_mode():
         for call in calls.values():
             call()
@@ -129,33 +163,31 @@ def measure(
     if {dense, dynamic} <= calls.keys():
         with torch.inference_mode():
             gates = found[dynamic](images).gates.float().mean(dim=1)
-        own = {name: times[name + RUNTIME] for name in (dense, dynamic)}
+        own = {name: times[name + KINDS[args.format][0]] for name in (dense, dynamic)}
         part["gain"] = dynamic_gain(found, args.model, own, gates)
     return part
 
 
-def table(part: dict[str, Any], files: dict[str, Any], size: str) -> str:
-    base = part["models"].get(f"DeiT-{size}{RUNTIME}", {"ms": float("nan")})["ms"]
+def table(part: dict[str, Any], files: dict[str, Any], args: argparse.Namespace) -> str:
+    kind = KINDS[args.format][0]
+    base = part["models"].get(f"DeiT-{args.model}{kind}", {"ms": float("nan")})["ms"]
     rows = []
     for name, row in part["models"].items():
-        own = files[name.partition(",")[0]]
-        error, megabytes = "", ""
-        for kind, key in ((RUNTIME, "runtime"), (INT8, "int8")):
-            if name.endswith(kind):
-                error = f"{own['int8_error' if key == 'int8' else 'error']:.1e}"
-                megabytes = f"{own[key].megabytes:.1f}"
+        model = name.partition(",")[0]
+        own = files[model]["programs"].get(name.removeprefix(model))
         rows.append(
             [
-                *(name, f"{row['images_per_s']:.1f}", f"{base / row['ms']:.2f}", megabytes, error),
+                *(name, f"{row['images_per_s']:.1f}", f"{base / row['ms']:.2f}"),
+                *(("", "") if own is None else (f"{own.megabytes:.1f}", f"{own.error:.1e}")),
                 *(row["samples"], row["disturbed"]),
             ]
         )
-    headers = ["", "images/s", "x DeiT in ORT", "MB", "error", "samples", "disturbed"]
+    headers = ["", "images/s", f"x DeiT{kind}", "MB", "error", "samples", "disturbed"]
     lines = [f"batch {part['batch']}", text_table(rows, headers)]
     if "gain" in part:
         gain = part["gain"]
         lines.append(
-            f"dynamic against dense in ONNX Runtime: {gain['speed_ratio']:.3f} times as fast, "
+            f"dynamic against dense{kind}: {gain['speed_ratio']:.3f} times as fast, "
             f"{gain['flops_ratio']:.3f} by `exact` operations at {100 * gain['gates']:.1f} % of "
             f"the scans; {100 * gain['share']:.0f} % of it reached"
         )
@@ -164,7 +196,7 @@ def table(part: dict[str, Any], files: dict[str, Any], size: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    record = records.head("exported.py", "cpu", "onnx", "onnxruntime", "onnxscript")
+    record = records.head("exported.py", "cpu", *PACKAGES[args.format])
     print(f"{record['device']}, {record['threads']} threads, {args.img_size} pixels")
     found = build(args.model, argparse.Namespace(**vars(args), precision="fp32"))
     with TemporaryDirectory() as folder:
@@ -172,20 +204,27 @@ def main() -> None:
         parts = []
         for batch in args.batch:
             parts.append(measure(found, files, batch, args))
-            print(table(parts[-1], files, args.model))
-    record |= {"img_size": args.img_size, "opset": OPSET, "parts": parts}
+            print(table(parts[-1], files, args))
+    record |= {"img_size": args.img_size, "format": args.format, "parts": parts}
+    if args.format == "onnx":
+        record["opset"] = OPSET
     record["files"] = {
         name: {
-            "megabytes": own["runtime"].megabytes,
-            "int8_megabytes": own["int8"].megabytes,
-            "load_s": own["runtime"].load_s,
-            **{key: own[key] for key in ("export_s", "error", "int8_error")},
+            "export_s": own["export_s"],
+            "programs": {
+                kind.removeprefix(", "): {
+                    "megabytes": e.megabytes,
+                    "load_s": e.load_s,
+                    "error": e.error,
+                }
+                for kind, e in own["programs"].items()
+            },
         }
         for name, own in files.items()
     }
     if args.output:
         write_json(args.output, record)
-    wrong = [name for name, own in files.items() if not own["error"] <= checking.LARGEST_ERROR]
+    wrong = [name for name, own in files.items() if not is_right(own, args.format)]
     require_correct(wrong, checking.LARGEST_ERROR)
 
 

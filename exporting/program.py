@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from models import VisionMamba
 from ops import rms_norm, selective_scan
+from ops.selective_scan import native
 from utils.errors import UserError, first_line
 
 INPUT, OUTPUT = "images", "logits"
@@ -21,11 +22,13 @@ LARGEST_BATCH = 1 << 16
 class Answer(nn.Module):
     """images -> logits alone."""
 
-    def __init__(self, model: VisionMamba):
+    def __init__(self, model: VisionMamba, checked: bool):
         super().__init__()
-        self.model = model
+        self.model, self.checked = model, checked
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.checked:
+            images = native.receive(images)
         return self.model(images).logits
 
 
@@ -37,19 +40,23 @@ def example_images(model: VisionMamba, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def trace(model: VisionMamba) -> ExportedProgram:
+def trace(model: VisionMamba, scan: str = "portable") -> ExportedProgram:
     """A model on the CPU, in evaluation mode -> a program for batches of any size.
 
     Top-k and gathering stay, so that dropped tokens are gone; a scan that no image of a batch
     wants is not run. The model's weights take no gradient from then on.
+
+    scan: what the program has of it, see `ops.selective_scan.traced_with`. A "native" program
+        refuses images of other sizes than the model's by itself; AOTInductor would not.
     """
     model.requires_grad_(False)
     images = example_images(model, TRACED)
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
-    with warnings.catch_warnings(), selective_scan.portable():
+    with warnings.catch_warnings(), selective_scan.traced_with(scan):
         warnings.simplefilter("ignore")
         try:
-            return export(Answer(model).eval(), (images,), dynamic_shapes=({0: batch},))
+            answer = Answer(model, checked=scan == "native").eval()
+            return export(answer, (images,), dynamic_shapes=({0: batch},))
         except (RuntimeError, torch._dynamo.exc.UserError) as error:
             raise UserError(f"PyTorch cannot export this model: {first_line(error)}") from None
 

@@ -10,19 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.exporting import (
+    CLASSES,
+    SMALLEST,
+    STAGE,
+    TINY,
+    TOKEN,
+    classifier,
+    exported,
+    own_model,
+    segmenter,
+)
 from helpers.seeing import save_images, save_model
 from sklearn.datasets import load_digits
 from torch import nn
 
 import export
-import options
 import predict
 import visualize
 from evaluation.inference import build_parser, load_predictor
 from exporting import checking
 from exporting.onnx_model import OnnxModel
-from models.build import ModelSpec
-from tasks import task_named
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
@@ -30,69 +38,10 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from benchmarks.exported import decide  # noqa: E402
-
-TINY = ["--model-kwargs", "embed_dim=16", "depth=2", "d_state=4"]
-STAGE = ["--pruning-layers", "1"]
-TOKEN = ["--method", "token", *STAGE, *TINY]
-SMALLEST = ["--method", "dense", "--model-kwargs", "embed_dim=16", "depth=1", "d_state=4"]
-CLASSES = ["ant", "bee", "cat"]
-
 
 @pytest.fixture(autouse=True)
 def as_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(logging.root, "handlers", [])
-
-
-def decided(path: Path) -> Path:
-    """The checkpoint with predictors that tell tokens apart: no decision is nearly a tie."""
-    checkpoint = load_checkpoint(path)
-    decide(checkpoint["model"].items())
-    save_checkpoint(dict(checkpoint), path)
-    return path
-
-
-def classifier(folder: Path, *flags: str, seed: int = 0) -> Path:
-    return decided(save_model(folder / "model.pth", *flags, classes=CLASSES, seed=seed))
-
-
-def segmenter(folder: Path, decoder: str) -> Path:
-    """A dynamic segmenter with random weights, as a training leaves it."""
-    torch.manual_seed(0)
-    flags = ["--data-set", "SEG_FOLDER", "--data-path", str(folder), "--input-size", "32"]
-    flags += [
-        "--decoder",
-        decoder,
-        "--method",
-        "token" if decoder == "upernet" else "dyvm",
-        *STAGE,
-        "--eval",
-        "--model-path",
-        "none",
-    ]
-    depth = 4 if decoder == "upernet" else 2
-    layers = ["--output-layers", *("0123" if decoder == "upernet" else "1")]
-    kwargs = ["--model-kwargs", "embed_dim=16", f"depth={depth}", "d_state=4", "patch_size=8"]
-    args = options.parse([*flags, *layers, *kwargs], {})
-    model = task_named("segmentation").of_run(args).model(ModelSpec.from_args(args), len(CLASSES))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean)
-    recorded = vars(args) | {"model_path": None, "eval": False}
-    content = {"model": model.state_dict(), "family": model.family.name, "args": recorded}
-    content |= {"task": "segmentation", "class_names": CLASSES}
-    save_checkpoint(content, folder / "model.pth")
-    return decided(folder / "model.pth")
-
-
-def exported(checkpoint: Path, *flags: str, suffix: str = ".onnx") -> Path:
-    output = checkpoint.with_suffix(suffix)
-    export.main(["--model-path", str(checkpoint), "--output", str(output), *flags])
-    return output
-
-
-def own_model(checkpoint: Path):
-    return load_predictor(export.build_parser(), ["--model-path", str(checkpoint), "--output", "x"])
 
 
 @pytest.fixture(scope="module")

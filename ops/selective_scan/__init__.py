@@ -41,9 +41,9 @@ __all__ = [
     "backend_for",
     "bidirectional_ssm",
     "branch_inputs",
-    "portable",
     "runs_on",
     "ssm_branch",
+    "traced_with",
 ]
 
 PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
@@ -56,7 +56,7 @@ _MODULES = {
 _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 _chosen: dict[str, ModuleType] = {}
-_traced_for_elsewhere = False
+_traced_with: str | None = None
 
 
 class BackendError(UserError, RuntimeError):
@@ -64,16 +64,16 @@ class BackendError(UserError, RuntimeError):
 
 
 @contextmanager
-def portable() -> Iterator[None]:
-    """Within it, `bidirectional_ssm` is traced in PyTorch's own operators alone, for programs that
-    run where this project is not installed.
+def traced_with(name: str) -> Iterator[None]:
+    """Within it, `bidirectional_ssm` is traced for programs that run where this project is not
+    installed: "portable" in PyTorch's own operators alone, "native" in those of a C++ library.
     """
-    global _traced_for_elsewhere
-    before, _traced_for_elsewhere = _traced_for_elsewhere, True
+    global _traced_with
+    before, _traced_with = _traced_with, name
     try:
         yield
     finally:
-        _traced_for_elsewhere = before
+        _traced_with = before
 
 
 @lru_cache(maxsize=None)
@@ -326,8 +326,8 @@ def bidirectional_ssm(
     if gates is not None and gates.device != xz.device:
         raise ValueError(f"gates is on {gates.device}, xz on {xz.device}")
     in_place = in_place and mask is not None
-    if _traced_for_elsewhere:
-        backend = _load("portable")[0]
+    if _traced_with:
+        backend = _load(_traced_with)[0]
     else:
         backend = _chosen[backend_for(xz, forward, in_place)]
     if hasattr(backend, "bidirectional_ssm"):

@@ -3,7 +3,7 @@
 `torch.export` makes the loop a `scan` node and a direction that may be off a `cond` node, which
 ONNX has too (`Scan`, `If`); a batch of which no image wants a direction costs nothing for it.
 Nothing in it needs this project. Run by Python it is slow: only
-`ops.selective_scan.portable` asks for it.
+`ops.selective_scan.traced_with` asks for it.
 
 B images, L tokens, E inner channels, N states, R step rank.
 """

@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
+_FOLDER = Path(__file__).parent
+_KERNELS = "kernel.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # All instructions of this processor: the first of these that the compiler knows. Clang for ARM
 # knows the second alone, and older ones neither.
@@ -106,7 +107,7 @@ def _key(flags: tuple[str, ...], description: str) -> str:
     """Names the result: sources, flags, compiler and CPU."""
     digest = hashlib.sha256(" ".join(flags).encode())
     digest.update(description.encode())
-    for source in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
+    for source in sorted((*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -127,8 +128,8 @@ def _cache_folder() -> Path:
     )
 
 
-def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
-    """Path of the built library, building it if this machine has not yet.
+def library_path(extra_flags: tuple[str, ...] = (), source: str = _KERNELS) -> Path:
+    """Path of the library built from a source of this folder, building it if this machine has not.
 
     Processes that come here at once wait for the first of them; the file appears under its name
     only when complete.
@@ -137,19 +138,19 @@ def library_path(extra_flags: tuple[str, ...] = ()) -> Path:
         BuildError: no compiler, a failing one, or no folder to write to.
     """
     try:
-        return _built(_compiler(), _FLAGS + extra_flags)
+        return _built(_compiler(), source, _FLAGS + extra_flags)
     except (
         OSError
     ) as error:  # a compiler that is no program, a full disk, a file system without locks
         raise BuildError(f"cannot build: {error}") from error
 
 
-def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
+def _built(compiler: list[str], source: str, flags: tuple[str, ...]) -> Path:
     flags, description = _described(compiler, flags)
     folder = _cache_folder()
 
     def named(flags: tuple[str, ...]) -> Path:
-        return folder / f"selective_scan-{_key(flags, description)}.so"
+        return folder / f"{Path(source).stem}-{_key(flags, description)}.so"
 
     serial, flags = flags, (*flags, *_openmp())
     path = named(flags)
@@ -165,7 +166,7 @@ def _built(compiler: list[str], flags: tuple[str, ...]) -> Path:
             _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
-                _run([*compiler, str(_SOURCE), *flags, "-o", str(unfinished)])
+                _run([*compiler, str(_FOLDER / source), *flags, "-o", str(unfinished)])
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
