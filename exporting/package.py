@@ -18,8 +18,7 @@ from ops.selective_scan.cpu.build import BuildError
 from utils.errors import UserError, first_line
 
 LIBRARY = "libdyvm_cpu.so"  # the scan's operators; it must be loaded before a package
-# Weights are packed while it is compiled.
-_SETTINGS = {"freezing": True}
+_SETTINGS = {"freezing": True}  # weights are packed while it is compiled
 
 for _name in ("torch.utils.cpp_extension", "torch._inductor"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # of a GPU that is missing
@@ -42,7 +41,7 @@ def to_package(program: ExportedProgram, texts: Mapping[str, str], path: Path) -
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=settings
             )
-    except (RuntimeError, AssertionError, OSError) as error:
+    except Exception as error:  # its errors have no common class of their own
         raise UserError(f"AOTInductor cannot compile this model: {first_line(error)}") from None
 
 

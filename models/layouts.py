@@ -136,6 +136,13 @@ def class_tokens_of(sequence: Tensor, class_slots: ClassSlots) -> Tensor:
     return torch.stack([sequence[:, slot] for slot in class_slots], dim=1)
 
 
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces of a sequence in a row. A single one is made contiguous where it stands: compilers
+    disagree about the strides of a `cat` of one.
+    """
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
 def insert(patches: Tensor, class_tokens: Tensor, class_slots: ClassSlots) -> Tensor:
     """patches [B, M, d], class tokens [B, n, d] -> sequence [B, L, d]; also without d."""
     if isinstance(class_slots, Tensor):
@@ -148,7 +155,7 @@ def insert(patches: Tensor, class_tokens: Tensor, class_slots: ClassSlots) -> Te
     for i, slot in enumerate(class_slots):
         pieces += [patches[:, start : slot - i], class_tokens[:, i : i + 1]]
         start = slot - i
-    return torch.cat([*pieces, patches[:, start:]], dim=1)
+    return _joined([*pieces, patches[:, start:]])
 
 
 def extract(sequence: Tensor, class_slots: ClassSlots) -> tuple[Tensor, Tensor]:
@@ -160,7 +167,7 @@ def extract(sequence: Tensor, class_slots: ClassSlots) -> tuple[Tensor, Tensor]:
     pieces = [
         sequence[:, left + 1 : right] for left, right in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    return torch.cat(pieces, dim=1), class_tokens_of(sequence, class_slots)
+    return _joined(pieces), class_tokens_of(sequence, class_slots)
 
 
 def reordered(order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exporting import CLASSES, STAGE, TINY, classifier, exported, own_model
+from helpers.exporting import CLASSES, STAGE, TINY, classifier, exported, own_model, segmenter
 from helpers.scans import params_of
 from PIL import Image
 
@@ -172,3 +172,10 @@ def test_wrong_flags(tmp_path):
         export.main(["--model-path", str(checkpoint), "--format", "aoti", "--output", "x.onnx"])
     with pytest.raises(UsageError, match="--int8 is for --format onnx"):
         exported(checkpoint, "--format", "aoti", "--int8", suffix=".pt2")
+
+
+def test_a_segmenter(tmp_path, capsys):
+    """export.py itself refuses a package that differs from the checkpoint by more than 1e-4."""
+    file = exported(segmenter(tmp_path, "upernet"), "--format", "aoti", suffix=".pt2")
+    assert "segmentation, 3 classes" in capsys.readouterr().out
+    assert package.open_package(file)(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
