@@ -14,6 +14,7 @@ from utils.startup import prepare, require
 
 prepare()
 
+import argparse
 import functools
 import logging
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import options
 from datasets import task_of
 from engine import Interrupted, train_one_epoch, validate
-from evaluation.calibration import calibrate
+from evaluation.calibration import calibrate, calibrate_tokens
 from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
 from loading.fingerprint import fingerprints
@@ -247,6 +248,9 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         thresholds = calibrate({"model": model, "ema": ema}, experiment)
         if experiment.is_main:
             save_calibrated(checkpoint, thresholds, model, experiment)
+    if args.token_budget == "image":
+        for each in (model, *([] if ema is None else [ema])):
+            calibrate_tokens(each, experiment)
     if args.sweep:
         recorded = recorded_arguments(checkpoint)
         trained = recorded.get("token_keep_ratio")
@@ -260,6 +264,11 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         run_sweep(model, dense, trained, experiment)
         return
     report_evaluation(model, ema, dense, experiment, args.model_path)
+
+
+def needs_training_images(args: argparse.Namespace) -> bool:
+    """Whether an evaluation chooses thresholds."""
+    return args.calibrate or args.token_budget == "image"
 
 
 def starts_from_another_task(checkpoint: dict[str, Any], experiment: Experiment) -> bool:
@@ -311,11 +320,14 @@ def main(argv: list[str] | None = None) -> int:
     if not args.eval:
         require("tensorboard")
         run_folder.check(args, distributed)  # reading the data may take long
-    experiment = Experiment.prepare(args, distributed, train=not args.eval or args.calibrate)
-    if args.calibrate and experiment.data.calibration_loader is None:
+    experiment = Experiment.prepare(
+        args, distributed, train=not args.eval or needs_training_images(args)
+    )
+    if args.eval and needs_training_images(args) and experiment.data.calibration_loader is None:
         raise UsageError(
-            f"--calibrate: {args.data_set} is read as a stream, of which no fixed part can be "
-            "shown; choose a threshold with --gate-threshold P"
+            f"{'--calibrate' if args.calibrate else '--token-budget image'}: {args.data_set} is "
+            "read as a stream, of which no fixed part can be shown; --gate-threshold P sets the "
+            "threshold of gates"
         )
     prepare_output_dir(args.output_dir)
     code = 0

@@ -328,6 +328,14 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "--output_dir/calibrated_checkpoint.pth",
     )
     group.add_argument(
+        "--token-budget",
+        choices=("fixed", "image"),
+        default="fixed",
+        help="with --eval: every image keeps as many tokens; image: as many as their scores earn, "
+        "more of some and fewer of others, with thresholds that are chosen on training images so "
+        "that the mean is the same",
+    )
+    group.add_argument(
         "--sweep",
         type=sweep_range,
         metavar="FIRST:LAST:STEP",
@@ -443,6 +451,8 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         raise UsageError(
             f"--calibrate chooses the threshold; leave out --gate-threshold {args.gate_threshold}"
         )
+    if args.token_budget == "image":
+        _check_image_budget(args)
     _check_overwriting(args)
     if task.distils and not args.eval and args.method != "dense" and not args.model_path:
         raise UsageError(
@@ -467,6 +477,27 @@ def _check(args: argparse.Namespace, task: Task) -> None:
             f"--warmup-epochs {args.warmup_epochs:g} must lie between 0 and --epochs {args.epochs} "
             "- 1"
         )
+
+
+def _check_image_budget(args: argparse.Namespace) -> None:
+    """Settle `--token-budget image`. Raises UsageError where it has no meaning."""
+    if not args.eval:
+        raise UsageError("--token-budget image needs --eval and --model-path, the checkpoint")
+    for flag, value, wanted in (
+        ("--method", args.method, ("dyvm", "token")),
+        ("--token-strategy", args.token_strategy, ("learned", "distilled")),
+        ("--reduction", args.reduction, ("prune",)),
+    ):
+        if value not in wanted:
+            raise UsageError(
+                f"--token-budget image is for tokens that are pruned by learned scores, not for "
+                f"{flag} {value}"
+            )
+    if args.sweep:
+        raise UsageError(
+            "--token-budget image and --sweep do not go together; give --token-keep-ratio R"
+        )
+    args.cuda_graph = False  # the numbers of tokens differ from batch to batch
 
 
 def _check_read(argv: Sequence[str], args: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def decision_picture(
     patch_of = patch_of_pixels(patches, (width, height))
     stages = [
         [
-            stage_pixels(image, patch_of, chosen.cpu().numpy(), together)
+            stage_pixels(image, patch_of, chosen[chosen >= 0].cpu().numpy(), together)
             for image, chosen, together in zip(pixels, stage, merged, strict=True)
         ]
         for stage, merged in zip(kept, _by_image(groups, kept), strict=True)

@@ -1,4 +1,6 @@
-"""The gate threshold at which a model keeps the share of its scans that it was trained to keep.
+"""Thresholds at which a model keeps, on average, what it should keep.
+
+Of gates: the share of its scans that it was trained to keep.
 
 In training a gate is drawn: it is open with probability p = sigmoid(logit), and the budget holds
 for the mean of the draws. The paper then evaluates with p > 0.5, which keeps more (0.888 where 0.80
@@ -6,19 +8,25 @@ was trained). Here one threshold for all gates is chosen on training images, tra
 evaluation. It opens the gates with the highest probabilities and is stored in the checkpoint. Gates
 change what later routers read, so the quantile is taken again until the share is met.
 
+Of tokens (`--token-budget image`): in the mean of all images as many as the budget of every one. A
+stage reads what the one before it has kept, so that they are chosen one after the other.
+
 Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this
 project's own.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import VisionMamba
 from models.build import sigmoid
+from models.reduction.selection import log_odds
 from tasks import Experiment
 from utils.logging import Progress
 from utils.precision import autocast
@@ -89,30 +97,78 @@ def calibrate_model(
     return threshold, tried[threshold]
 
 
-@torch.no_grad()
 def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
     """Logits of all gates on the calibration images of all ranks, flat, on rank 0; else empty."""
-    distributed, recorded = experiment.distributed, []
     routers = [layer.mixer.block_head for layer in model.layers]
-    handles = [
-        router.register_forward_hook(
-            lambda _module, _inputs, logits: recorded.append(logits.float().cpu())
-        )
-        for router in routers
-    ]
+    return observed_at(routers, lambda _inputs, logits: logits.float(), model, experiment)
+
+
+@torch.no_grad()
+def observed_at(
+    modules: Sequence[nn.Module],
+    of: Callable[[tuple[Any, ...], Tensor], Tensor],
+    model: VisionMamba,
+    experiment: Experiment,
+) -> Tensor:
+    """Numbers of the modules' calls on the calibration images of all ranks, flat, on rank 0; else
+    empty.
+
+    of: a call's arguments and result -> its numbers.
+    """
+    distributed, recorded = experiment.distributed, []
+
+    def record(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        recorded.append(of(inputs, output).flatten().cpu())
+
     model.eval()
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(record).remove)
         loader = experiment.data.calibration_loader
         for batch in Progress(
             loader.batches(), "calibration", total=len(loader), shown=distributed.is_main
         ):
             with autocast(distributed.device, experiment.args.amp):
                 experiment.task.predict(model, batch.images.to(distributed.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    own = torch.cat([logits.flatten() for logits in recorded]) if recorded else torch.empty(0)
+    own = torch.cat(recorded) if recorded else torch.empty(0)
     return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
+
+
+def calibrate_tokens(model: VisionMamba, experiment: Experiment) -> list[float]:
+    """Choose and set the thresholds at which the images keep as many tokens after each stage, on
+    average, as `token_keep` says of every one; -> log-odds by stage. Every rank must call it.
+    """
+    distributed, found = experiment.distributed, []
+    entering = float(model.num_patches)
+
+    def alive_odds(inputs: tuple[Any, ...], scores: Tensor) -> Tensor:
+        _, policy = inputs
+        return log_odds(scores)[policy > 0.5]
+
+    stages = zip(model.score_predictors, model.kept_counts(), strict=True)
+    for stage, (predictor, leaving) in enumerate(stages):
+        everything = [-math.inf] * (len(model.pruning_layers) - stage)
+        model.set_token_thresholds([*found, *everything])
+        odds = observed_at([predictor], alive_odds, model, experiment)
+        threshold = kept = 0.0
+        if distributed.is_main:
+            threshold = quantile_above(odds, leaving / entering)
+            kept = (odds > threshold).double().mean().item() * entering
+        threshold, kept = distributed.all_reduce_sum([threshold, kept]).tolist()
+        found.append(threshold)
+        _logger.info(
+            "stage %d: probability %.4f keeps %.2f of %d patches of training images (target %d)",
+            stage + 1,
+            sigmoid(threshold),
+            kept,
+            model.num_patches,
+            leaving,
+        )
+        if not abs(kept - leaving) <= 0.01 * leaving:
+            _logger.warning("no threshold comes closer: the scores hardly tell patches apart")
+        entering = kept
+    model.set_token_thresholds(found)
+    return found
 
 
 def quantile_above(values: Tensor, share: float) -> float:

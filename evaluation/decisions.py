@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loading.loaders import Batch
 from models import Result, VisionMamba
-from models.flops import exact_per_image
+from models.flops import flops_per_image
 from utils.distributed import Distributed
 from utils.files import read_csv, write_csv
 
@@ -121,8 +121,9 @@ class DecisionMeter:
             of_images = gates.unflatten(1, (-1, passes)).mean(dim=2)
             self.class_gates.index_add_(0, labels, of_images.transpose(0, 1))
         for total, stage in zip(self.kept, result.kept, strict=True):
-            total += torch.bincount(stage.flatten().cpu(), minlength=self.model.num_patches)
-        costs = exact_per_image(self.model, gates).unflatten(0, (-1, passes)).sum(dim=1)
+            total += torch.bincount(stage[stage >= 0].cpu(), minlength=self.model.num_patches)
+        costs = flops_per_image(self.model, gates, result.counts).exact
+        costs = costs.unflatten(0, (-1, passes)).sum(dim=1)
         self.costs.append(costs.round().long().numpy())
 
     def compute(self, distributed: Distributed) -> dict[str, DecisionTotals | None]:

@@ -13,7 +13,7 @@ from loading.data import Data
 from loading.images import BadImageError
 from models import Result
 from models.build import ModelSpec
-from models.flops import count_flops, exact_per_image
+from models.flops import count_flops, flops_per_image
 
 
 def dense_flops(predictor: Predictor) -> float:
@@ -27,7 +27,7 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
     """A report of each image of a batch from its result."""
     model = predictor.model
     dense = dense_flops(predictor)
-    flops = exact_per_image(model, result.gates).tolist()
+    flops = flops_per_image(model, result.gates, result.counts).exact.tolist()
     gates = result.gates.float().cpu().numpy()
     kept, groups = (
         [stage.cpu().numpy() for stage in stages] for stages in (result.kept, result.groups)

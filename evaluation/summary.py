@@ -103,6 +103,7 @@ def column(
     passes: forward passes of an image, if there are no values.
     """
     flops = count_flops(model, values["gates"] if values else None)
+    flops = (values or {}).get("flops", flops)
     passes = values["passes"] if values else passes
     scores = {}
     if values:
@@ -126,7 +127,25 @@ def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
         kept["object"] = values["object"]
     if model.route_blocks:
         kept["gate_threshold"] = sigmoid(model.gate_threshold)
+    if "counts" in values:
+        kept["token_budget"] = _of_images(model, values)
     return kept
+
+
+def _of_images(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the images differ in what they keep, see `--token-budget image`."""
+    shares = values["counts"].cumsum(1) / values["counts"].sum(1, keepdim=True)
+    patches = {
+        name: [int((stage >= share - 1e-12).nonzero()[0]) for stage in shares]
+        for name, share in (("least", 1e-9), ("tenth", 0.1), ("median", 0.5), ("nine_tenths", 0.9))
+    }
+    patches["most"] = [int(stage.nonzero()[-1]) for stage in values["counts"]]
+    fixed = count_flops(model, values["gates"]).exact
+    return {
+        "thresholds": [sigmoid(odds) for odds in model.reduction.thresholds],
+        "patches": patches,
+        "exact_to_fixed": values["flops"].exact / fixed,
+    }
 
 
 def _comparison(dense: dict[str, Any], dynamic: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +228,18 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
     if dynamic["keep"]:
         shares = ", ".join(f"{100 * share:.1f} %" for share in dynamic["keep"])
         lines.append(f"patches kept after each stage: {shares}")
+    if "token_budget" in dynamic:
+        own = dynamic["token_budget"]
+        ranges = ", ".join(
+            f"{least} to {most}"
+            for least, most in zip(
+                own["patches"]["tenth"], own["patches"]["nine_tenths"], strict=True
+            )
+        )
+        lines.append(
+            f"patches of four images in five after each stage: {ranges}; the mean cost is "
+            f"{100 * own['exact_to_fixed']:.2f} % of that with equal numbers"
+        )
     if "object" in dynamic:
         seen = dynamic["object"]
         share, mass = (", ".join(f"{part:.1f} %" for part in seen[k]) for k in ("share", "mass"))

@@ -41,6 +41,7 @@ WITHOUT_EFFECT = {
     "model_path",
     "dense_path",
     "calibrate",
+    "token_budget",
     "gate_threshold",
     "block_keep_ratio",
     "token_keep_ratio",

@@ -236,6 +236,24 @@ class VisionMamba(TimmInterface, nn.Module):
         except ValueError:
             self.reduction.token_keep = before
             raise
+        self.reduction.thresholds = ()
+
+    def set_token_thresholds(self, log_odds: Sequence[float]) -> None:
+        """Let each image keep the tokens whose score exceeds its stage's threshold at evaluation,
+        as many as they are; none: `token_keep` of every image's.
+
+        Raises ValueError for a model that learns no scores, one that merges, and another number of
+        thresholds than stages.
+        """
+        log_odds = tuple(log_odds)
+        if log_odds and (not self.reduction.learns or self.reduction.merges):
+            raise ValueError("only tokens that are pruned by learned scores have thresholds")
+        if log_odds and len(log_odds) != len(self.pruning_layers):
+            raise ValueError(
+                f"log_odds {list(log_odds)} must have one threshold for each of the pruning layers "
+                f"{list(self.pruning_layers)}"
+            )
+        self.reduction.thresholds = log_odds
 
     def kept_counts(self) -> list[int]:
         """Patches that each stage keeps at evaluation."""
@@ -306,7 +324,12 @@ class VisionMamba(TimmInterface, nn.Module):
                 maps.look(tokens)
                 tokens = self.reduction(self.pruning_layers.index(index), tokens, self, images)
             hidden, residual, gate = self.run_layer(
-                layer, tokens.hidden, tokens.residual, tokens.class_slots, tokens.mask
+                layer,
+                tokens.hidden,
+                tokens.residual,
+                tokens.class_slots,
+                tokens.mask,
+                tokens.lengths,
             )
             tokens = replace(tokens, hidden=hidden, residual=residual)
             gates.append(gate)

@@ -28,17 +28,23 @@ class Flops(NamedTuple):
     exact: float
 
 
-def sequence_lengths(model: VisionMamba) -> list[int]:
-    """Tokens that each layer sees at evaluation, class tokens included."""
+def sequence_lengths(
+    model: VisionMamba, kept: Sequence[int | Tensor] | None = None
+) -> list[int | Tensor]:
+    """Tokens that each layer sees at evaluation, class tokens included.
+
+    kept: patches that each stage keeps, numbers or tensors; the model's own by default.
+    """
     patches, lengths = model.num_patches, []
-    stages = dict(zip(model.pruning_layers, model.kept_counts(), strict=True))
+    kept = model.kept_counts() if kept is None else kept
+    stages = dict(zip(model.pruning_layers, kept, strict=True))
     for index in range(model.depth):
         patches = stages.get(index, patches)
         lengths.append(patches + model.layout.num_tokens)
     return lengths
 
 
-def _linear(module: nn.Module, tokens: int) -> int:
+def _linear(module: nn.Module, tokens: int | Tensor) -> int | Tensor:
     """Multiply-adds of all linear layers inside a module, each applied to `tokens` tokens."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return tokens * sum(layer.in_features * layer.out_features for layer in layers)
@@ -74,7 +80,7 @@ def decoder_operations(model: VisionMamba) -> int:
     return head.operations
 
 
-def _direction(model: VisionMamba, length: int) -> tuple[int, int]:
+def _direction(model: VisionMamba, length: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     """`paper` and `exact` operations of one scan direction of one layer."""
     E, N, R = 2 * model.embed_dim, model.d_state, model.layers[0].mixer.dt_proj.in_features
     projections = length * E * (R + 2 * N) + length * R * E
@@ -89,7 +95,27 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
     gates: mean gates [depth, 2] (forward, backward), one number for all, or None for 1.
     """
     gates = torch.as_tensor(1.0 if gates is None else gates, dtype=torch.float64, device="cpu")
-    gates = gates.expand(model.depth, 2)
+    paper, exact = _count(model, gates.expand(model.depth, 2), model.kept_counts())
+    return Flops(float(paper), float(exact))
+
+
+def flops_per_image(
+    model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] | None = None
+) -> Flops:
+    """Operations of each image at evaluation, [B] float64 on the CPU.
+
+    The mean over images equals `count_flops` at the mean gates where all keep as many tokens.
+
+    gates: [depth, B, 2]; kept: patches [B] that each stage keeps, the model's own by default.
+    """
+    kept = model.kept_counts() if kept is None else [stage.double().cpu() for stage in kept]
+    return Flops(*_count(model, gates.double().cpu(), kept))
+
+
+def _count(
+    model: VisionMamba, gates: Tensor, kept: Sequence[int | Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`paper` and `exact` operations: gates [depth, ..., 2], kept [...] for each stage -> [...]."""
     proj = model.patch_embed.proj
     paper = model.num_patches * proj.weight.numel()
     if isinstance(model.head, MapHead):
@@ -98,33 +124,20 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
         paper += _linear(model.head, 1)
     if model.family.registers and not isinstance(model.head, MapHead):
         paper += _linear(model.neck, model.layout.num_tokens)
-    lengths = sequence_lengths(model)
+    lengths = sequence_lengths(model, kept)
     if hasattr(model, "score_predictors"):
         for layer, predictor in zip(model.pruning_layers, model.score_predictors, strict=True):
-            paper += _linear(predictor, lengths[layer - 1] - model.layout.num_tokens)
+            paper = paper + _linear(predictor, lengths[layer - 1] - model.layout.num_tokens)
     exact = paper
     entering = model.num_patches
-    for leaving in model.kept_counts():
-        exact += model.reduction.operations(entering, leaving, model)
+    for leaving in kept:
+        exact = exact + model.reduction.operations(entering, leaving, model)
         entering = leaving
     for layer, length, gate in zip(model.layers, lengths, gates, strict=True):
         projections = _linear(layer.mixer.in_proj, length) + _linear(layer.mixer.out_proj, length)
         one_paper, one_exact = _direction(model, length)
-        paper += projections + one_paper * gate.mean().item()
-        exact += projections + one_exact * gate.sum().item()
+        paper = paper + projections + one_paper * gate.mean(-1)
+        exact = exact + projections + one_exact * gate.sum(-1)
         if layer.mixer.block_head is not None:
-            exact += _linear(layer.mixer.block_head, 1)
-    return Flops(float(paper), float(exact))
-
-
-def exact_per_image(model: VisionMamba, gates: Tensor) -> Tensor:
-    """`exact` operations of each image at evaluation: gates [depth, B, 2] -> [B] on the CPU.
-
-    Linear in the gates: the mean over images equals `count_flops` at the mean gates.
-    """
-    scans = torch.tensor(
-        [_direction(model, length)[1] for length in sequence_lengths(model)], dtype=torch.float64
-    )
-    return count_flops(model, 0.0).exact + (gates.double().cpu().sum(dim=2) * scans[:, None]).sum(
-        dim=0
-    )
+            exact = exact + _linear(layer.mixer.block_head, 1)
+    return paper, exact

@@ -122,6 +122,12 @@ def read(
     return (mean or RouterMean())(sequence, mask)
 
 
+def existing(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """Mask [B, L] of the tokens of sequence [B, L, d] that exist, from their numbers [B]."""
+    slots = torch.arange(sequence.shape[1], device=sequence.device)
+    return (slots < lengths.unsqueeze(1)).to(sequence.dtype)
+
+
 def class_count(class_slots: ClassSlots) -> int:
     """Number of class tokens."""
     return class_slots.shape[-1] if isinstance(class_slots, Tensor) else len(class_slots)

@@ -18,7 +18,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
-from .layouts import ClassSlots, RouterMean, read
+from .layouts import ClassSlots, RouterMean, existing, read
 
 CONV_WIDTH = 4
 LOG2_E = math.log2(math.e)
@@ -132,9 +132,16 @@ class BidirectionalMamba(nn.Module):
         return (logits > self.gate_threshold).float()
 
     def forward(
-        self, hidden: Tensor, class_slots: ClassSlots, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        class_slots: ClassSlots,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] (None if not routed)."""
+        """hidden [B, L, d], mask [B, L] -> output [B, L, d], gates [B, 2] (None if not routed).
+
+        lengths [B]: only so many tokens of each image exist (evaluation).
+        """
         if (
             hidden.device.type == "cpu"
             and not torch.is_grad_enabled()
@@ -143,18 +150,20 @@ class BidirectionalMamba(nn.Module):
             and not self.observation.of
             and not torch.compiler.is_compiling()  # groups depend on the images
         ):
-            return self._infer_in_groups(hidden, class_slots)
+            return self._infer_in_groups(hidden, class_slots, lengths)
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
             mean = self.router_mean if self.training else None
-            gates = self.route(self.block_head(read(xz, class_slots, mask, mean).mean(dim=1)))
+            exist = mask if lengths is None else existing(lengths, hidden)
+            gates = self.route(self.block_head(read(xz, class_slots, exist, mean).mean(dim=1)))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
             xz,
             self.branch(False),
             self.branch(True),
             mask=mask,
+            lengths=lengths,
             scale=self.scale,
             in_place=self.mask_in_place,
             **routing,
@@ -186,11 +195,12 @@ class BidirectionalMamba(nn.Module):
         return self.step_operations(tokens) + tokens * self.in_proj.weight.numel()
 
     def _infer_in_groups(
-        self, hidden: Tensor, class_slots: ClassSlots
+        self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time: their xz fits the cache.
 
-        Images whose scans are both off are skipped.
+        Images whose scans are both off are skipped. Where they differ in length, those of a
+        group are as alike as can be.
         """
         batch, tokens, _ = hidden.shape
         count = math.ceil(
@@ -201,7 +211,9 @@ class BidirectionalMamba(nn.Module):
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active, whole = None, None, True
         if self.block_head is not None:
-            gates = self.route(self.block_head.before(self.in_proj, read(hidden, class_slots)))
+            exist = None if lengths is None else existing(lengths, hidden)
+            classes = read(hidden, class_slots, exist)
+            gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
             running = active.any(dim=1)
             whole = bool(running.all())
@@ -209,17 +221,30 @@ class BidirectionalMamba(nn.Module):
                 return torch.zeros_like(hidden), gates
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
+        if lengths is not None:
+            order = lengths.argsort()
+            groups = (order if whole else order[running[order]]).split(size)
         forward, backward = self.branch(False), self.branch(True)
 
-        def run(x: Tensor, on: Tensor | None) -> Tensor:
-            y = bidirectional_ssm(self.in_proj(x), forward, backward, scale=self.scale, active=on)
+        def run(x: Tensor, on: Tensor | None, own: Tensor | None) -> Tensor:
+            y = bidirectional_ssm(
+                self.in_proj(x), forward, backward, scale=self.scale, active=on, lengths=own
+            )
             return self.out_proj(y)
 
+        def part(of: Tensor | None, group: slice | Tensor) -> Tensor | None:
+            return None if of is None else of[group]
+
         if whole and len(groups) == 1:
-            return run(hidden, active), gates
-        out = torch.empty_like(hidden) if whole else torch.zeros_like(hidden)
+            return run(hidden, active, lengths), gates
+        every = whole and lengths is None
+        out = torch.empty_like(hidden) if every else torch.zeros_like(hidden)
         for group in groups:
-            out[group] = run(hidden[group], None if active is None else active[group])
+            own, longest = part(lengths, group), tokens
+            if own is not None:
+                longest = int(own.max())
+            x = hidden[:, :longest][group]
+            out[:, :longest][group] = run(x, part(active, group), own)
         return out, gates
 
     def scan_inputs(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -252,6 +277,7 @@ class Layer(nn.Module):
         residual: Tensor,
         class_slots: ClassSlots,
         mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, residual [B, L, d] -> both for the next layer, gates [B, 2].
 
@@ -260,5 +286,5 @@ class Layer(nn.Module):
         if hidden is not None:
             hidden = self.drop_path(hidden)
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)
-        hidden, gates = self.mixer(normed, class_slots, mask)
+        hidden, gates = self.mixer(normed, class_slots, mask, lengths)
         return hidden, residual, gates

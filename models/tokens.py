@@ -4,10 +4,12 @@ B images, M patches, m slots for patches (M, or the k that are left), n class to
 width, C classes; h, w the grid of patches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layouts import ClassSlots, TokenLayout, extract, insert, take
@@ -47,11 +49,12 @@ class Tokens:
     owner: Tensor  # [B, M]
     mask: Tensor | None = None  # [B, L], factor of each token in the scans; None: all ones
     decisions: tuple[Tensor, ...] = ()  # per stage, training: [B, m], with gradient
-    kept: tuple[Tensor, ...] = ()  # per stage that gathered: [B, k], original patches
+    kept: tuple[Tensor, ...] = ()  # per stage that gathered: [B, k], original patches; -1: none
     groups: tuple[Tensor, ...] = ()  # per stage that merged: [B, M], which patch speaks for each
     scored: tuple["Scored", ...] = ()  # per stage, training of a distilled selector
     size: Tensor | None = None  # [B, m], patches that a slot is the mean of; None: one each
     frozen: Frozen | None = None  # training of a model that freezes what it drops
+    lengths: Tensor | None = None  # [B], tokens of each image, the first ones; None: all L
 
     @classmethod
     def first(cls, sequence: Tensor, class_slots: ClassSlots, patches: int) -> "Tokens":
@@ -88,6 +91,11 @@ class Result:
         None  # [B, H, W] bool, pixels of dropped patches, if there is one window
     )
 
+    @property
+    def counts(self) -> list[Tensor]:
+        """Patches [B] that each stage kept at evaluation."""
+        return [(stage >= 0).sum(dim=1) for stage in self.kept]
+
 
 torch.export.register_dataclass(Result, serialized_type_name="dyvm.Result")
 
@@ -101,6 +109,15 @@ def spread(values: Tensor, owner: Tensor, before: Tensor | None) -> Tensor:
         return before
     owned = take(values, owner.clamp_min(0))
     return owned if before is None else torch.where(owner.unsqueeze(-1) >= 0, owned, before)
+
+
+def kept_in_all(results: Sequence[Result]) -> list[list[Tensor]]:
+    """What each stage kept in several passes: per stage a [B, k] of each, of one width."""
+    stages = []
+    for parts in zip(*(result.kept for result in results), strict=True):
+        most = max(part.shape[1] for part in parts)
+        stages.append([F.pad(part, (0, most - part.shape[1]), value=-1) for part in parts])
+    return stages
 
 
 def in_raster(values: Tensor, origin: Tensor) -> Tensor:

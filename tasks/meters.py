@@ -10,6 +10,7 @@ from torch import Tensor
 from loading.images import ImageSet
 from loading.loaders import Batch
 from models import Result, VisionMamba
+from models.flops import Flops, flops_per_image
 from utils.distributed import Distributed
 
 
@@ -35,14 +36,18 @@ class ReductionMeter:
     """Mean of what is kept: `keep` after each stage, `gates` [depth][2]; `passes` of an image.
 
     `keep` is the fraction of patches left, `gates` the share of images whose forward and backward
-    scan runs.
+    scan runs. Of a model whose images keep different numbers also `flops`, the mean of a pass, and
+    `counts`, how often each number of patches was left by each stage.
     """
 
     def __init__(self, model: VisionMamba, device: torch.device):
-        self.num_patches = model.num_patches
+        self.model, self.num_patches = model, model.num_patches
         self.images = self.passes = 0
         self.gates = torch.zeros(model.depth, 2, dtype=torch.float64, device=device)
-        self.kept = torch.zeros(len(model.pruning_layers), dtype=torch.float64)
+        stages = len(model.pruning_layers)
+        self.kept = torch.zeros(stages, dtype=torch.float64, device=device)
+        self.flops = torch.zeros(2, dtype=torch.float64)
+        self.counts = torch.zeros(stages, self.num_patches + 1, dtype=torch.float64)
 
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2]; kept: a [B, k] for each stage."""
@@ -50,12 +55,22 @@ class ReductionMeter:
         self.passes += result.gates.shape[1]
         self.gates += result.gates.double().sum(dim=1)
         for stage, kept in enumerate(result.kept):
-            self.kept[stage] += kept.numel()
+            self.kept[stage] += (kept >= 0).sum()
+        if self.model.reduction.thresholds:
+            flops = flops_per_image(self.model, result.gates, result.counts)
+            self.flops += torch.stack([exact_sum(part) for part in flops])
+            for total, stage in zip(self.counts, result.counts, strict=True):
+                total += torch.bincount(stage.cpu(), minlength=len(total))
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
         images, passes = distributed.all_reduce_sum([self.images, self.passes]).tolist()
         gates, kept = (distributed.all_reduce_sum(part) for part in (self.gates, self.kept))
-        return {
+        own = {}
+        if self.model.reduction.thresholds:
+            flops = distributed.all_reduce_sum(self.flops) / passes
+            own = {"flops": Flops(*flops.tolist())}
+            own["counts"] = distributed.all_reduce_sum(self.counts.flatten()).view_as(self.counts)
+        return own | {
             "keep": (kept / passes / self.num_patches).tolist(),
             "gates": (gates / passes).tolist(),
             "passes": passes / images,
@@ -96,8 +111,9 @@ class ObjectMeter:
         on_object = (mass >= LEAST_OF_OBJECT / mass.shape[1]).double()
         sums = [torch.ones_like(mass).sum(), on_object.sum()]
         for kept in result.kept:
-            chosen = on_object.gather(1, kept)
-            sums += [torch.ones_like(chosen).sum(), chosen.sum(), exact_sum(mass.gather(1, kept))]
+            given, kept = (kept >= 0).double(), kept.clamp_min(0)
+            chosen = on_object.gather(1, kept) * given
+            sums += [given.sum(), chosen.sum(), exact_sum(mass.gather(1, kept) * given)]
         self.totals += torch.stack(sums)
         self.count += len(mass)
 

@@ -34,6 +34,7 @@ from models.build import ModelSpec, build_model
 from models.official_names import is_segmenter
 from models.segmentation import DECODERS, as_segmenter, follow_release, make_head
 from models.segmentation_weights import load_backbone
+from models.tokens import kept_in_all
 from models.upernet import resize
 from utils.arguments import image_size, not_negative, positive, probability, ratio, whole
 from utils.distributed import read_launch
@@ -393,11 +394,10 @@ def _decisions_of(result: Result) -> Result:
 
 def _joined(results: Sequence[Result]) -> Result:
     """One Result of all forward passes of a prediction: the last one's, with all decisions."""
-    stages = zip(*(result.kept for result in results), strict=True)
     return dataclasses.replace(
         results[-1],
         gates=torch.cat([result.gates for result in results], dim=1),
-        kept=[torch.cat(stage) for stage in stages],
+        kept=[torch.cat(stage) for stage in kept_in_all(results)],
     )
 
 

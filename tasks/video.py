@@ -32,6 +32,7 @@ from models import Result, VisionMamba
 from models.build import ModelSpec, build_model
 from models.clip_weights import is_of_images, load_images
 from models.embedding import PatchEmbed
+from models.tokens import kept_in_all
 from models.weights import TEMPORAL
 from utils.arguments import positive, probability, ratio, whole
 from utils.distributed import Distributed
@@ -72,7 +73,7 @@ class VideoMeter(ClassificationMeter):
         if result.kept:
             of_slot = result.owner.shape[1] // self.slots
             stages = [
-                torch.bincount(stage.flatten() // of_slot, minlength=self.slots)
+                torch.bincount(stage[stage >= 0] // of_slot, minlength=self.slots)
                 for stage in result.kept
             ]
             passes = torch.full_like(stages[0], len(result.kept[0]))
@@ -304,13 +305,12 @@ def _mean(results: Sequence[Result]) -> Result:
     """
     logits = torch.stack([result.logits.float() for result in results], dim=1)
     merged = logits.log_softmax(-1).logsumexp(1) - math.log(len(results))
-    stages = zip(*(result.kept for result in results), strict=True)
     return dataclasses.replace(
         results[0],
         logits=merged,
         view_logits=logits,
         gates=torch.stack([result.gates for result in results], dim=2).flatten(1, 2),
-        kept=[torch.stack(stage, dim=1).flatten(0, 1) for stage in stages],
+        kept=[torch.stack(stage, dim=1).flatten(0, 1) for stage in kept_in_all(results)],
     )
 
 

@@ -40,6 +40,7 @@ HARMLESS = {
     "bad_images",
     "patience",
     "calibrate",
+    "token_budget",
     *OF_EVALUATION,
 }
 # Entries that checkpoints of earlier versions lack, and that follow from their flags.

@@ -44,6 +44,7 @@ class Reduction:
     merges = False  # whether tokens become means of several
     freezes = False  # whether feature maps go on to show dropped patches, and so teach decisions
     zeroes = False  # as DyVM's release: dropped tokens become 0, with its gradients (see `freeze`)
+    thresholds: Sequence[float] = ()  # per stage, of log-odds: as many tokens as exceed them stay
     noise: Tensor | None = None  # factor of the noise in training's decisions, see `set_noise`
     observes = ""  # what the layer before a stage measures of its tokens, see mixer.Observation
 
@@ -216,6 +217,27 @@ def gather(
         size=None if tokens.size is None else take(tokens.size, chosen),
         kept=(*tokens.kept, origin),
         groups=tokens.groups if into is None else (*tokens.groups, take(origin, owner)),
+    )
+
+
+def keep_passing(tokens: Tokens, mixed: Tensor, decision: Tensor, layout: TokenLayout) -> Tokens:
+    """Evaluation: each image keeps its own number of tokens; all end behind the longest image.
+
+    mixed [B, L, d]; decision [B, m], 1 or 0.
+    """
+    arranged = rearrange(tokens, mixed, decision, layout)
+    counts = (decision > 0.5).sum(dim=1)
+    most = int(counts.max())
+    origin, alive = arranged.origin[:, :most], arranged.alive[:, :most]
+    return replace(
+        arranged,
+        residual=arranged.residual[:, : most + layout.num_tokens].contiguous(),
+        origin=origin,
+        alive=alive,
+        mask=None,
+        lengths=counts + layout.num_tokens,
+        decisions=tokens.decisions,
+        kept=(*tokens.kept, origin.masked_fill(alive < 0.5, -1)),
     )
 
 

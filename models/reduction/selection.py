@@ -18,10 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import sampling
-from ..layouts import extract
+from ..layouts import existing, extract
 from ..pruning import best_in_order
 from ..tokens import Scored, Tokens, thaw
-from .base import Reduction, Staged, freeze, gather, mask_in_place, mix, observed, rearrange
+from .base import (
+    Reduction,
+    Staged,
+    freeze,
+    gather,
+    keep_passing,
+    mask_in_place,
+    mix,
+    observed,
+    rearrange,
+)
 from .merging import average, nearest_chosen, nearest_kept
 
 SCORER_INPUTS = ("hidden", "B", "delta")
@@ -52,11 +62,11 @@ class Selection(Reduction):
             mixed = tokens.residual + tokens.hidden
         else:
             mixed = mix(stage, tokens, model)
-        policy = tokens.alive if draws else mixed.new_ones(tokens.alive.shape)
+        differ = draws or tokens.lengths is not None
+        policy = tokens.alive if differ else mixed.new_ones(tokens.alive.shape)
         scores = self.score(stage, tokens, mixed, policy, model)
         if model.training and self.taught:
-            odds = scores[..., 0] - scores[..., 1]
-            entry = Scored(odds, tokens.origin, tokens.alive.detach())
+            entry = Scored(scores[..., 0] - scores[..., 1], tokens.origin, tokens.alive.detach())
             tokens = replace(tokens, scored=(*tokens.scored, entry))
         if draws:
             decision = self.decide(stage, tokens, scores)
@@ -65,6 +75,9 @@ class Selection(Reduction):
             tokens, mixed, into = self._absorbed(tokens, mixed, decision > 0.5, nearest_kept)
             mask = mask_in_place if self.in_place else rearrange
             return mask(tokens, mixed, decision, model.layout, into=into)
+        if self.thresholds and not model.training:
+            decision = passing(scores, tokens.alive, self.thresholds[stage])
+            return keep_passing(tokens, mixed, decision, model.layout)
         chosen = self.choose(stage, tokens, scores, model, images)
         tokens, mixed, into = self._absorbed(tokens, mixed, chosen, nearest_chosen)
         return gather(tokens, mixed, chosen, model.layout, into)
@@ -102,6 +115,21 @@ class Selection(Reduction):
         """The slots that stay, ascending [B, k]: those with the best scores."""
         best = scores[..., 0] if scores.dim() == 3 else scores
         return best_in_order(best.detach(), self.kept_counts(model.num_patches)[stage])
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """Log-probabilities (keep, drop) [..., 2] -> how much more likely it is to be kept."""
+    return (scores[..., 0] - scores[..., 1]).float()
+
+
+def passing(scores: Tensor, alive: Tensor, threshold: float) -> Tensor:
+    """Which alive tokens have log-odds above a threshold, and the best one of each image.
+
+    scores [B, m, 2], alive [B, m] -> [B, m], 1 or 0.
+    """
+    odds = log_odds(scores).masked_fill(alive < 0.5, -torch.inf)
+    best = torch.zeros_like(odds).scatter_(1, odds.argmax(dim=1, keepdim=True), 1.0)
+    return torch.maximum(best, (odds > threshold).to(odds.dtype))
 
 
 class LearnedScores(Selection):
@@ -145,7 +173,8 @@ class LearnedScores(Selection):
         norm = previous.norm
         weight = norm.weight.to(tokens.residual.dtype)
         normed = F.rms_norm(tokens.residual, weight.shape, weight, norm.eps)
-        B, step = previous.mixer.scan_inputs(normed.to(norm.weight.dtype), tokens.mask)
+        mask = tokens.mask if tokens.lengths is None else existing(tokens.lengths, normed)
+        B, step = previous.mixer.scan_inputs(normed.to(norm.weight.dtype), mask)
         features, _ = extract(B if self.scorer_input == "B" else step, tokens.class_slots)
         return predictor(features, policy)
 

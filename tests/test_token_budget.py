@@ -1,0 +1,187 @@
+"""`--token-budget image`: each image keeps as many tokens as its scores earn."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.exporting import decided, segmenter
+from helpers.reductions import build
+from helpers.seeing import DYNAMIC, SMALL, save_model
+from test_calibration import evaluated
+
+import options
+from benchmarks.exported import decide
+from evaluation.inference import build_parser, load_predictor
+from models.flops import count_flops, flops_per_image
+from models.reduction.selection import log_odds
+from models.tokens import kept_in_all
+from tasks.meters import ReductionMeter
+from utils.distributed import Distributed
+from utils.errors import UsageError
+
+ALONE = Distributed(torch.device("cpu"))
+
+
+def set_thresholds(model, images: torch.Tensor) -> None:
+    """Half of the tokens that enter each stage exceed its threshold, in the mean of these images;
+    they differ in contrast, so that their numbers do.
+    """
+    found = []
+    for predictor in model.score_predictors:
+        keep_all = [-1e9] * (len(model.pruning_layers) - len(found))
+        model.set_token_thresholds([*found, *keep_all])
+        odds = []
+        hook = predictor.register_forward_hook(
+            lambda _, inputs, scores, odds=odds: odds.append(log_odds(scores)[inputs[1] > 0.5])
+        )
+        model(images)
+        hook.remove()
+        found.append(odds[0].median().item() + 1e-6)
+    model.set_token_thresholds(found)
+
+
+def of_many(family: str, **more):
+    model = build(family, pruning_layers=(1, 2), **more).eval()
+    with torch.no_grad():
+        decide(model.named_parameters())
+    side = model.patch_embed.img_size
+    images = torch.randn(6, 3, *side, generator=torch.Generator().manual_seed(2))
+    images = images * torch.tensor([0.2, 3.0, 1.0, 0.5, 2.0, 1.5])[:, None, None, None]
+    with torch.no_grad():
+        set_thresholds(model, images)
+    return model, images
+
+
+def kept_alone(model, image: torch.Tensor, counts: list[int]):
+    """The model's result for one image, which keeps so many tokens as all images used to."""
+    thresholds = model.reduction.thresholds
+    model.set_token_keep([(count + 0.5) / model.num_patches for count in counts])
+    assert not model.reduction.thresholds, "a budget's thresholds are not those of another one"
+    result = model(image)
+    model.set_token_thresholds(thresholds)
+    return result
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["in groups", "whole"])
+@pytest.mark.parametrize("more", [{}, {"route_blocks": False}, {"scorer_input": "B"}], ids=str)
+@pytest.mark.parametrize("family", ["vim", "videomamba", "mambareg"])
+def test_each_image_as_if_alone(family, more, recorded):
+    """With the numbers of tokens that it earned, it gets what the fixed budget would give it."""
+    model, images = of_many(family, **more)
+    with torch.set_grad_enabled(recorded):
+        together = model(images)
+        counts = torch.stack(together.counts, dim=1)
+        assert len(counts.unique(dim=0)) > 2, "the test needs images that differ"
+        for i, own in enumerate(counts.tolist()):
+            alone = kept_alone(model, images[i : i + 1], own)
+            torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-5, rtol=2e-5)
+            assert torch.equal(together.gates[:, i], alone.gates[:, 0])
+            for stage, kept in zip(together.kept, alone.kept, strict=True):
+                assert torch.equal(stage[i][: kept.shape[1]], kept[0])
+                assert (stage[i][kept.shape[1] :] == -1).all()
+
+
+def test_operations_of_each_image():
+    model, images = of_many("vim")
+    with torch.no_grad():
+        result = model(images)
+    found = flops_per_image(model, result.gates, result.counts)
+    for i, own in enumerate(torch.stack(result.counts, dim=1).tolist()):
+        model.set_token_keep([(count + 0.5) / model.num_patches for count in own])
+        alone = count_flops(model, result.gates[:, i])
+        assert found.paper[i] == pytest.approx(alone.paper, rel=1e-12)
+        assert found.exact[i] == pytest.approx(alone.exact, rel=1e-12)
+
+
+def test_one_token_at_least_and_no_other_models():
+    model, images = of_many("vim")
+    model.set_token_thresholds([1e9, 1e9])
+    with torch.no_grad():
+        result = model(images)
+    assert [stage.tolist() for stage in result.counts] == [[1] * 6] * 2
+    assert result.logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"must have one threshold for each of the pruning layers"):
+        model.set_token_thresholds([0.0])
+    for more in {"reduction": "prune+merge"}, {"token_strategy": "static"}:
+        with pytest.raises(ValueError, match="only tokens that are pruned by learned scores"):
+            build("vim", **more).set_token_thresholds([0.0, 0.0])
+
+
+def test_training_does_not_see_thresholds():
+    model, images = of_many("vim")
+    model.train()
+    assert len(model(images).decisions) == 2
+
+
+def test_maps_of_segmenters(tmp_path):
+    """Dropped patches keep what they showed, whatever the other images kept."""
+    path = segmenter(tmp_path, "upernet")
+    flags = ["--model-path", str(path), "--device", "cpu"]
+    model = load_predictor(build_parser("", ""), flags).model
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = images * torch.tensor([0.3, 3.0, 1.0, 2.0])[:, None, None, None]
+    with torch.no_grad():
+        set_thresholds(model, images)
+        together = model(images)
+        assert len(together.counts[0].unique()) > 1
+        for i, own in enumerate(torch.stack(together.counts, dim=1).tolist()):
+            alone = kept_alone(model, images[i : i + 1], own)
+            torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-5, rtol=2e-5)
+
+
+def test_counted_and_joined():
+    model, images = of_many("vim")
+    meter = ReductionMeter(model, torch.device("cpu"))
+    for part in images[:4], images[4:]:
+        with torch.no_grad():
+            result = model(part)
+        meter.update(SimpleNamespace(images=part), result)
+    values = meter.compute(ALONE)
+    with torch.no_grad():
+        whole = model(images)
+    counts = torch.stack(whole.counts).double()
+    assert values["keep"] == pytest.approx((counts.mean(dim=1) / model.num_patches).tolist())
+    exact = flops_per_image(model, whole.gates, whole.counts).exact
+    assert values["flops"].exact == pytest.approx(exact.mean().item(), rel=1e-6)
+    assert [int(each.sum()) for each in values["counts"]] == [6, 6]
+    with torch.no_grad():
+        few, many = (model(part) for part in images.split(3))
+    for stage, (one, other) in zip(whole.counts, kept_in_all([few, many]), strict=True):
+        assert one.shape == other.shape
+        assert torch.equal((torch.cat([one, other]) >= 0).sum(dim=1), stage)
+
+
+def test_a_whole_evaluation(tmp_path: Path, capsys):
+    path = decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    fixed = evaluated(path, tmp_path / "fixed")
+    own = evaluated(path, tmp_path / "image", "--token-budget", "image")
+    said = capsys.readouterr().out
+    assert "token_budget" not in fixed and "patches of four images in five" in said
+    found = own["token_budget"]
+    assert len(found["thresholds"]) == len(own["keep"])
+    assert own["keep"] == pytest.approx(fixed["keep"], rel=0.1)
+    assert found["exact_to_fixed"] == pytest.approx(1, abs=0.05)
+    assert own["flops"]["exact"] == pytest.approx(fixed["flops"]["exact"], rel=0.1)
+    ranges = zip(*(found["patches"][k] for k in ("least", "median", "most")), strict=True)
+    assert all(1 <= low <= middle <= high for low, middle, high in ranges)
+    assert json.loads((tmp_path / "image" / "eval.json").read_text())["images"] == 360
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--model-path", "x"], "--token-budget image needs --eval"),
+        (["--method", "block"], "not for --method block"),
+        (["--token-strategy", "static"], "not for --token-strategy static"),
+        (["--reduction", "mtr"], "not for --reduction mtr"),
+        (["--sweep", "0.5:1:0.1"], "--token-budget image and --sweep do not go together"),
+    ],
+)
+def test_wrong_flags(flags, said):
+    words = ["--method", "dyvm", "--data-set", "DIGITS", "--token-budget", "image", *flags]
+    if "--model-path" not in flags:
+        words += ["--eval", "--model-path", "x"]
+    with pytest.raises(UsageError, match=said):
+        options.parse(words, {"data_set": "DIGITS"} if "--eval" in words else None)
