@@ -99,17 +99,18 @@ def count_flops(model: VisionMamba, gates: float | Sequence | Tensor | None = No
     return Flops(float(paper), float(exact))
 
 
-def flops_per_image(
-    model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] | None = None
-) -> Flops:
+def flops_per_image(model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] = ()) -> Flops:
     """Operations of each image at evaluation, [B] float64 on the CPU.
 
     The mean over images equals `count_flops` at the mean gates where all keep as many tokens.
 
-    gates: [depth, B, 2]; kept: patches [B] that each stage keeps, the model's own by default.
+    gates: [depth, B, 2]; kept: patches [B] that each stage kept, for a model with thresholds of
+    tokens.
     """
-    kept = model.kept_counts() if kept is None else [stage.double().cpu() for stage in kept]
-    return Flops(*_count(model, gates.double().cpu(), kept))
+    counts: Sequence[int | Tensor] = model.kept_counts()
+    if model.reduction.thresholds:
+        counts = [stage.double().cpu() for stage in kept]
+    return Flops(*_count(model, gates.double().cpu(), counts))
 
 
 def _count(
