@@ -267,7 +267,7 @@ def measure(
             },
         }
         base = f"DeiT-{size}"
-        if args.runs > 1 and base in calls:
+        if base in calls:
             part["x DeiT eager"] = {
                 name: [run[base]["ms"] / run[name]["ms"] for run in runs] for name in calls
             }
@@ -317,14 +317,13 @@ def dynamic_gain(
 def table(part: dict) -> str:
     rivals = [row for name, row in part["models"].items() if name.startswith("DeiT")]
     fastest = min((row["ms"] for row in rivals), default=float("nan"))
-    base = part["models"].get(f"DeiT-{part['size']}", {"ms": float("nan"), "cpu_ms": float("nan")})
+    base = part["models"].get(f"DeiT-{part['size']}", {"cpu_ms": float("nan")})
+    ratios = part.get("x DeiT eager", {})
     rows = [
         [
             name,
             f"{row['images_per_s']:.1f}",
-            f"{statistics.median(part['x DeiT eager'][name]):.2f}"
-            if "x DeiT eager" in part
-            else f"{base['ms'] / row['ms']:.2f}",
+            f"{statistics.median(ratios.get(name, [float('nan')])):.2f}",
             f"{fastest / row['ms']:.2f}",
             f"{base['cpu_ms'] / row['cpu_ms']:.2f}",
             mebibytes(row["peak_bytes"]),
@@ -345,10 +344,10 @@ def table(part: dict) -> str:
         "disturbed",
         "error",
     ]
-    if spread := part.get("x DeiT eager"):
+    if any(len(runs) > 1 for runs in ratios.values()):
         headers.insert(3, "in runs")
         for row in rows:
-            row.insert(3, f"{min(spread[row[0]]):.2f} to {max(spread[row[0]]):.2f}")
+            row.insert(3, f"{min(ratios[row[0]]):.2f} to {max(ratios[row[0]]):.2f}")
     lines = [f"batch {part['batch']}", text_table(rows, headers)]
     if "share" in part:
         lines.append(
