@@ -37,7 +37,7 @@ def explain(predictor: Predictor, result: Result, names: list[str]) -> list[Imag
         ImageReport(
             name,
             answer,
-            [stage[i] for stage in kept],
+            [stage[i][stage[i] >= 0] for stage in kept],
             gates[:, i] if model.route_blocks else None,
             flops[i],
             dense,
