@@ -13,6 +13,8 @@ from test_calibration import evaluated
 
 import options
 from benchmarks.exported import decide
+from drawing.pictures import GAP, decision_picture
+from evaluation import samples
 from evaluation.inference import build_parser, load_predictor
 from models.flops import count_flops, flops_per_image
 from models.reduction.selection import log_odds
@@ -130,6 +132,30 @@ def test_maps_of_segmenters(tmp_path):
         for i, own in enumerate(torch.stack(together.counts, dim=1).tolist()):
             alone = kept_alone(model, images[i : i + 1], own)
             torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-5, rtol=2e-5)
+
+
+def test_reports_of_images(monkeypatch):
+    """Pictures and their captions show each image's own patches."""
+    model, images = of_many("vim")
+    with torch.no_grad():
+        result = model(images)
+    answers = [[] for _ in images]
+    task = SimpleNamespace(answers=lambda result, names: answers)
+    predictor = SimpleNamespace(model=model, class_names=list("abcdefg"), task=task)
+    monkeypatch.setattr(samples, "dense_flops", lambda predictor: 1.0)
+    reports = samples.explain(predictor, result, list("123456"))
+    for stage, counts in enumerate(result.counts):
+        assert [len(report.kept[stage]) for report in reports] == counts.tolist()
+        assert all((report.kept[stage] >= 0).all() for report in reports)
+    pixels = decision_picture(torch.ones_like(images), result.kept, model.patch_embed)
+    side, area = images.shape[-1], images[0, 0].numel() // model.num_patches
+    columns = range(0, pixels.shape[1], side + GAP)
+    for stage, counts in enumerate(result.counts, start=1):
+        top = stage * (side + GAP)
+        for left, count in zip(columns, counts.tolist(), strict=True):
+            own = pixels[top : top + side, left : left + side]
+            dimmed = (own != pixels[:side, left : left + side]).any(axis=-1).sum()
+            assert dimmed == (model.num_patches - count) * area
 
 
 def test_counted_and_joined():
