@@ -43,11 +43,8 @@ from utils.files import atomic_file, prepare_output_dir, remove_temporaries, sha
 from utils.program import run_main
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
-LEFT = {
-    "onnx": 1.6,
-    "torch": 0.7,
-    "aoti": 16,
-}  # time of the other steps, in multiples of the tracing
+# Time of the other steps, in multiples of the tracing.
+LEFT = {"onnx": 1.6, "torch": 0.7, "aoti": 16}
 _logger = logging.getLogger("export")
 
 
@@ -96,6 +93,14 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {output}: there is no folder {output.parent}")
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder; name a file")
+    if args.format == "aoti":
+        from exporting.package import library_of
+
+        if library_of(output).is_dir():
+            raise UsageError(
+                f"--output {output}: the library of its operators would be {library_of(output)}, "
+                "which is a folder"
+            )
     prepare_output_dir(output.parent)
     if args.format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
@@ -170,7 +175,8 @@ def write_aoti(program, args: argparse.Namespace, texts: dict[str, str], model) 
         _logger.info("4/4 comparing with the checkpoint")
         found = compare(model, package.open_package(compiled))
         require_agreement(found)
-        library = Path(args.output).with_name(package.LIBRARY)
+        library = package.library_of(args.output)
+        remove_temporaries(library)
         for source, target in (package.operators(), library), (compiled, args.output):
             with open(source, "rb") as content, atomic_file(target) as file:
                 shutil.copyfileobj(content, file)

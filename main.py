@@ -249,8 +249,7 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         if experiment.is_main:
             save_calibrated(checkpoint, thresholds, model, experiment)
     if args.token_budget == "image":
-        for each in (model, *([] if ema is None else [ema])):
-            calibrate_tokens(each, experiment)
+        calibrate_tokens({"model": model, "ema": ema}, experiment)
     if args.sweep:
         recorded = recorded_arguments(checkpoint)
         trained = recorded.get("token_keep_ratio")

@@ -332,8 +332,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         choices=("fixed", "image"),
         default="fixed",
         help="with --eval: every image keeps as many tokens; image: as many as their scores earn, "
-        "more of some and fewer of others, with thresholds that are chosen on training images so "
-        "that the mean is the same",
+        "more of some and fewer of others, with thresholds that are chosen on training images (one "
+        "view of each) so that the mean is the same",
     )
     group.add_argument(
         "--sweep",

@@ -110,10 +110,10 @@ def observed_at(
     model: VisionMamba,
     experiment: Experiment,
 ) -> Tensor:
-    """Numbers of the modules' calls on the calibration images of all ranks, flat, on rank 0; else
-    empty.
+    """What `of` reads from each call of the modules, on the calibration images of all ranks: flat,
+    on rank 0; else empty.
 
-    of: a call's arguments and result -> its numbers.
+    of: a call's arguments and result -> numbers.
     """
     distributed, recorded = experiment.distributed, []
 
@@ -134,10 +134,22 @@ def observed_at(
     return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
 
 
-def calibrate_tokens(model: VisionMamba, experiment: Experiment) -> list[float]:
-    """Choose and set the thresholds at which the images keep as many tokens after each stage, on
-    average, as `token_keep` says of every one; -> log-odds by stage. Every rank must call it.
+def calibrate_tokens(
+    models: Mapping[str, VisionMamba | None], experiment: Experiment
+) -> dict[str, list[float]]:
+    """Choose and set the thresholds at which the images of each model keep as many tokens after
+    each stage, on average, as `token_keep` says of every one; -> log-odds of the stages by name.
+
+    Every rank must call it. models: "model", and "ema" or None.
     """
+    return {
+        name: _calibrate_stages(model, name, experiment)
+        for name, model in models.items()
+        if model is not None
+    }
+
+
+def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> list[float]:
     distributed, found = experiment.distributed, []
     entering = float(model.num_patches)
 
@@ -152,23 +164,35 @@ def calibrate_tokens(model: VisionMamba, experiment: Experiment) -> list[float]:
         odds = observed_at([predictor], alive_odds, model, experiment)
         threshold = kept = 0.0
         if distributed.is_main:
-            threshold = quantile_above(odds, leaving / entering)
+            threshold = nearest_threshold(odds, leaving / entering)
             kept = (odds > threshold).double().mean().item() * entering
         threshold, kept = distributed.all_reduce_sum([threshold, kept]).tolist()
         found.append(threshold)
         _logger.info(
-            "stage %d: probability %.4f keeps %.2f of %d patches of training images (target %d)",
+            "stage %d of the %s: probability %.4f keeps %.2f of %d patches of training images "
+            "(target %d)",
             stage + 1,
+            name,
             sigmoid(threshold),
             kept,
             model.num_patches,
             leaving,
         )
         if not abs(kept - leaving) <= 0.01 * leaving:
-            _logger.warning("no threshold comes closer: the scores hardly tell patches apart")
+            _logger.warning("no threshold comes closer: many patches have equal scores")
         entering = kept
     model.set_token_thresholds(found)
     return found
+
+
+def nearest_threshold(values: Tensor, share: float) -> float:
+    """A number that is exceeded by as nearly a `share` of the values as can be, by some at least;
+    equal ones go together.
+    """
+    levels, counts = values.double().unique(return_counts=True)  # ascending
+    above = counts.flip(0).cumsum(0).flip(0)  # so many are as high as each level
+    chosen = int((above - share * len(values)).abs().argmin())
+    return (levels[chosen - 1] if chosen else levels[0] - 1).item()
 
 
 def quantile_above(values: Tensor, share: float) -> float:

@@ -168,6 +168,11 @@ def load_predictor(
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
+    if Path(args.model_path).suffix == ".pt2":
+        raise UsageError(
+            f"{args.model_path} is a program of --format torch or aoti, which other programs load; "
+            f"{parser.prog} needs a checkpoint{' or an ONNX file' if exported else ''}"
+        )
     runtime = None
     if is_onnx(args.model_path):
         if not exported:

@@ -4,6 +4,7 @@ project. It runs on processors like the one that it was compiled on.
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
@@ -17,7 +18,6 @@ from ops.selective_scan import native
 from ops.selective_scan.cpu.build import BuildError
 from utils.errors import UserError, first_line
 
-LIBRARY = "libdyvm_cpu.so"  # the scan's operators; it must be loaded before a package
 _SETTINGS = {"freezing": True}  # weights are packed while it is compiled
 
 for _name in ("torch.utils.cpp_extension", "torch._inductor"):
@@ -30,6 +30,11 @@ def operators() -> Path:
         return native.library()
     except BuildError as error:
         raise UserError(f"--format aoti needs a C++ compiler: {error}") from None
+
+
+def library_of(path: str | os.PathLike) -> Path:
+    """The library beside a package, which is loaded before it."""
+    return Path(path).with_suffix(".so")
 
 
 def to_package(program: ExportedProgram, texts: Mapping[str, str], path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import export
 import predict
+import visualize
 from exporting import package
 from ops import selective_scan
 from ops.selective_scan import BranchParams, native
@@ -41,7 +42,7 @@ def routed(tmp_path_factory):
 
 def alone(code: str, folder: Path) -> subprocess.CompletedProcess:
     """Python code that knows nothing of this project, with `f` a package in the folder."""
-    load = "import torch; torch.ops.load_library('./libdyvm_cpu.so')\n"
+    load = "import torch; torch.ops.load_library('./model.so')\n"
     load += "f = torch._inductor.aoti_load_package('model.pt2')\n"
     return subprocess.run(
         [sys.executable, "-c", load + code], cwd=folder, capture_output=True, text=True, check=False
@@ -53,7 +54,8 @@ def test_python_without_the_project(routed):
     folder = file.parent
     images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     torch.save(images, folder / "images.pt")
-    code = "x = torch.load('images.pt')\n"
+    shutil.copy(folder / "model.so", folder / "another.so")  # that of a second package
+    code = "torch.ops.load_library('./another.so')\nx = torch.load('images.pt')\n"
     code += "y = x.contiguous(memory_format=torch.channels_last)\n"
     code += "torch.save([f(x), f(y), f(x[:1]), f(x[3:5])], 'logits.pt')"
     done = alone(code, folder)
@@ -105,18 +107,22 @@ def test_the_example_in_cpp(routed, tmp_path, capsys):
         command = [str(tmp_path / "run"), *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    library = file.with_name(package.LIBRARY)
+    library = package.library_of(file)
     done = run(file, library, tmp_path / "image.ppm")
     assert done.returncode == 0, done.stderr
     said = f"class {CLASSES.index(best['name'])} of {json.dumps(CLASSES)}, probability "
     assert done.stdout.startswith(said)
     probability = float(done.stdout.removeprefix(said))
     assert probability == pytest.approx(best["probability"], abs=1e-4)
-    (tmp_path / "cut.ppm").write_bytes((tmp_path / "image.ppm").read_bytes()[:100])
+    pixels = (tmp_path / "image.ppm").read_bytes()
+    (tmp_path / "cut.ppm").write_bytes(pixels[:100])
+    (tmp_path / "noted.ppm").write_bytes(pixels.replace(b"P6\n", b"P6\n# by hand\n# 7 7\n", 1))
+    assert run(file, library, tmp_path / "noted.ppm").stdout == done.stdout
     image.save(tmp_path / "image.png")
     for words, complaint in (
         ((file, library, tmp_path / "cut.ppm"), "cut.ppm is cut off"),
         ((file, library, tmp_path / "image.png"), "image.png is no binary PPM"),
+        ((file, library, tmp_path / "none.ppm"), "none.ppm cannot be opened"),
         ((file, tmp_path / "none.so", tmp_path / "image.ppm"), "none.so: cannot open"),
         ((file,), "usage: run PACKAGE.pt2 LIBRARY.so IMAGE.ppm"),
     ):
@@ -166,10 +172,23 @@ def test_no_compiler(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
+def test_programs_that_need_a_checkpoint(tmp_path):
+    (tmp_path / "model.pt2").touch()
+    for program, said in ((predict, "a checkpoint or an ONNX file"), (visualize, "a checkpoint")):
+        words = ["--model-path", f"{tmp_path}/model.pt2", "--images", "x", "--output_dir", "x"]
+        words = words if program is visualize else [*words[:2], "x"]
+        with pytest.raises(UsageError, match=f"model.pt2 is a program .* needs {said}$"):
+            program.main(words)
+
+
 def test_wrong_flags(tmp_path):
     checkpoint = classifier(tmp_path, "--method", "dense", *TINY)
     with pytest.raises(UsageError, match="a file of --format aoti ends with .pt2"):
         export.main(["--model-path", str(checkpoint), "--format", "aoti", "--output", "x.onnx"])
+    (tmp_path / "model.so").mkdir()
+    with pytest.raises(UsageError, match="its operators would be .*model.so, which is a folder"):
+        exported(checkpoint, "--format", "aoti", suffix=".pt2")
+    (tmp_path / "model.so").rmdir()
     with pytest.raises(UsageError, match="--int8 is for --format onnx"):
         exported(checkpoint, "--format", "aoti", "--int8", suffix=".pt2")
 

@@ -14,7 +14,8 @@ from test_calibration import evaluated
 import options
 from benchmarks.exported import decide
 from drawing.pictures import GAP, decision_picture
-from evaluation import samples
+from evaluation import samples, summary
+from evaluation.calibration import nearest_threshold
 from evaluation.inference import build_parser, load_predictor
 from models.flops import count_flops, flops_per_image
 from models.reduction.selection import log_odds
@@ -189,11 +190,36 @@ def test_a_whole_evaluation(tmp_path: Path, capsys):
     found = own["token_budget"]
     assert len(found["thresholds"]) == len(own["keep"])
     assert own["keep"] == pytest.approx(fixed["keep"], rel=0.1)
-    assert found["exact_to_fixed"] == pytest.approx(1, abs=0.05)
+    assert found["exact_to_fixed_at_equal_gates"] == pytest.approx(1, abs=0.05)
     assert own["flops"]["exact"] == pytest.approx(fixed["flops"]["exact"], rel=0.1)
     ranges = zip(*(found["patches"][k] for k in ("least", "median", "most")), strict=True)
     assert all(1 <= low <= middle <= high for low, middle, high in ranges)
     assert json.loads((tmp_path / "image" / "eval.json").read_text())["images"] == 360
+
+
+@pytest.mark.parametrize(
+    "share, exceed",
+    [(0.05, 1), (0.1, 1), (0.4, 1), (0.6, 9), (0.8, 9), (0.94, 9), (0.96, 10), (1, 10)],
+)
+def test_equal_scores_go_together(share, exceed):
+    values = torch.tensor([2.0, 2, 3, 2, 2, 2, 1, 2, 2, 2])
+    assert (values > nearest_threshold(values, share)).sum() == exceed
+
+
+def test_a_missed_budget_is_told(caplog):
+    model, images = of_many("vim")
+    counts = torch.zeros(2, model.num_patches + 1, dtype=torch.float64)
+    counts[0, [4, 8]], counts[1, [2, 6]] = 5, 5
+    gates = torch.ones(model.depth, 2)
+    fixed = count_flops(model, gates)
+    for share, lines in (1.0, 0), (1.015, 0), (1.03, 1), (0.9, 2):
+        flops = fixed._replace(exact=share * fixed.exact)
+        found = summary._of_images(model, {"gates": gates, "flops": flops, "counts": counts})
+        assert len(caplog.records) == lines
+        assert found["exact_to_fixed_at_equal_gates"] == pytest.approx(share)
+    names = "least", "tenth", "median", "nine_tenths", "most"
+    assert [found["patches"][name] for name in names] == [[4, 2], [4, 2], [4, 2], [8, 6], [8, 6]]
+    assert "the images cost 90.0 % of the fixed budget" in caplog.text
 
 
 @pytest.mark.parametrize(

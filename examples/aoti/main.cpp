@@ -1,11 +1,17 @@
-// Runs what `export.py --format aoti` has written, without Python:   run dyvm.pt2 libdyvm_cpu.so photo.ppm
+// Runs what `export.py --format aoti` has written, without Python:   run dyvm.pt2 dyvm.so photo.ppm
+// The picture is squeezed to the model's size, where predict.py cuts out the middle as its training did.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <vector>
 
 // The numbers in a text like "[0.485, 0.456, 0.406]", as [n, 1, 1].
 torch::Tensor numbers(std::string text) {
@@ -22,10 +28,13 @@ int main(int argc, char** argv) try {
   auto texts = model.get_metadata();
   auto size = numbers(texts.at("input_size"));  // height, width
 
+  std::ifstream file(argv[3], std::ios::binary);
+  TORCH_CHECK(file, argv[3], " cannot be opened");
   std::string magic;
   int64_t width = 0, height = 0, maximum = 0;
-  std::ifstream file(argv[3], std::ios::binary);
-  file >> magic >> width >> height >> maximum;
+  file >> magic >> std::ws;
+  while (file.peek() == '#') file.ignore(1 << 20, '\n') >> std::ws;  // a comment
+  file >> width >> height >> maximum;
   TORCH_CHECK(magic == "P6" && maximum == 255 && width > 0 && height > 0, argv[3], " is no binary PPM of 8 bits");
   auto pixels = torch::empty({height, width, 3}, torch::kUInt8);
   file.ignore().read((char*)pixels.data_ptr(), pixels.numel());

@@ -108,7 +108,7 @@ def rearrange(
     hidden: Tensor | None = None,
     into: Tensor | None = None,
 ) -> Tokens:
-    """Training: kept tokens to the front, dropped ones behind them and masked.
+    """Kept tokens to the front, dropped ones behind them and masked: as training wants them.
 
     residual, hidden [B, L, d]; decision [B, m], 1 or 0, with gradient; into as in `gather`.
     """

@@ -39,6 +39,7 @@ def _flags() -> tuple[str, ...]:
         f'-DBUILT_WITH="{torch.__version__}"',  # another version is built anew
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         "-fvisibility=hidden",
+        f"-ffile-prefix-map={build.FOLDER}=.",  # no path of this machine in its messages
         *(f"-I{path}" for path in include_paths()),
         *(f"-L{path}" for path in library_paths()),
         "-ltorch_cpu",
@@ -59,7 +60,7 @@ def _fake_scan(xz, *rest):
 
 
 def receive(images: Tensor) -> Tensor:
-    """images, of which a program that is traced here will take no other sizes but for the first."""
+    """images; the traced program refuses every size but theirs, except that of the batch."""
     library()
     return torch.ops.dyvm_cpu.receive(images, images.shape[1:])
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 _KERNELS = "kernel.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # All instructions of this processor: the first of these that the compiler knows. Clang for ARM
@@ -107,7 +107,7 @@ def _key(flags: tuple[str, ...], description: str) -> str:
     """Names the result: sources, flags, compiler and CPU."""
     digest = hashlib.sha256(" ".join(flags).encode())
     digest.update(description.encode())
-    for source in sorted((*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp"))):
+    for source in sorted((*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -166,7 +166,7 @@ def _built(compiler: list[str], source: str, flags: tuple[str, ...]) -> Path:
             _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
-                _run([*compiler, str(_FOLDER / source), *flags, "-o", str(unfinished)])
+                _run([*compiler, str(FOLDER / source), *flags, "-o", str(unfinished)])
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 // where a compiler folds what depends on weights alone, and the scan reads them packed.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -108,20 +109,25 @@ Tensor scanned(const Tensor& xz_, const Tensor& weights, const Tensor& projectio
   return out;
 }
 
-}  // namespace
-
-TORCH_LIBRARY(dyvm_cpu, library) {
-  library.def("receive(Tensor images, int[] size) -> Tensor");
-  library.def(
+// A process may load the libraries of several packages: the first one registers.
+std::unique_ptr<torch::Library> registered() {
+  if (c10::Dispatcher::singleton().findSchema({"dyvm_cpu::scan", ""})) return nullptr;
+  auto library = std::make_unique<torch::Library>(torch::Library::DEF, "dyvm_cpu", std::nullopt, "operator.cpp", 0);
+  auto define = [&library](const char* schema, torch::CppFunction&& run) {
+    library->def(schema, torch::dispatch(c10::DispatchKey::CPU, std::move(run)));
+  };
+  define("receive(Tensor images, int[] size) -> Tensor", torch::CppFunction(received));
+  define(
       "pack(Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, Tensor dt_proj_bias, "
-      "Tensor A, Tensor D) -> (Tensor, Tensor)");
-  library.def(
+      "Tensor A, Tensor D) -> (Tensor, Tensor)",
+      torch::CppFunction(packed));
+  define(
       "scan(Tensor xz, Tensor weights, Tensor projection, Tensor weights_b, Tensor projection_b, Tensor? active, "
-      "int states, int rank, float scale) -> Tensor");
+      "int states, int rank, float scale) -> Tensor",
+      torch::CppFunction(scanned));
+  return library;
 }
 
-TORCH_LIBRARY_IMPL(dyvm_cpu, CPU, library) {
-  library.impl("receive", received);
-  library.impl("pack", packed);
-  library.impl("scan", scanned);
-}
+const std::unique_ptr<torch::Library> kRegistered = registered();
+
+}  // namespace
