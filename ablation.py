@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train variants of the method from one dense teacher and compare them.",
         usage="ablation.py --dense-path FILE [flags] -- FLAGS_OF_MAIN",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
     )
     group = parser.add_argument_group("what is compared")
     add_teacher_argument(group)

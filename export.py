@@ -53,10 +53,15 @@ def build_parser() -> arguments.OneLineParser:
         prog="export.py",
         description=__doc__.partition("\n")[0],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
     )
     group = parser.add_argument_group("file")
-    group.add_argument("--output", required=True, metavar="FILE", help="what to write")
+    group.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="what to write; its ending is .onnx, or .pt2 for --format torch and aoti",
+    )
     group.add_argument(
         "--format",
         choices=tuple(SUFFIXES),

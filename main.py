@@ -18,6 +18,7 @@ import argparse
 import functools
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import options
@@ -310,6 +311,11 @@ def main(argv: list[str] | None = None) -> int:
     distributed = init_distributed(args.device)
     setup_logging(distributed.is_main)
     checkpoint = None
+    if args.eval and Path(args.model_path).suffix in (".onnx", ".pt2"):
+        raise UsageError(
+            f"{args.model_path} is an exported model; main.py needs the checkpoint that it was "
+            "made from"
+        )
     if args.eval:
         checkpoint = load_checkpoint(args.model_path)
         recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)

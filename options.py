@@ -25,6 +25,7 @@ from models.options import (
 from models.reduction import SELECTING
 from tasks import Task, task_named
 from utils.arguments import (
+    HelpFormatter,
     OneLineParser,
     below_one,
     given_flags,
@@ -234,7 +235,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         prog="main.py",
         description="Train and evaluate Vision Mamba and DyVM.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     flag = argparse.BooleanOptionalAction
 

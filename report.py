@@ -8,7 +8,6 @@ from utils.startup import prepare
 
 prepare()
 
-import argparse
 import base64
 import io
 import math
@@ -38,7 +37,7 @@ from evaluation.columns import (
 from evaluation.decisions import read_keep_maps
 from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
-from utils.arguments import OneLineParser
+from utils.arguments import HelpFormatter, OneLineParser
 from utils.files import atomic_file, read_csv
 from utils.logging import NOT_PLOTTED
 from utils.program import run_main
@@ -438,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="report.py",
         description="Write one HTML report on one or several runs.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a run"

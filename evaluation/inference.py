@@ -63,7 +63,7 @@ def build_parser(prog: str, description: str) -> arguments.OneLineParser:
         prog=prog,
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
     )
     add_checkpoint_arguments(parser)
     group = parser.add_argument_group("images")

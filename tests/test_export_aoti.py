@@ -3,6 +3,7 @@ this project.
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from helpers.scans import params_of
 from PIL import Image
 
 import export
+import main
 import predict
 import visualize
 from exporting import package
@@ -30,6 +32,12 @@ EXAMPLE = ROOT / "examples" / "aoti"
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
 )
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_of_its_own(monkeypatch):
+    """Without the log on stdout that main.py sets up in other tests."""
+    monkeypatch.setattr(logging.root, "handlers", [])
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +187,12 @@ def test_programs_that_need_a_checkpoint(tmp_path):
         words = words if program is visualize else [*words[:2], "x"]
         with pytest.raises(UsageError, match=f"model.pt2 is a program .* needs {said}$"):
             program.main(words)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_evaluation_needs_the_checkpoint(suffix, tmp_path):
+    with pytest.raises(UsageError, match="is an exported model; main.py needs the checkpoint"):
+        main.main(["--eval", "--model-path", f"{tmp_path}/model{suffix}", "--device", "cpu"])
 
 
 def test_wrong_flags(tmp_path):

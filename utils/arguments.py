@@ -26,6 +26,15 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that there are to help texts that do not tell their own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def given_flags(words: Sequence[str]) -> KeysView[str]:
     """A command line's flags without their values, and its other words; each once, in order."""
     return dict.fromkeys(word.split("=")[0] for word in words).keys()

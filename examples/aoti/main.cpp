@@ -1,5 +1,6 @@
 // Runs what `export.py --format aoti` has written, without Python:   run dyvm.pt2 dyvm.so photo.ppm
-// The picture is squeezed to the model's size, where predict.py cuts out the middle as its training did.
+// The picture is squeezed to the model's size, as predict.py does for the demo's; of models that were trained on crops
+// predict.py cuts out the middle.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
