@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exporting import (
+from helpers.exports import (
     CLASSES,
     SMALLEST,
     STAGE,

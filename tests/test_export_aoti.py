@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exporting import CLASSES, STAGE, TINY, classifier, exported, own_model, segmenter
+from helpers.exports import CLASSES, STAGE, TINY, classifier, exported, own_model, segmenter
 from helpers.scans import params_of
 from PIL import Image
 

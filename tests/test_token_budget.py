@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.exporting import decided, segmenter
+from helpers.exports import decided, segmenter
 from helpers.reductions import build
 from helpers.seeing import DYNAMIC, SMALL, save_model
 from test_calibration import evaluated
