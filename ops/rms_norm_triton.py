@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from . import triton_support
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 8192  # a row stays in registers
 _BACKWARD_PROGRAMS = 1024  # each adds up the weight's gradient over its share of the rows
@@ -79,11 +80,10 @@ def _device(tensor: Tensor):
 def takes(hidden: Tensor | None, residual: Tensor, weight: Tensor) -> bool:
     """Whether these tensors can go through the kernels."""
     given = [tensor for tensor in (hidden, residual, weight) if tensor is not None]
-    on_device = all(
-        tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu") for tensor in given
-    )
+    devices = ("cuda", "cpu") if triton_support.interpreted() else ("cuda",)
     return (
-        on_device
+        triton_support.refusal() is None
+        and all(tensor.device.type in devices for tensor in given)
         and len({tensor.device for tensor in given}) == 1
         and all(tensor.dtype in _DTYPES for tensor in given)
         and residual.dtype == torch.float32

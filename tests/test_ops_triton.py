@@ -298,7 +298,7 @@ def test_kernel_add_rms_norm_first_block():
 @kernel
 def test_kernel_operator():
     """PyTorch's checks of the registered operator: sizes, types and gradients."""
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
     from ops.selective_scan.params import flatten
 
     params = [BranchParams(*(t.requires_grad_() for t in draw_params(8, 4, 1))) for _ in range(2)]
@@ -307,7 +307,7 @@ def test_kernel_operator():
     gates = draw(2, 2).requires_grad_()
     for in_place in (False, True):
         arguments = (xz, mask, gates, None, lengths, *flatten(params), 0.5, in_place, True)
-        torch.library.opcheck(triton_scan._operator, arguments)
+        torch.library.opcheck(gpu.operator, arguments)
 
 
 def run_interpreted(file: Path, chosen: str) -> str:
@@ -358,18 +358,18 @@ def test_a_recorded_case_in_the_interpreter(kind):
 
 
 def test_takes_names_what_it_refuses(monkeypatch):
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
 
-    monkeypatch.setattr(triton_scan, "_INTERPRETED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     E, N, R = 8, 16, 2
     xz, params = torch.zeros(1, 2, 2 * E), BranchParams(*(t.cpu() for t in draw_params(E, N, R)))
-    assert triton_scan.takes(xz, params) is None
-    assert "xz is torch.float64" in triton_scan.takes(xz.double(), params)
-    assert "A is torch.float64" in triton_scan.takes(xz, params._replace(A=params.A.double()))
-    assert "width 4, not 3" in triton_scan.takes(xz, params._replace(conv_weight=torch.zeros(E, 3)))
-    assert "not 12" in triton_scan.takes(xz, params._replace(A=torch.zeros(E, 12)))
-    assert "not 128" in triton_scan.takes(xz, params._replace(A=torch.zeros(E, 128)))
-    monkeypatch.setattr(triton_scan, "_INTERPRETED", False)
+    assert gpu.takes(xz, params) is None
+    assert "xz is torch.float64" in gpu.takes(xz.double(), params)
+    assert "A is torch.float64" in gpu.takes(xz, params._replace(A=params.A.double()))
+    assert "width 4, not 3" in gpu.takes(xz, params._replace(conv_weight=torch.zeros(E, 3)))
+    assert "not 12" in gpu.takes(xz, params._replace(A=torch.zeros(E, 12)))
+    assert "not 128" in gpu.takes(xz, params._replace(A=torch.zeros(E, 128)))
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("DYVM_BACKEND", "triton")
     with pytest.raises(BackendError, match="DYVM_BACKEND=triton: runs on CUDA tensors, not on cpu"):
         ssm_branch(xz, params)

@@ -105,10 +105,10 @@ def branch(E, N, R):
 
 def test_training(compiled):
     """Sizes of Vim-S: E 768, N 16, R 24."""
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
 
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16, requires_grad=True)
-    triton_scan.bidirectional_ssm(
+    gpu.bidirectional_ssm(
         xz, branch(768, 16, 24), branch(768, 16, 24), mask=torch.ones(2, 5), gates=torch.ones(2, 2)
     ).sum().backward()
     states_in_registers = compiled.pop("scan_backward")
@@ -120,11 +120,11 @@ def test_training(compiled):
 
 
 def test_training_with_a_mask_in_place(compiled):
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
 
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16, requires_grad=True)
     mask = torch.ones(2, 5, requires_grad=True)
-    triton_scan.bidirectional_ssm(
+    gpu.bidirectional_ssm(
         xz, branch(768, 16, 24), branch(768, 16, 24), mask=mask, in_place=True
     ).sum().backward()
     states_in_registers = compiled.pop("scan_backward")
@@ -135,10 +135,10 @@ def test_training_with_a_mask_in_place(compiled):
 
 @torch.no_grad()
 def test_inference(compiled):
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
 
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16)
-    triton_scan.bidirectional_ssm(
+    gpu.bidirectional_ssm(
         xz,
         branch(768, 16, 24),
         branch(768, 16, 24),
@@ -150,10 +150,10 @@ def test_inference(compiled):
 
 
 def test_one_direction_in_float32(compiled):
-    from ops.selective_scan import triton_scan
+    from ops.selective_scan import gpu
 
     xz = torch.zeros(2, 5, 1536, requires_grad=True)
-    triton_scan.ssm_branch(xz, branch(768, 16, 24), reverse=True).sum().backward()
+    gpu.ssm_branch(xz, branch(768, 16, 24), reverse=True).sum().backward()
     assert set(compiled) == {
         "conv_forward",
         "scan_forward",

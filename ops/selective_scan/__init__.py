@@ -49,7 +49,7 @@ __all__ = [
 PREFERENCE = ("cpu", "triton", "mamba_ssm", "torch", "reference")  # fastest first
 _MODULES = {
     "torch": "torch_lean",
-    "triton": "triton_scan",
+    "triton": "gpu",
     "portable": "portable_scan",
 }  # modules not named like their backend
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import BranchParams
-from .windows import Windows, convolve, convolve_backward
+from ..params import BranchParams
+from ..windows import Windows, convolve, convolve_backward
 
 
 class Branch(NamedTuple):

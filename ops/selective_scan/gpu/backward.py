@@ -1,0 +1,200 @@
+"""The backward pass on a GPU.
+
+B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel
+blocks.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from ops import triton_support
+
+from ..params import BranchParams
+from . import in_place
+from .call import Call, conv_weights, scan_weights, stack
+from .forward import convolve
+from .kernels.common import CHUNK
+from .kernels.convolution import conv_backward
+from .kernels.scan_backward import SMALLEST_GROUP, gate_backward, scan_backward
+
+# Channels per program of the scan: one a thread, since it fills the registers. In the
+# interpreter a program costs the same whatever its width.
+_BLOCK = 64 if triton_support.interpreted() else 32
+
+
+def backward(
+    call: Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+    projected: Tensor,
+    part: Tensor,
+    states: Tensor,
+    grad_out: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of xz, mask [B, L] and gates [G, B] (without elements where there are none); of the
+    convolutions [G, 5, E] (taps, bias), x_proj_weight [G, R + 2N, E], dt_proj_weight [G, E, R], A
+    [G, N, E], and of D and the step bias [G, 2, E].
+    """
+    G, B, L, E = len(params), xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    R = params[0].dt_proj_weight.shape[1]
+    x_weight, dt_weight = (
+        stack(params, name, xz.dtype) for name in ("x_proj_weight", "dt_proj_weight")
+    )
+    step = projected.flatten(1, 2)[..., :R]
+    u = convolve(call, xz, mask, params)
+    dt = torch.bmm(step, dt_weight.mT)
+
+    grad_xz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    grad_z = grad_xz[..., E:]
+    grad_y = torch.empty_like(grad_out)
+    rows, block = 8, 128
+    gate_backward[(B, triton.cdiv(L, rows), triton.cdiv(E, block))](
+        grad_out,
+        xz[..., E:],
+        xz.stride(0),
+        xz.stride(1),
+        part,
+        *call.routing(),
+        grad_y,
+        grad_z,
+        grad_z.stride(0),
+        grad_z.stride(1),
+        L,
+        E,
+        call.scale,
+        BOTH=G == 2,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+    grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, by_step = _scan_backward(
+        call, grad_y, u, dt, projected, mask, gates, params, states
+    )
+    grad_dt = grad_dt.flatten(1, 2)
+    grad_projected = torch.cat([torch.bmm(grad_dt, dt_weight), grad_bc.flatten(1, 2)], dim=-1)
+    grad_x_weight = torch.bmm(grad_projected.mT, u.flatten(1, 2))
+    grad_dt_weight = torch.bmm(grad_dt.mT, step)
+    grad_u.flatten(1, 2).baddbmm_(grad_projected, x_weight)
+
+    if call.in_place:
+        branches = call.branches(xz, mask, params)
+        grad_x, grad_weights, grad_mask = in_place.backward(branches, grad_u)
+        grad_xz[..., :E] = grad_x
+        grad_mask = grad_mask + by_step
+    else:
+        grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
+    nothing = grad_weights.new_empty
+    return (
+        grad_xz,
+        nothing(0) if mask is None else grad_mask,
+        nothing(0) if gates is None else grad_gate.sum(-1),
+        grad_weights,
+        grad_x_weight,
+        grad_dt_weight,
+        grad_A,
+        grad_channel,
+    )
+
+
+def _scan_backward(
+    call: Call,
+    grad_y: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    projected: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    params: tuple[BranchParams, ...],
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt [G, B, L, E] and (B, C) [G, B, L, 2N] in their dtype; in float32 of A [G,
+    N, E], of D and the step bias [G, 2, E], of the gates [G, B, K], still to be added up, and of a
+    mask in place [B, L] through the steps (else None).
+    """
+    G, B, L, E = u.shape
+    R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
+    blocks = triton.cdiv(E, _BLOCK)
+    full = u.new_empty((0,), dtype=torch.float32).new_empty
+    scratch = full(G, B, CHUNK // SMALLEST_GROUP, N, E)
+    grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
+    grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
+    grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
+    grad_mask = full(blocks, G, B, L) if call.in_place else None
+    scan_backward[(B * blocks, G)](
+        grad_y,
+        u,
+        dt,
+        projected[..., R:],
+        R + 2 * N,
+        call.step_mask(mask),
+        *call.routing(),
+        gates,
+        *scan_weights(params),
+        states,
+        scratch,
+        grad_u,
+        grad_dt,
+        grad_bc,
+        grad_A,
+        grad_channel,
+        grad_gate,
+        grad_mask,
+        B,
+        L,
+        E,
+        states.shape[2],
+        N=N,
+        BOTH=G == 2,
+        REVERSE=call.directions[0],
+        CHUNK=CHUNK,
+        GROUP=SMALLEST_GROUP,
+        BLOCK=_BLOCK,
+        num_warps=1,
+    )
+    grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
+    by_step = grad_mask.sum((0, 1)) if call.in_place else None
+    return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate, by_step
+
+
+def _convolve_backward(
+    call: Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    params: tuple[BranchParams, ...],
+    grad_u: Tensor,
+    grad_xz: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Writes the gradient of x into grad_xz; gives those of the weights [G, 5, E] (taps, bias) and
+    the mask [B, L].
+    """
+    G, B, L, E = grad_u.shape
+    block = 64
+    blocks = triton.cdiv(E, block)
+    grad_weights = grad_u.new_empty(G, B, 5, E, dtype=torch.float32)
+    grad_mask = None if mask is None else grad_u.new_empty(blocks, B, L, dtype=torch.float32)
+    conv_backward[(B * blocks,)](
+        xz,
+        xz.stride(0),
+        xz.stride(1),
+        mask,
+        *call.routing(),
+        *conv_weights(params),
+        grad_u,
+        grad_xz,
+        grad_xz.stride(0),
+        grad_xz.stride(1),
+        grad_weights,
+        grad_mask,
+        B,
+        L,
+        E,
+        FORWARD=False in call.directions,
+        REVERSE=True in call.directions,
+        BLOCK=block,
+        num_warps=1,
+    )
+    return grad_weights.sum(1), None if mask is None else grad_mask.sum(0)
