@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.kept import Kept
 from ops.linear import Linear
 from ops.operators import plain_on_cpu
 from ops.rms_norm import add_rms_norm
-from ops.selective_scan import BranchParams, bidirectional_ssm, branch_inputs
+from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
 from .layouts import ClassSlots, RouterMean, existing, read
@@ -108,21 +109,32 @@ class BidirectionalMamba(nn.Module):
         self.noise: Tensor | None = None  # factor of the gates' noise in training, see `set_noise`
         self.router_mean = RouterMean()
         self.observation = Observation()
+        self._kept = Kept()
 
     def branch(self, backward: bool) -> BranchParams:
         """The weights of one direction, as the scan reads them."""
         suffix = "_b" if backward else ""
         conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        A_log = self.A_b_log if backward else self.A_log
-        return BranchParams(
-            conv.weight.squeeze(1),
+        weights = (
+            conv.weight,
             conv.bias,
             getattr(self, f"x_proj{suffix}").weight,
             dt_proj.weight,
             dt_proj.bias,
-            decay(A_log),
+            self.A_b_log if backward else self.A_log,
             getattr(self, f"D{suffix}"),
         )
+
+        def read() -> BranchParams:
+            taps, *others, A_log, D = weights
+            given = (taps.squeeze(1), *others, decay(A_log), D)
+            return BranchParams(*given) if torch.is_grad_enabled() else KeptParams(*given)
+
+        return self._kept.get(f"branch{suffix}", weights, read)
+
+    def train(self, mode: bool = True) -> "BidirectionalMamba":
+        self._kept.clear()
+        return super().train(mode)
 
     def route(self, logits: Tensor) -> Tensor:
         """Gates [B, 2] (forward, backward) from the router's logits [B, 2]."""

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .kept import Kept
+
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _ROWS = 521, 4099  # the fewest and the most that a trial has
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
@@ -59,10 +61,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by way of `linear`."""
+    """`torch.nn.Linear` by way of `linear`; at evaluation autocast's copy of the weight is kept."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._kept = Kept()
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self._cast(input.device.type), self.bias)
+
+    def _cast(self, device: str) -> Tensor:
+        """The weight in the type that autocast would give it."""
+        if not torch.is_autocast_enabled(device) or self.weight.dtype != torch.float32:
+            return self.weight
+        dtype = torch.get_autocast_dtype(device)
+        return self._kept.get(str(dtype), (self.weight,), lambda: self.weight.to(dtype))
+
+    def train(self, mode: bool = True) -> "Linear":
+        self._kept.clear()
+        return super().train(mode)
 
 
 @lru_cache(maxsize=None)

@@ -58,19 +58,24 @@ def register(
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
-def plain_on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors whose numbers lie in this process's memory and may be read there:
-    on a CPU, of no subclass, and while nothing traces, counts or maps (torch.func).
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors with numbers of their own: of no subclass, and while nothing
+    traces, counts or maps (torch.func).
     """
+    if torch.compiler.is_compiling():
+        return False
     given = [tensor for tensor in tensors if tensor is not None]
     return (
-        all(tensor.device.type == "cpu" for tensor in given)
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
+        all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
         and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
         and _get_current_dispatch_mode() is None
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
+
+
+def plain_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether these are `plain` tensors whose numbers lie in this process's memory."""
+    return all(t.device.type == "cpu" for t in tensors if t is not None) and plain(*tensors)
 
 
 def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

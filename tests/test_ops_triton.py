@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import golden
 
-from ops.selective_scan import BackendError, BranchParams, bidirectional_ssm, ssm_branch
+from ops.selective_scan import BackendError, BranchParams, KeptParams, bidirectional_ssm, ssm_branch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
@@ -108,21 +108,32 @@ def compare(function, inputs: dict, tolerance, monkeypatch, dtypes=None):
     assert results[0]["output"].dtype == dtypes.get("xz", torch.float32)
 
 
+def in_pieces(pieces, monkeypatch):
+    """The scan cut into so many pieces of time, 0: one program for both directions."""
+    from ops.selective_scan.gpu import plan
+
+    monkeypatch.setattr(plan, "best_pieces", lambda *sizes: pieces)
+
+
 @kernel
 @pytest.mark.parametrize(
-    "L, E, N, R, masks",
+    "L, E, N, R, masks, pieces",
     [
-        (17, 72, 16, 4, "general"),
-        (33, 20, 16, 3, "prefix"),
-        (1, 8, 8, 2, "none"),
-        (17, 72, 16, 4, "general, in place"),
-        (37, 20, 8, 3, "in place"),
-        (1, 8, 8, 2, "in place"),
+        (17, 72, 16, 4, "general", 0),
+        (17, 72, 16, 4, "general", 2),
+        (33, 20, 16, 3, "prefix", 0),
+        (33, 20, 16, 3, "prefix", 1),
+        (1, 8, 8, 2, "none", 0),
+        (1, 8, 8, 2, "none", 3),
+        (17, 72, 16, 4, "general, in place", 0),
+        (37, 20, 8, 3, "in place", 4),
+        (1, 8, 8, 2, "in place", 1),
     ],
 )
-def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
+def test_kernel_bidirectional(L, E, N, R, masks, pieces, poisoned, monkeypatch):
     """Awkward sizes; `general` adds gates, lengths and directions that are off."""
     torch.manual_seed(0)
+    in_pieces(pieces, monkeypatch)
     in_place = masks.endswith("in place")
     B = 2 if "general" in masks else 1
     mask = active = lengths = gates = None
@@ -152,10 +163,14 @@ def test_kernel_bidirectional(L, E, N, R, masks, poisoned, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("reverse, in_place", [(False, False), (True, False), (True, True)])
-def test_kernel_one_direction(reverse, in_place, poisoned, monkeypatch):
+@pytest.mark.parametrize(
+    "reverse, in_place, pieces",
+    [(False, False, 0), (True, False, 0), (True, True, 0), (True, False, 1), (False, True, 2)],
+)
+def test_kernel_one_direction(reverse, in_place, pieces, poisoned, monkeypatch):
     """Images that are off, lengths of zero and beyond L; xz and lengths that are not contiguous."""
     torch.manual_seed(0)
+    in_pieces(pieces, monkeypatch)
     B, L, E = 4, 5, 24
     active = torch.tensor([1, 0, 1, 1], device=DEVICE)
     lengths = torch.tensor([3, 5, 0, 9], device=DEVICE, dtype=torch.int32)
@@ -177,11 +192,19 @@ def test_kernel_one_direction(reverse, in_place, poisoned, monkeypatch):
 
 @kernel
 @pytest.mark.parametrize(
-    "dtype, in_place", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+    "dtype, in_place, pieces",
+    [
+        (torch.bfloat16, False, 0),
+        (torch.float16, False, 0),
+        (torch.bfloat16, True, 0),
+        (torch.bfloat16, False, 1),
+        (torch.float16, False, 2),
+    ],
 )
-def test_kernel_half_precision(dtype, in_place, poisoned, monkeypatch):
+def test_kernel_half_precision(dtype, in_place, pieces, poisoned, monkeypatch):
     """Float32's error of 5e-7, times how much coarser the type is."""
     torch.manual_seed(0)
+    in_pieces(pieces, monkeypatch)
     tolerance = 5e-7 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     inputs = {
         "xz": draw(2, 6, 64),
@@ -201,12 +224,40 @@ def test_kernel_half_precision(dtype, in_place, poisoned, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("in_place", [False, True])
-def test_kernel_without_gradient(in_place, poisoned, monkeypatch):
+def test_kernel_in_pieces_is_the_same_scan(poisoned, monkeypatch):
+    """However time is cut, also into pieces that an image of few tokens does not reach, and whether
+    B and C are read word by word or number by number.
+    """
+    torch.manual_seed(0)
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    L, E = 37, 24
+    directions = draw_params(E, 16, 4), draw_params(E, 16, 4)
+    odd = draw_params(E, 16, 3), draw_params(E, 16, 3)
+    xz = draw(2, L, 2 * E)
+    routing = {
+        "lengths": torch.tensor([L, 5], device=DEVICE),
+        "active": torch.tensor([[True, True], [False, True]], device=DEVICE),
+        "gates": torch.rand(2, 2, device=DEVICE),
+    }
+    for params, cuts in ((directions, (1, 5)), (odd, (3,))):
+        in_pieces(0, monkeypatch)
+        with torch.no_grad():
+            wanted = bidirectional_ssm(xz, *params, **routing, scale=0.5).double()
+        for pieces in cuts:
+            in_pieces(pieces, monkeypatch)
+            with torch.no_grad():
+                found = bidirectional_ssm(xz, *params, **routing, scale=0.5)
+            assert error(found, wanted) < 5e-7, pieces
+
+
+@kernel
+@pytest.mark.parametrize("in_place, pieces", [(False, 0), (True, 0), (False, 2)])
+def test_kernel_without_gradient(in_place, pieces, poisoned, monkeypatch):
     """The path that keeps nothing gives the same numbers, and nothing runs over an image that is
     off, nor back.
     """
     torch.manual_seed(0)
+    in_pieces(pieces, monkeypatch)
     monkeypatch.setenv("DYVM_BACKEND", "triton")
     forward, backward = (
         BranchParams(*(t.requires_grad_() for t in draw_params(16, 16, 2))) for _ in range(2)
@@ -223,6 +274,26 @@ def test_kernel_without_gradient(in_place, poisoned, monkeypatch):
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
     assert torch.equal(free, kept.detach())
     assert torch.equal(free[1], torch.zeros_like(free[1])) and free[0].isfinite().all()
+
+
+@kernel
+@torch.no_grad()
+def test_kernel_weights_are_made_once(monkeypatch):
+    """For weights that stay as they are a second call computes nothing of them, and the same."""
+    monkeypatch.setenv("DYVM_BACKEND", "triton")
+    given = draw_params(16, 16, 2), draw_params(16, 16, 2)
+    xz = draw(2, 5, 32).bfloat16()
+    wanted = bidirectional_ssm(xz, *given)
+    directions = [KeptParams(*params) for params in given]
+    assert torch.equal(bidirectional_ssm(xz, *directions), wanted)
+    with torch.profiler.profile() as profile:
+        assert torch.equal(bidirectional_ssm(xz, *directions), wanted)
+    made = {"aten::stack", "aten::cat", "aten::_to_copy", "aten::clone"}
+    assert not made & {event.key for event in profile.key_averages()}
+    other = [KeptParams(*params) for params in reversed(given)]
+    assert torch.equal(bidirectional_ssm(xz, *other), bidirectional_ssm(xz, *reversed(given)))
+    mixed = directions[0], other[0]
+    assert torch.equal(bidirectional_ssm(xz, *mixed), bidirectional_ssm(xz, given[0], given[1]))
 
 
 @kernel

@@ -23,10 +23,10 @@ Forward = Callable[[Tensor], Any]  # gives a tensor or a dataclass of tensors
 def capture(forward: Forward, images: Tensor) -> Forward:
     """Record `forward` on the shape of `images` [B, 3, H, W] and return its replay.
 
-    A replay overwrites the tensors that it returned before. The graph reads the weights where they
-    stand and knows them only as long as they stay there. `forward` must have run on this shape
-    before, since kernels that tune themselves cannot be recorded while they do, and must enter
-    autocast itself: weights that an outer context has cast are no part of the graph.
+    A replay overwrites the tensors that it returned before. The graph reads the weights, and what
+    was made of them at evaluation (ops/kept.py), where they stand: they must not change. `forward`
+    must have run on this shape before, since kernels cannot be compiled while a graph is recorded,
+    and must enter autocast itself: weights that an outer context has cast are no part of the graph.
     """
     given = images.clone()
     graph = torch.cuda.CUDAGraph()
@@ -45,8 +45,8 @@ def capture(forward: Forward, images: Tensor) -> Forward:
 class GraphedForward:
     """A forward pass that is captured the second time it sees a shape of batch.
 
-    The first time runs as ever, and tunes what tunes itself; a last batch that comes once is not
-    worth more. When capture fails, one line says so and every batch runs without a graph.
+    The first time runs as ever, and compiles what is not compiled yet; a last batch that comes once
+    is not worth more. When capture fails, one line says so and every batch runs without a graph.
     """
 
     def __init__(self, forward: Forward):

@@ -32,12 +32,13 @@ from ops.operators import refuse_forward_mode
 from utils.errors import UserError
 
 from . import cpu, reference, torch_lean  # noqa: F401 (register their operators)
-from .params import BranchParams
+from .params import BranchParams, KeptParams
 from .reference import branch_inputs
 
 __all__ = [
     "BackendError",
     "BranchParams",
+    "KeptParams",
     "backend_for",
     "bidirectional_ssm",
     "branch_inputs",

@@ -3,6 +3,7 @@
 E inner channels, N states, R step rank, W convolution width.
 """
 
+import itertools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,18 @@ class BranchParams(NamedTuple):
     A: Tensor  # [E, N], negative
     D: Tensor  # [E]
 
+
+class KeptParams(BranchParams):
+    """Weights that stay as they are, as long as this object is used; backends keep what they make
+    of them in `made`.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self.made: dict = {}
+        self.serial = next(_serials)
+
+
+_serials = itertools.count()
 
 COUNT = len(BranchParams._fields)
 # The flat weights of both directions, as an operator takes them: None for those of a missing one.

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ops import triton_support
-from ops.operators import needs_gradient
+from ops.operators import needs_gradient, plain
 
 from ..params import BranchParams, Directions, flatten
 
 if (_reason := triton_support.refusal(anywhere=True)) is not None:
     raise ImportError(_reason)
 
-from .operator import operator
+from .operator import infer, operator
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 64
@@ -93,5 +93,8 @@ def _run(
     """The general form of both public functions; active [B, G]."""
     if xz.numel() == 0:
         return xz.chunk(2, dim=-1)[0] * scale
-    tensors = (xz, mask, gates, active, lengths, *flatten(directions))
-    return operator(*tensors, scale, in_place, needs_gradient(tensors))[0]
+    inputs, weights = (xz, mask, gates, active, lengths), flatten(directions)
+    wanted = needs_gradient((*inputs, *weights))
+    if not wanted and plain(*inputs, *weights):
+        return infer(*inputs, directions, scale, in_place)
+    return operator(*inputs, *weights, scale, in_place, wanted)[0]

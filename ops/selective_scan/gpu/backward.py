@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ops import triton_support
 
-from ..params import BranchParams
 from . import in_place
-from .call import Call, conv_weights, scan_weights, stack
+from .call import Call
 from .forward import convolve
 from .kernels.common import CHUNK
 from .kernels.convolution import conv_backward
-from .kernels.scan_backward import SMALLEST_GROUP, gate_backward, scan_backward
+from .kernels.gating import gate_backward
+from .kernels.scan_backward import GROUP, scan_backward
+from .weights import Weights
 
 # Channels per program of the scan: one a thread, since it fills the registers. In the
 # interpreter a program costs the same whatever its width.
@@ -28,7 +29,7 @@ def backward(
     xz: Tensor,
     mask: Tensor | None,
     gates: Tensor | None,
-    params: tuple[BranchParams, ...],
+    weights: Weights,
     projected: Tensor,
     part: Tensor,
     states: Tensor,
@@ -38,14 +39,10 @@ def backward(
     convolutions [G, 5, E] (taps, bias), x_proj_weight [G, R + 2N, E], dt_proj_weight [G, E, R], A
     [G, N, E], and of D and the step bias [G, 2, E].
     """
-    G, B, L, E = len(params), xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    R = params[0].dt_proj_weight.shape[1]
-    x_weight, dt_weight = (
-        stack(params, name, xz.dtype) for name in ("x_proj_weight", "dt_proj_weight")
-    )
-    step = projected.flatten(1, 2)[..., :R]
-    u = convolve(call, xz, mask, params)
-    dt = torch.bmm(step, dt_weight.mT)
+    G, B, L, E = len(weights.params), xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    step = projected.flatten(1, 2)[..., : weights.rank]
+    u = convolve(call, xz, mask, weights)
+    dt = torch.bmm(step, weights.dt_proj.mT)
 
     grad_xz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     grad_z = grad_xz[..., E:]
@@ -72,21 +69,21 @@ def backward(
     )
 
     grad_u, grad_dt, grad_bc, grad_A, grad_channel, grad_gate, by_step = _scan_backward(
-        call, grad_y, u, dt, projected, mask, gates, params, states
+        call, grad_y, u, dt, projected, mask, gates, weights, states
     )
     grad_dt = grad_dt.flatten(1, 2)
-    grad_projected = torch.cat([torch.bmm(grad_dt, dt_weight), grad_bc.flatten(1, 2)], dim=-1)
+    grad_projected = torch.cat([torch.bmm(grad_dt, weights.dt_proj), grad_bc.flatten(1, 2)], dim=-1)
     grad_x_weight = torch.bmm(grad_projected.mT, u.flatten(1, 2))
     grad_dt_weight = torch.bmm(grad_dt.mT, step)
-    grad_u.flatten(1, 2).baddbmm_(grad_projected, x_weight)
+    grad_u.flatten(1, 2).baddbmm_(grad_projected, weights.x_proj)
 
     if call.in_place:
-        branches = call.branches(xz, mask, params)
+        branches = call.branches(xz, mask, weights.params)
         grad_x, grad_weights, grad_mask = in_place.backward(branches, grad_u)
         grad_xz[..., :E] = grad_x
         grad_mask = grad_mask + by_step
     else:
-        grad_weights, grad_mask = _convolve_backward(call, xz, mask, params, grad_u, grad_xz)
+        grad_weights, grad_mask = _convolve_backward(call, xz, mask, weights, grad_u, grad_xz)
     nothing = grad_weights.new_empty
     return (
         grad_xz,
@@ -108,7 +105,7 @@ def _scan_backward(
     projected: Tensor,
     mask: Tensor | None,
     gates: Tensor | None,
-    params: tuple[BranchParams, ...],
+    weights: Weights,
     states: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt [G, B, L, E] and (B, C) [G, B, L, 2N] in their dtype; in float32 of A [G,
@@ -116,10 +113,10 @@ def _scan_backward(
     mask in place [B, L] through the steps (else None).
     """
     G, B, L, E = u.shape
-    R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
+    R, N = weights.rank, weights.states
     blocks = triton.cdiv(E, _BLOCK)
     full = u.new_empty((0,), dtype=torch.float32).new_empty
-    scratch = full(G, B, CHUNK // SMALLEST_GROUP, N, E)
+    scratch = full(G, B, CHUNK // GROUP, N, E)
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
     grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
     grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
@@ -133,7 +130,7 @@ def _scan_backward(
         call.step_mask(mask),
         *call.routing(),
         gates,
-        *scan_weights(params),
+        *weights.scan,
         states,
         scratch,
         grad_u,
@@ -151,7 +148,7 @@ def _scan_backward(
         BOTH=G == 2,
         REVERSE=call.directions[0],
         CHUNK=CHUNK,
-        GROUP=SMALLEST_GROUP,
+        GROUP=GROUP,
         BLOCK=_BLOCK,
         num_warps=1,
     )
@@ -161,12 +158,7 @@ def _scan_backward(
 
 
 def _convolve_backward(
-    call: Call,
-    xz: Tensor,
-    mask: Tensor | None,
-    params: tuple[BranchParams, ...],
-    grad_u: Tensor,
-    grad_xz: Tensor,
+    call: Call, xz: Tensor, mask: Tensor | None, weights: Weights, grad_u: Tensor, grad_xz: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Writes the gradient of x into grad_xz; gives those of the weights [G, 5, E] (taps, bias) and
     the mask [B, L].
@@ -182,7 +174,7 @@ def _convolve_backward(
         xz.stride(1),
         mask,
         *call.routing(),
-        *conv_weights(params),
+        *weights.conv,
         grad_u,
         grad_xz,
         grad_xz.stride(0),

@@ -1,11 +1,10 @@
-"""What the passes are given, and the weights as the kernels read them.
+"""What the passes are given.
 
-B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2).
+B images, L tokens, E inner channels, G directions (1 or 2).
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..params import BranchParams
@@ -35,30 +34,3 @@ class Call(NamedTuple):
         """Kernel arguments that give an image's number of tokens per direction."""
         strides = (0, 0) if self.active is None else self.active.stride()
         return self.lengths, self.active, *strides
-
-
-def stack(params: tuple[BranchParams, ...], field: str, dtype: torch.dtype) -> Tensor:
-    return torch.stack([getattr(branch, field) for branch in params]).to(dtype)
-
-
-def scan_weights(params: tuple[BranchParams, ...]) -> list[Tensor]:
-    """A [N, E], so that neighbouring threads read neighbouring channels, D and the step bias; twice
-    the same for one direction.
-    """
-    return [
-        tensor
-        for branch in (params[0], params[-1])
-        for tensor in (
-            branch.A.t().contiguous(),
-            branch.D.contiguous(),
-            branch.dt_proj_bias.contiguous(),
-        )
-    ]
-
-
-def conv_weights(params: tuple[BranchParams, ...]) -> list[Tensor]:
-    return [
-        tensor.contiguous()
-        for branch in (params[0], params[-1])
-        for tensor in (branch.conv_weight, branch.conv_bias)
-    ]

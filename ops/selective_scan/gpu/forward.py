@@ -7,22 +7,23 @@ import torch
 import triton
 from torch import Tensor
 
-from ..params import BranchParams
 from . import in_place
-from .call import Call, conv_weights, scan_weights, stack
+from .call import Call
 from .kernels.common import CHUNK
 from .kernels.convolution import conv_forward
+from .kernels.gating import join_directions
 from .kernels.scan_forward import scan_forward
+from .kernels.split_scan import piece_ends, scan_pieces
+from .plan import STEPS, plan
+from .weights import Weights
 
 
-def convolve(
-    call: Call, xz: Tensor, mask: Tensor | None, params: tuple[BranchParams, ...]
-) -> Tensor:
+def convolve(call: Call, xz: Tensor, mask: Tensor | None, weights: Weights) -> Tensor:
     """u [G, B, L, E]."""
     if call.in_place:
-        return in_place.forward(call.branches(xz, mask, params), xz.dtype)
+        return in_place.forward(call.branches(xz, mask, weights.params), xz.dtype)
     B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    u = xz.new_empty(len(params), B, L, E)
+    u = xz.new_empty(len(weights.params), B, L, E)
     rows, block = 8, 128
     conv_forward[(B, triton.cdiv(L, rows), triton.cdiv(E, block))](
         xz,
@@ -30,12 +31,12 @@ def convolve(
         xz.stride(1),
         mask,
         *call.routing(),
-        *conv_weights(params),
+        *weights.conv,
         u,
         B,
         L,
         E,
-        BOTH=len(params) == 2,
+        BOTH=len(weights.params) == 2,
         REVERSE=call.directions[0],
         ROWS=rows,
         BLOCK=block,
@@ -45,58 +46,146 @@ def convolve(
 
 
 def forward(
-    call: Call,
-    xz: Tensor,
-    mask: Tensor | None,
-    gates: Tensor | None,
-    params: tuple[BranchParams, ...],
-    save: bool,
+    call: Call, xz: Tensor, mask: Tensor | None, gates: Tensor | None, weights: Weights, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, L, E]; for the backward pass, and without elements unless `save`: (step, B, C) [G, B,
     L, R + 2N], the sum before the gate [B, L, E] and the states [G, B, chunks - 1, N, E].
     """
-    B, L, E = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
-    u = convolve(call, xz, mask, params)
-    projected = torch.bmm(u.flatten(1, 2), stack(params, "x_proj_weight", xz.dtype).mT)
-    dt = torch.bmm(projected[..., :R], stack(params, "dt_proj_weight", xz.dtype).mT)
-    out = xz.new_empty(B, L, E)
+    u = convolve(call, xz, mask, weights)
+    G, B, L, E = u.shape
+    projected = torch.bmm(u.flatten(1, 2), weights.x_proj.mT)
+    dt = torch.bmm(projected[..., : weights.rank], weights.dt_proj.mT)
     # Kernels leave out what does not exist; nothing that is kept may be undefined there.
     whole = call.lengths is None and call.active is None
     kept = xz.new_empty if whole else xz.new_zeros
+    out = xz.new_empty(B, L, E)
     part = kept(B, L, E) if save else out
     saved = max(triton.cdiv(L, CHUNK) - 1, 0)
-    block = 32
-    states = kept((len(params), B, saved, N, E) if save else (0,), dtype=torch.float32)
-    scan_forward[(B * triton.cdiv(E, block),)](
-        u,
-        dt,
-        projected[..., R:],
-        R + 2 * N,
-        xz[..., E:],
-        xz.stride(0),
-        xz.stride(1),
+    N = weights.states
+    states = kept((G, B, saved, N, E) if save else (0,), dtype=torch.float32)
+    _scan(call, xz, mask, gates, weights, u, dt, projected, part, out, states, saved, save)
+    if not save:
+        return out, xz.new_empty(0), xz.new_empty(0), states
+    return out, projected.view(G, B, L, weights.rank + 2 * N), part, states
+
+
+def _scan(
+    call: Call,
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    weights: Weights,
+    u: Tensor,
+    dt: Tensor,
+    projected: Tensor,
+    part: Tensor,
+    out: Tensor,
+    states: Tensor,
+    saved: int,
+    save: bool,
+) -> None:
+    """Writes out, and with `save` part and states."""
+    (G, B, L, E), N = u.shape, weights.states
+    bc = projected[..., weights.rank :]
+    given = u, dt, bc, bc.stride(-2)
+    z = xz[..., E:], xz.stride(0), xz.stride(1)
+    layout = plan(xz.device, B, E, L, G)
+    constants = {
+        "N": N,
+        "REVERSE": call.directions[0],
+        "BLOCK": layout.block,
+        "STEPS": STEPS,
+        "PACKED": _packed(bc),
+        "num_warps": layout.warps,
+    }
+    keeping = {"SAVE": save, "CHUNK": CHUNK}
+    programs = B * triton.cdiv(E, layout.block)
+    if not layout.pieces:
+        scan_forward[(programs,)](
+            *given,
+            *z,
+            call.step_mask(mask),
+            *call.routing(),
+            gates,
+            *weights.scan,
+            part,
+            out,
+            states,
+            B,
+            L,
+            E,
+            saved,
+            call.scale,
+            BOTH=G == 2,
+            **keeping,
+            **constants,
+        )
+        return
+    pieces, width = layout.pieces, layout.width
+    full = states.new_empty
+    ends, sums = full(G, B, pieces - 1, N, E), full(G, B, pieces - 1, E)
+    parts = full(G, B, L, E)
+    if pieces > 1:
+        piece_ends[(programs * (pieces - 1), G)](
+            *given,
+            call.step_mask(mask),
+            *call.routing(),
+            *weights.scan,
+            ends,
+            sums,
+            B,
+            L,
+            E,
+            width,
+            pieces,
+            **constants,
+        )
+    scan_pieces[(programs * pieces, G)](
+        *given,
         call.step_mask(mask),
         *call.routing(),
         gates,
-        *scan_weights(params),
-        part,
-        out,
+        *weights.scan,
+        ends,
+        sums,
+        parts,
         states,
         B,
         L,
         E,
         saved,
-        call.scale,
-        N=N,
-        BOTH=len(params) == 2,
-        REVERSE=call.directions[0],
-        SAVE=save,
-        CHUNK=CHUNK,
-        BLOCK=block,
-        PREFETCH=True,
-        num_warps=1,
+        width,
+        pieces,
+        **keeping,
+        **constants,
     )
-    if not save:
-        return out, xz.new_empty(0), xz.new_empty(0), states
-    return out, projected.view(len(params), B, L, R + 2 * N), part, states
+    rows, block = 8, 128
+    join_directions[(B, triton.cdiv(L, rows), triton.cdiv(E, block))](
+        parts,
+        *z,
+        *call.routing(),
+        part,
+        out,
+        B,
+        L,
+        E,
+        call.scale,
+        BOTH=G == 2,
+        SAVE=save,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def _packed(bc: Tensor) -> bool:
+    """Whether B and C of every token can be read as 64-bit words: of a type that the kernel takes
+    apart, and aligned.
+    """
+    bytes_of = bc.element_size()
+    places = (bc.data_ptr(), *(stride * bytes_of for stride in bc.stride()[:-1]))
+    return (
+        bc.dtype in (torch.bfloat16, torch.float32)
+        and bc.shape[-1] * bytes_of % 8 == 0
+        and all(place % 8 == 0 for place in places)
+    )

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ops.operators import register
 
-from ..params import COUNT, DIRECTIONS_SCHEMA, BranchParams, unflatten
+from ..params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, unflatten
 from . import backward, forward
 from .call import Call
 from .kernels.common import CHUNK
+from .weights import Weights
 
 
 def _device(tensor: Tensor):
@@ -45,10 +46,21 @@ class _Arguments(NamedTuple):
     gates: Tensor | None
     params: tuple[BranchParams, ...]
 
+    def made(self) -> tuple:
+        """With the weights as the kernels read them."""
+        return *self[:-1], Weights.of(self.params, self.xz.dtype)
 
-def _arguments(xz, mask, gates, active, lengths, *rest) -> _Arguments:
-    *tensors, scale, in_place = rest
-    directions = unflatten(tuple(tensors))
+
+def _read(
+    xz: Tensor,
+    mask: Tensor | None,
+    gates: Tensor | None,
+    active: Tensor | None,
+    lengths: Tensor | None,
+    directions: Directions,
+    scale: float,
+    in_place: bool,
+) -> _Arguments:
     reverse = tuple(d == 1 for d, params in enumerate(directions) if params is not None)
     return _Arguments(
         Call(reverse, active, None if lengths is None else lengths.contiguous(), scale, in_place),
@@ -59,10 +71,26 @@ def _arguments(xz, mask, gates, active, lengths, *rest) -> _Arguments:
     )
 
 
+def _arguments(xz, mask, gates, active, lengths, *rest) -> _Arguments:
+    """Of an operator's flat arguments."""
+    *tensors, scale, in_place = rest
+    return _read(xz, mask, gates, active, lengths, unflatten(tuple(tensors)), scale, in_place)
+
+
+def infer(xz: Tensor, *rest) -> Tensor:
+    """The scan [B, L, E] where nothing but its numbers is wanted: not by way of the operator, whose
+    flat arguments do not say that weights stay as they are. Arguments as `_read`.
+    """
+    with torch.autocast(xz.device.type, enabled=False), _device(xz):
+        read = _read(xz, *rest)
+        weights = Weights.kept(read.params, read.xz.dtype)
+        return forward.forward(*read[:-1], weights, False)[0]
+
+
 def _scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *given, save = given
     with torch.autocast(given[0].device.type, enabled=False), _device(given[0]):
-        return forward.forward(*_arguments(*given), save)
+        return forward.forward(*_arguments(*given).made(), save)
 
 
 def _fake_scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,9 +110,8 @@ def _fake_scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[Tensor, ...]:
     with torch.autocast(grad_out.device.type, enabled=False), _device(grad_out):
-        return backward.backward(
-            *_arguments(*given), projected, part, states, grad_out.contiguous()
-        )
+        saved = projected, part, states
+        return backward.backward(*_arguments(*given).made(), *saved, grad_out.contiguous())
 
 
 def _fake_gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[Tensor, ...]:

@@ -15,17 +15,26 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _step_size(x, EXACT: tl.constexpr):
-    """softplus(x) and its derivative. The hardware's log2 has an absolute error of 2^-22, too much
-    for EXACT and the small steps of a trained model, which take the series of log(1 + e) instead.
+def _step_size(x):
+    """softplus(x) and its derivative.
+
+    log(1 + e) is e times a polynomial of degree 8 in e on (0, 1], with a relative error of 3e-8:
+    small steps of a trained model stay exact, and it takes a third of the instructions of
+    Triton's log2, which is a library function.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
-    logarithm = tl.log2(1.0 + e) * LN2
-    if EXACT:
-        series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * (0.2 - e * 0.16666667)))))
-        logarithm = tl.where(e < 0.06, series, logarithm)
+    p = 0.0052534577972598
+    p = p * e - 0.029588507394128293
+    p = p * e + 0.07836166802132702
+    p = p * e - 0.13674769705812267
+    p = p * e + 0.19111431080749117
+    p = p * e - 0.24844369892523394
+    p = p * e + 0.33319271342510437
+    p = p * e - 0.49999501516787803
+    p = p * e + 0.9999999705406569
     inverse = 1.0 / (1.0 + e)
-    return tl.maximum(x, 0.0) + logarithm, tl.where(x >= 0, inverse, e * inverse)
+    positive = tl.where(x < 0.0, 0.0, x)  # maximum(x, 0) would lose a NaN
+    return positive + e * p, tl.where(x >= 0, inverse, e * inverse)
 
 
 @triton.jit
@@ -40,11 +49,11 @@ def _length(lengths, active, stride_image, stride_direction, b, direction: tl.co
 
 
 @triton.jit
-def _masked_step(x, mask, t, EXACT: tl.constexpr):
+def _masked_step(x, mask, t):
     """The step size of token t from the projected step x, its derivative, and the step size without
     the mask; `mask`: of an image, in place, or None.
     """
-    step, slope = _step_size(x, EXACT)
+    step, slope = _step_size(x)
     delta = step
     if mask is not None:
         m = tl.load(mask + t).to(tl.float32)

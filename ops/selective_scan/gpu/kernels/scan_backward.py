@@ -1,4 +1,4 @@
-"""Triton kernels of the selective scan, backward: gate, scan, convolution.
+"""Triton kernel of the selective scan, backward.
 
 B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2), K channel
 blocks.
@@ -13,54 +13,9 @@ atomics, the same result every time.
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, _length, _load_channels, _masked_step, _row, _sigmoid
+from .common import LN2, LOG2E, _length, _load_channels, _masked_step, _row
 
-SMALLEST_GROUP = 2  # the most scratch memory that scan_backward uses is for groups of so many steps
-
-
-@triton.jit(do_not_specialize=["L"])
-def gate_backward(
-    grad_out,
-    z,
-    stride_image,
-    stride_token,
-    part,
-    lengths,
-    active,
-    stride_active,
-    stride_direction,
-    grad_y,
-    grad_z,
-    grad_stride_image,
-    grad_stride_token,
-    L,
-    E,
-    scale,
-    BOTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Through out = scale * silu(z) * part: grad_y [B, L, E] = d/d part, and grad_z (zero behind
-    the length).
-    """
-    b = tl.program_id(0).to(tl.int64)
-    t = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    c = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    n = _length(lengths, active, stride_active, stride_direction, b, 0, L)
-    if BOTH:
-        n = tl.maximum(n, _length(lengths, active, stride_active, stride_direction, b, 1, L))
-    inside = (t < n) & (c < E)
-    row = b * L * E + t * E + c
-    zt = tl.load(z + b * stride_image + t * stride_token + c, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad_out + row, mask=inside, other=0.0).to(tl.float32) * scale
-    y = tl.load(part + row, mask=inside, other=0.0).to(tl.float32)
-    s = _sigmoid(zt)
-    tl.store(grad_y + row, (g * zt * s).to(grad_y.dtype.element_ty), mask=inside)
-    tl.store(
-        grad_z + b * grad_stride_image + t * grad_stride_token + c,
-        (g * y * s * (1.0 + zt * (1.0 - s))).to(grad_z.dtype.element_ty),
-        mask=(t < L) & (c < E),
-    )
+GROUP = 2  # steps that are walked back at a time: the states of more do not fit the registers
 
 
 @triton.jit
@@ -83,22 +38,7 @@ def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr)
 
 @triton.jit
 def _recompute(
-    h,
-    u,
-    dt,
-    bc,
-    stride_bc,
-    mask,
-    a,
-    bias,
-    s,
-    n,
-    E,
-    c,
-    inside,
-    ns,
-    exact: tl.constexpr,
-    REVERSE: tl.constexpr,
+    h, u, dt, bc, stride_bc, mask, a, bias, s, n, E, c, inside, ns, REVERSE: tl.constexpr
 ):
     """One step forward from state h; past the end (step size 0) nothing changes. Also what the way
     back needs.
@@ -107,7 +47,7 @@ def _recompute(
     t = _row(tl.minimum(s, n - 1), n, REVERSE)
     x = tl.load(u + t * E + c, mask=inside, other=0.0).to(tl.float32)
     projected = tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32)
-    delta, slope, step = _masked_step(projected + bias, mask, t, exact)
+    delta, slope, step = _masked_step(projected + bias, mask, t)
     delta = tl.where(exists, delta, 0.0)
     decay = tl.exp2(delta[None, :] * a)
     b_row = tl.load(bc + t * stride_bc + ns).to(tl.float32)
@@ -158,8 +98,7 @@ def _scan_direction_backward(
     ns = tl.arange(0, N)
     tile = ns[:, None] * E + c[None, :]
     tile_inside = (ns[:, None] < N) & inside[None, :]
-    exact: tl.constexpr = u.dtype.element_ty == tl.float32
-    matrix: tl.constexpr = (not exact) and N >= 16
+    matrix: tl.constexpr = (u.dtype.element_ty != tl.float32) and N >= 16
     column = tl.arange(0, 16)[None, :]
 
     a = tl.load(A + tile, mask=tile_inside, other=0.0).to(tl.float32) * LOG2E
@@ -212,7 +151,6 @@ def _scan_direction_backward(
                     c,
                     inside,
                     ns,
-                    exact,
                     REVERSE,
                 )
         tl.store(scratch + (groups - 1) * N * E + tile, h, mask=tile_inside)
@@ -229,22 +167,7 @@ def _scan_direction_backward(
             inputs = ()
             for i in tl.static_range(GROUP):
                 h, decay, delta, slope, step, x = _recompute(
-                    h,
-                    u,
-                    dt,
-                    bc,
-                    stride_bc,
-                    mask,
-                    a,
-                    bias,
-                    first + i,
-                    n,
-                    E,
-                    c,
-                    inside,
-                    ns,
-                    exact,
-                    REVERSE,
+                    h, u, dt, bc, stride_bc, mask, a, bias, first + i, n, E, c, inside, ns, REVERSE
                 )
                 states = states + (h,)
                 decays = decays + (decay,)
@@ -308,7 +231,9 @@ def _scan_direction_backward(
             tl.store(grad_mask + t, 0.0)
 
 
-@triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved"])
+# E not either: where Triton knows that 16 divides it, it reads A four numbers at a time and lays
+# the states of a channel out over lanes, which then exchange them at every step.
+@triton.jit(do_not_specialize=["stride_bc", "B", "L", "E", "saved"])
 def scan_backward(
     grad_y,
     u,

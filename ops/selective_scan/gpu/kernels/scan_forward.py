@@ -1,15 +1,17 @@
-"""Triton kernels of the selective scan, forward: convolution, then scan, skip and gate.
+"""Triton kernel of the selective scan, forward: scan, skip, sum of the directions, gate.
 
-B images, L tokens, E inner channels, N states, R step rank, G directions (1 or 2).
+B images, L tokens, E inner channels, N states, G directions (1 or 2).
 
-How the scan is laid out. A program walks one image and one block of channels through time; its tile
-of states is [N, BLOCK] with BLOCK = 32 * num_warps or a multiple. Triton then gives a thread whole
-channels with all their states, so that the sum over states needs no exchange between threads and
-the work per channel is done once. Routing costs nothing: `_length` is the loop bound of an image
-and direction, 0 where the direction is off. The reversed direction starts at the last of these
-tokens; nothing is gathered or flipped.
+A thread walks one channel of an image through time and holds its states as N values of their own:
+in a tile [N, BLOCK] Triton would choose who holds what, and choose lanes or warps that exchange
+them at every step. B and C of a token are the same for all threads; they are read as 64-bit words
+where they are aligned (PACKED). STEPS steps make a turn, whose loads are issued at its start.
+Neither BLOCK nor STEPS changes a bit of the result.
 
-For the backward pass (triton_backward.py) the state is kept every CHUNK steps.
+Routing costs nothing: `_length` is the loop bound of an image and direction, 0 where the direction
+is off. The reversed direction starts at the last of these tokens; nothing is gathered or flipped.
+
+For the backward pass the state is kept every CHUNK steps.
 """
 
 import triton
@@ -17,15 +19,142 @@ import triton.language as tl
 
 from .common import LOG2E, _length, _load_channels, _masked_step, _row, _sigmoid
 
+# What `_walk` does with the scan's outputs.
+NOTHING = tl.constexpr(0)  # leaves them out: only the state matters
+STORE = tl.constexpr(1)  # the sum of one direction, for another kernel or direction to add to
+FINISH = tl.constexpr(2)  # adds what the other direction stored, and gates
+
 
 @triton.jit
-def _load_step(u, dt, bc, stride_bc, t, E, c, inside, ns, N: tl.constexpr):
-    return (
-        tl.load(u + t * E + c, mask=inside, other=0.0),
-        tl.load(dt + t * E + c, mask=inside, other=0.0),
-        tl.load(bc + t * stride_bc + ns),
-        tl.load(bc + t * stride_bc + N + ns),
-    )
+def _bf16_pair(word):
+    """The two bfloat16 of an int32 as float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_bc(bc, N: tl.constexpr, PACKED: tl.constexpr):
+    """B, then C of a token, 2N float32."""
+    values = ()
+    if not PACKED:
+        for i in tl.static_range(2 * N):
+            values = values + (tl.load(bc + i).to(tl.float32),)
+    else:
+        words = bc.to(tl.pointer_type(tl.int64), bitcast=True)
+        size: tl.constexpr = bc.dtype.element_ty.primitive_bitwidth // 8
+        for i in tl.static_range(N * size // 4):
+            word = tl.load(words + i)
+            low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+            if bc.dtype.element_ty == tl.bfloat16:
+                values = values + _bf16_pair(low) + _bf16_pair(high)
+            else:
+                values = values + (
+                    low.to(tl.float32, bitcast=True),
+                    high.to(tl.float32, bitcast=True),
+                )
+    return values
+
+
+@triton.jit
+def _load_direction(A, D, dt_bias, E, c, inside, N: tl.constexpr):
+    """Decay rates (a tuple of N, in powers of two), skip and bias of the step, per channel."""
+    a = ()
+    for k in tl.static_range(N):
+        a = a + (_load_channels(A + k * E, 1, c, inside) * LOG2E,)
+    return a, _load_channels(D, 1, c, inside), _load_channels(dt_bias, 1, c, inside)
+
+
+@triton.jit
+def _walk(
+    h,
+    begin,
+    end,
+    n,
+    u,
+    dt,
+    bc,
+    stride_bc,
+    z,
+    stride_z,
+    mask,
+    a,
+    skip,
+    bias,
+    gate,
+    part,
+    out,
+    checkpoints,
+    E,
+    c,
+    inside,
+    scale,
+    other_done,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    SAVE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Steps `begin` (a multiple of STEPS) to `end` of a direction of n tokens, from the states h.
+
+    Returns the states and the sum of the step sizes. `other_done`: `part` holds the other
+    direction's sum already.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    for s in range(begin, end, STEPS):
+        if SAVE:
+            if (s % CHUNK == 0) & (s > 0):
+                for k in tl.static_range(N):
+                    kept = checkpoints + ((s // CHUNK - 1) * N + k) * E
+                    tl.store(kept + c, h[k], mask=inside)
+        inputs = ()
+        steps = ()
+        zs = ()
+        others = ()
+        for i in tl.static_range(STEPS):
+            t = _row(tl.minimum(s + i, end - 1), n, REVERSE)
+            inputs = inputs + (tl.load(u + t * E + c, mask=inside, other=0.0),)
+            steps = steps + (tl.load(dt + t * E + c, mask=inside, other=0.0),)
+            if OUTPUT == FINISH:
+                zs = zs + (tl.load(z + t * stride_z + c, mask=inside, other=0.0),)
+                others = others + (tl.load(part + t * E + c, mask=inside & other_done, other=0.0),)
+        for i in tl.static_range(STEPS):
+            t = _row(tl.minimum(s + i, end - 1), n, REVERSE)
+            row = _load_bc(bc + t * stride_bc, N, PACKED)
+            x = inputs[i].to(tl.float32)
+            delta, _, _ = _masked_step(steps[i].to(tl.float32) + bias, mask, t)
+            delta = tl.where(s + i < end, delta, 0.0)  # past the end nothing changes
+            total += delta
+            flow = delta * x
+            y = skip * x
+            new = ()
+            for k in tl.static_range(N):
+                state = tl.exp2(delta * a[k]) * h[k] + flow * row[k]
+                new = new + (state,)
+                y += state * row[N + k]
+            h = new
+            y *= gate
+            exists = inside & (s + i < end)
+            if OUTPUT == FINISH:
+                y += others[i].to(tl.float32)
+                if SAVE:
+                    tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=exists)
+                zt = zs[i].to(tl.float32)
+                y *= scale * zt * _sigmoid(zt)
+                tl.store(out + t * E + c, y.to(out.dtype.element_ty), mask=exists)
+            if OUTPUT == STORE:
+                tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=exists)
+    return h, total
+
+
+@triton.jit
+def _no_states(N: tl.constexpr, BLOCK: tl.constexpr):
+    h = ()
+    for _ in tl.static_range(N):
+        h = h + (tl.zeros([BLOCK], tl.float32),)
+    return h
 
 
 @triton.jit
@@ -50,64 +179,49 @@ def _scan_direction(
     inside,
     scale,
     other_done,
-    finish,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
+    OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """Walk one direction. `other_done`: `part` holds the other direction's sum already; `finish`:
-    this is the last direction of the image, so gate and write the output.
-    """
-    ns = tl.arange(0, N)
-    tile = ns[:, None] * E + c[None, :]
-    exact: tl.constexpr = u.dtype.element_ty == tl.float32
-    a = tl.load(A + tile, mask=inside[None, :], other=0.0).to(tl.float32) * LOG2E
-    skip = _load_channels(D, 1, c, inside)
-    bias = _load_channels(dt_bias, 1, c, inside)
-    h = tl.zeros([N, BLOCK], tl.float32)
-    ahead = _load_step(
-        u, dt, bc, stride_bc, _row(0, tl.maximum(n, 1), REVERSE), E, c, inside, ns, N
+    a, skip, bias = _load_direction(A, D, dt_bias, E, c, inside, N)
+    _walk(
+        _no_states(N, BLOCK),
+        0,
+        n,
+        n,
+        u,
+        dt,
+        bc,
+        stride_bc,
+        z,
+        stride_z,
+        mask,
+        a,
+        skip,
+        bias,
+        gate,
+        part,
+        out,
+        checkpoints,
+        E,
+        c,
+        inside,
+        scale,
+        other_done,
+        N,
+        BLOCK,
+        REVERSE,
+        OUTPUT,
+        SAVE,
+        CHUNK,
+        STEPS,
+        PACKED,
     )
-    for s in range(0, n):
-        t = _row(s, n, REVERSE)
-        if PREFETCH:
-            step = ahead
-            ahead = _load_step(
-                u,
-                dt,
-                bc,
-                stride_bc,
-                _row(tl.minimum(s + 1, n - 1), n, REVERSE),
-                E,
-                c,
-                inside,
-                ns,
-                N,
-            )
-        else:
-            step = _load_step(u, dt, bc, stride_bc, t, E, c, inside, ns, N)
-        if SAVE:
-            if (s % CHUNK == 0) & (s > 0):
-                tl.store(checkpoints + (s // CHUNK - 1) * N * E + tile, h, mask=inside[None, :])
-        x = step[0].to(tl.float32)
-        delta, _, _ = _masked_step(step[1].to(tl.float32) + bias, mask, t, exact)
-        h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * step[2].to(tl.float32)[:, None]
-        y = (tl.sum(h * step[3].to(tl.float32)[:, None], axis=0) + skip * x) * gate
-        y += tl.load(part + t * E + c, mask=inside & other_done, other=0.0).to(tl.float32)
-        if finish:
-            if SAVE:
-                tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=inside)
-            zt = tl.load(z + t * stride_z + c, mask=inside, other=0.0).to(tl.float32)
-            tl.store(
-                out + t * E + c,
-                (y * scale * zt * _sigmoid(zt)).to(out.dtype.element_ty),
-                mask=inside,
-            )
-        else:
-            tl.store(part + t * E + c, y.to(part.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved"])
@@ -145,7 +259,8 @@ def scan_forward(
     SAVE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """out [B, L, E] = scale * silu(z) * sum over directions of gate * (C h + D u).
 
@@ -172,36 +287,41 @@ def scan_forward(
     z += b * stride_image
     part += b * L * E
     out += b * L * E
-    _scan_direction(
-        u + b * L * E,
-        dt + b * L * E,
-        bc + b * L * stride_bc,
-        stride_bc,
-        z,
-        stride_token,
-        mask,
-        A_0,
-        D_0,
-        dt_bias_0,
-        gate_0,
-        part,
-        out,
-        checkpoints + b * saved * N * E,
-        n_0,
-        E,
-        c,
-        inside,
-        scale,
-        n_0 < 0,
-        n_1 == 0,
-        N,
-        BLOCK,
-        REVERSE,
-        SAVE,
-        CHUNK,
-        PREFETCH,
-    )
-    if BOTH:
+    u_0 = u + b * L * E
+    dt_0 = dt + b * L * E
+    bc_0 = bc + b * L * stride_bc
+    checkpoints_0 = checkpoints + b * saved * N * E
+    if n_1 > 0:
+        _scan_direction(
+            u_0,
+            dt_0,
+            bc_0,
+            stride_bc,
+            z,
+            stride_token,
+            mask,
+            A_0,
+            D_0,
+            dt_bias_0,
+            gate_0,
+            part,
+            out,
+            checkpoints_0,
+            n_0,
+            E,
+            c,
+            inside,
+            scale,
+            False,
+            N,
+            BLOCK,
+            REVERSE,
+            STORE,
+            SAVE,
+            CHUNK,
+            STEPS,
+            PACKED,
+        )
         tl.debug_barrier()  # the compiler may hand a row of `part` to another thread of the program
         b_1 = b + B
         _scan_direction(
@@ -225,13 +345,45 @@ def scan_forward(
             inside,
             scale,
             n_0 > 0,
-            n_1 > 0,
             N,
             BLOCK,
             True,
+            FINISH,
             SAVE,
             CHUNK,
-            PREFETCH,
+            STEPS,
+            PACKED,
+        )
+    else:
+        _scan_direction(
+            u_0,
+            dt_0,
+            bc_0,
+            stride_bc,
+            z,
+            stride_token,
+            mask,
+            A_0,
+            D_0,
+            dt_bias_0,
+            gate_0,
+            part,
+            out,
+            checkpoints_0,
+            n_0,
+            E,
+            c,
+            inside,
+            scale,
+            False,
+            N,
+            BLOCK,
+            REVERSE,
+            FINISH,
+            SAVE,
+            CHUNK,
+            STEPS,
+            PACKED,
         )
     zero = tl.zeros([BLOCK], out.dtype.element_ty)
     for t in range(tl.maximum(n_0, n_1), L):

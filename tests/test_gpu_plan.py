@@ -1,0 +1,49 @@
+"""How the scan is laid out on a GPU (ops/selective_scan/gpu/plan.py)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from ops.selective_scan.gpu import plan as plans  # noqa: E402
+
+H100 = 132
+
+
+@pytest.mark.parametrize("tokens", [50, 197, 1025])
+@pytest.mark.parametrize("channels", [384, 768])
+def test_few_images_are_cut_into_pieces_and_many_are_not(tokens, channels):
+    pieces = [plans.best_pieces(images, channels, tokens, 2, H100) for images in (1, 2, 8, 32, 512)]
+    assert pieces[0] > 1 and pieces[-1] == 0
+    cut = [count for count in pieces if count]
+    assert cut == sorted(cut, reverse=True), "the fewer images, the more pieces"
+
+
+def test_the_choice_is_the_fastest():
+    for images in (1, 3, 16, 64, 200):
+        chosen = plans.best_pieces(images, 768, 197, 2, H100)
+        sizes = images, 768, 197, 2, H100
+        others = (0, 1, 2, 4, 8, 16)
+        assert plans.cycles(chosen, *sizes) == min(plans.cycles(n, *sizes) for n in others)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 63, 197, 1569])
+def test_pieces_cover_all_tokens_and_none_is_empty(tokens, monkeypatch):
+    for wanted in (1, 2, 3, 16, 64):
+        monkeypatch.setattr(plans, "best_pieces", lambda *sizes, wanted=wanted: wanted)
+        chosen = plans.plan(torch.device("cpu"), 2, 96, tokens, 2)
+        assert chosen.width * chosen.pieces >= tokens
+        assert chosen.width * (chosen.pieces - 1) < tokens
+        assert chosen.pieces == 1 or chosen.width % plans.STEPS == 0
+
+
+def test_programs_fill_processors_that_take_few(monkeypatch):
+    """An A10's processors (sm_86) take 16 programs: of two warps each."""
+
+    class Properties:
+        multi_processor_count, major, minor = 72, 8, 6
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert plans.plan(torch.device("cuda"), 64, 768, 197, 2)[:2] == (64, 2)
+    Properties.major, Properties.minor = 9, 0
+    assert plans.plan(torch.device("cuda"), 64, 768, 197, 2)[:2] == (32, 1)

@@ -1,0 +1,138 @@
+"""Values made of weights once (ops/kept.py), and what the models keep."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from models.mixer import BidirectionalMamba
+from ops.kept import Kept
+from ops.linear import Linear
+from ops.selective_scan import KeptParams
+
+
+@pytest.fixture
+def counted():
+    """A Kept, a weight, and a function that gives twice the weight and how often it was made."""
+    kept, weight, made = Kept(), nn.Parameter(torch.ones(3)), []
+
+    def get():
+        value = kept.get("twice", (weight,), lambda: made.append(1) or weight * 2)
+        return value, len(made)
+
+    return kept, weight, get
+
+
+@torch.no_grad()
+def test_made_once_and_again_after_a_change(counted):
+    kept, weight, get = counted
+    assert get()[1] == 1 and get()[1] == 1
+    weight.add_(1)
+    value, made = get()
+    assert made == 2 and torch.equal(value, torch.full((3,), 4.0))
+    weight.data = torch.zeros(3)
+    assert torch.equal(get()[0], torch.zeros(3))
+    weight.data.fill_(5)  # PyTorch does not count it
+    assert torch.equal(get()[0], torch.zeros(3))
+    kept.clear()
+    assert torch.equal(get()[0], torch.full((3,), 10.0))
+
+
+@torch.no_grad()
+def test_another_tensor_in_the_same_place_is_another():
+    kept, storage = Kept(), torch.ones(3)
+    views = storage.view(3), storage.view(3)
+    values = [kept.get("sum", (view,), object) for view in views]
+    assert values[0] is not values[1]
+    assert kept.get("sum", (views[1],), object) is values[1]
+
+
+def test_autograd_sees_how_it_is_made(counted):
+    _, weight, get = counted
+    value, _ = get()
+    value.sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert get()[1] == 2
+
+
+@torch.no_grad()
+def test_tracers_and_counters_see_how_it_is_made(counted):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _, _, get = counted
+    get()
+    with FlopCounterMode(display=False):
+        assert get()[1] == 2
+    with torch.inference_mode():
+        inference = torch.ones(2)
+        kept = Kept()
+        assert kept.get("x", (inference,), object) is not kept.get("x", (inference,), object)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_while_a_graph_is_captured(counted, monkeypatch):
+    _, weight, get = counted
+    monkeypatch.setattr("ops.kept.capturing", lambda: True)
+    assert get()[1] == 1 and get()[1] == 2
+    monkeypatch.setattr("ops.kept.capturing", lambda: False)
+    assert get()[1] == 3
+    monkeypatch.setattr("ops.kept.capturing", lambda: True)
+    assert get()[1] == 3, "what was made before is there to be read"
+
+
+@torch.no_grad()
+def test_copies_are_empty(counted):
+    kept, _, get = counted
+    get()
+    assert copy.deepcopy(kept)._values == {} and pickle.loads(pickle.dumps(kept))._values == {}
+    assert len(kept._values) == 1
+
+
+def test_a_linear_layer_keeps_its_weight_for_autocast():
+    layer, x = Linear(8, 4).eval(), torch.randn(5, 8)
+
+    def wanted():
+        """Not by way of autocast, whose own copy knows of no change."""
+        weight, bias = (tensor.bfloat16() for tensor in (layer.weight, layer.bias))
+        return nn.functional.linear(x.bfloat16(), weight, bias)
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first, kept = layer(x), layer._cast("cpu")
+        assert kept.dtype == torch.bfloat16 and layer._cast("cpu") is kept
+        assert torch.equal(first, wanted())
+        layer.weight.mul_(2)
+        assert torch.equal(layer(x), wanted())
+        layer.weight.data.mul_(2)
+        layer.train().eval()
+        assert torch.equal(layer(x), wanted())
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_mixer_keeps_its_branches():
+    """And gives the result of the new weights after each way of changing one."""
+    torch.manual_seed(0)
+    mixer = BidirectionalMamba(16, 4, halve=True).eval()
+    x, slots = torch.randn(2, 5, 16), (0,)
+
+    def fresh():
+        """By a copy, which has kept nothing."""
+        return copy.deepcopy(mixer)(x, slots)[0]
+
+    with torch.no_grad():
+        mixer(x, slots)
+        assert isinstance(mixer.branch(False), KeptParams)
+        assert mixer.branch(True) is mixer.branch(True)
+        for name, weight in mixer.named_parameters():
+            before = mixer(x, slots)[0]
+            weight.mul_(1.5)
+            after = mixer(x, slots)[0]
+            assert torch.equal(after, fresh()) and not torch.equal(after, before), name
+        state = {name: torch.randn_like(w) * 0.1 for name, w in mixer.state_dict().items()}
+        mixer.load_state_dict(state)
+        assert torch.equal(mixer(x, slots)[0], fresh())
+    assert not isinstance(mixer.branch(False), KeptParams)
+    mixer(x, slots)[0].sum().backward()
+    assert all(weight.grad is not None for weight in mixer.parameters())
