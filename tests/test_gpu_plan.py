@@ -1,5 +1,11 @@
 """How the scan is laid out on a GPU (ops/selective_scan/gpu/plan.py)."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +53,38 @@ def test_programs_fill_processors_that_take_few(monkeypatch):
     assert plans.plan(torch.device("cuda"), 64, 768, 197, 2)[:2] == (64, 2)
     Properties.major, Properties.minor = 9, 0
     assert plans.plan(torch.device("cuda"), 64, 768, 197, 2)[:2] == (32, 1)
+
+
+def test_the_benchmark_compares_all_pieces(tmp_path):
+    """In the interpreter: what it tells, not how fast it is."""
+    flags = "--device cpu --batch 1 2 --tokens 17 --channels 32 --active 0.8 --rounds 1 --seconds 0"
+    record = tmp_path / "plan.json"
+    run = subprocess.run(
+        [sys.executable, "benchmarks/gpu_plan.py", *flags.split(), "--output", record],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "all results equal within 1e-05" in run.stdout
+    cases = json.loads(record.read_text())["cases"]
+    assert [(case["batch"], set(case["us"])) for case in cases] == [
+        (1, {"0", "1", "2"}),
+        (2, {"0", "1", "2"}),
+    ]
+    assert all(0 < case["share_of_best"] <= 1 for case in cases)
+
+
+def test_the_benchmark_without_a_gpu():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/gpu_plan.py", "--device", "cpu"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run.returncode == 1 and "needs a CUDA GPU" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -122,7 +122,7 @@ def test_training(compiled, forward_kernels):
     assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
 
 
-def test_training_with_a_mask_in_place(compiled):
+def test_training_with_a_mask_in_place(compiled, forward_kernels):
     from ops.selective_scan import gpu
 
     xz = torch.zeros(2, 5, 1536, dtype=torch.bfloat16, requires_grad=True)
@@ -131,7 +131,8 @@ def test_training_with_a_mask_in_place(compiled):
         xz, branch(768, 16, 24), branch(768, 16, 24), mask=mask, in_place=True
     ).sum().backward()
     assert max(compiled.pop("scan_backward")) <= 64
-    assert set(compiled) == IN_PIECES | {"gate_backward"}
+    # PyTorch's operators convolve
+    assert set(compiled) == forward_kernels - {"conv_forward"} | {"gate_backward"}
     assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
 
 
@@ -158,7 +159,7 @@ def test_one_direction_in_float32(compiled, forward_kernels):
     gpu.ssm_branch(xz, branch(768, 16, 24), reverse=True).sum().backward()
     backward = {"gate_backward", "scan_backward", "conv_backward"}
     assert set(compiled) == forward_kernels | backward
-    assert all(max(compiled[kernel]) == 0 for kernel in forward_kernels), compiled
+    assert all(max(compiled[kernel]) <= 16 for kernel in forward_kernels), compiled
 
 
 def test_rms_norm(compiled):
