@@ -46,7 +46,8 @@ def poisoned():
 
 
 def draw(*shape, scale=1.0):
-    return torch.randn(*shape, device=DEVICE) * scale
+    """The same numbers on every device, so that errors are those of the kernels."""
+    return torch.randn(*shape).to(DEVICE) * scale
 
 
 def draw_params(E, N, R):
@@ -56,7 +57,7 @@ def draw_params(E, N, R):
         draw(R + 2 * N, E, scale=E**-0.5),
         draw(E, R, scale=R**-0.5),
         draw(E) - 3,
-        -torch.exp(2 * torch.rand(E, N, device=DEVICE)),
+        -torch.exp(2 * torch.rand(E, N)).to(DEVICE),
         draw(E),
     )
 
