@@ -77,6 +77,17 @@ def logits_distance(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
+class ClassificationTerms(nn.Module):
+    """`cls`: a loss of (logits [B, C], targets), logits in float32."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, result: Result, targets: Tensor) -> dict[str, Tensor]:
+        return {"cls": self.criterion(result.logits.float(), targets)}
+
+
 def logits_terms(result: Result, teacher_result: Result) -> dict[str, Tensor]:
     """`cls_kl`: KL divergence to the teacher's class probabilities."""
     return {"cls_kl": logits_distance(result.logits, teacher_result.logits)}

@@ -9,7 +9,7 @@ import torch
 from models import model_names
 from utils import arguments
 from utils.errors import UsageError
-from utils.precision import AMP_DTYPES
+from utils.precision import AMP_DTYPES, bf16_refusal
 
 PRECISIONS = {"fp32": torch.float32, **AMP_DTYPES}
 
@@ -75,7 +75,7 @@ def add_precision(parser: argparse.ArgumentParser, default: str | None = None) -
         "--precision",
         choices=PRECISIONS,
         default=default,
-        help=f"default: {default or 'bf16 on a GPU, else fp32'}",
+        help=f"default: {default or 'bf16 on a GPU (fp16 where it has none), else fp32'}",
     )
 
 
@@ -125,7 +125,8 @@ def parse(
             "CPU"
         )
     if "precision" in args and args.precision is None:
-        args.precision = "bf16" if args.device == "cuda" else "fp32"
+        half = "bf16" if bf16_refusal(torch.device(args.device)) is None else "fp16"
+        args.precision = half if args.device == "cuda" else "fp32"
     torch.backends.cudnn.allow_tf32 = False  # fp32 in convolutions too, as in matrix products
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.arguments import OneLineParser
 from utils.errors import UsageError
 from utils.files import write_json
 from utils.program import run_main
+from utils.tables import text_table
 
 BATCH = 256
 # Images per second at most: a forward pass, and a training step of the dense models.
@@ -231,7 +230,7 @@ def main() -> None:
     records = Records.read(args.folder)
     rows = judge(records)
     print(
-        tabulate(
+        text_table(
             [
                 [
                     row["what"],
@@ -242,8 +241,6 @@ def main() -> None:
                 for row in rows
             ],
             ["", "goal", "measured", "met"],
-            disable_numparse=True,
-            colalign=("left", "right", "right", "left"),
         )
     )
     print(closing(records))

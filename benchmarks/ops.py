@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +31,7 @@ from utils import arguments
 from utils.errors import UserError, first_line
 from utils.files import write_json
 from utils.program import run_main
+from utils.tables import text_table
 from utils.timing import interleaved
 
 # Largest error of a tensor relative to its largest element: float32 sums over 197 steps; otherwise
@@ -54,6 +54,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--passes", default="both", choices=("forward", "train", "both"))
     flags.add_rounds(parser, 15)
     flags.add_retries(parser, 60)
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile too, which takes minutes to compile",
+    )
     parser.add_argument(
         "--slow", action="store_true", help=f"train also {'; '.join(SLOW_TO_TRAIN)}"
     )
@@ -81,9 +87,9 @@ def backend(name: str, xz: Tensor, forward: BranchParams, backward: BranchParams
 
 
 def all_rivals(
-    xz: Tensor, forward: BranchParams, backward: BranchParams
+    xz: Tensor, forward: BranchParams, backward: BranchParams, compiled: bool = True
 ) -> dict[str, rivals.Rival]:
-    """The functions that run here, by name."""
+    """The functions that run here, by name; `compiled`: torch.compile among them."""
     contenders: dict[str, Callable | None] = {}
     for name in selective_scan.PREFERENCE:
         os.environ["DYVM_BACKEND"] = name
@@ -99,10 +105,11 @@ def all_rivals(
     contenders |= {
         "sequential loop, einsum": rivals.with_core(rivals.einsum_loop),
         "chunked PyTorch": rivals.with_core(rivals.chunked(rivals.chunk_steps)),
-        "torch.compile": rivals.with_core(rivals.compiled_chunks()),
         "mambapy": None if mambapy is None else rivals.with_core(mambapy),
         "transformers": rivals.transformers_mixer(forward, backward),
     }
+    if compiled:
+        contenders["torch.compile"] = rivals.with_core(rivals.compiled_chunks())
     for name in [name for name, rival in contenders.items() if rival is None]:
         print(f"left out: {name} is not installed", file=sys.stderr)
         del contenders[name]
@@ -164,7 +171,7 @@ def measure(args: argparse.Namespace, train: bool) -> dict[str, dict]:
     xz = torch.randn(args.batch, args.tokens, 2 * channels, device=args.device).to(dtype)
     forward, backward = (random_params(channels, args.states, rank, args.device) for _ in range(2))
     grad_out = torch.randn(args.batch, args.tokens, channels, device=args.device)
-    contenders = all_rivals(xz, forward, backward)
+    contenders = all_rivals(xz, forward, backward, args.compile)
     if train and not args.slow:
         contenders = {
             name: rival for name, rival in contenders.items() if name not in SLOW_TO_TRAIN
@@ -244,7 +251,8 @@ def table(results: dict[str, dict], fastest: str) -> str:
     for name, r in sorted(results.items(), key=lambda item: item[1].get("ms", float("inf"))):
         error = f"{r['error']:.1e}" if "error" in r else ""
         if "ms" not in r or "ms" not in base:
-            rows.append((name, "WRONG" if "ms" not in r else f"{r['ms']:.1f}", "", "", "", error))
+            ms = "WRONG" if "ms" not in r else f"{r['ms']:.1f}"
+            rows.append((name, ms, "", "", "", error, "", ""))
             continue
         rows.append(
             (
@@ -259,7 +267,7 @@ def table(results: dict[str, dict], fastest: str) -> str:
             )
         )
     headers = ("", "ms", f"x {fastest}", "processor ms", "x", "worst error", "samples", "disturbed")
-    return tabulate(rows, headers, disable_numparse=True, stralign="right")
+    return text_table(rows, headers)
 
 
 def main() -> None:
@@ -285,11 +293,12 @@ def main() -> None:
         print(
             f"\n{name}: B {args.batch}, L {args.tokens}, E {2 * args.width}, N {args.states}, "
             f"{args.precision}, {record['device']}, {record['threads']} threads\n"
-            f"{table(record[name], ours)}"
+            f"{table(record[name], ours)}",
+            flush=True,
         )
         wrong += [rival for rival, result in record[name].items() if "ms" not in result]
-    if args.output:
-        write_json(args.output, record)
+        if args.output:
+            write_json(args.output, record)
     require_correct(wrong, TOLERANCES[args.precision])
 
 

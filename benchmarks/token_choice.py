@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import checking, flags, records
 from benchmarks.model import random_images
 from benchmarks.train import draw_noise
-from losses import Budgets, Distillation, Objective
+from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import VisionMamba, sampling
 from models.importance import with_importance
-from tasks.classification import ClassificationTerms
 from utils import arguments
 from utils.files import write_json
 from utils.program import run_main

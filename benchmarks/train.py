@@ -34,11 +34,10 @@ from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
-from losses import Budgets, Distillation, Objective
+from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import DynamicVisionMamba, VisionMamba, sampling
 from models.reduction import base
 from ops import selective_scan
-from tasks.classification import ClassificationTerms
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
@@ -53,6 +52,7 @@ from utils.timing import interleaved
 # times finer than bf16.
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 Step = Callable[[], list[Tensor]]
+Keep = Callable[[dict[str, Any]], None]  # gets a record, also one that is not complete yet
 
 
 class Part(NamedTuple):
@@ -269,10 +269,12 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return errors.nan_to_num(nan=float("inf")).max().item()
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, args: argparse.Namespace, keep: Keep = lambda record: None
+) -> dict[str, Any]:
     """{"errors", "wrong", "steps": {name: times}, "memory": {name: bytes}}.
 
-    Wrong steps are left out of the last two.
+    Wrong steps are left out of the last two. `keep` gets the record whenever a figure is added.
     """
     steps, errors = PARTS[name](args)
     measured = errors()
@@ -292,11 +294,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "memory": {},
         "steps": {},
     }
+    keep(record)
     if not steps:
         return record
     for step in steps.values():
         step()
     record["memory"] = {name: peak_memory(step, args.device) for name, step in steps.items()}
+    keep(record)
     if args.profile:
         # A profile of the release-like step, with its many kernels, takes minutes.
         record["hotspots"] = {
@@ -305,15 +309,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             if not name.startswith("release-like")
         }
     record["steps"] = interleaved(steps, args.device, 3, args.seconds, args.retries)
+    keep(record)
     return record
 
 
-def measure_fitting(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure_fitting(
+    name: str, args: argparse.Namespace, keep: Keep = lambda record: None
+) -> dict[str, Any]:
     """`measure` at the largest of batch, batch / 2, ... that the GPU's memory holds."""
     batch = args.batch
     while True:
         try:
-            return measure(name, argparse.Namespace(**vars(args) | {"batch": batch}))
+            return measure(name, argparse.Namespace(**vars(args) | {"batch": batch}), keep)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise UserError(f"{name}: the GPU's memory does not hold a batch of 1") from None
@@ -365,16 +372,20 @@ def main() -> None:
         "precision": args.precision,
         "release_checkpointing": args.release_checkpointing,
     }
+
+    def keep(part: str, measured: dict[str, Any]) -> None:
+        record[part] = measured
+        if args.output:
+            write_json(args.output, record)
+
     for part in args.parts:
-        record[part] = measure_fitting(part, args)
+        record[part] = measure_fitting(part, args, partial(keep, part))
         print(
             f"\n{part} step, {record[part]['model']}, batch {record[part]['batch']}, "
             f"{args.precision}, {record['device']}, {record['threads']} threads"
         )
         if record[part]["steps"]:
             print(table(record[part]), flush=True)
-        if args.output:
-            write_json(args.output, record)
     wrong = [step for part in args.parts for step in record[part]["wrong"]]
     require_correct(wrong, TOLERANCES[args.precision])
 

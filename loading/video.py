@@ -13,17 +13,19 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 
 from utils.errors import first_line, printable
 
 from .depth import Depth, Range
 from .frames import frames_of_part
 from .images import BadImageError, check_size, file_range, read_file, read_image
+
+if TYPE_CHECKING:  # PyAV is imported where a file is opened: all else runs without it
+    from av import VideoFrame
+    from av.video.reformatter import VideoReformatter
 
 MAX_CLIP_PIXELS = 2_000_000_000  # of all frames that are read together, 3 bytes each
 VIDEO_EXTENSIONS = (
@@ -118,6 +120,8 @@ class VideoFile(Video):
 
     def _decode(self, wanted: Sequence[int], seek: bool) -> dict[int, np.ndarray]:
         """Those of the wanted frames, ascending, that are found on a way through the file."""
+        from av.video.reformatter import VideoReformatter
+
         listing, found, place = self._listing(), {}, None
         converter = VideoReformatter()  # prepared once for all frames of a size
         with _opened(self.path, self.span) as (container, stream):
@@ -187,7 +191,7 @@ def _list_frames(container, stream) -> _Listing:
     return listing
 
 
-def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, "VideoFrame"]]:
     """(time or number, frame) from where the container stands."""
     for number, frame in enumerate(container.decode(stream)):
         place = frame.pts if listing.timed else number
@@ -195,7 +199,7 @@ def _frames(container, stream, listing: _Listing) -> Iterator[tuple[int, av.Vide
             yield place, frame
 
 
-def _pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
+def _pixels(frame: "VideoFrame", converter: "VideoReformatter") -> np.ndarray:
     """A frame, upright: [H, W, 3] uint8."""
     turns = round(frame.rotation / 90) % 4
     pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
@@ -205,6 +209,9 @@ def _pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
 @contextmanager
 def _opened(path: str, span: tuple[int, int] | None):
     """The container and its video stream; whatever FFmpeg reports becomes a `BadImageError`."""
+    import av
+    from av.stream import Disposition
+
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

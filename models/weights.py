@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from utils.errors import UserError
@@ -59,6 +58,8 @@ def resize_pos_embed(
             f"{math.prod(grid)} patches: no square grid"
         )
     if (height, width) != tuple(grid):
+        from einops import rearrange
+
         table = rearrange(patches, "1 (h w) d -> 1 d h w", h=height).float()
         table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
         patches = rearrange(table, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)

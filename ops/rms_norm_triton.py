@@ -82,13 +82,13 @@ def takes(hidden: Tensor | None, residual: Tensor, weight: Tensor) -> bool:
     given = [tensor for tensor in (hidden, residual, weight) if tensor is not None]
     devices = ("cuda", "cpu") if triton_support.interpreted() else ("cuda",)
     return (
-        triton_support.refusal() is None
-        and all(tensor.device.type in devices for tensor in given)
+        all(tensor.device.type in devices for tensor in given)
         and len({tensor.device for tensor in given}) == 1
         and all(tensor.dtype in _DTYPES for tensor in given)
         and residual.dtype == torch.float32
         and given[0].numel() > 0
         and weight.shape[-1] <= _MAX_WIDTH
+        and triton_support.refusal() is None  # last: it starts CUDA
     )
 
 

@@ -1,14 +1,21 @@
-"""Whether Triton's kernels can run here: asked before any of them is imported."""
+"""Whether Triton's kernels can run here: asked before any of them is imported.
+
+Triton compiles a small C file for every kernel that it launches (triton/runtime/build.py of 3.6).
+"""
 
 import importlib
 import os
 import re
 import shutil
+import sysconfig
 from functools import lru_cache
 
 import torch
 
+from utils.errors import first_line
+
 OLDEST = (3, 4)
+OLDEST_GPU = (7, 0)  # of compute capability
 
 
 def interpreted() -> bool:
@@ -22,9 +29,10 @@ def refusal(anywhere: bool = False) -> str | None:
     can run on none, whatever its hardware.
     """
     try:
-        version = importlib.import_module("triton").__version__
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+        triton = importlib.import_module("triton")
+        version = triton.__version__
+    except Exception as error:  # a broken installation comes up with anything
+        return f"Triton cannot be imported ({first_line(error)})"
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if numbers < OLDEST:
         return f"needs Triton {'.'.join(map(str, OLDEST))} or newer, and this is {version}"
@@ -32,13 +40,39 @@ def refusal(anywhere: bool = False) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is for tests only)"
-    if _compiler() is None:
+    capability = torch.cuda.get_device_capability()
+    if not torch.version.hip and capability < OLDEST_GPU:
+        needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_GPU, capability))
+        return f"needs a GPU of compute capability {needed} or newer, and this one has {found}"
+    if triton.knobs.build.impl is not None:  # a builder of the user's own
+        return None
+    return _no_compiler() or _no_header()
+
+
+def _no_compiler() -> str | None:
+    """Why there is no compiler: Triton runs what CC names, if it is set at all, as one program
+    without arguments, else gcc or clang.
+    """
+    given = os.environ.get("CC")
+    if given is not None and shutil.which(given) is None:
+        return (
+            f"Triton compiles with CC={given}, which is not a program; name one, without "
+            "arguments, or unset CC"
+        )
+    if given is None and not (shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler to launch kernels: install gcc or clang, or set CC"
     return None
 
 
-def _compiler() -> str | None:
-    """What Triton builds its launchers with."""
-    given = os.environ.get("CC")
-    names = [given] if given else ["gcc", "clang"]
-    return next(filter(None, map(shutil.which, names)), None)
+def _no_header() -> str | None:
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # as Triton does for Debian's
+    own = sysconfig.get_paths(scheme=scheme)["include"]
+    others = (os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    folders = [own, *":".join(others).split(":")]
+    if any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in folders if folder):
+        return None
+    return (
+        f"Triton needs Python's headers to launch kernels, and {own} has no Python.h: install them "
+        "(python3-dev on Debian and Ubuntu)"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datasets import add_augmentation_arguments
 from loading.data import Data, refuse_one_class
 from loading.loaders import Batch
-from losses import logits_terms
+from losses import ClassificationTerms, logits_terms
 from models import Result
 from utils.arguments import below_one, not_negative, probability
 from utils.distributed import Distributed
@@ -26,17 +26,6 @@ from .base import Measure, Named, Task, check_classes, register
 from .meters import exact_sum
 
 SHOWN = 5  # classes in a picture
-
-
-class ClassificationTerms(nn.Module):
-    """`cls`: a loss of (logits [B, C], targets), logits in float32."""
-
-    def __init__(self, criterion: nn.Module):
-        super().__init__()
-        self.criterion = criterion
-
-    def forward(self, result: Result, targets: Tensor) -> dict[str, Tensor]:
-        return {"cls": self.criterion(result.logits.float(), targets)}
 
 
 class ClassificationMeter:

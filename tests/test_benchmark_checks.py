@@ -156,7 +156,11 @@ def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch):
     args = SimpleNamespace(
         **vars(ARGS) | {"dense_size": "T", "retries": 0, "seconds": 0, "profile": False}
     )
-    record = train.measure("dense", args)
+    kept = []
+    record = train.measure(
+        "dense", args, lambda r: kept.append((len(r["memory"]), len(r["steps"])))
+    )
+    assert kept == [(0, 0), (2, 0), (2, 2)]  # in case the time runs out
     assert built == ["vim_tiny", "deit_tiny_patch16_224"]
     assert (
         record["errors"].keys() == {"Vim-T"}

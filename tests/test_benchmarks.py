@@ -401,7 +401,7 @@ def test_a_wrong_model_gets_no_speed(monkeypatch, tmp_path, capsys):
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
     asked = []
 
-    def measure(name, args):
+    def measure(name, args, keep):
         asked.append(args.batch)
         if args.batch > 64:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -10,15 +10,13 @@ outputs of routers and score predictors are put in place of our own, which are c
 import pytest
 import torch
 from helpers import golden
-from sklearn.datasets import load_digits
 from test_golden import dynamic_loss
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 from benchmarks.checking import deciders, decisions_replayed
-from losses import Budgets, Distillation, Objective
+from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
-from tasks.classification import ClassificationTerms
 from utils.precision import autocast
 from utils.seeding import seed_everything
 
@@ -101,7 +99,8 @@ SMALL = dict(img_size=16, patch_size=4, embed_dim=32, depth=4, num_classes=10)
 
 def digits() -> tuple[Tensor, Tensor]:
     """Handwritten digits [N, 3, 16, 16] and their labels [N], in a fixed random order."""
-    images, labels = load_digits(return_X_y=True)
+    datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn")
+    images, labels = datasets.load_digits(return_X_y=True)
     images = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = nn.functional.interpolate(images, scale_factor=2).expand(-1, 3, -1, -1)

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from models import FAMILIES, DynamicVisionMamba, VisionMamba, sampling
 from models.importance import with_importance
-from losses import Budgets, Distillation, Objective
-from tasks.classification import ClassificationTerms
+from losses import Budgets, ClassificationTerms, Distillation, Objective
 from utils.distributed import init_distributed
 
 way, output = json.loads(sys.argv[1]), sys.argv[2]

@@ -6,6 +6,7 @@ from torch import nn
 
 from losses import (
     Budgets,
+    ClassificationTerms,
     Distillation,
     Objective,
     block_ratio,
@@ -14,7 +15,6 @@ from losses import (
     token_ratio,
 )
 from models import Result, Scored
-from tasks.classification import ClassificationTerms
 
 CLASSIFY = ClassificationTerms(nn.CrossEntropyLoss())
 

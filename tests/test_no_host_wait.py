@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import measured_rates
-from losses import Budgets, Distillation, Objective
+from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import FAMILIES, DynamicVisionMamba, VisionMamba
 from ops import rms_norm
 from ops.selective_scan import torch_lean, windows
-from tasks.classification import ClassificationTerms
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=16, depth=3, num_classes=7)
 DYNAMIC = dict(pruning_layers=(1, 2), token_keep=(0.7, 0.4))

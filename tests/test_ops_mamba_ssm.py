@@ -194,6 +194,31 @@ def test_takes_names_what_it_refuses(monkeypatch):
     assert "not 257" in mamba_ssm.takes(xz, params._replace(A=torch.zeros(8, 257)))
 
 
+def test_packages_without_their_cuda_part(calls, monkeypatch):
+    """They import, and what they call is missing."""
+    absent = {"selective_scan_cuda", "causal_conv1d_cuda"}
+    for name in absent:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    missing = AttributeError("'NoneType' object has no attribute 'fwd'")
+
+    def fails(*args, **kwargs):
+        raise missing
+
+    monkeypatch.setattr(
+        sys.modules["mamba_ssm.ops.selective_scan_interface"], "selective_scan_fn", fails
+    )
+    reason = mamba_ssm.available()
+    assert "(AttributeError: 'NoneType' object has no attribute 'fwd'); mamba-ssm and " in reason
+    assert reason.endswith(
+        "mamba-ssm and causal-conv1d installed without the CUDA part: rebuild with "
+        "MAMBA_KEEP_CUDA_BUILD=TRUE, see requirements-cuda.txt"
+    )
+    monkeypatch.setitem(sys.modules, "causal_conv1d_cuda", ModuleType("causal_conv1d_cuda"))
+    assert "; mamba-ssm installed without the CUDA part" in mamba_ssm.available()
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
+    assert mamba_ssm.available().endswith("has no attribute 'fwd')")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_gpu_packages(monkeypatch):

@@ -379,7 +379,7 @@ def test_slurm_says_how_to_submit(cluster, tmp_path):
     )
 
 
-# test.sh, gpu_check.sh and demo.sh with a python that notes what it is asked to run
+# test.sh and demo.sh with a python that notes what it is asked to run
 
 
 def test_test_command(python, tmp_path):
@@ -421,58 +421,12 @@ def test_test_command_names_what_is_missing(tmp_path):
     assert f"{python} has no pytest_cov" in one_line(run("scripts/test.sh", PYTHON=python), 1)
 
 
-def test_gpu_check_goes_on_after_a_failure(python, tmp_path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/train.json").write_text("of an earlier call")
-    result = run("scripts/gpu_check.sh", "results", PYTHON=python, TOTAL_SECONDS=8, cwd=tmp_path)
-    assert result.returncode == 1
-    rows = {
-        line.split("  ")[0]: line
-        for line in (tmp_path / "results/summary.txt").read_text().splitlines()
-    }
-    assert list(rows) == [
-        "part",
-        "tests",
-        "benchmark ops",
-        "model S",
-        "model S, 512",
-        "train",
-        "model T and B",
-        "goals",
-    ]
-    assert re.search(r"passed .* 3 passed in 1.00s", rows["tests"])
-    assert " passed " in rows["benchmark ops"]
-    assert re.search(r"failed \(exit 7\) .* a line of the benchmark", rows["model S"])
-    assert "out of time" in rows["train"] and " passed " in rows["goals"]
-    assert not (tmp_path / "results/train.json").exists()
-    assert result.stdout.endswith((tmp_path / "results/summary.txt").read_text())
-    calls = (tmp_path / "calls.log").read_text()
-    assert calls.count(f" --output {tmp_path}/results/") == len(rows) - 2
-    assert "benchmarks/ops.py --device cuda --precision bf16 --batch 256 " in calls
-    assert "benchmarks/model.py --device cuda --models S --img-size 512 --batch 256 " in calls
-
-
 def test_arm_check_without_an_emulator(tmp_path):
     for tool, real in {"bash": "bash", "dirname": "dirname", "mmdebstrap": "true"}.items():
         (tmp_path / tool).symlink_to(shutil.which(real))
     said = one_line(run("scripts/arm_check.sh", PATH=str(tmp_path), ARM_ROOT=tmp_path / "arm"), 1)
     assert "needs qemu-aarch64 aarch64-linux-gnu-g++: sudo apt-get install" in said
     assert not (tmp_path / "arm").exists()
-
-
-def test_gpu_check_without_a_gpu(tmp_path):
-    python = program(tmp_path / "python", "[[ $2 != *cuda* ]]")
-    assert "PyTorch sees no CUDA device" in one_line(
-        run("scripts/gpu_check.sh", tmp_path / "out", PYTHON=python), 1
-    )
-    assert "name one folder" in one_line(run("scripts/gpu_check.sh"), 2)
-    assert "TOTAL_SECONDS=0 is not" in one_line(
-        run("scripts/gpu_check.sh", tmp_path / "out", TOTAL_SECONDS=0), 2
-    )
-    (tmp_path / "file").touch()
-    assert "cannot write to" in one_line(
-        run("scripts/gpu_check.sh", tmp_path / "file", PYTHON=python), 1
-    )
 
 
 def test_demo(python, tmp_path):

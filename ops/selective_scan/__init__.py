@@ -58,6 +58,7 @@ _logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 _chosen: dict[str, ModuleType] = {}
 _traced_with: str | None = None
+_MUCH_SLOWER = ("torch", "reference")
 
 
 class BackendError(UserError, RuntimeError):
@@ -90,6 +91,11 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 def _unavailable(name: str) -> str | None:
     """Why the backend cannot run on this machine; asked once, since the answer may take a build."""
     return _load(name)[0].available()
+
+
+def _machine_refusal(name: str) -> str | None:
+    """Why a backend cannot run on this machine, whatever its arguments."""
+    return _load(name)[1] or _unavailable(name)
 
 
 def available(name: str) -> bool:
@@ -165,7 +171,23 @@ def _choose(xz: Tensor, params: BranchParams, in_place: bool) -> str:
     if chosen not in _reported:
         _reported.add(chosen)
         _logger.info("selective scan on %s runs on the '%s' backend", xz.device, chosen)
+    if xz.device.type == "cuda" and not forced:
+        _warn_without_triton(chosen)
     return chosen
+
+
+@lru_cache(maxsize=None)
+def _warn_without_triton(chosen: str) -> None:
+    """Say once that a GPU runs without the kernels written for it, if the machine is why."""
+    reason = _machine_refusal("triton")
+    if reason is not None:
+        slower = ", many times slower" if chosen in _MUCH_SLOWER else ""
+        _logger.warning(
+            "the 'triton' backend cannot run here, and the selective scan runs on '%s'%s: %s",
+            chosen,
+            slower,
+            reason,
+        )
 
 
 def _describe(value: object) -> str:

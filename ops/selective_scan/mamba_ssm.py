@@ -10,6 +10,9 @@ A mask in place is refused.
 B images, L tokens, E inner channels, N states, R step rank, W convolution width.
 """
 
+import importlib.util
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +24,11 @@ _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 256
 _IN_PLACE = "has no in-place form of the mask"
+# The packages as Python and as pip name them, and the module with each one's kernels.
+_CUDA_PARTS = {
+    "mamba_ssm": ("mamba-ssm", "selective_scan_cuda"),
+    "causal_conv1d": ("causal-conv1d", "causal_conv1d_cuda"),
+}
 
 
 def _kernels():
@@ -47,9 +55,28 @@ def available() -> str | None:
     except Exception as error:  # whatever a package with missing or foreign kernels comes up with
         return (
             "the kernels of mamba-ssm and causal-conv1d do not run here "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error}){_without_cuda_part()}"
         )
     return None
+
+
+def _without_cuda_part() -> str:
+    """What to do for packages that are installed without their kernels; empty if none is."""
+    names = [
+        package
+        for module, (package, part) in _CUDA_PARTS.items()
+        if _installed(module) and not _installed(part)
+    ]
+    if not names:
+        return ""
+    return (
+        f"; {' and '.join(names)} installed without the CUDA part: rebuild with "
+        "MAMBA_KEEP_CUDA_BUILD=TRUE, see requirements-cuda.txt"
+    )
+
+
+def _installed(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None
 
 
 def takes(xz: Tensor, params: BranchParams, in_place: bool = False) -> str | None:
