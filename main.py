@@ -18,7 +18,6 @@ import argparse
 import functools
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import options
@@ -27,6 +26,7 @@ from engine import Interrupted, train_one_epoch, validate
 from evaluation.calibration import calibrate, calibrate_tokens
 from evaluation.summary import draw_decisions, report_evaluation
 from evaluation.sweep import run_sweep
+from exporting.record import refuse_exported
 from loading.fingerprint import fingerprints
 from loading.loaders import worker_died
 from models import VisionMamba
@@ -311,12 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     distributed = init_distributed(args.device)
     setup_logging(distributed.is_main)
     checkpoint = None
-    if args.eval and Path(args.model_path).suffix in (".onnx", ".pt2"):
-        raise UsageError(
-            f"{args.model_path} is an exported model; main.py needs the checkpoint that it was "
-            "made from"
-        )
     if args.eval:
+        refuse_exported(args.model_path, "main.py")
         checkpoint = load_checkpoint(args.model_path)
         recorded = recorded_arguments(checkpoint, task_of_checkpoint(checkpoint).recorded)
         args = options.parse(argv, recorded)

@@ -28,6 +28,7 @@ from models import VisionMamba
 from models.build import sigmoid
 from models.reduction.selection import log_odds
 from tasks import Experiment
+from utils.errors import UserError
 from utils.logging import Progress
 from utils.precision import autocast
 
@@ -111,7 +112,7 @@ def observed_at(
     experiment: Experiment,
 ) -> Tensor:
     """What `of` reads from each call of the modules, on the calibration images of all ranks: flat,
-    on rank 0; else empty.
+    on rank 0; else empty. Raises UserError where no image can be read.
 
     of: a call's arguments and result -> numbers.
     """
@@ -131,6 +132,10 @@ def observed_at(
             with autocast(distributed.device, experiment.args.amp):
                 experiment.task.predict(model, batch.images.to(distributed.device))
     own = torch.cat(recorded) if recorded else torch.empty(0)
+    if not distributed.all_reduce_sum([len(own)]).item():
+        raise UserError(
+            "thresholds are chosen on training images, and none of those at --data-path can be read"
+        )
     return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import options
 from datasets import add_depth_argument, add_whole_images
 from exporting.onnx_model import OnnxModel, is_onnx
+from exporting.record import refuse_exported
 from loading.bad_images import BadImages
 from loading.class_names import read_names
 from loading.depth import settle_depth
@@ -168,18 +169,9 @@ def load_predictor(
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is needed, the checkpoint to use")
-    if Path(args.model_path).suffix == ".pt2":
-        raise UsageError(
-            f"{args.model_path} is a program of --format torch or aoti, which other programs load; "
-            f"{parser.prog} needs a checkpoint{' or an ONNX file' if exported else ''}"
-        )
+    refuse_exported(args.model_path, parser.prog, onnx_too=exported)
     runtime = None
     if is_onnx(args.model_path):
-        if not exported:
-            raise UsageError(
-                f"{args.model_path} is an exported model; {parser.prog} needs the checkpoint that "
-                "it was made from"
-            )
         runtime = OnnxModel(args.model_path)
         check_fixed(argv, args)
     checkpoint = runtime.checkpoint if runtime else load_checkpoint(args.model_path)

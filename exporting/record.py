@@ -1,18 +1,32 @@
 """What an exported file says of itself, as text beside the program."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from models import VisionMamba
 from models.build import IDENTITY, sigmoid
 from models.flops import count_flops
 from tasks import TASKS, Task
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 OWN = "dyvm"  # key of the record that predict.py reads
 VERSION = 1
 NOT_RECORDED = {"data_path", "prefix"}  # specific to the machine
+
+
+def refuse_exported(path: str | os.PathLike, program: str, onnx_too: bool = False) -> None:
+    """Raise UsageError for a file of export.py by its name, where `program` needs a checkpoint;
+    onnx_too: or an ONNX file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".pt2" or (suffix == ".onnx" and not onnx_too):
+        raise UsageError(
+            f"{path} is an exported model; {program} needs the checkpoint that it was made from"
+            + (", or an ONNX file" if onnx_too else "")
+        )
 
 
 def record_of(

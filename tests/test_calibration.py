@@ -14,12 +14,12 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 import main
 import options
 from engine import validate
-from evaluation.calibration import calibrate, quantile_above
+from evaluation.calibration import calibrate, calibrate_tokens, quantile_above
 from models.build import build_model, recorded_arguments, restore
 from tasks import Experiment
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import Distributed
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 ALONE = Distributed(torch.device("cpu"))
 
@@ -107,6 +107,14 @@ def test_routers_that_tell_nothing_apart_keep_the_papers_threshold(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         assert calibrate({"model": model}, experiment) == {"model": 0.0}
     assert "hardly tell" in caplog.text
+
+
+def test_training_images_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    experiment, model = loaded(save_model(tmp_path / "model.pth", *DYNAMIC))
+    monkeypatch.setattr(type(experiment.data.calibration_loader), "batches", lambda self: iter(()))
+    for choose in (calibrate, calibrate_tokens):
+        with pytest.raises(UserError, match="none of those at --data-path can be read"):
+            choose({"model": model}, experiment)
 
 
 def test_a_quantile_lies_between_its_neighbours():
