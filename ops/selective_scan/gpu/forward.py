@@ -179,13 +179,7 @@ def _scan(
 
 
 def _packed(bc: Tensor) -> bool:
-    """Whether B and C of every token can be read as 64-bit words: of a type that the kernel takes
-    apart, and aligned.
-    """
+    """Whether B and C of every token are whole and aligned 64-bit words."""
     bytes_of = bc.element_size()
     places = (bc.data_ptr(), *(stride * bytes_of for stride in bc.stride()[:-1]))
-    return (
-        bc.dtype in (torch.bfloat16, torch.float32)
-        and bc.shape[-1] * bytes_of % 8 == 0
-        and all(place % 8 == 0 for place in places)
-    )
+    return bc.shape[-1] * bytes_of % 8 == 0 and all(place % 8 == 0 for place in places)

@@ -26,9 +26,17 @@ FINISH = tl.constexpr(2)  # adds what the other direction stored, and gates
 
 
 @triton.jit
-def _bf16_pair(word):
-    """The two bfloat16 of an int32 as float32."""
-    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+def _halves(word, dtype: tl.constexpr):
+    """The two numbers of 16 bits in an int32 as float32."""
+    if dtype == tl.bfloat16:
+        low, high = word << 16, word & -65536
+        return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    else:
+        low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
+        return (
+            low.to(tl.float16, bitcast=True).to(tl.float32),
+            high.to(tl.float16, bitcast=True).to(tl.float32),
+        )
 
 
 @triton.jit
@@ -44,8 +52,9 @@ def _load_bc(bc, N: tl.constexpr, PACKED: tl.constexpr):
         for i in tl.static_range(N * size // 4):
             word = tl.load(words + i)
             low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-            if bc.dtype.element_ty == tl.bfloat16:
-                values = values + _bf16_pair(low) + _bf16_pair(high)
+            if size == 2:
+                values = values + _halves(low, bc.dtype.element_ty)
+                values = values + _halves(high, bc.dtype.element_ty)
             else:
                 values = values + (
                     low.to(tl.float32, bitcast=True),
