@@ -2,6 +2,7 @@
 
 import pytest
 
+import flag_rules
 import options
 from tasks import CLASSIFICATION
 from utils.arguments import _at_home
@@ -218,7 +219,7 @@ GIVEN = {
     ],
 )
 def test_flags_that_the_method_does_not_read_are_refused(method, flags):
-    for flag in options.READ_BY:
+    for flag in flag_rules.READ_BY:
         given = GIVEN.get(flag, 1)
         for value in (
             f"{flag} {given}",
@@ -265,7 +266,7 @@ def test_a_recipe_keeps_its_flags_when_its_method_is_changed():
 
 def test_evaluation_takes_all_of_them():
     recorded = {"data_set": "DIGITS", "model": "vim_tiny", "method": "dense", "model_kwargs": []}
-    for flag in options.READ_BY:
+    for flag in flag_rules.READ_BY:
         parse(f"--eval --model-path x {flag} {GIVEN.get(flag, 1)}", recorded)
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "exporting": 6,
     "training": 5,
     "options": 5,
+    "flag_rules": 4,
     "tasks": 4,
     "datasets": 3,
     "losses": 3,
