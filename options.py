@@ -38,7 +38,6 @@ from utils.errors import UsageError
 from utils.precision import AMP_DTYPES
 from utils.run_folder import CALIBRATED
 
-
 MOST_BUDGETS = 100  # of one --sweep
 
 
