@@ -8,19 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ops import triton_support
-
 from ..params import BranchParams
-from . import in_place
+from . import cuda, in_place
 from .call import Call, conv_weights, scan_weights, stack
 from .forward import convolve
-from .kernels.common import CHUNK
 from .kernels.convolution import conv_backward
-from .kernels.scan_backward import SMALLEST_GROUP, gate_backward, scan_backward
-
-# Channels per program of the scan: one a thread, since it fills the registers. In the
-# interpreter a program costs the same whatever its width.
-_BLOCK = 64 if triton_support.interpreted() else 32
+from .kernels.scan_backward import gate_backward
+from .scan_gradient import Given, run_triton
 
 
 def backward(
@@ -115,49 +109,24 @@ def _scan_backward(
     N, E], of D and the step bias [G, 2, E], of the gates [G, B, K], still to be added up, and of a
     mask in place [B, L] through the steps (else None).
     """
-    G, B, L, E = u.shape
-    R, N = params[0].dt_proj_weight.shape[1], params[0].A.shape[1]
-    blocks = triton.cdiv(E, _BLOCK)
-    full = u.new_empty((0,), dtype=torch.float32).new_empty
-    scratch = full(G, B, CHUNK // SMALLEST_GROUP, N, E)
-    grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
-    grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
-    grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
-    grad_mask = full(blocks, G, B, L) if call.in_place else None
-    scan_backward[(B * blocks, G)](
+    given = Given(
         grad_y,
         u,
         dt,
-        projected[..., R:],
-        R + 2 * N,
+        projected[..., params[0].dt_proj_weight.shape[1] :],
         call.step_mask(mask),
-        *call.routing(),
+        call.lengths,
+        call.active,
         gates,
-        *scan_weights(params),
+        scan_weights(params),
         states,
-        scratch,
-        grad_u,
-        grad_dt,
-        grad_bc,
-        grad_A,
-        grad_channel,
-        grad_gate,
-        grad_mask,
-        B,
-        L,
-        E,
-        states.shape[2],
-        N=N,
-        BOTH=G == 2,
-        REVERSE=call.directions[0],
-        CHUNK=CHUNK,
-        GROUP=SMALLEST_GROUP,
-        BLOCK=_BLOCK,
-        num_warps=1,
+        call.directions[0],
     )
-    grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
-    by_step = grad_mask.sum((0, 1)) if call.in_place else None
-    return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate, by_step
+    result = cuda.scan_backward(given) or run_triton(given)
+    grad_bc = result.bc.sum(0, dtype=torch.float32).to(u.dtype)
+    by_step = result.mask.sum((0, 1)) if call.in_place else None
+    grad_A, grad_channel = result.A.sum(1), result.channel.sum(1)
+    return result.u, result.dt, grad_bc, grad_A, grad_channel, result.gate, by_step
 
 
 def _convolve_backward(
