@@ -152,9 +152,9 @@ def check(emulator, given: Given) -> Result:
         if correct is not None:
             scale = correct.norm()
             error = ((value - correct).norm() / (scale if scale > 0 else 1)).item()
-            # Rounding to 16 bits alone is half an epsilon at most.
+            # Rounding to 16 bits is half an epsilon at most, a fifth on average; cutting off twice.
             exact = stored.dtype == torch.float32
-            errors[name] = error / (5e-7 if exact else torch.finfo(stored.dtype).eps / 2)
+            errors[name] = error / (5e-7 if exact else torch.finfo(stored.dtype).eps / 3)
     assert all(value < 1 for value in errors.values()), errors
     return sums
 
@@ -226,6 +226,15 @@ def test_nan(where, dtype, emulator):
     for name, value, correct in zip(Result._fields, sums, wanted, strict=True):
         assert value[correct.isnan()].isnan().all(), name
     assert wanted.bc.isnan().any()
+
+
+def test_nan_whose_bits_are_all_ones(emulator):
+    """Rounded up to bfloat16 it would be a zero."""
+    given = draw(1, 3, 8, G=1, dtype=torch.bfloat16)
+    given.weights[1].view(torch.int32)[2] = 0x7FFFFFFF
+    given, _ = reference(given)
+    found = cuda._run(emulator(given), given)
+    assert found.u[..., 2].isnan().all() and found.u.isnan().sum() == 3
 
 
 def test_tiny_steps(emulator):

@@ -13,7 +13,7 @@
 
 #define __device__
 #define __global__
-#define __shared__ static
+#define __shared__  // a global that others may see, lest the compiler keep its values over a wait
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 #define threadIdx (Index{(unsigned)warp.lane, 0, 0})

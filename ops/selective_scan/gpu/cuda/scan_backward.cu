@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_tile(const Float16* from, float (&to)[kTile
   to[2] = widen(Float16{(unsigned short)v.y}), to[3] = widen(Float16{(unsigned short)(v.y >> 16)});
 }
 
-// log(1 + e^x). On (0, 1], log(1 + e) = e P(e) with a relative error of 3e-8, however small e is. A NaN passes through e.
+// log(1 + e^x). On (0, 1], log(1 + e) = e P(e) with a relative error of 3e-8, however small e is. A NaN passes through
+// e.
 __device__ __forceinline__ float softplus(float x) {
   const float e = exp2_fast(-kLog2e * fabsf(x));
   float p = 0.0052534577972598f;
@@ -163,7 +164,7 @@ struct Problem {
   int reverse;  // whether the only direction is the reversed one
 };
 
-struct Tile { float at[kTile][kTile]; };  // [state][channel]
+struct Tile { float at[kTile][kTile]; };  // of a lane: [state][channel]
 
 // A chunk. Channels that do not exist and steps behind the end are zero: they change nothing.
 struct Shared {
@@ -176,7 +177,7 @@ struct Shared {
 };
 __shared__ Shared shared;
 
-static_assert(CHUNK % kAhead == 0 && kAhead % kGroup == 0, "whole groups are loaded");
+static_assert(CHUNK == 32 && CHUNK % kAhead == 0 && kAhead % kGroup == 0, "a lane loads the mask of a step");
 
 // Lane group g of 4 holds the states g, g + 4, g + 8, g + 12, so that a sum ends in the lane of its column. They lie
 // side by side in shared memory.
@@ -213,6 +214,24 @@ __device__ __forceinline__ Tile advance(const Step& step, const Tile& a, const T
   return next;
 }
 
+// The states before a group, which only the lane itself reads.
+__device__ __forceinline__ void keep_states(int group, int lane, const Tile& h) {
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    shared.states[group][j][lane] = make_float4(h.at[j][0], h.at[j][1], h.at[j][2], h.at[j][3]);
+  }
+}
+
+__device__ __forceinline__ Tile kept_states(int group, int lane) {
+  Tile h;
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    const float4 v = shared.states[group][j][lane];
+    h.at[j][0] = v.x, h.at[j][1] = v.y, h.at[j][2] = v.z, h.at[j][3] = v.w;
+  }
+  return h;
+}
+
 __device__ __forceinline__ int tokens_to_walk(const Problem& p, long long image, int direction) {
   if (p.active && !p.active[image * p.stride_active[0] + direction * p.stride_active[1]]) return 0;
   if (!p.lengths) return p.tokens;
@@ -233,6 +252,8 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
   const int c = block * kChannels + lane;                                     // its channel
   const bool inside = c < E;
   const int tile_channel = block * kChannels + first_channel;
+  // Of the lane's tile in [N, E]. What lies outside reads another channel's values, and nothing comes of them.
+  const auto at = [=](int j, int k) { return (unsigned)((lane % 4 + 4 * j) * E + min(tile_channel + k, E - 1)); };
   const float gate = p.gates && n > 0 ? p.gates[2 * image + direction] : 1.0f;
   const float skip = inside ? p.skip[direction][c] : 0.0f;
 
@@ -241,7 +262,6 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
   const Scalar* bc = p.bc + walk * L * p.stride_bc;
   Scalar *grad_u = p.grad_u + walk * L * E, *grad_dt = p.grad_dt + walk * L * E;
   Partial* grad_bc = p.grad_bc + partial * 2 * kStates;
-  const long long tile = (walk * kStates + lane % 4) * E + tile_channel;  // its corner in tensors [G, B, N, E]
 
   for (int t = n; t < L; ++t) {
     if (inside) narrow(0.0f, grad_u[(unsigned)(t * E + c)]), narrow(0.0f, grad_dt[(unsigned)(t * E + c)]);
@@ -254,8 +274,7 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
   for (int j = 0; j < kTile; ++j) {
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {
-      const bool exists = tile_channel + k < E;
-      a.at[j][k] = exists ? kLog2e * p.a[direction][(lane % 4 + 4 * j) * E + tile_channel + k] : 0.0f;
+      a.at[j][k] = kLog2e * p.a[direction][at(j, k)];
       grad_h.at[j][k] = sum_a.at[j][k] = 0.0f;
     }
   }
@@ -273,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {  // all loads first; what does not exist is read elsewhere and not used
         const int t = first + onward * min(ahead + i, steps - 1);
-        const unsigned at = t * E + min(c, E - 1);
-        dt_rows[i] = dt[at], u_rows[i] = u[at], g_rows[i] = grad_y[at];
+        const unsigned row = t * E + min(c, E - 1);
+        dt_rows[i] = dt[row], u_rows[i] = u[row], g_rows[i] = grad_y[row];
         bc_rows[i] = bc[(unsigned)(t * p.stride_bc + lane)];
       }
 #pragma unroll
@@ -292,21 +311,15 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
     __syncwarp();
 
     Tile h;
+    const float* kept = p.kept + (walk * p.saved + chunk - 1) * kStates * E;
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
 #pragma unroll
-      for (int k = 0; k < kTile; ++k) {
-        const bool exists = chunk > 0 && tile_channel + k < E;
-        const float* kept = p.kept + (walk * p.saved + chunk - 1) * kStates * E;
-        h.at[j][k] = exists ? kept[(lane % 4 + 4 * j) * E + tile_channel + k] : 0.0f;
-      }
+      for (int k = 0; k < kTile; ++k) h.at[j][k] = chunk > 0 ? kept[at(j, k)] : 0.0f;
     }
 #pragma unroll 1
     for (int group = 0; group < groups - 1; ++group) {
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        shared.states[group][j][lane] = make_float4(h.at[j][0], h.at[j][1], h.at[j][2], h.at[j][3]);
-      }
+      keep_states(group, lane, h);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         Tile decay;
@@ -317,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
 #pragma unroll 1
     for (int group = groups - 1; group >= 0; --group) {
       Tile states[kGroup + 1], decays[kGroup];
-      float mask_terms[kGroup];
+      float mask_terms[kGroup], mask_pairs[2];  // of the mask's gradient: the channel's, then sums of two lanes
       states[0] = h;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
@@ -326,7 +339,8 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
       }
 #pragma unroll
       for (int i = kGroup - 1; i >= 0; --i) {
-        const int s = group * kGroup + i, t = first + onward * s;
+        // A step behind the end writes its zeros where the last step, which comes next, writes over them.
+        const int s = group * kGroup + i, t = first + onward * min(s, steps - 1);
         const Step step = load_step(s, first_channel, first_state);
         float c_row[kTile], g[kTile];
         load_tile(&shared.bc[s][kStates + first_state], c_row);
@@ -340,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
           for (int k = 0; k < kTile; ++k) by_c[j] += states[i + 1].at[j][k] * g[k];
         }
         const float c_column = fold4(by_c, lane, 4);
-        float along_b[kTile] = {}, exponent[kTile] = {};  // sums over states: of grad_h B and of the gradient of step A
+        // Sums over states: of grad_h B, and of the gradient of step A times A.
+        float along_b[kTile] = {}, exponent[kTile] = {};
 #pragma unroll
         for (int j = 0; j < kTile; ++j) {
 #pragma unroll
@@ -358,6 +373,7 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
         const float column = fold(fold4(by_b, lane, 4), c_column, lane, 16);
         const float to_input = fold4(along_b, lane, 1), to_exponent = fold4(exponent, lane, 1) * kLn2;
 
+        // What is left is for the lane's own channel and its own column of B and C.
         const float own_step = shared.step[s][lane], own_u = widen(shared.u[s][lane]), own_g = widen(shared.g[s][lane]);
         const float own_mask = MASKED ? shared.mask[s] : 1.0f;
         const float grad_step = (to_input * own_u + to_exponent) * gate;  // of the step times the mask
@@ -365,36 +381,32 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
         sum_skip += own_g * own_u;
         sum_bias += grad_projected;
         sum_gate += column * shared.bc[s][place(lane)];
-        mask_terms[i] = inside ? grad_step * own_step : 0.0f;
+        mask_terms[i] = grad_step * own_step;
+        if (MASKED && i % 2 == 0) mask_pairs[i / 2] = fold(mask_terms[i], mask_terms[i + 1], lane, 1);
         Scalar to_u, to_dt;
         Partial to_bc;
         narrow((skip * own_g + to_input * own_step * own_mask) * gate, to_u);
         narrow(grad_projected, to_dt);
         narrow(column * gate, to_bc);
-        if (s < steps && inside) grad_u[(unsigned)(t * E + c)] = to_u;
-        if (s < steps && inside) grad_dt[(unsigned)(t * E + c)] = to_dt;
-        if (s < steps) grad_bc[(unsigned)(t * 2 * kStates + lane)] = to_bc;
+        if (inside) grad_u[(unsigned)(t * E + c)] = to_u, grad_dt[(unsigned)(t * E + c)] = to_dt;
+        grad_bc[(unsigned)(t * 2 * kStates + lane)] = to_bc;
       }
       if (MASKED) {
-        const float sum = sum_over_lanes(fold4(mask_terms, lane, 1), 4);
+        const float sum = sum_over_lanes(fold(mask_pairs[0], mask_pairs[1], lane, 2), 4);
         const int s = group * kGroup + lane;
         if (lane < kGroup && s < steps) p.grad_mask[partial + first + onward * s] = sum;
       }
-      if (group > 0) {
-#pragma unroll
-        for (int j = 0; j < kTile; ++j) {
-          const float4 v = shared.states[group - 1][j][lane];
-          h.at[j][0] = v.x, h.at[j][1] = v.y, h.at[j][2] = v.z, h.at[j][3] = v.w;
-        }
-      }
+      if (group > 0) h = kept_states(group - 1, lane);
     }
   }
 
+  float* grad_a = p.grad_a + walk * kStates * E;
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {
-      if (tile_channel + k < E) p.grad_a[tile + 4 * j * E + k] = sum_a.at[j][k] * gate;
+      const unsigned at = (lane % 4 + 4 * j) * E + tile_channel + k;
+      if (tile_channel + k < E) grad_a[at] = sum_a.at[j][k] * gate;
     }
   }
   if (inside) {
