@@ -4,6 +4,7 @@ Alone, against the plain definition in float64 and its gradient by autograd; and
 interpreter, in the place of Triton's kernel.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -340,6 +341,18 @@ def test_interpreted_one_direction(emulated, monkeypatch):
     inputs = {"xz": torch.randn(1, 7, 80), "params": draw_params(40, N, R)}
     compare(lambda **given: ssm_branch(**given, reverse=True), inputs, 5e-6, monkeypatch)
     assert [given.reverse for given in emulated] == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gpu_proof(masked, dtype):
+    """What runs there is the kernel, compiled for the device, and it agrees with Triton's."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernel = cuda._load(cuda.proof.small_problem(dtype, masked, device))
+    run = functools.partial(cuda._run, kernel)
+    assert cuda.proof.disagreement(run, dtype, masked, device) is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests run in this process")

@@ -27,19 +27,19 @@ def takes(given: Given) -> str | None:
     """None, or why Triton's kernel runs instead."""
     if _failed or os.environ.get("DYVM_CUDA_BACKWARD") == "0":
         return "is turned off"
-    if given.u.device.type != "cuda":
-        return f"runs on CUDA tensors, not on {given.u.device}"
-    reason = problem.refusal(given)
+    reason = _device_refusal(given.u.device) or problem.refusal(given)
     if reason is None and _key(given) not in _proven and torch.cuda.is_current_stream_capturing():
         return "is not compiled and tried while a CUDA graph is captured"
     return reason
 
 
+def _device_refusal(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"runs on CUDA tensors, not on {device}"
+
+
 def scan_backward(given: Given) -> Result | None:
     """The gradients, or None where Triton's kernel has to give them."""
-    if takes(given) is not None:
-        return None
-    kernel = _kernel(given)
+    kernel = None if takes(given) else _kernel(given)
     return None if kernel is None else _run(kernel, given)
 
 

@@ -23,9 +23,7 @@ class CompileError(RuntimeError):
 
 
 def _candidates() -> list[str]:
-    """Names of the library, the one of PyTorch's CUDA version first: the driver knows that one's
-    programs.
-    """
+    """Names of the library, of PyTorch's CUDA version if possible: the driver knows its programs."""
     major = (torch.version.cuda or "").split(".")[0]
     soname = f"libnvrtc.so.{major}"
     root = Path(torch.__file__).parent
@@ -33,7 +31,7 @@ def _candidates() -> list[str]:
     patterns = (root.parent / "nvidia/*/lib" / soname, root / "lib/libnvrtc-*.so*")
     bundled = [path for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
     bundled = [path for path in bundled if "builtins" not in path]
-    return [soname, *bundled, "libnvrtc.so"] if major else []
+    return [*bundled, soname, "libnvrtc.so"] if major else []
 
 
 class Nvrtc:

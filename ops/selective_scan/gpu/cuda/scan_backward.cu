@@ -329,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
 
 #pragma unroll 1
     for (int group = groups - 1; group >= 0; --group) {
-      Tile states[kGroup + 1], decays[kGroup];
+      Tile states[kGroup + 1], decays[kGroup];  // decays[0] is computed twice, for want of registers
       float mask_terms[kGroup], mask_pairs[2];  // of the mask's gradient: the channel's, then sums of two lanes
       states[0] = h;
 #pragma unroll
@@ -346,14 +346,13 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
         load_tile(&shared.bc[s][kStates + first_state], c_row);
         load_tile(&shared.g[s][first_channel], g);
 
-        // Sums over the lane's channels, then over those of the other lanes that hold the same states.
+        // Sums over channels: of the gradients of B and C.
         float by_c[kTile] = {}, by_b[kTile] = {};
 #pragma unroll
         for (int j = 0; j < kTile; ++j) {
 #pragma unroll
           for (int k = 0; k < kTile; ++k) by_c[j] += states[i + 1].at[j][k] * g[k];
         }
-        const float c_column = fold4(by_c, lane, 4);
         // Sums over states: of grad_h B, and of the gradient of step A times A.
         float along_b[kTile] = {}, exponent[kTile] = {};
 #pragma unroll
@@ -363,14 +362,14 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
             float e = grad_h.at[j][k] + c_row[j] * g[k];
             along_b[k] += e * step.b[j];
             by_b[j] += e * step.input[k];
-            e *= decays[i].at[j][k];
+            e *= i == 0 ? exp2_fast(step.delta[k] * a.at[j][k]) : decays[i].at[j][k];
             grad_h.at[j][k] = e;
             const float flow = e * states[i].at[j][k];
             exponent[k] += flow * a.at[j][k];
             sum_a.at[j][k] += flow * step.delta[k];
           }
         }
-        const float column = fold(fold4(by_b, lane, 4), c_column, lane, 16);
+        const float column = fold(fold4(by_b, lane, 4), fold4(by_c, lane, 4), lane, 16);
         const float to_input = fold4(along_b, lane, 1), to_exponent = fold4(exponent, lane, 1) * kLn2;
 
         // What is left is for the lane's own channel and its own column of B and C.
@@ -400,13 +399,13 @@ extern "C" __global__ void __launch_bounds__(32) scan_backward(const Problem p) 
     }
   }
 
-  float* grad_a = p.grad_a + walk * kStates * E;
+  float* grad_a = p.grad_a + walk * kStates * E;  // the offsets once more: kept meanwhile they take registers
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {
-      const unsigned at = (lane % 4 + 4 * j) * E + tile_channel + k;
-      if (tile_channel + k < E) grad_a[at] = sum_a.at[j][k] * gate;
+      const unsigned to = (threadIdx.x % 4 + 4 * j) * E + block * kChannels + threadIdx.x / 4 * kTile + k;
+      if (tile_channel + k < E) grad_a[to] = sum_a.at[j][k] * gate;
     }
   }
   if (inside) {
