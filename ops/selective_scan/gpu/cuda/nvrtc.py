@@ -23,7 +23,7 @@ class CompileError(RuntimeError):
 
 
 def _candidates() -> list[str]:
-    """Names of the library, of PyTorch's CUDA version if possible: the driver knows its programs."""
+    """Names of the library, PyTorch's own first: the driver knows the programs of its version."""
     major = (torch.version.cuda or "").split(".")[0]
     soname = f"libnvrtc.so.{major}"
     root = Path(torch.__file__).parent

@@ -85,8 +85,7 @@ __device__ __forceinline__ void load_tile(const Float16* from, float (&to)[kTile
   to[2] = widen(Float16{(unsigned short)v.y}), to[3] = widen(Float16{(unsigned short)(v.y >> 16)});
 }
 
-// log(1 + e^x). On (0, 1], log(1 + e) = e P(e) with a relative error of 3e-8, however small e is. A NaN passes through
-// e.
+// log(1 + e^x), where log(1 + e) = e P(e) on (0, 1] with a relative error of 3e-8. A NaN passes through e.
 __device__ __forceinline__ float softplus(float x) {
   const float e = exp2_fast(-kLog2e * fabsf(x));
   float p = 0.0052534577972598f;
