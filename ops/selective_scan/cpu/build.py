@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ops import cache
+
 FOLDER = Path(__file__).parent
 _KERNELS = "kernel.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -112,22 +114,6 @@ def _key(flags: tuple[str, ...], description: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _cache_folder() -> Path:
-    """A folder that can be written and belongs to this user: a library is loaded from it."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for folder in (Path(base, "dyvm"), Path(tempfile.gettempdir(), f"dyvm-{os.getuid()}")):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder.stat().st_uid == os.getuid():
-                tempfile.TemporaryFile(dir=folder).close()
-                return folder
-        except OSError:
-            continue
-    raise BuildError(
-        f"no cache folder can be written: neither {base}/dyvm nor {tempfile.gettempdir()}"
-    )
-
-
 def library_path(extra_flags: tuple[str, ...] = (), source: str = _KERNELS) -> Path:
     """Path of the library built from a source of this folder, building it if this machine has not.
 
@@ -147,7 +133,7 @@ def library_path(extra_flags: tuple[str, ...] = (), source: str = _KERNELS) -> P
 
 def _built(compiler: list[str], source: str, flags: tuple[str, ...]) -> Path:
     flags, description = _described(compiler, flags)
-    folder = _cache_folder()
+    folder = cache.folder()
 
     def named(flags: tuple[str, ...]) -> Path:
         return folder / f"{Path(source).stem}-{_key(flags, description)}.so"

@@ -6,7 +6,8 @@ and the raw step size, one kernel scans, adds the directions and gates. The stat
 whatever the dtype of xz; GEMMs run in the dtype of xz. Kept for the backward pass: xz, (step, B,
 C), the sum before the gate and sparse states; u and the raw step size are computed again. Nothing
 waits for the device, so a forward pass can be captured in a CUDA graph. With a mask in place the
-convolution is PyTorch's (in_place.py), and the scan's kernels multiply the step sizes.
+convolution is PyTorch's (in_place.py), and the scan's kernels multiply the step sizes. Where it can
+be compiled, a kernel in CUDA C++ runs the scan's backward pass (cuda/).
 
 B images, L tokens, E inner channels, N states, R step rank.
 """

@@ -8,20 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ops import triton_support
-
-from . import in_place
+from . import cuda, in_place
 from .call import Call
 from .forward import convolve
-from .kernels.common import CHUNK
 from .kernels.convolution import conv_backward
 from .kernels.gating import gate_backward
-from .kernels.scan_backward import GROUP, scan_backward
+from .scan_gradient import Given, run_triton
 from .weights import Weights
-
-# Channels per program of the scan: one a thread, since it fills the registers. In the
-# interpreter a program costs the same whatever its width.
-_BLOCK = 64 if triton_support.interpreted() else 32
 
 
 def backward(
@@ -112,49 +105,24 @@ def _scan_backward(
     N, E], of D and the step bias [G, 2, E], of the gates [G, B, K], still to be added up, and of a
     mask in place [B, L] through the steps (else None).
     """
-    G, B, L, E = u.shape
-    R, N = weights.rank, weights.states
-    blocks = triton.cdiv(E, _BLOCK)
-    full = u.new_empty((0,), dtype=torch.float32).new_empty
-    scratch = full(G, B, CHUNK // GROUP, N, E)
-    grad_u, grad_dt = torch.empty_like(u), torch.empty_like(u)
-    grad_bc = u.new_empty(blocks, G, B, L, 2 * N)
-    grad_A, grad_channel, grad_gate = full(G, B, N, E), full(G, B, 2, E), full(G, B, blocks)
-    grad_mask = full(blocks, G, B, L) if call.in_place else None
-    scan_backward[(B * blocks, G)](
+    given = Given(
         grad_y,
         u,
         dt,
-        projected[..., R:],
-        R + 2 * N,
+        projected[..., weights.rank :],
         call.step_mask(mask),
-        *call.routing(),
+        call.lengths,
+        call.active,
         gates,
-        *weights.scan,
+        weights.scan,
         states,
-        scratch,
-        grad_u,
-        grad_dt,
-        grad_bc,
-        grad_A,
-        grad_channel,
-        grad_gate,
-        grad_mask,
-        B,
-        L,
-        E,
-        states.shape[2],
-        N=N,
-        BOTH=G == 2,
-        REVERSE=call.directions[0],
-        CHUNK=CHUNK,
-        GROUP=GROUP,
-        BLOCK=_BLOCK,
-        num_warps=1,
+        call.directions[0],
     )
-    grad_bc = grad_bc.sum(0, dtype=torch.float32).to(u.dtype)
-    by_step = grad_mask.sum((0, 1)) if call.in_place else None
-    return grad_u, grad_dt, grad_bc, grad_A.sum(1), grad_channel.sum(1), grad_gate, by_step
+    result = cuda.scan_backward(given) or run_triton(given)
+    grad_bc = result.bc.sum(0, dtype=torch.float32).to(u.dtype)
+    by_step = result.mask.sum((0, 1)) if call.in_place else None
+    grad_A, grad_channel = result.A.sum(1), result.channel.sum(1)
+    return result.u, result.dt, grad_bc, grad_A, grad_channel, result.gate, by_step
 
 
 def _convolve_backward(
