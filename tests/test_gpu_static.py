@@ -186,7 +186,7 @@ def test_the_scans_time_is_that_of_whole_waves():
 
 def test_faster_kernels_make_faster_models():
     def speed(scan, model):
-        rows = bounds.models({"forward": scan}, bounds.SMALL_LAUNCHES)
+        rows = bounds.models({b: [scan] for b in (1, 32, 256)}, None, bounds.SMALL_LAUNCHES)
         return next(r["images_per_s"] for r in rows if (r["model"], r["batch"]) == (model, 256))
 
     faster = SCAN._replace(sm_cycles={"L2": 30.0, "HBM": 40.0})
@@ -207,10 +207,9 @@ def test_the_report_of_one_kernel(monkeypatch, tmp_path, capsys):
     record = json.loads(output.read_text())
     assert record["what"] == "computed, not measured"
     assert {row["kernel"] for row in record["kernels"]} == {"scan_forward"}
-    assert {phase for row in record["kernels"] for phase in row["phases"]} == {
-        "evaluation",
-        "training",
-    }
+    phases = {phase: warps for row in record["kernels"] for phase, warps in row["phases"].items()}
+    assert set(phases) == {"evaluation 1", "evaluation 32", "evaluation 256", "training 256"}
+    assert all(warps == 24 for warps in phases.values())
     for row in record["kernels"]:
         assert 0 < row["registers"] <= 255 and row["special"] >= 17
         assert max(row["issue_bound"], 2 * row["special"]) <= 1.01 * row["sm_cycles"]["L2"]
@@ -221,7 +220,7 @@ def test_the_report_of_one_kernel(monkeypatch, tmp_path, capsys):
 @compiles
 def test_a_kernel_of_another_compiler_takes_the_place_of_tritons(monkeypatch, tmp_path):
     cubin = tmp_path / "kernel.cubin"
-    launches = kernels.launches(64, 16, report.DTYPE)
+    launches = kernels.launches(64, 16, report.DTYPE, [kernels.Phase("evaluation", 2, 5)])
     launch = next(launch for _, launch in launches if launch.name == "scan_forward")
     cubin.write_bytes(report.compiling.compiled(launch, 90))
     monkeypatch.setattr(simulator, "TURNS", 5)  # for the sake of time
@@ -231,7 +230,7 @@ def test_a_kernel_of_another_compiler_takes_the_place_of_tritons(monkeypatch, tm
     monkeypatch.setattr(sys, "argv", ["report.py", *words])
     report.main()
     (row,) = json.loads(output.read_text())["kernels"]
-    assert (row["kernel"], row["phases"]) == ("scan_backward", ["training"])
+    assert (row["kernel"], row["phases"]) == ("scan_backward", {"training 256": 48})
 
 
 def test_wrong_flags(monkeypatch):

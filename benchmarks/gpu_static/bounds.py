@@ -39,12 +39,15 @@ MAMBA_SSM = {"forward": 254.0, "train": 745.0}
 
 
 class Scan(NamedTuple):
-    """What is known of a scan's kernel: `kernels.figures`, and warps of its grid for an image."""
+    """What is known of one of a scan's kernels: `kernels.figures`, and its grid."""
 
     sm_cycles: dict[str, float]  # of an SM for a warp step, by where the data come from
     alone: float  # cycles of a warp step where nothing else runs
     resident: int  # warps of an SM
     warps: float  # for an image
+
+
+Scans = list[Scan]  # the kernels of one pass, one after the other; each walks all tokens
 
 
 def scan_time(scan: Scan, card: Card, batch: int, tokens: int, share: float = 1.0) -> float:
@@ -67,8 +70,12 @@ def product(card: Card, m: int, n: int, k: int, rate: float = 1.0, count: int = 
     return count * max(2 * m * n * k / (rate * card.products), traffic / card.bandwidth) * 1e6
 
 
+def scans_time(scans: Scans, card: Card, batch: int, tokens: int, share: float = 1.0) -> float:
+    return sum(scan_time(scan, card, batch, tokens, share) for scan in scans)
+
+
 def layer(
-    card: Card, scan: Scan, batch: int, tokens: int, launch: float, share: float
+    card: Card, scans: Scans, batch: int, tokens: int, launch: float, share: float
 ) -> dict[str, float]:
     """Phases of one layer's forward pass."""
     rows, d, E = batch * tokens, WIDTH, CHANNELS
@@ -87,16 +94,16 @@ def layer(
             + product(card, rows, E, RANK, THIN, 2),
             2 * launch,
         ),
-        "scan": max(scan_time(scan, card, batch, tokens, share), moved(16 * E) * share, launch),
+        "scan": max(scans_time(scans, card, batch, tokens, share), moved(16 * E) * share, launch),
     }
 
 
 def layer_backward(
-    card: Card, scan: Scan, batch: int, tokens: int, launch: float
+    card: Card, scans: Scans, batch: int, tokens: int, launch: float
 ) -> dict[str, float]:
     """Phases of one layer's backward pass, without a mask."""
     rows, d, E = batch * tokens, WIDTH, CHANNELS
-    once = layer(card, scan, batch, tokens, launch, 1.0)
+    once = layer(card, scans, batch, tokens, launch, 1.0)
 
     def moved(bytes_: float) -> float:
         return max(rows * bytes_ / card.bandwidth * 1e6, launch)
@@ -105,7 +112,7 @@ def layer_backward(
     return {
         "products": 2 * once["in_proj, out_proj"] + 2 * once["x_proj, dt_proj"],
         "computed again": once["conv"] + once["x_proj, dt_proj"] / 2,
-        "scan": max(scan_time(scan, card, batch, tokens), moved(28 * E)),
+        "scan": max(scans_time(scans, card, batch, tokens), moved(28 * E)),
         "gradients of B, C": moved(2 * blocks * 2 * 2 * STATES * 2),
         "conv": moved(8 * E),
         "gate": moved(10 * E),
@@ -129,7 +136,7 @@ def stem(card: Card, batch: int, patches: int, launch: float) -> float:
 
 
 def vim(
-    card: Card, scan: Scan, batch: int, pixels: int, dynamic: bool, small: int
+    card: Card, scans: Scans, batch: int, pixels: int, dynamic: bool, small: int
 ) -> dict[str, float]:
     """Phases of Vim-S' or DyVM-S' forward pass; small: `SMALL_LAUNCHES`."""
     patches, launch = (pixels // PATCH) ** 2, launch_time(batch)
@@ -137,7 +144,7 @@ def vim(
     for stage in range(STAGES):
         keep = TOKEN_KEEP**stage if dynamic else 1.0
         share = BLOCK_KEEP if dynamic else 1.0
-        phases = layer(card, scan, batch, int(patches * keep) + 1, launch, share)
+        phases = layer(card, scans, batch, int(patches * keep) + 1, launch, share)
         layers += DEPTH // STAGES * [phases | {"small kernels": small * launch}]
     first = stem(card, batch, patches, launch)
     stages = 2 * first + 60 * launch if dynamic else 0.0
@@ -167,7 +174,7 @@ def optimizer(card: Card, model: str) -> float:
     return PARAMETERS[model] * 28 / card.bandwidth * 1e6
 
 
-def train(card: Card, forward: Scan, backward: Scan, batch: int, pixels: int) -> dict[str, float]:
+def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) -> dict[str, float]:
     """Phases of a training step of Vim-S; forward: the scan that keeps states."""
     launch = launch_time(batch)
     there = vim(card, forward, batch, pixels, False, SMALL_LAUNCHES["Vim-S"])
@@ -180,10 +187,13 @@ def train(card: Card, forward: Scan, backward: Scan, batch: int, pixels: int) ->
     )
 
 
-def models(scans: dict[str, Scan], small: dict[str, int]) -> list[dict[str, Any]]:
+def models(
+    evaluation: dict[int, Scans], training: tuple[Scans, Scans] | None, small: dict[str, int]
+) -> list[dict[str, Any]]:
     """[{"card", "pixels", "batch", "model", "pass", "ms", "images_per_s", "phases_ms"}].
 
-    scans: of sm_90, "forward", and for training "keeping" and "backward", if they are known.
+    evaluation: kernels of sm_90 by batch; training: of the forward pass that keeps states and of
+    the backward pass, at batch 256.
     """
     rows = []
 
@@ -206,11 +216,11 @@ def models(scans: dict[str, Scan], small: dict[str, int]) -> list[dict[str, Any]
         for pixels, batch in ((224, 1), (224, 32), (224, 256), (512, 256)):
             add(name, pixels, batch, "DeiT-S", "forward", {"all": deit(card, batch, pixels)})
             for model, dynamic in (("Vim-S", False), ("DyVM-S", True)):
-                phases = vim(card, scans["forward"], batch, pixels, dynamic, small[model])
+                phases = vim(card, evaluation[batch], batch, pixels, dynamic, small[model])
                 add(name, pixels, batch, model, "forward", phases)
-        if {"keeping", "backward"} <= scans.keys():
+        if training is not None:
             step = {"all": 3 * deit(card, 256, 224), "optimizer": optimizer(card, "DeiT-S")}
             add(name, 224, 256, "DeiT-S", "train", step)
-            step = train(card, scans["keeping"], scans["backward"], 256, 224)
+            step = train(card, *training, 256, 224)
             add(name, 224, 256, "Vim-S", "train", step)
     return rows

@@ -63,7 +63,9 @@ def caught() -> Iterator[list[Launch]]:
     def catch(function, *args, grid, warmup=False, **kwargs):
         options = {name: kwargs[name] for name in OPTIONS if kwargs.get(name) is not None}
         named = {name: value for name, value in kwargs.items() if name in function.arg_names}
-        arguments = dict(zip(function.arg_names, args)) | named  # noqa: B905 - constants come by name
+        defaults = {p.name: p.default for p in function.params if p.has_default}
+        positional = dict(zip(function.arg_names, args))  # noqa: B905 - constants come by name
+        arguments = defaults | positional | named
         size = grid(arguments) if isinstance(grid, Callable) else grid
         launches.append(Launch(function, arguments, options, tuple(size)))
 

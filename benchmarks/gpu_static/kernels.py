@@ -18,6 +18,7 @@ them, but computes its size once.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +58,30 @@ REGISTERS = 16384  # of each scheduler
 BLOCK_OVERHEAD = 1024  # bytes of shared memory that the system takes for a block
 
 
-def launches(channels: int, states: int, dtype: torch.dtype) -> list[tuple[str, Launch]]:
-    """(phase, launch) of all kernels of a layer, evaluation first; both directions, no mask."""
+class Phase(NamedTuple):
+    """One call of the host code, which may choose kernels by the number of images."""
+
+    kind: str  # evaluation, training
+    images: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.images}"
+
+
+# What is added up on the way takes a CPU long for many tokens, and does not depend on them.
+PHASES = (
+    Phase("evaluation", 1, 197),
+    Phase("evaluation", 32, 197),
+    Phase("evaluation", 256, 33),
+    Phase("training", 256, 5),
+)
+
+
+def launches(
+    channels: int, states: int, dtype: torch.dtype, phases: Iterable[Phase] = PHASES
+) -> list[tuple[Phase, Launch]]:
+    """All launches of a layer; both directions, no mask."""
     from ops.selective_scan import gpu
 
     width, rank = channels // 2, -(-channels // 32)
@@ -71,20 +94,19 @@ def launches(channels: int, states: int, dtype: torch.dtype) -> list[tuple[str, 
         (channels, states),
         (channels,),
     )
-    xz = torch.zeros(2, 5, 2 * channels, dtype=dtype)
-    hidden, residual, weight = (
-        torch.zeros(2, 5, width, dtype=dtype),
-        torch.zeros(2, 5, width),
-        torch.ones(width),
-    )
     found = []
-    for phase, train in (("evaluation", False), ("training", True)):
+    for phase in phases:
+        train = phase.kind == "training"
+        rows = phase.images, phase.tokens
         forward, backward = (
             BranchParams(*(torch.zeros(size, requires_grad=train) for size in sizes))
             for _ in range(2)
         )
+        xz = torch.zeros(*rows, 2 * channels, dtype=dtype, requires_grad=train)
+        hidden, residual = torch.zeros(*rows, width, dtype=dtype), torch.zeros(*rows, width)
+        weight = torch.ones(width)
         with caught() as calls, torch.set_grad_enabled(train):
-            y = gpu.bidirectional_ssm(xz.requires_grad_(train), forward, backward)
+            y = gpu.bidirectional_ssm(xz, forward, backward)
             if train:
                 y.sum().backward()
             normed, total, scale = norm_forward(hidden, residual, weight, 1e-5, dtype)

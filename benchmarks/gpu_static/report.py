@@ -12,6 +12,7 @@ times as +-25 %. The kernels' interpreter (TRITON_INTERPRET) must be off.
 
 import argparse
 import hashlib
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -30,13 +31,8 @@ from utils.files import write_json
 from utils.program import run_main
 
 COMPUTED = "computed, not measured"
-CHANNELS, STATES, DTYPE, IMAGES = 768, 16, torch.bfloat16, 2
-# Which kernels of which phase the whole models are made of.
-SCANS = {
-    "forward": ("scan_forward", "evaluation"),
-    "keeping": ("scan_forward", "training"),
-    "backward": ("scan_backward", "training"),
-}
+CHANNELS, STATES, DTYPE = 768, 16, torch.bfloat16
+MODELLED = 90  # whole models are those of this capability
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,73 +77,88 @@ def parse_args() -> argparse.Namespace:
 
 
 def analyse(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """`kernels.figures` of every kernel, with its phases, constants and warps for an image."""
+    """`kernels.figures` of every kernel; "phases": {phase: warps for an image}."""
     launches = kernels.launches(CHANNELS, STATES, DTYPE)
     wanted = args.kernels or [launch.name for _, launch in launches]
     given = {name for name, _ in args.cubin}
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for capability in args.architectures:
         for phase, launch in launches:
-            if launch.name not in wanted or (capability == 90 and launch.name in given):
+            if launch.name not in wanted or (capability == MODELLED and launch.name in given):
                 continue
             code = compiling.compiled(launch, capability)
             key = capability, launch.name + hashlib.sha256(code).hexdigest()
             if key not in rows:
+                print(f"sm_{capability} {launch.name}, {phase}", file=sys.stderr, flush=True)
                 path = folder / "kernel.cubin"
                 path.write_bytes(code)
-                rows[key] = {"phases": []} | kernels.figures(
+                rows[key] = {"phases": {}, "constants": launch.constants} | kernels.figures(
                     launch.name, path, launch.warps, capability, STATES
                 )
-                rows[key]["constants"] = launch.constants
-                warps = launch.warps * torch.tensor(launch.grid).prod().item()
-                rows[key]["warps_of_an_image"] = warps / IMAGES
-                print(f"sm_{capability} {launch.name}, {phase}", file=sys.stderr, flush=True)
-            if phase not in rows[key]["phases"]:
-                rows[key]["phases"].append(phase)
+            warps = launch.warps * math.prod(launch.grid)
+            rows[key]["phases"][str(phase)] = warps / phase.images
     return [*rows.values(), *(from_elsewhere(name, Path(path)) for name, path in args.cubin)]
 
 
 def from_elsewhere(name: str, path: Path) -> dict[str, Any]:
-    """The figures of a compiled kernel of sm_90, one warp a block for 32 channels of a direction;
-    this is where kernels that are not Triton's come in.
+    """The figures of a kernel that another compiler made for sm_90, one warp a block for 32
+    channels of a direction: this is where kernels that are not Triton's come in.
     """
     if not path.is_file():
         raise UsageError(f"--cubin {name} {path}: there is no such file")
-    phases = [phase for kernel, phase in SCANS.values() if kernel == name] or ["training"]
-    return (
-        {"phases": phases}
-        | kernels.figures(name, path, 1, 90, STATES)
-        | {"constants": {}, "warps_of_an_image": 2 * CHANNELS / 32}
+    training = [str(phase) for phase in kernels.PHASES if phase.kind == "training"]
+    return {
+        "phases": dict.fromkeys(training, 2 * CHANNELS / 32),
+        "constants": {},
+    } | kernels.figures(name, path, 1, MODELLED, STATES)
+
+
+def scans_of(rows: list[dict[str, Any]], name: str, phase: str) -> bounds.Scans:
+    """The kernels of a pass that whole models are made of, by the start of their names."""
+    return [
+        bounds.Scan(row["sm_cycles"], row["alone"], row["warps_of_an_sm"], row["phases"][phase])
+        for row in rows
+        if row["kernel"].startswith(name)
+        and phase in row["phases"]
+        and row["capability"] == MODELLED
+    ]
+
+
+def whole_models(rows: list[dict[str, Any]], small: dict[str, int]) -> list[dict[str, Any]]:
+    """`bounds.models`; none without the scan's kernels."""
+    evaluation = {
+        phase.images: scans_of(rows, "scan_forward", str(phase))
+        for phase in kernels.PHASES
+        if phase.kind == "evaluation"
+    }
+    if not all(evaluation.values()):
+        return []
+    training = (
+        scans_of(rows, "scan_forward", "training 256"),
+        scans_of(rows, "scan_backward", "training 256"),
     )
+    return bounds.models(evaluation, training if all(training) else None, small)
 
 
-def scans_of(rows: list[dict[str, Any]]) -> dict[str, bounds.Scan]:
-    """Those of sm_90 that the whole models need; of several in one phase the cheapest."""
-    found = {}
-    for use, (name, phase) in SCANS.items():
-        fitting = [
-            row
-            for row in rows
-            if row["kernel"] == name and phase in row["phases"] and row["capability"] == 90
-        ]
-        if fitting:
-            row = min(fitting, key=lambda row: row["sm_cycles"]["HBM"])
-            found[use] = bounds.Scan(
-                row["sm_cycles"], row["alone"], row["warps_of_an_sm"], row["warps_of_an_image"]
-            )
-    return found
+def shown(phases: dict[str, float]) -> str:
+    """evaluation 1 32 256, training 256"""
+    batches: dict[str, list[str]] = {}
+    for phase in phases:
+        kind, images = phase.split()
+        batches.setdefault(kind, []).append(images)
+    return ", ".join(f"{kind} {' '.join(images)}" for kind, images in batches.items())
 
 
 def kernel_table(rows: list[dict[str, Any]]) -> str:
     headers = (
-        "kernel", "phase", "sm", "registers", "stack", "shared", "warps/SM", "per",
+        "kernel", "pass and batch", "sm", "registers", "stack", "shared", "warps/SM", "per",
         "instructions", "special", "shared and global memory", "barriers", "issue bound",
         "SM-cycles, L2", "HBM", "one warp alone, cycles",
     )  # fmt: skip
     cells = [
         [
             row["kernel"].strip("_"),
-            ", ".join(row["phases"]),
+            shown(row["phases"]),
             str(row["capability"]),
             *(str(row[name]) for name in ("registers", "stack", "shared", "warps_of_an_sm")),
             row["unit"],
@@ -200,14 +211,13 @@ def main() -> None:
         )
     record = {"what": COMPUTED, **records.head("gpu_static/report.py", "cpu"), "kernels": rows}
     print(f"# Kernels of Vim-S in bf16: {COMPUTED}\n\n{kernel_table(rows)}")
-    scans = scans_of(rows)
-    if "forward" in scans:
-        small = bounds.SMALL_LAUNCHES
-        if args.small_launches:
-            small = dict(zip(small, args.small_launches, strict=True))
-        record |= {"small_launches": small, "models": bounds.models(scans, small)}
+    small = bounds.SMALL_LAUNCHES
+    if args.small_launches:
+        small = dict(zip(small, args.small_launches, strict=True))
+    if models := whole_models(rows, small):
+        record |= {"small_launches": small, "models": models}
         record["mamba_ssm_us_of_an_image"] = bounds.MAMBA_SSM
-        print(f"\n# Whole models: {COMPUTED}\n\n{model_table(record['models'])}")
+        print(f"\n# Whole models: {COMPUTED}\n\n{model_table(models)}")
     if args.output:
         write_json(args.output, record)
 
