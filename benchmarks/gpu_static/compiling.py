@@ -45,8 +45,10 @@ class Launch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The `tl.constexpr` among the arguments."""
-        return {p.name: self.arguments[p.name] for p in self.function.params if p.is_constexpr}
+        """The `tl.constexpr` among the arguments, types by their names."""
+        values = {p.name: self.arguments[p.name] for p in self.function.params if p.is_constexpr}
+        plain = (bool, int, float, str, type(None))
+        return {n: v if isinstance(v, plain) else str(v) for n, v in values.items()}
 
     @property
     def warps(self) -> int:
