@@ -113,7 +113,7 @@ report part outcome seconds "last line"
 part machine 3 "$python" benchmarks/machine.py
 parity "parity, float32" 14 "${tests[@]}" -m gpu tests/test_golden.py tests/test_golden_segmentation.py
 parity "parity, bf16" 10 "${tests[@]}" -m gpu tests/test_bf16.py
-part kernels 14 "${tests[@]}" -m gpu tests/test_ops_triton.py tests/test_ops.py tests/test_ops_mamba_ssm.py
+part kernels 14 "${tests[@]}" -m gpu tests/test_ops*.py
 part "graphs, waits" 6 "${tests[@]}" tests/test_graphs.py tests/test_no_host_wait.py
 part "model S" 20 "$python" benchmarks/model.py --device cuda --models S --batch 256 1 32 64 --seconds 2 --profile \
   --output "$out/model-s.json"

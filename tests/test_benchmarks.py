@@ -132,6 +132,7 @@ def test_a_scan_that_no_backend_fits_is_told(monkeypatch, tmp_path):
 @pytest.mark.parametrize("gpu, sizes", [(False, ["S", "T"]), (True, ["S", "T", "B"])])
 def test_size_b_is_measured_on_a_gpu(gpu, sizes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(sys, "argv", ["model.py"])
     assert model.parse_args().models == sizes
 
@@ -348,7 +349,9 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "not measured" in printed
-    assert "batch that fits: dense 3, dyvm 3; without mamba_ssm" in printed.splitlines()[-1]
+    notes = printed.splitlines()[-2:]
+    assert "batch that fits: dense 3, dyvm 3; without mamba_ssm" in notes[0]
+    assert "~ computed for an H200 (gpu_static_before.json)" in notes[1]
 
 
 @pytest.mark.parametrize(

@@ -6,89 +6,37 @@ first GPU.
 """
 
 import os
-import re
-import subprocess
 
 import pytest
 import torch
 
 from ops.selective_scan import BranchParams
 
-triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from benchmarks.gpu_static import compiling
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"
 )
 
 
-def signature(function, arguments: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and divisibility by 16 of a launch's arguments, as Triton specialises a
-    kernel for them.
-    """
-    types, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(function.params):
-        name, value = parameter.name, arguments[parameter.name]
-        is_size = type(value) is int and not parameter.is_constexpr
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (is_size and value == 1 and not parameter.do_not_specialize)
-        ):
-            types[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            types[name] = (
-                "*"
-                + {
-                    torch.float32: "fp32",
-                    torch.bfloat16: "bf16",
-                    torch.int64: "i64",
-                    torch.bool: "i1",
-                }[value.dtype]
-            )
-            divisible = value.data_ptr() % 16 == 0
-        else:
-            types[name] = "i32" if is_size else "fp32"
-            divisible = is_size and value % 16 == 0 and not parameter.do_not_specialize
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return types, constants, attributes
-
-
 @pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Launches compile instead of running; collects bytes of stack per thread."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compiled(tmp_path):
+    """Launches are caught instead of run; a function that compiles them: {kernel: bytes of stack
+    per thread of each launch}.
+    """
 
-    stacks = {}
+    def compile_all() -> dict[str, list[int]]:
+        stacks: dict[str, list[int]] = {}
+        for launch in launches:
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(compiling.compiled(launch, 90))
+            stacks.setdefault(launch.name, []).append(compiling.resources(cubin).stack)
+        return stacks
 
-    def compile_only(function, *args, grid, warmup=False, **kwargs):
-        options = {
-            name: kwargs.pop(name)
-            for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")
-            if kwargs.get(name) is not None
-        }
-        kwargs = {name: value for name, value in kwargs.items() if name in function.arg_names}
-        arguments = dict(zip(function.arg_names, args)) | kwargs  # noqa: B905 - constants come by name
-        kernel = triton.compile(
-            ASTSource(function, *signature(function, arguments)),
-            target=GPUTarget("cuda", 90, 32),
-            options=options,
-        )
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        stack = int(re.search(r"STACK:(\d+)", report).group(1))
-        stacks.setdefault(function.__name__, []).append(stack)
-
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", compile_only)
-    return stacks
+    with compiling.caught() as launches:
+        yield compile_all
 
 
 WHOLE = {"scan_forward"}
@@ -117,9 +65,10 @@ def test_training(compiled, forward_kernels):
     gpu.bidirectional_ssm(
         xz, branch(768, 16, 24), branch(768, 16, 24), mask=torch.ones(2, 5), gates=torch.ones(2, 2)
     ).sum().backward()
-    assert max(compiled.pop("scan_backward")) <= 64  # a few words
-    assert set(compiled) == forward_kernels | {"gate_backward", "conv_backward"}
-    assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
+    stacks = compiled()
+    assert max(stacks.pop("scan_backward")) <= 64  # a few words
+    assert set(stacks) == forward_kernels | {"gate_backward", "conv_backward"}
+    assert all(max(of_kernel) == 0 for of_kernel in stacks.values()), stacks
 
 
 def test_training_with_a_mask_in_place(compiled, forward_kernels):
@@ -130,10 +79,11 @@ def test_training_with_a_mask_in_place(compiled, forward_kernels):
     gpu.bidirectional_ssm(
         xz, branch(768, 16, 24), branch(768, 16, 24), mask=mask, in_place=True
     ).sum().backward()
-    assert max(compiled.pop("scan_backward")) <= 64
+    stacks = compiled()
+    assert max(stacks.pop("scan_backward")) <= 64
     # PyTorch's operators convolve
-    assert set(compiled) == forward_kernels - {"conv_forward"} | {"gate_backward"}
-    assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
+    assert set(stacks) == forward_kernels - {"conv_forward"} | {"gate_backward"}
+    assert all(max(of_kernel) == 0 for of_kernel in stacks.values()), stacks
 
 
 @torch.no_grad()
@@ -148,8 +98,9 @@ def test_inference(compiled, forward_kernels):
         active=torch.ones(2, 2, dtype=torch.bool),
         lengths=torch.ones(2, dtype=torch.int64),
     )
-    assert set(compiled) == forward_kernels
-    assert all(max(stacks) == 0 for stacks in compiled.values()), compiled
+    stacks = compiled()
+    assert set(stacks) == forward_kernels
+    assert all(max(of_kernel) == 0 for of_kernel in stacks.values()), stacks
 
 
 def test_one_direction_in_float32(compiled, forward_kernels):
@@ -157,9 +108,10 @@ def test_one_direction_in_float32(compiled, forward_kernels):
 
     xz = torch.zeros(2, 5, 1536, requires_grad=True)
     gpu.ssm_branch(xz, branch(768, 16, 24), reverse=True).sum().backward()
+    stacks = compiled()
     backward = {"gate_backward", "scan_backward", "conv_backward"}
-    assert set(compiled) == forward_kernels | backward
-    assert all(max(compiled[kernel]) <= 16 for kernel in forward_kernels), compiled
+    assert set(stacks) == forward_kernels | backward
+    assert all(max(stacks[kernel]) <= 16 for kernel in forward_kernels), stacks
 
 
 def test_rms_norm(compiled):
@@ -169,4 +121,4 @@ def test_rms_norm(compiled):
     residual, weight = torch.zeros(2, 5, 384), torch.ones(384)
     normed, total, scale = forward(hidden, residual, weight, 1e-5, torch.bfloat16)
     backward(normed, total, total, scale, weight, torch.bfloat16)
-    assert compiled == {"_forward_kernel": [0], "_backward_kernel": [0]}
+    assert compiled() == {"_forward_kernel": [0], "_backward_kernel": [0]}

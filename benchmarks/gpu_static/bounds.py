@@ -1,0 +1,226 @@
+"""Times of whole models from figures of single kernels: what the hardware needs at least, phase by
+phase, everything in a CUDA graph and nothing overlapping.
+
+A phase takes the longest of its memory traffic, its arithmetic and its launches. The scans take
+what the simulator says of them, in whole waves of blocks. DeiT has no losses here; in practice it
+reaches 65 to 90 % of this.
+
+B images, L tokens, d width, E inner channels, N states, R step rank; times in microseconds.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+
+class Card(NamedTuple):
+    capability: int
+    processors: int  # SMs
+    clock: float  # Hz
+    bandwidth: float  # bytes a second that kernels reach
+    products: float  # FLOP a second of large matrix products in bf16, as reached
+
+
+# 60 % of the products that an H200 was measured to reach: these are far from square.
+CARDS = {
+    "H100": Card(90, 132, 1.98e9, 3.0e12, 500e12),
+    "H200": Card(90, 132, 1.98e9, 4.3e12, 500e12),
+}
+THIN = 0.6  # share of the products' rate that those with few columns reach
+LAUNCH = {1: 2.2}  # of a kernel in a graph, by batch
+LAUNCH_ELSE = 2.5
+# Kernels of a layer's forward pass that only prepare weights or routing, counted in the host code.
+SMALL_LAUNCHES = {"Vim-S": 12, "DyVM-S": 22}
+DEPTH, WIDTH, CHANNELS, STATES, RANK, PATCH, HIDDEN = 24, 384, 768, 16, 24, 16, 3 * 16 * 16
+STAGES, TOKEN_KEEP, BLOCK_KEEP = 4, 0.7, 0.8
+PARAMETERS = {"Vim-S": 26e6, "DeiT-S": 22e6}
+# A mamba-ssm path of Vim-S at 224 pixels on an H200, an image: counted instructions of its kernels
+# at the peak rate, and its traffic. Less than it really takes.
+MAMBA_SSM = {"forward": 254.0, "train": 745.0}
+
+
+class Scan(NamedTuple):
+    """What is known of one of a scan's kernels: `kernels.figures`, and its grid."""
+
+    sm_cycles: dict[str, float]  # of an SM for a warp step, by where the data come from
+    alone: float  # cycles of a warp step where nothing else runs
+    resident: int  # warps of an SM
+    warps: float  # for an image
+
+
+Scans = list[Scan]  # the kernels of one pass, one after the other; each walks all tokens
+
+
+def scan_time(scan: Scan, card: Card, batch: int, tokens: int, share: float = 1.0) -> float:
+    """Both directions of all images; share: of the directions that run."""
+    steps = 2 * tokens * CHANNELS / 32 / scan.warps  # of a warp
+    cycles_of_step = (
+        (scan.sm_cycles["L2"] + scan.sm_cycles["HBM"]) / 2 if batch >= 256 else scan.sm_cycles["L2"]
+    )
+    warps = max(1, round(batch * scan.warps * share))
+    waves, rest = divmod(warps, card.processors * scan.resident)
+    cycles = waves * steps * scan.resident * cycles_of_step
+    if rest:
+        cycles += steps * max(scan.alone, math.ceil(rest / card.processors) * cycles_of_step)
+    return cycles / card.clock * 1e6
+
+
+def product(card: Card, m: int, n: int, k: int, rate: float = 1.0, count: int = 1) -> float:
+    """`count` matrix products [m, k] x [k, n] in bf16."""
+    traffic = 2 * (m * k + k * n + m * n)
+    return count * max(2 * m * n * k / (rate * card.products), traffic / card.bandwidth) * 1e6
+
+
+def scans_time(scans: Scans, card: Card, batch: int, tokens: int, share: float = 1.0) -> float:
+    return sum(scan_time(scan, card, batch, tokens, share) for scan in scans)
+
+
+def layer(
+    card: Card, scans: Scans, batch: int, tokens: int, launch: float, share: float
+) -> dict[str, float]:
+    """Phases of one layer's forward pass."""
+    rows, d, E = batch * tokens, WIDTH, CHANNELS
+
+    def moved(bytes_: float) -> float:
+        return rows * bytes_ / card.bandwidth * 1e6
+
+    return {
+        "norm": max(moved(12 * d), launch),
+        "in_proj, out_proj": max(
+            product(card, rows, 4 * d, d) + product(card, rows, d, 2 * d), 2 * launch
+        ),
+        "conv": max(moved(6.6 * E), launch),
+        "x_proj, dt_proj": max(
+            product(card, rows, RANK + 2 * STATES, E, THIN, 2)
+            + product(card, rows, E, RANK, THIN, 2),
+            2 * launch,
+        ),
+        "scan": max(scans_time(scans, card, batch, tokens, share), moved(16 * E) * share, launch),
+    }
+
+
+def layer_backward(
+    card: Card, scans: Scans, batch: int, tokens: int, launch: float
+) -> dict[str, float]:
+    """Phases of one layer's backward pass, without a mask."""
+    rows, d, E = batch * tokens, WIDTH, CHANNELS
+    once = layer(card, scans, batch, tokens, launch, 1.0)
+
+    def moved(bytes_: float) -> float:
+        return max(rows * bytes_ / card.bandwidth * 1e6, launch)
+
+    blocks = E // 32
+    return {
+        "products": 2 * once["in_proj, out_proj"] + 2 * once["x_proj, dt_proj"],
+        "computed again": once["conv"] + once["x_proj, dt_proj"] / 2,
+        "scan": max(scans_time(scans, card, batch, tokens), moved(28 * E)),
+        "gradients of B, C": moved(2 * blocks * 2 * 2 * STATES * 2),
+        "conv": moved(8 * E),
+        "gate": moved(10 * E),
+        "norm": moved(20 * d),
+    }
+
+
+def total(phases: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in phases for name in part)
+    return {name: sum(part.get(name, 0.0) for part in phases) for name in names}
+
+
+def launch_time(batch: int) -> float:
+    return LAUNCH.get(batch, LAUNCH_ELSE)
+
+
+def stem(card: Card, batch: int, patches: int, launch: float) -> float:
+    rows = batch * patches
+    moved = rows * WIDTH * 14 / card.bandwidth * 1e6
+    return max(1.5 * product(card, rows, WIDTH, HIDDEN) + moved, 8 * launch)
+
+
+def vim(
+    card: Card, scans: Scans, batch: int, pixels: int, dynamic: bool, small: int
+) -> dict[str, float]:
+    """Phases of Vim-S' or DyVM-S' forward pass; small: `SMALL_LAUNCHES`."""
+    patches, launch = (pixels // PATCH) ** 2, launch_time(batch)
+    layers = []
+    for stage in range(STAGES):
+        keep = TOKEN_KEEP**stage if dynamic else 1.0
+        share = BLOCK_KEEP if dynamic else 1.0
+        phases = layer(card, scans, batch, int(patches * keep) + 1, launch, share)
+        layers += DEPTH // STAGES * [phases | {"small kernels": small * launch}]
+    first = stem(card, batch, patches, launch)
+    stages = 2 * first + 60 * launch if dynamic else 0.0
+    return total(layers) | {"stem, stages": first + stages}
+
+
+def deit(card: Card, batch: int, pixels: int) -> float:
+    """DeiT-S' forward pass, compiled, 8 kernels a layer."""
+    patches, launch = (pixels // PATCH) ** 2, launch_time(batch)
+    tokens, d = patches + 1, WIDTH
+    rows = batch * tokens
+    products = (
+        product(card, rows, 3 * d, d)
+        + product(card, rows, d, d)
+        + 2 * product(card, rows, 4 * d, d)
+    )
+    attention = max(
+        4 * batch * d * tokens**2 / (0.55 * card.products), rows * d * 8 / card.bandwidth
+    )
+    elementwise = (2 * rows * d * 12 + rows * 4 * d * 4) / card.bandwidth
+    one = max(products + (attention + elementwise) * 1e6, 8 * launch)
+    return 12 * one + max(2 * product(card, batch * patches, d, HIDDEN), 10 * launch)
+
+
+def optimizer(card: Card, model: str) -> float:
+    """AdamW: three tensors of float32 read and written, the gradient read."""
+    return PARAMETERS[model] * 28 / card.bandwidth * 1e6
+
+
+def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) -> dict[str, float]:
+    """Phases of a training step of Vim-S; forward: the scan that keeps states."""
+    launch = launch_time(batch)
+    there = vim(card, forward, batch, pixels, False, SMALL_LAUNCHES["Vim-S"])
+    tokens = (pixels // PATCH) ** 2 + 1
+    back = total(DEPTH * [layer_backward(card, backward, batch, tokens, launch)])
+    return (
+        {f"forward: {name}": time for name, time in there.items()}
+        | {f"backward: {name}": time for name, time in back.items()}
+        | {"optimizer": optimizer(card, "Vim-S")}
+    )
+
+
+def models(
+    evaluation: dict[int, Scans], training: tuple[Scans, Scans] | None, small: dict[str, int]
+) -> list[dict[str, Any]]:
+    """[{"card", "pixels", "batch", "model", "pass", "ms", "images_per_s", "phases_ms"}].
+
+    evaluation: kernels of sm_90 by batch; training: of the forward pass that keeps states and of
+    the backward pass, at batch 256.
+    """
+    rows = []
+
+    def add(card: str, pixels: int, batch: int, model: str, kind: str, phases: dict) -> None:
+        us = sum(phases.values())
+        rows.append(
+            {
+                "card": card,
+                "pixels": pixels,
+                "batch": batch,
+                "model": model,
+                "pass": kind,
+                "ms": us / 1e3,
+                "images_per_s": batch / us * 1e6,
+                "phases_ms": {name: time / 1e3 for name, time in phases.items()},
+            }
+        )
+
+    for name, card in CARDS.items():
+        for pixels, batch in ((224, 1), (224, 32), (224, 256), (512, 256)):
+            add(name, pixels, batch, "DeiT-S", "forward", {"all": deit(card, batch, pixels)})
+            for model, dynamic in (("Vim-S", False), ("DyVM-S", True)):
+                phases = vim(card, evaluation[batch], batch, pixels, dynamic, small[model])
+                add(name, pixels, batch, model, "forward", phases)
+        if training is not None:
+            step = {"all": 3 * deit(card, 256, 224), "optimizer": optimizer(card, "DeiT-S")}
+            add(name, 224, 256, "DeiT-S", "train", step)
+            step = train(card, *training, 256, 224)
+            add(name, 224, 256, "Vim-S", "train", step)
+    return rows

@@ -1,0 +1,226 @@
+"""What the compiler makes of the GPU kernels, and what a GPU would take for them: computed, not
+measured. Needs Triton, no GPU.
+
+    python benchmarks/gpu_static/report.py --output benchmarks/results/gpu_static.json
+    python benchmarks/gpu_static/report.py --architectures 90 --kernels scan_forward
+    python benchmarks/gpu_static/report.py --cubin scan_backward FILE    # by another compiler
+
+Every kernel is compiled as the host code launches it for a layer of Vim-S in bf16, its loops run on
+a model of an SM (simulator.py), and whole models are put together from that (bounds.py). Read the
+times as +-25 %. The kernels' interpreter (TRITON_INTERPRET) must be off.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import records
+from benchmarks.gpu_static import bounds, compiling, kernels
+from ops import triton_support
+from utils import arguments
+from utils.errors import UsageError, UserError
+from utils.files import write_json
+from utils.program import run_main
+
+COMPUTED = "computed, not measured"
+CHANNELS, STATES, DTYPE = 768, 16, torch.bfloat16
+MODELLED = 90  # whole models are those of this capability
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.OneLineParser(
+        prog="benchmarks/gpu_static/report.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        type=int,
+        default=[80, 90, 100],
+        help="compute capabilities, default: 80 90 100",
+    )
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--cubin",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FILE"),
+        help="a kernel of sm_90 compiled elsewhere, of one warp a block; it takes the place of "
+        "Triton's kernel of that name",
+    )
+    parser.add_argument(
+        "--small-launches",
+        nargs=2,
+        type=arguments.whole,
+        metavar=("VIM", "DYVM"),
+        help="kernels of a layer that only prepare weights and routing, default: "
+        + " ".join(map(str, bounds.SMALL_LAUNCHES.values())),
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the record as JSON")
+    args = parser.parse_args()
+    unknown = [a for a in args.architectures if a not in kernels.CHIPS]
+    if unknown:
+        known = ", ".join(map(str, kernels.CHIPS))
+        raise UsageError(f"--architectures {unknown[0]}: known are {known}")
+    return args
+
+
+def analyse(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """`kernels.figures` of every kernel; "phases": {phase: warps for an image}."""
+    launches = kernels.launches(CHANNELS, STATES, DTYPE)
+    wanted = args.kernels or [launch.name for _, launch in launches]
+    given = {name for name, _ in args.cubin}
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for capability in args.architectures:
+        for phase, launch in launches:
+            if launch.name not in wanted or (capability == MODELLED and launch.name in given):
+                continue
+            code = compiling.compiled(launch, capability)
+            key = capability, launch.name + hashlib.sha256(code).hexdigest()
+            if key not in rows:
+                print(f"sm_{capability} {launch.name}, {phase}", file=sys.stderr, flush=True)
+                path = folder / "kernel.cubin"
+                path.write_bytes(code)
+                rows[key] = {"phases": {}, "constants": launch.constants} | kernels.figures(
+                    launch.name, path, launch.warps, capability, STATES
+                )
+            warps = launch.warps * math.prod(launch.grid)
+            rows[key]["phases"][str(phase)] = warps / phase.images
+    return [*rows.values(), *(from_elsewhere(name, Path(path)) for name, path in args.cubin)]
+
+
+def from_elsewhere(name: str, path: Path) -> dict[str, Any]:
+    """The figures of a kernel that another compiler made for sm_90, one warp a block for 32
+    channels of a direction: this is where kernels that are not Triton's come in.
+    """
+    if not path.is_file():
+        raise UsageError(f"--cubin {name} {path}: there is no such file")
+    training = [str(phase) for phase in kernels.PHASES if phase.kind == "training"]
+    return {
+        "phases": dict.fromkeys(training, 2 * CHANNELS / 32),
+        "constants": {},
+    } | kernels.figures(name, path, 1, MODELLED, STATES)
+
+
+def scans_of(rows: list[dict[str, Any]], name: str, phase: str) -> bounds.Scans:
+    """The kernels of a pass that whole models are made of, by the start of their names."""
+    return [
+        bounds.Scan(row["sm_cycles"], row["alone"], row["warps_of_an_sm"], row["phases"][phase])
+        for row in rows
+        if row["kernel"].startswith(name)
+        and phase in row["phases"]
+        and row["capability"] == MODELLED
+    ]
+
+
+def whole_models(rows: list[dict[str, Any]], small: dict[str, int]) -> list[dict[str, Any]]:
+    """`bounds.models`; none without the scan's kernels."""
+    evaluation = {
+        phase.images: scans_of(rows, "scan_forward", str(phase))
+        for phase in kernels.PHASES
+        if phase.kind == "evaluation"
+    }
+    if not all(evaluation.values()):
+        return []
+    training = (
+        scans_of(rows, "scan_forward", "training 256"),
+        scans_of(rows, "scan_backward", "training 256"),
+    )
+    return bounds.models(evaluation, training if all(training) else None, small)
+
+
+def shown(phases: dict[str, float]) -> str:
+    """evaluation 1 32 256, training 256"""
+    batches: dict[str, list[str]] = {}
+    for phase in phases:
+        kind, images = phase.split()
+        batches.setdefault(kind, []).append(images)
+    return ", ".join(f"{kind} {' '.join(images)}" for kind, images in batches.items())
+
+
+def kernel_table(rows: list[dict[str, Any]]) -> str:
+    headers = (
+        "kernel", "pass and batch", "sm", "registers", "stack", "shared", "warps/SM", "per",
+        "instructions", "special", "shared and global memory", "barriers", "issue bound",
+        "SM-cycles, L2", "HBM", "one warp alone, cycles",
+    )  # fmt: skip
+    cells = [
+        [
+            row["kernel"].strip("_"),
+            shown(row["phases"]),
+            str(row["capability"]),
+            *(str(row[name]) for name in ("registers", "stack", "shared", "warps_of_an_sm")),
+            row["unit"],
+            *(f"{row[name]:.0f}" for name in ("instructions", "special", "memory", "barriers")),
+            *(f"{x:.0f}" for x in (row["issue_bound"], *row["sm_cycles"].values(), row["alone"])),
+        ]
+        for row in rows
+    ]
+    return markdown(cells, headers)
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
+    deit = {
+        (r["card"], r["pixels"], r["batch"], r["pass"]): r["ms"]
+        for r in rows
+        if r["model"] == "DeiT-S"
+    }
+    cells = [
+        [
+            row["model"],
+            row["pass"],
+            row["card"],
+            *(str(row[name]) for name in ("pixels", "batch")),
+            f"{row['ms']:.2f}",
+            f"{row['images_per_s']:,.0f}",
+            f"{deit[row['card'], row['pixels'], row['batch'], row['pass']] / row['ms']:.2f}",
+        ]
+        for row in rows
+    ]
+    headers = ("model", "pass", "card", "pixels", "batch", "ms", "images/s", "x DeiT-S")
+    return markdown(cells, headers)
+
+
+def markdown(rows: list[list[str]], headers: tuple[str, ...]) -> str:
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    args = parse_args()
+    if (reason := triton_support.refusal(anywhere=True)) is not None:
+        raise UserError(reason)
+    if triton_support.interpreted():
+        raise UserError("TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = analyse(args, Path(folder))
+    if not rows:
+        raise UsageError(
+            f"--kernels {' '.join(args.kernels)}: the host code launches no such kernel"
+        )
+    record = {"what": COMPUTED, **records.head("gpu_static/report.py", "cpu"), "kernels": rows}
+    print(f"# Kernels of Vim-S in bf16: {COMPUTED}\n\n{kernel_table(rows)}")
+    small = bounds.SMALL_LAUNCHES
+    if args.small_launches:
+        small = dict(zip(small, args.small_launches, strict=True))
+    if models := whole_models(rows, small):
+        record |= {"small_launches": small, "models": models}
+        record["mamba_ssm_us_of_an_image"] = bounds.MAMBA_SSM
+        print(f"\n# Whole models: {COMPUTED}\n\n{model_table(models)}")
+    if args.output:
+        write_json(args.output, record)
+
+
+if __name__ == "__main__":
+    run_main(main)

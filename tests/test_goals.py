@@ -1,0 +1,56 @@
+"""benchmarks/goals.py where nothing is measured: what gpu_static/report.py computed."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import goals
+
+
+def test_the_goals_without_a_gpu(monkeypatch, tmp_path, capsys):
+    def row(model, images_per_s, kind="forward", card="H200", batch=256, pixels=224):
+        return {
+            "card": card,
+            "model": model,
+            "pass": kind,
+            "batch": batch,
+            "pixels": pixels,
+            "images_per_s": images_per_s,
+        }
+
+    rows = [
+        row("DeiT-S", 30_000.0),
+        row("DeiT-S", 1.0, card="H100"),
+        row("Vim-S", 10_000.0),
+        row("DyVM-S", 12_000.0),
+        row("Vim-S", 2_000.0, "train"),
+        row("DeiT-S", 900.0, batch=1),
+        row("DyVM-S", 450.0, batch=1),
+    ]
+    record = {"models": rows, "mamba_ssm_us_of_an_image": {"forward": 250.0, "train": 750.0}}
+    (tmp_path / "static.json").write_text(json.dumps(record))
+    words = ["--computed", str(tmp_path / "static.json"), "--output", str(tmp_path / "goals.json")]
+    monkeypatch.setattr(sys, "argv", ["goals.py", *words])
+    goals.main()
+    found = {row["what"]: row for row in json.loads((tmp_path / "goals.json").read_text())}
+    assert {
+        what: row["computed"] for what, row in found.items() if row["computed"] is not None
+    } == {
+        "Vim-S forward, against the mamba_ssm path": pytest.approx(2.5),
+        "Vim-S training step, against the mamba_ssm path": pytest.approx(1.5),
+        "Vim-S forward, against DeiT-S": pytest.approx(1 / 3),
+        "DyVM-S forward, against DeiT-S": pytest.approx(0.4),
+        "DyVM-S forward at batch 1, both in a graph, against DeiT-S": pytest.approx(0.5),
+    }
+    assert {row["measured"] for row in found.values()} == {row["met"] for row in found.values()}
+    printed = capsys.readouterr().out
+    assert "~0.40" in printed and "~ computed for an H200 (static.json)" in printed
+
+
+def test_a_record_without_models_computes_nothing(monkeypatch, tmp_path, capsys):
+    (tmp_path / "static.json").write_text('{"kernels": []}')
+    monkeypatch.setattr(sys, "argv", ["goals.py", "--computed", str(tmp_path / "static.json")])
+    goals.main()
+    printed = capsys.readouterr().out
+    assert printed.count("not measured") == len(goals.GOALS) + 1 and "~" not in printed
