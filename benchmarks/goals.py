@@ -35,7 +35,7 @@ LIMITS = {
 }
 OURS = ("", ", graph")
 DEIT = ("", ", graph", ", compiled", ", compiled, graph")
-COMPUTED = Path(__file__).parent / "results/gpu_static_before.json"
+COMPUTED = Path(__file__).parent / "results/gpu_static.json"
 
 
 def read_record(path: Path) -> dict[str, Any]:

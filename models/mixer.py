@@ -168,7 +168,9 @@ class BidirectionalMamba(nn.Module):
         if self.block_head is not None:
             mean = self.router_mean if self.training else None
             exist = mask if lengths is None else existing(lengths, hidden)
-            gates = self.route(self.block_head(read(xz, class_slots, exist, mean).mean(dim=1)))
+            classes = read(xz, class_slots, exist, mean)
+            single = classes.shape[1] == 1
+            gates = self.route(self.block_head(classes[:, 0] if single else classes.mean(dim=1)))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
         y = bidirectional_ssm(
             xz,

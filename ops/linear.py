@@ -61,21 +61,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by way of `linear`; at evaluation autocast's copy of the weight is kept."""
+    """`torch.nn.Linear` by way of `linear`; at evaluation autocast's copies of the weights are
+    kept.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._kept = Kept()
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self._cast(input.device.type), self.bias)
+        device = input.device.type
+        bias = None if self.bias is None else self._cast("bias", device)
+        return linear(input, self._cast("weight", device), bias)
 
-    def _cast(self, device: str) -> Tensor:
-        """The weight in the type that autocast would give it."""
-        if not torch.is_autocast_enabled(device) or self.weight.dtype != torch.float32:
-            return self.weight
+    def _cast(self, name: str, device: str) -> Tensor:
+        """A weight in the type that autocast would give it."""
+        weight = getattr(self, name)
+        if not torch.is_autocast_enabled(device) or weight.dtype != torch.float32:
+            return weight
         dtype = torch.get_autocast_dtype(device)
-        return self._kept.get(str(dtype), (self.weight,), lambda: self.weight.to(dtype))
+        return self._kept.get(f"{name} {dtype}", (weight,), lambda: weight.to(dtype))
 
     def train(self, mode: bool = True) -> "Linear":
         self._kept.clear()

@@ -351,7 +351,7 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     assert "not measured" in printed
     notes = printed.splitlines()[-2:]
     assert "batch that fits: dense 3, dyvm 3; without mamba_ssm" in notes[0]
-    assert "~ computed for an H200 (gpu_static_before.json)" in notes[1]
+    assert "~ computed for an H200 (gpu_static.json)" in notes[1]
 
 
 @pytest.mark.parametrize(

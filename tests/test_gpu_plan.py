@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from ops.selective_scan.gpu import plan as plans  # noqa: E402
 
 H100 = 132
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("tokens", [50, 197, 1025])
@@ -43,6 +44,23 @@ def test_pieces_cover_all_tokens_and_none_is_empty(tokens, monkeypatch):
         assert chosen.pieces == 1 or chosen.width % plans.STEPS == 0
 
 
+def test_its_cycles_are_those_of_the_machine_code():
+    """Of the record that benchmarks/gpu_static/report.py wrote, for an H100."""
+    record = json.loads((ROOT / "benchmarks/results/gpu_static.json").read_text())
+    rows = {
+        row["kernel"]: row
+        for row in record["kernels"]
+        if row["capability"] == 90 and "training 256" not in row["phases"]
+    }
+    for kernel, alone, busy in (
+        ("scan_forward", plans._ALONE, plans._BUSY),
+        ("scan_pieces", plans._ALONE, plans._BUSY),
+        ("piece_ends", plans._ALONE_ENDS, plans._BUSY_ENDS),
+    ):
+        assert alone == pytest.approx(rows[kernel]["alone"], rel=0.15)
+        assert busy == pytest.approx(rows[kernel]["sm_cycles"]["L2"], rel=0.15)
+
+
 def test_programs_fill_processors_that_take_few(monkeypatch):
     """An A10's processors (sm_86) take 16 programs: of two warps each."""
 
@@ -62,7 +80,7 @@ def test_the_benchmark_compares_all_pieces(tmp_path):
     run = subprocess.run(
         [sys.executable, "benchmarks/gpu_plan.py", *flags.split(), "--output", record],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -80,7 +98,7 @@ def test_the_benchmark_without_a_gpu():
     run = subprocess.run(
         [sys.executable, "benchmarks/gpu_plan.py", "--device", "cpu"],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

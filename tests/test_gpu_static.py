@@ -186,7 +186,7 @@ def test_the_scans_time_is_that_of_whole_waves():
 
 def test_faster_kernels_make_faster_models():
     def speed(scan, model):
-        rows = bounds.models({b: [scan] for b in (1, 32, 256)}, None, bounds.SMALL_LAUNCHES)
+        rows = bounds.models({b: [scan] for b in (1, 32, 256)}, None)
         return next(r["images_per_s"] for r in rows if (r["model"], r["batch"]) == (model, 256))
 
     faster = SCAN._replace(sm_cycles={"L2": 30.0, "HBM": 40.0})
@@ -208,35 +208,42 @@ def test_the_report_of_one_kernel(monkeypatch, tmp_path, capsys):
     assert record["what"] == "computed, not measured"
     assert {row["kernel"] for row in record["kernels"]} == {"scan_forward"}
     phases = {phase: warps for row in record["kernels"] for phase, warps in row["phases"].items()}
-    assert set(phases) == {"evaluation 1", "evaluation 32", "evaluation 256", "training 256"}
-    assert all(warps == 24 for warps in phases.values())
+    assert phases == {"evaluation 256": 24, "training 256": 24}
     for row in record["kernels"]:
         assert 0 < row["registers"] <= 255 and row["special"] >= 17
         assert max(row["issue_bound"], 2 * row["special"]) <= 1.01 * row["sm_cycles"]["L2"]
         assert row["alone"] > row["sm_cycles"]["L2"]
-    assert {row["model"] for row in record["models"]} == {"DeiT-S", "Vim-S", "DyVM-S"}
+    assert "models" not in record  # whole ones need the kernels for few images
 
 
 @compiles
-def test_a_kernel_of_another_compiler_takes_the_place_of_tritons(monkeypatch, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    launches = kernels.launches(64, 16, report.DTYPE, [kernels.Phase("evaluation", 2, 5)])
-    launch = next(launch for _, launch in launches if launch.name == "scan_forward")
-    cubin.write_bytes(report.compiling.compiled(launch, 90))
+def test_few_images_are_scanned_in_pieces(monkeypatch, tmp_path):
     monkeypatch.setattr(simulator, "TURNS", 5)  # for the sake of time
     output = tmp_path / "static.json"
-    words = ["--architectures", "90", "--kernels", "none", "--output", str(output)]
-    words += ["--cubin", "scan_backward", str(cubin)]
+    words = ["--architectures", "90", "--kernels", "piece_ends", "scan_pieces"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *words, "--output", str(output)])
+    report.main()
+    for row in json.loads(output.read_text())["kernels"]:
+        # what comes in from other pieces is no step
+        assert row["unit"] == "step" and {loop["steps"] for loop in row["loops"]} == {4.0}
+        assert 17 <= row["special"] < 20
+
+
+@compiles
+def test_the_kernel_in_cuda(monkeypatch, tmp_path):
+    monkeypatch.setattr(simulator, "TURNS", 5)  # for the sake of time
+    output = tmp_path / "static.json"
+    words = ["--architectures", "90", "--kernels", report.CUDA, "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["report.py", *words])
     report.main()
     (row,) = json.loads(output.read_text())["kernels"]
-    assert (row["kernel"], row["phases"]) == ("scan_backward", {"training 256": 48})
+    assert row["kernel"] == report.CUDA and row["phases"] == {"training 256": 48}
+    assert row["stack"] == 0 and row["barriers"] == 0
 
 
 def test_wrong_flags(monkeypatch):
     for words, complaint in (
         (["--architectures", "42"], "--architectures 42: known are 80, 86"),
-        (["--cubin", "a", "/nowhere", "--kernels", "b"], "there is no such file"),
         (["--kernels", "b"], "launches no such kernel"),
     ):
         monkeypatch.setattr(sys, "argv", ["report.py", *words])

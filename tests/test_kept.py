@@ -99,8 +99,8 @@ def test_a_linear_layer_keeps_its_weight_for_autocast():
         return nn.functional.linear(x.bfloat16(), weight, bias)
 
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        first, kept = layer(x), layer._cast("cpu")
-        assert kept.dtype == torch.bfloat16 and layer._cast("cpu") is kept
+        first, kept = layer(x), layer._cast("weight", "cpu")
+        assert kept.dtype == torch.bfloat16 and layer._cast("weight", "cpu") is kept
         assert torch.equal(first, wanted())
         layer.weight.mul_(2)
         assert torch.equal(layer(x), wanted())

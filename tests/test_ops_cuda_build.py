@@ -18,7 +18,6 @@ triton = pytest.importorskip("triton", reason="Triton is not installed on this p
 from ops import cache  # noqa: E402
 from ops.selective_scan.gpu import cuda  # noqa: E402
 from ops.selective_scan.gpu.cuda import driver, nvrtc, problem, proof  # noqa: E402
-from ops.selective_scan.gpu.kernels.common import CHUNK  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = 'extern "C" __global__ void kernel(int* x) { *x = VALUE; }'
@@ -60,7 +59,7 @@ def test_kernel_fits_in_registers(dtype, architecture, library, tmp_path):
     if architecture not in library.architectures():
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
     for masked in ("true", "false"):
-        options = (f"-DSCALAR={problem.SCALARS[dtype]}", f"-DMASKED={masked}", f"-DCHUNK={CHUNK}")
+        options = problem.options(dtype, masked)
         file = tmp_path / "kernel.cubin"
         file.write_bytes(library.compile(cuda._SOURCE.read_text(), f"sm_{architecture}", options))
         report = subprocess.run(

@@ -28,8 +28,10 @@ CARDS = {
 THIN = 0.6  # share of the products' rate that those with few columns reach
 LAUNCH = {1: 2.2}  # of a kernel in a graph, by batch
 LAUNCH_ELSE = 2.5
-# Kernels of a layer's forward pass that only prepare weights or routing, counted in the host code.
-SMALL_LAUNCHES = {"Vim-S": 12, "DyVM-S": 22}
+# Kernels of a layer's forward pass that only prepare routing, counted in the host code: 6 with the
+# class token in one place for all images, 9 elsewhere. In training there are 12 more, for weights.
+SMALL_LAUNCHES = {"Vim-S": 0, "DyVM-S": 8}
+WEIGHTS_IN_TRAINING = 12
 DEPTH, WIDTH, CHANNELS, STATES, RANK, PATCH, HIDDEN = 24, 384, 768, 16, 24, 16, 3 * 16 * 16
 STAGES, TOKEN_KEEP, BLOCK_KEEP = 4, 0.7, 0.8
 PARAMETERS = {"Vim-S": 26e6, "DeiT-S": 22e6}
@@ -45,6 +47,7 @@ class Scan(NamedTuple):
     alone: float  # cycles of a warp step where nothing else runs
     resident: int  # warps of an SM
     warps: float  # for an image
+    joined: bool = False  # it leaves the directions to a kernel that adds and gates them
 
 
 Scans = list[Scan]  # the kernels of one pass, one after the other; each walks all tokens
@@ -94,7 +97,12 @@ def layer(
             + product(card, rows, E, RANK, THIN, 2),
             2 * launch,
         ),
-        "scan": max(scans_time(scans, card, batch, tokens, share), moved(16 * E) * share, launch),
+        "scan": max(
+            scans_time(scans, card, batch, tokens, share),
+            moved(16 * E) * share,
+            len(scans) * launch,
+        ),
+        "join": max(moved(12 * E), launch) if any(scan.joined for scan in scans) else 0.0,
     }
 
 
@@ -177,7 +185,8 @@ def optimizer(card: Card, model: str) -> float:
 def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) -> dict[str, float]:
     """Phases of a training step of Vim-S; forward: the scan that keeps states."""
     launch = launch_time(batch)
-    there = vim(card, forward, batch, pixels, False, SMALL_LAUNCHES["Vim-S"])
+    small = SMALL_LAUNCHES["Vim-S"] + WEIGHTS_IN_TRAINING
+    there = vim(card, forward, batch, pixels, False, small)
     tokens = (pixels // PATCH) ** 2 + 1
     back = total(DEPTH * [layer_backward(card, backward, batch, tokens, launch)])
     return (
@@ -188,7 +197,7 @@ def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) 
 
 
 def models(
-    evaluation: dict[int, Scans], training: tuple[Scans, Scans] | None, small: dict[str, int]
+    evaluation: dict[int, Scans], training: tuple[Scans, Scans] | None
 ) -> list[dict[str, Any]]:
     """[{"card", "pixels", "batch", "model", "pass", "ms", "images_per_s", "phases_ms"}].
 
@@ -216,7 +225,8 @@ def models(
         for pixels, batch in ((224, 1), (224, 32), (224, 256), (512, 256)):
             add(name, pixels, batch, "DeiT-S", "forward", {"all": deit(card, batch, pixels)})
             for model, dynamic in (("Vim-S", False), ("DyVM-S", True)):
-                phases = vim(card, evaluation[batch], batch, pixels, dynamic, small[model])
+                small = SMALL_LAUNCHES[model]
+                phases = vim(card, evaluation[batch], batch, pixels, dynamic, small)
                 add(name, pixels, batch, model, "forward", phases)
         if training is not None:
             step = {"all": 3 * deit(card, 256, 224), "optimizer": optimizer(card, "DeiT-S")}

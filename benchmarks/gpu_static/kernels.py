@@ -14,7 +14,9 @@ backward pass), so that a step costs
     walks * (sum over loops of their turns' cost) / (sum over loops of their turns' steps)
 
 for each kind. The backward pass walks each step twice, to reach a group's states and back through
-them, but computes its size once.
+them, but computes its size once. Where the other loops compute step sizes on their way, one with
+the states' exponentials alone takes in what earlier pieces of time left: it runs once a piece, and
+does not count.
 """
 
 import math
@@ -34,7 +36,7 @@ from .sass import Instruction
 from .simulator import HBM, L2
 
 WALKS = {"scan_backward": 2}
-STEPPED = ("scan_",)  # kernels with steps, by the start of their names
+STEPPED = ("scan_", "piece_")  # kernels with steps, by the start of their names
 
 
 class Chip(NamedTuple):
@@ -130,8 +132,7 @@ def resident_warps(found: Resources, warps: int, capability: int) -> int:
 def counted_loops(program: sass.Program) -> list[list[Instruction]]:
     """The bodies that count; see the module's rule."""
     bodies = [program.instructions[a : b + 1] for a, b in sass.innermost(program.loops())]
-    exponential = [body for body in bodies if exponentials(body)]
-    if exponential:
+    if exponential := [body for body in bodies if exponentials(body)]:
         return exponential
     if bodies:
         return [max(bodies, key=len)]
@@ -141,6 +142,14 @@ def counted_loops(program: sass.Program) -> list[list[Instruction]]:
 
 def exponentials(body: list[Instruction]) -> int:
     return sum(i.opcode.startswith("MUFU.EX2") for i in body)
+
+
+def without_entries(bodies: list[list[Instruction]], states: int) -> list[list[Instruction]]:
+    """Without the loop that takes in what earlier pieces of time left; see the module's rule."""
+    counts = [exponentials(body) for body in bodies]
+    if not any(count > states and count % states for count in counts):
+        return bodies
+    return [body for body, count in zip(bodies, counts, strict=True) if count != states]
 
 
 def steps_of(bodies: list[list[Instruction]], states: int) -> list[tuple[float, bool]]:
@@ -159,7 +168,7 @@ def steps_of(bodies: list[list[Instruction]], states: int) -> list[tuple[float, 
 def figures(name: str, cubin: Path, warps: int, capability: int, states: int) -> dict[str, Any]:
     """Of a cubin with one kernel, made by any compiler. Kernels without steps count turns."""
     found = resources(cubin)
-    bodies = counted_loops(sass.read(cubin))
+    bodies = without_entries(counted_loops(sass.read(cubin)), states)
     stepped = name.startswith(STEPPED) and exponentials(bodies[0]) > 0
     walks = next((n for start, n in WALKS.items() if name.startswith(start)), 1)
     steps = steps_of(bodies, states) if stepped else [(1.0, False)] * len(bodies)

@@ -3,10 +3,10 @@ measured. Needs Triton, no GPU.
 
     python benchmarks/gpu_static/report.py --output benchmarks/results/gpu_static.json
     python benchmarks/gpu_static/report.py --architectures 90 --kernels scan_forward
-    python benchmarks/gpu_static/report.py --cubin scan_backward FILE    # by another compiler
 
-Every kernel is compiled as the host code launches it for a layer of Vim-S in bf16, its loops run on
-a model of an SM (simulator.py), and whole models are put together from that (bounds.py). Read the
+Every kernel is compiled as the host code launches it for a layer of Vim-S in bf16, that in CUDA C++
+by NVRTC (`scan_backward_cuda`), its loops run on a model of an SM (simulator.py), and whole models
+are put together from that (bounds.py). Read the
 times as +-25 %. The kernels' interpreter (TRITON_INTERPRET) must be off.
 """
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import records
 from benchmarks.gpu_static import bounds, compiling, kernels
 from ops import triton_support
+from ops.selective_scan.gpu import cuda
 from utils import arguments
 from utils.errors import UsageError, UserError
 from utils.files import write_json
@@ -33,6 +34,8 @@ from utils.program import run_main
 COMPUTED = "computed, not measured"
 CHANNELS, STATES, DTYPE = 768, 16, torch.bfloat16
 MODELLED = 90  # whole models are those of this capability
+FORWARD = "scan_forward", "piece_ends", "scan_pieces"
+CUDA = "scan_backward_cuda"
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,23 +53,6 @@ def parse_args() -> argparse.Namespace:
         help="compute capabilities, default: 80 90 100",
     )
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument(
-        "--cubin",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "FILE"),
-        help="a kernel of sm_90 compiled elsewhere, of one warp a block; it takes the place of "
-        "Triton's kernel of that name",
-    )
-    parser.add_argument(
-        "--small-launches",
-        nargs=2,
-        type=arguments.whole,
-        metavar=("VIM", "DYVM"),
-        help="kernels of a layer that only prepare weights and routing, default: "
-        + " ".join(map(str, bounds.SMALL_LAUNCHES.values())),
-    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the record as JSON")
     args = parser.parse_args()
     unknown = [a for a in args.architectures if a not in kernels.CHIPS]
@@ -79,65 +65,64 @@ def parse_args() -> argparse.Namespace:
 def analyse(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """`kernels.figures` of every kernel; "phases": {phase: warps for an image}."""
     launches = kernels.launches(CHANNELS, STATES, DTYPE)
-    wanted = args.kernels or [launch.name for _, launch in launches]
-    given = {name for name, _ in args.cubin}
+    wanted = args.kernels or [CUDA, *(launch.name for _, launch in launches)]
+    path = folder / "kernel.cubin"
     rows: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def analysed(name: str, code: bytes, warps: int, capability: int, what: str) -> dict[str, Any]:
+        key = capability, name + hashlib.sha256(code).hexdigest()
+        if key not in rows:
+            print(f"sm_{capability} {name}, {what}", file=sys.stderr, flush=True)
+            path.write_bytes(code)
+            found = kernels.figures(name, path, warps, capability, STATES)
+            rows[key] = {"phases": {}, "constants": {}} | found
+        return rows[key]
+
     for capability in args.architectures:
         for phase, launch in launches:
-            if launch.name not in wanted or (capability == MODELLED and launch.name in given):
-                continue
-            code = compiling.compiled(launch, capability)
-            key = capability, launch.name + hashlib.sha256(code).hexdigest()
-            if key not in rows:
-                print(f"sm_{capability} {launch.name}, {phase}", file=sys.stderr, flush=True)
-                path = folder / "kernel.cubin"
-                path.write_bytes(code)
-                rows[key] = {"phases": {}, "constants": launch.constants} | kernels.figures(
-                    launch.name, path, launch.warps, capability, STATES
-                )
-            warps = launch.warps * math.prod(launch.grid)
-            rows[key]["phases"][str(phase)] = warps / phase.images
-    return [*rows.values(), *(from_elsewhere(name, Path(path)) for name, path in args.cubin)]
+            if launch.name in wanted:
+                code = compiling.compiled(launch, capability)
+                row = analysed(launch.name, code, launch.warps, capability, str(phase))
+                row["constants"] = launch.constants
+                row["phases"][str(phase)] = launch.warps * math.prod(launch.grid) / phase.images
+        if CUDA in wanted:
+            code = cuda.program(DTYPE, False, divmod(capability, 10))
+            row = analysed(CUDA, code, 1, capability, "training")
+            for phase in kernels.PHASES:
+                if phase.kind == "training":
+                    row["phases"][str(phase)] = 2 * CHANNELS / 32
+    return list(rows.values())
 
 
-def from_elsewhere(name: str, path: Path) -> dict[str, Any]:
-    """The figures of a kernel that another compiler made for sm_90, one warp a block for 32
-    channels of a direction: this is where kernels that are not Triton's come in.
-    """
-    if not path.is_file():
-        raise UsageError(f"--cubin {name} {path}: there is no such file")
-    training = [str(phase) for phase in kernels.PHASES if phase.kind == "training"]
-    return {
-        "phases": dict.fromkeys(training, 2 * CHANNELS / 32),
-        "constants": {},
-    } | kernels.figures(name, path, 1, MODELLED, STATES)
-
-
-def scans_of(rows: list[dict[str, Any]], name: str, phase: str) -> bounds.Scans:
-    """The kernels of a pass that whole models are made of, by the start of their names."""
+def scans_of(rows: list[dict[str, Any]], names: tuple[str, ...], phase: str) -> bounds.Scans:
+    """Those of the kernels that a phase launches, as whole models are made of them."""
     return [
-        bounds.Scan(row["sm_cycles"], row["alone"], row["warps_of_an_sm"], row["phases"][phase])
+        bounds.Scan(
+            row["sm_cycles"],
+            row["alone"],
+            row["warps_of_an_sm"],
+            row["phases"][phase],
+            joined=row["kernel"] == "scan_pieces",
+        )
         for row in rows
-        if row["kernel"].startswith(name)
-        and phase in row["phases"]
-        and row["capability"] == MODELLED
+        if row["kernel"] in names and phase in row["phases"] and row["capability"] == MODELLED
     ]
 
 
-def whole_models(rows: list[dict[str, Any]], small: dict[str, int]) -> list[dict[str, Any]]:
+def whole_models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`bounds.models`; none without the scan's kernels."""
     evaluation = {
-        phase.images: scans_of(rows, "scan_forward", str(phase))
+        phase.images: scans_of(rows, FORWARD, str(phase))
         for phase in kernels.PHASES
         if phase.kind == "evaluation"
     }
     if not all(evaluation.values()):
         return []
-    training = (
-        scans_of(rows, "scan_forward", "training 256"),
-        scans_of(rows, "scan_backward", "training 256"),
+    backward = scans_of(rows, (CUDA,), "training 256") or scans_of(
+        rows, ("scan_backward",), "training 256"
     )
-    return bounds.models(evaluation, training if all(training) else None, small)
+    training = scans_of(rows, FORWARD, "training 256"), backward
+    return bounds.models(evaluation, training if all(training) else None)
 
 
 def shown(phases: dict[str, float]) -> str:
@@ -211,11 +196,8 @@ def main() -> None:
         )
     record = {"what": COMPUTED, **records.head("gpu_static/report.py", "cpu"), "kernels": rows}
     print(f"# Kernels of Vim-S in bf16: {COMPUTED}\n\n{kernel_table(rows)}")
-    small = bounds.SMALL_LAUNCHES
-    if args.small_launches:
-        small = dict(zip(small, args.small_launches, strict=True))
-    if models := whole_models(rows, small):
-        record |= {"small_launches": small, "models": models}
+    if models := whole_models(rows):
+        record |= {"small_launches": bounds.SMALL_LAUNCHES, "models": models}
         record["mamba_ssm_us_of_an_image"] = bounds.MAMBA_SSM
         print(f"\n# Whole models: {COMPUTED}\n\n{model_table(models)}")
     if args.output:

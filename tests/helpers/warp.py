@@ -11,7 +11,6 @@ import pytest
 
 from ops.selective_scan.gpu import cuda
 from ops.selective_scan.gpu.cuda import problem
-from ops.selective_scan.gpu.kernels.common import CHUNK
 
 # Pointers to the kernel's 16-bit types are read as words.
 _FLAGS = ("-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
@@ -26,8 +25,8 @@ class Emulator:
             pytest.skip("no C++ compiler")
         path = folder / f"{'-'.join(options)}.so"
         host = Path(__file__).with_name("warp.cpp")
-        defined = (*options, f"-DCHUNK={CHUNK}", f'-DSOURCE="{cuda._SOURCE}"')
-        command = [compiler, *_FLAGS, *defined, str(host), "-o", str(path)]
+        source = f'-DSOURCE="{cuda._SOURCE}"'
+        command = [compiler, *_FLAGS, *options, source, str(host), "-o", str(path)]
         subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(path))
         assert self._library.problem_bytes() == ctypes.sizeof(problem.Problem)
@@ -40,4 +39,4 @@ class Emulator:
 def emulators(folder: Path):
     """A function that gives the kernel for some arguments, each compiled once."""
     made = lru_cache(maxsize=None)(lambda options: Emulator(options, folder))
-    return lambda given: made(problem.options(given))
+    return lambda given: made(problem.options(given.u.dtype, given.mask is not None))

@@ -20,7 +20,7 @@ CHANNELS = 32  # of a warp: one a thread
 _PROCESSORS = 132  # of an H100: what the interpreter plans for
 
 # Cycles of a processor (SM).
-_ALONE, _BUSY = 540, 48  # a step of a warp, scan_forward
+_ALONE, _BUSY = 470, 47  # a step of a warp, scan_forward
 _ALONE_ENDS, _BUSY_ENDS = 530, 38  # the same of piece_ends
 _ENTER = 130  # what one piece takes in from another
 _LAUNCH = 4400  # of one more kernel, in a CUDA graph: 2.2 us

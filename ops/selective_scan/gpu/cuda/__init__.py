@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.common import CHUNK
 from ..scan_gradient import Given, Result, empty_result
 from . import driver, nvrtc, problem, proof
 
@@ -43,6 +42,11 @@ def scan_backward(given: Given) -> Result | None:
     return None if kernel is None else _run(kernel, given)
 
 
+def program(dtype: torch.dtype, masked: bool, capability: tuple[int, int]) -> bytes:
+    """The kernel compiled for a device of this compute capability. Raises nvrtc.CompileError."""
+    return nvrtc.compiled(_SOURCE.read_text(), capability, problem.options(dtype, masked))
+
+
 def _key(given: Given) -> tuple:
     return given.u.device.index, given.u.dtype, given.mask is not None
 
@@ -71,10 +75,9 @@ def _kernel(given: Given) -> driver.Kernel | None:
 
 
 def _load(given: Given) -> driver.Kernel:
-    options = (*problem.options(given), f"-DCHUNK={CHUNK}")
     capability = torch.cuda.get_device_capability(given.u.device)
-    program = nvrtc.compiled(_SOURCE.read_text(), capability, options)
-    return driver.Kernel(program, "scan_backward", given.u.device.index)
+    code = program(given.u.dtype, given.mask is not None, capability)
+    return driver.Kernel(code, "scan_backward", given.u.device.index)
 
 
 def _run(kernel: driver.Kernel, given: Given) -> Result:

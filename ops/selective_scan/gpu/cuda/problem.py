@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..kernels.common import CHUNK
 from ..scan_gradient import Given, Result
 
 BLOCK = 32  # channels of a warp
@@ -47,10 +48,9 @@ def refusal(given: Given) -> str | None:
     return None
 
 
-def options(given: Given) -> tuple[str, ...]:
+def options(dtype: torch.dtype, masked: bool) -> tuple[str, ...]:
     """What the source is compiled with."""
-    masked = str(given.mask is not None).lower()
-    return f"-DSCALAR={SCALARS[given.u.dtype]}", f"-DMASKED={masked}"
+    return f"-DSCALAR={SCALARS[dtype]}", f"-DMASKED={str(masked).lower()}", f"-DCHUNK={CHUNK}"
 
 
 def prepared(given: Given) -> Given:
