@@ -4,18 +4,25 @@ Triton compiles a small C file for every kernel that it launches (triton/runtime
 """
 
 import importlib
+import logging
 import os
 import re
 import shutil
 import sysconfig
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from utils.errors import first_line
 
+from . import cache
+
 OLDEST = (3, 4)
 OLDEST_GPU = (7, 0)  # of compute capability
+
+_logger = logging.getLogger(__name__)
 
 
 def interpreted() -> bool:
@@ -44,9 +51,30 @@ def refusal(anywhere: bool = False) -> str | None:
     if not torch.version.hip and capability < OLDEST_GPU:
         needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_GPU, capability))
         return f"needs a GPU of compute capability {needed} or newer, and this one has {found}"
-    if triton.knobs.build.impl is not None:  # a builder of the user's own
+    if triton.knobs.build.impl is None:  # no builder of the user's own
+        reason = _no_compiler() or _no_header()
+        if reason is not None:
+            return reason
+    return _no_cache(Path(triton.knobs.cache.dir))
+
+
+def _no_cache(own: Path) -> str | None:
+    """Why Triton cannot keep what it compiles: in its own folder at home, or where that is full or
+    read-only in that of the other kernels.
+    """
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=own).close()
         return None
-    return _no_compiler() or _no_header()
+    except OSError as error:
+        refused = error
+    try:
+        other = cache.folder() / "triton"
+    except OSError as error:
+        return f"Triton needs a folder that can be written (TRITON_CACHE_DIR): {first_line(error)}"
+    os.environ["TRITON_CACHE_DIR"] = str(other)
+    _logger.warning("Triton keeps its kernels in %s, since %s", other, first_line(refused))
+    return None
 
 
 def _no_compiler() -> str | None:

@@ -114,8 +114,8 @@ part machine 3 "$python" benchmarks/machine.py
 parity "parity, float32" 14 "${tests[@]}" -m gpu tests/test_golden.py tests/test_golden_segmentation.py
 parity "parity, bf16" 10 "${tests[@]}" -m gpu tests/test_bf16.py
 part kernels 14 "${tests[@]}" -m gpu tests/test_ops*.py
-part "graphs, waits" 6 "${tests[@]}" tests/test_graphs.py tests/test_no_host_wait.py
-part "model S" 20 "$python" benchmarks/model.py --device cuda --models S --batch 256 1 32 64 --seconds 2 --profile \
+part "graphs, waits" 5 "${tests[@]}" tests/test_graphs.py tests/test_no_host_wait.py
+part "model S" 19 "$python" benchmarks/model.py --device cuda --models S --batch 256 1 32 64 --seconds 2 --profile \
   --output "$out/model-s.json"
 part train 15 "$python" benchmarks/train.py --device cuda --parts dense dyvm --batch 256 --seconds 4 --profile \
   --output "$out/train.json"
@@ -124,6 +124,7 @@ part "model S, 512" 9 "$python" benchmarks/model.py --device cuda --models S --i
 # without torch.compile, which takes half a minute for each shape
 part "benchmark ops" 5 "$python" benchmarks/ops.py --device cuda --precision bf16 --batch 256 --rounds 10 \
   --no-compile --output "$out/ops.json"
+part layout 2 "$python" benchmarks/gpu_plan.py --device cuda --tokens 197 --active 1.0 --rounds 3 --seconds 0.1
 part "model T and B" 3 "$python" benchmarks/model.py --device cuda --models T B --batch 256 1 16 64 --seconds 0.5 \
   --no-compile --output "$out/model-tb.json"
 part goals 1 "$python" benchmarks/goals.py "$out" --output "$out/goals.json"

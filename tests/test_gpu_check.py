@@ -18,6 +18,7 @@ GPU_PARTS = [
     "train",
     "model S, 512",
     "benchmark ops",
+    "layout",
     "model T and B",
     "goals",
 ]

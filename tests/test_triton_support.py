@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -21,7 +23,9 @@ from ops.selective_scan import BranchParams
 def triton_of(version: str) -> ModuleType:
     module = ModuleType("triton")
     module.__version__ = version
-    module.knobs = SimpleNamespace(build=SimpleNamespace(impl=None))
+    module.knobs = SimpleNamespace(
+        build=SimpleNamespace(impl=None), cache=SimpleNamespace(dir=tempfile.gettempdir())
+    )
     return module
 
 
@@ -94,6 +98,20 @@ def test_a_compiler_named_by_its_path(refusal, monkeypatch, tmp_path):
     own = program(tmp_path / "own/cc", "exit")
     monkeypatch.setenv("CC", str(own))
     assert refusal() is None
+
+
+def test_a_cache_that_cannot_be_written(refusal, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    knobs = sys.modules["triton"].knobs
+    knobs.cache.dir = str(tmp_path / "file/cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # put back behind the test
+    assert refusal() is None
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "caches/dyvm/triton")
+    assert caplog.messages[0].startswith(f"Triton keeps its kernels in {tmp_path}/caches/dyvm/tri")
+    assert len(caplog.messages) == 1
+    monkeypatch.setattr(triton_support.cache, "folder", lambda: Path("/dev/null/x").mkdir())
+    assert "Triton needs a folder that can be written (TRITON_CACHE_DIR)" in refusal()
 
 
 def test_no_headers(refusal, monkeypatch, tmp_path):
