@@ -20,10 +20,10 @@ from losses import total_of
 from models import Result, VisionMamba
 from models.batch_norm import statistics_kept
 from models.importance import with_importance
+from ops.cuda_graphs import graphed
 from schedules import noise_factor
 from tasks import Experiment, Meter, ObjectMeter, ReductionMeter
 from training import Training
-from utils.cuda_graphs import graphed
 from utils.distributed import Distributed, mean_over_ranks
 from utils.errors import UserError
 from utils.logging import Averages, Progress

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import flags
 from utils.arguments import OneLineParser
 from utils.errors import UsageError
 from utils.files import write_json
@@ -273,12 +274,16 @@ def main() -> None:
         metavar="FILE",
         help=f"record of gpu_static/report.py, default: results/{COMPUTED.name}",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
+    parser.add_argument(
+        "--output", type=flags.record_file, metavar="FILE", help="write the table as JSON"
+    )
     args = parser.parse_args()
     if args.folder is not None and not args.folder.is_dir():
         raise UsageError(
-            f"{args.folder} is no folder; name the one that scripts/gpu_check.sh wrote to"
+            f"{args.folder} is not a folder; name the one that scripts/gpu_check.sh wrote to"
         )
+    if not args.computed.is_file():
+        raise UsageError(f"--computed {args.computed}: there is no such file")
     records = Records({}, {}, {}) if args.folder is None else Records.read(args.folder)
     card = card_of(records)
     rows = judge(records, Computed(read_record(args.computed), card))
@@ -301,7 +306,7 @@ def main() -> None:
     if any(row["computed"] is not None for row in rows):
         print(
             f"~ computed for an {card} ({args.computed.name}), on paper and within about 25 %; "
-            "DeiT and mamba_ssm without their losses"
+            "DeiT and mamba_ssm at their ideal speed"
         )
     if args.output:
         write_json(args.output, rows)

@@ -19,42 +19,25 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flags, records
+from benchmarks.ops import random_params
 from ops import triton_support
+from ops.cuda_graphs import capture
 from ops.selective_scan import KeptParams
 from utils import arguments
-from utils.cuda_graphs import capture
 from utils.errors import UserError
 from utils.files import write_json
 from utils.program import run_main
+from utils.tables import text_table
 from utils.timing import interleaved
 
 STATES = 16
 PIECES = 0, 1, 2, 4, 8, 16, 32, 64  # 0: one program walks both directions from end to end
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.6e-2, "fp16": 2e-3}  # of the largest output
-
-
-def draw_params(channels: int, device: str) -> KeptParams:
-    """Weights of one direction [E channels], with steps near .05."""
-    rank = max(1, channels // 32)
-
-    def draw(*shape, scale=1.0):
-        return torch.randn(*shape, device=device) * scale
-
-    return KeptParams(
-        draw(channels, 4, scale=0.4),
-        draw(channels, scale=0.1),
-        draw(rank + 2 * STATES, channels, scale=channels**-0.5),
-        draw(channels, rank, scale=rank**-0.5),
-        draw(channels) - 3,
-        -torch.arange(1.0, STATES + 1, device=device).expand(channels, -1).contiguous(),
-        draw(channels),
-    )
 
 
 @torch.no_grad()
@@ -67,7 +50,10 @@ def measure(batch: int, tokens: int, share: float, args) -> dict[str, Any]:
     active = (torch.rand(batch, 2, generator=generator) < share).to(args.device)
     xz = torch.randn(batch, tokens, 2 * args.channels, device=args.device)
     xz = xz.to(flags.PRECISIONS[args.precision])
-    directions = draw_params(args.channels, args.device), draw_params(args.channels, args.device)
+    directions = [
+        KeptParams(*random_params(args.channels, STATES, max(1, args.channels // 32), args.device))
+        for _ in range(2)
+    ]
 
     def scan(pieces: int | None, xz: Tensor) -> Tensor:
         """In so many pieces, None: as the rule has it."""
@@ -118,7 +104,9 @@ def main() -> None:
     args = flags.parse(parser)
     reason = triton_support.refusal()
     if reason is not None:
-        raise UserError(f"the kernels cannot run here: {reason}")
+        raise UserError(
+            f"the kernels cannot run here: {reason}; in the interpreter also give --device cpu"
+        )
     torch.manual_seed(0)
     cases = []
     for tokens, share, batch in itertools.product(args.tokens, args.active, args.batch):
@@ -128,19 +116,16 @@ def main() -> None:
             write_json(args.output, {**head, "channels": args.channels, "cases": cases})
     rows = [
         [
-            case["tokens"],
-            case["active"],
-            case["batch"],
-            case["chosen"],
+            *(str(case[name]) for name in ("tokens", "active", "batch", "chosen")),
             f"{case['us'][case['chosen']]:.1f}",
-            min(case["us"], key=case["us"].get),
+            str(min(case["us"], key=case["us"].get)),
             f"{min(case['us'].values()):.1f}",
             f"{case['share_of_best']:.2f}",
         ]
         for case in cases
     ]
     headers = ["tokens", "active", "batch", "rule", "us", "fastest", "us", "share of best"]
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("right",) * len(headers)))
+    print(text_table(rows, headers))
     print(f"{args.channels} channels; all results equal within {TOLERANCE[args.precision]:g}")
 
 

@@ -36,8 +36,8 @@ from benchmarks.memory import mebibytes, peak_memory
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import selective_scan
+from ops.cuda_graphs import capture
 from utils import arguments
-from utils.cuda_graphs import capture
 from utils.errors import first_line
 from utils.files import write_json
 from utils.precision import autocast
@@ -177,6 +177,8 @@ class Selection:
         """
         function = self.functions[name]
         try:
+            # A graph can record no compilation, and should record no casts of weights.
+            function(self.images)
             made = make(function)
             self.offer(
                 f"{name}, {variant}",

@@ -2,15 +2,89 @@
 
 Casts, transposes and exponentials of weights are a few thousand numbers each; on a GPU every one of
 them is a kernel, more than half of what a layer launches.
+
+A value is made and read on one CUDA stream; programs that run a model on several at once must make
+its values first, by a forward pass that they wait for.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .operators import plain
+
+
+class _Steps:
+    """Steps of all optimizers: fused ones change weights and not their version counters."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
+class _Made(NamedTuple):
+    """A value, and the state of the weights that it was made of."""
+
+    value: Any
+    weights: tuple[tuple[Tensor, int, int], ...]  # with version and place
+    steps: int  # of optimizers
+
+    @classmethod
+    def of(cls, weights: tuple[Tensor, ...], value: Any) -> "_Made":
+        state = tuple((weight, weight._version, weight.data_ptr()) for weight in weights)
+        return cls(value, state, _Steps.taken)
+
+    def is_of(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether it was made of these tensors."""
+        return len(weights) == len(self.weights) and all(
+            weight is known for weight, (known, _, _) in zip(weights, self.weights, strict=True)
+        )
+
+    def is_current(self) -> bool:
+        """Whether none of its weights has changed or moved."""
+        return self.steps == _Steps.taken and all(
+            weight._version == version and weight.data_ptr() == place
+            for weight, version, place in self.weights
+        )
+
+
+class Reads:
+    """The kept values that a CUDA graph was recorded with: it reads them at every replay, so they
+    live as long as this object.
+    """
+
+    def __init__(self):
+        self._made: list[_Made] = []
+
+    def add(self, made: _Made) -> None:
+        self._made.append(made)
+
+    def are_current(self) -> bool:
+        """Whether none of the weights behind them has changed."""
+        return all(made.is_current() for made in self._made)
+
+
+_recorded: Reads | None = None
+
+
+@contextmanager
+def recorded_reads() -> Iterator[Reads]:
+    """Collects what is read from every `Kept`, for the recording of a CUDA graph."""
+    global _recorded
+    before, _recorded = _recorded, Reads()
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def capturing() -> bool:
@@ -22,12 +96,12 @@ class Kept:
     """Values by name, each with the weights that it was made of.
 
     A value is made anew when one of these is another tensor, has moved, or was changed in place
-    (its version counter); `clear` is for changes that PyTorch does not count, through `.data`.
-    Copies of it, and what is pickled, are empty.
+    (its version counter, and any optimizer's step); `clear` is for changes that PyTorch does not
+    count, such as those through `.data`. Copies of it, and what is pickled, are empty.
     """
 
     def __init__(self):
-        self._values: dict[str, tuple[list[tuple[Tensor, int, int]], Any]] = {}
+        self._values: dict[str, _Made] = {}
 
     def get(self, name: str, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         """The value, from `make()` where it is missing or out of date; where autograd or a tracer
@@ -35,17 +109,15 @@ class Kept:
         """
         if torch.is_grad_enabled() or not plain(*weights) or any(w.is_inference() for w in weights):
             return make()
-        stamps, value = self._values.get(name, ((), None))
-        if len(stamps) == len(weights) and all(
-            weight is known and weight._version == version and weight.data_ptr() == place
-            for weight, (known, version, place) in zip(weights, stamps, strict=True)
-        ):
-            return value
-        value = make()
-        if not capturing():
-            stamps = [(weight, weight._version, weight.data_ptr()) for weight in weights]
-            self._values[name] = stamps, value
-        return value
+        made = self._values.get(name)
+        if made is None or not made.is_of(weights) or not made.is_current():
+            value = make()
+            if capturing():
+                return value
+            made = self._values[name] = _Made.of(weights, value)
+        if _recorded is not None:
+            _recorded.add(made)
+        return made.value
 
     def clear(self) -> None:
         self._values.clear()

@@ -8,8 +8,9 @@
 #
 # PYTHON: default a python3 on PATH whose PyTorch sees a CUDA device, else the environment of scripts/setup.sh. It needs
 #   torch, triton, timm and pytest; with pytest-xdist the tests run, and compile their kernels, side by side.
-# GOLDEN_DIR: the recorded cases; default shared/golden in the repository or beside it. Without them parity cannot be
-#   checked, which counts as a failure.
+# CUDA_VISIBLE_DEVICES: one GPU is used, the first of these.
+# GOLDEN_DIR: the recorded cases of the public release; default shared/golden in the repository or beside it. Without them
+#   parity is not checked, which the table says.
 # TOTAL_SECONDS (480): each part has its share of it, and what the parts before it left over.
 #
 # OUT_DIR gets log.txt, summary.txt, goals.json and the records of the benchmarks, which are written as they grow:
@@ -28,9 +29,13 @@ sees_cuda() {
   "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null
 }
 
-[[ $# -eq 1 ]] || fail "name one folder for the results: bash scripts/gpu_check.sh OUT_DIR" 2
+[[ ${1:-} != -h && ${1:-} != --help ]] || {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit 0
+}
+[[ $# -eq 1 && $1 != -* ]] || fail "name one folder for the results: bash scripts/gpu_check.sh OUT_DIR" 2
 [[ $TOTAL_SECONDS =~ ^[1-9][0-9]*$ ]] || fail "TOTAL_SECONDS=$TOTAL_SECONDS is not a positive whole number" 2
-mkdir -p "$1" 2>/dev/null && out="$(cd "$1" && pwd)" && [[ -w $out ]] || fail "cannot write to $1"
+mkdir -p -- "$1" 2>/dev/null && out="$(cd "$1" && pwd)" && [[ -w $out ]] || fail "cannot write to $1"
 if [[ -n ${PYTHON:-} ]]; then
   python="$(command -v -- "$PYTHON")" || fail "PYTHON=$PYTHON is not a program"
 elif sees_cuda python3; then
@@ -38,10 +43,10 @@ elif sees_cuda python3; then
 else
   python="$(bash "$ROOT/scripts/setup.sh" | tail -n 1)" || exit 1
 fi
-sees_cuda "$python" || fail "PyTorch sees no CUDA device here (asked: $python)"
-for module in triton timm pytest; do
+for module in torch triton timm pytest; do
   "$python" -c "import $module" 2>/dev/null || fail "$python cannot import $module; name another with PYTHON="
 done
+sees_cuda "$python" || fail "PyTorch sees no CUDA device here (asked: $python)"
 
 if [[ -z ${GOLDEN_DIR:-} ]]; then
   GOLDEN_DIR="$ROOT/shared/golden"
@@ -103,7 +108,6 @@ parity() {
   local told="no recorded cases at $GOLDEN_DIR: PARITY WAS NOT CHECKED; set GOLDEN_DIR"
   printf '\n== %s: %s\n' "$1" "$told" | tee -a "$log"
   shares=$((shares + $2))
-  any_failed=1
   report "$1" "NOT RUN" 0 "$told"
 }
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
 from fnmatch import fnmatch
 
@@ -134,6 +136,27 @@ def test_gpu_check_runs_every_file_with_gpu_tests():
     named = re.findall(r"tests/(test_\S+\.py)", script)
     left_out = {name for name in files if not any(fnmatch(name, pattern) for pattern in named)}
     assert files and left_out == set()
+
+
+def test_gpu_check_needs_few_packages():
+    """Its programs can be imported without what a bare machine lacks."""
+    programs = re.findall(r"benchmarks/(\w+)\.py", (ROOT / "scripts/gpu_check.sh").read_text())
+    lacking = "tabulate einops matplotlib sklearn webdataset av onnx onnxscript onnxruntime jinja2"
+    code = "\n".join(
+        [
+            "import sys",
+            *(f"sys.modules[{name!r}] = None" for name in lacking.split()),
+            *(f"import benchmarks.{name}" for name in sorted(set(programs))),
+        ]
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert {"goals", "gpu_plan", "model"} <= set(programs) and run.returncode == 0, run.stderr
+
+
+def test_gpu_check_helps():
+    result = run("scripts/gpu_check.sh", "--help")
+    assert result.returncode == 0 and "TOTAL_SECONDS (480)" in result.stdout
+    assert "set -uo" not in result.stdout and result.stderr == ""
 
 
 def test_gpu_check_without_a_gpu(tmp_path):

@@ -9,10 +9,25 @@ import timm
 import torch
 
 import models  # noqa: F401  (registers the models)
-from utils import cuda_graphs as graphs
+from ops import cuda_graphs as graphs
 from utils.precision import autocast
 
 SHAPES = [(4, 3, 8, 8), (4, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8)]
+
+
+class Replayed:
+    """What `capture` returns, without a GPU."""
+
+    current = True
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, images):
+        return self.call(images)
+
+    def is_current(self):
+        return self.current
 
 
 def run(forward, monkeypatch, fails: bool = False) -> list[str]:
@@ -29,7 +44,7 @@ def run(forward, monkeypatch, fails: bool = False) -> list[str]:
             raise RuntimeError(
                 "operation not permitted when stream is capturing\nCUDA kernel errors might be ..."
             )
-        return lambda images: done.append("replay")
+        return Replayed(lambda images: done.append("replay"))
 
     monkeypatch.setattr(graphs, "capture", capture)
     graphed = graphs.GraphedForward(plain)
@@ -63,6 +78,26 @@ def test_a_failing_capture_is_said_once_and_not_tried_again(monkeypatch, caplog)
         "evaluation goes on without a CUDA graph, capturing one failed: operation not permitted "
         "when stream is capturing"
     ]
+
+
+def test_after_a_change_of_weights_a_shape_is_captured_anew(monkeypatch):
+    done, images = [], torch.zeros(4, 3, 8, 8)
+
+    def capture(forward, images):
+        done.append("capture")
+        return Replayed(lambda images: done.append("replay"))
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    graphed = graphs.GraphedForward(lambda images: done.append("plain"))
+    for _ in range(3):
+        graphed(images)
+    monkeypatch.setattr(Replayed, "current", False)
+    graphed(images)
+    monkeypatch.setattr(Replayed, "current", True)
+    for _ in range(2):
+        graphed(images)
+    again = ["plain", "capture", "replay", "replay"]
+    assert done == again + again
 
 
 def test_errors_of_the_forward_pass_are_raised(monkeypatch):
@@ -111,6 +146,10 @@ def test_a_graph_gives_what_the_forward_pass_gives(name, amp, caplog):
             torch.testing.assert_close(actual.logits, expected.logits)
             assert torch.equal(actual.gates, expected.gates)
             assert all(map(torch.equal, actual.kept, expected.kept))
-        model.head.bias.add_(1)  # weights that change in place are seen
+        for weight in (model.head.bias, model.layers[0].mixer.A_log):
+            weight.add_(1)  # weights that change in place are seen
+            for _ in range(3):
+                torch.testing.assert_close(graphed(images).logits, forward(images).logits)
+        model.train().eval()  # what a graph reads lives on
         torch.testing.assert_close(graphed(images).logits, forward(images).logits)
     assert not caplog.records and len(graphed._replays) == 2

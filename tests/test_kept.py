@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from models.mixer import BidirectionalMamba
-from ops.kept import Kept
+from ops.kept import Kept, recorded_reads
 from ops.linear import Linear
 from ops.selective_scan import KeptParams
 
@@ -80,6 +81,37 @@ def test_nothing_is_kept_while_a_graph_is_captured(counted, monkeypatch):
     assert get()[1] == 3
     monkeypatch.setattr("ops.kept.capturing", lambda: True)
     assert get()[1] == 3, "what was made before is there to be read"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_step_is_seen(counted, fused):
+    """A fused one leaves the version counters as they are."""
+    _, weight, get = counted
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    with torch.no_grad():
+        get()
+    weight.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        value, made = get()
+    assert made == 2 and torch.equal(value, weight.detach() * 2)
+
+
+@torch.no_grad()
+def test_what_a_graph_reads_lives_and_is_watched(counted):
+    kept, weight, get = counted
+    value = weakref.ref(get()[0])
+    with recorded_reads() as reads:
+        get()
+    kept.clear()
+    assert value() is not None and reads.are_current()
+    weight.mul_(2)
+    assert not reads.are_current()
+    with recorded_reads() as empty:
+        pass
+    assert empty.are_current()
+    del reads
+    assert value() is None
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError, first_line
+from .errors import UsageError, UserError, first_line
 
 # A collective may wait long for a rank that is alive but slow (measuring throughput alone, a cold
 # file system); dead ranks are detected by the watchdog.
@@ -216,7 +216,7 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     if device != "cuda":
         return torch.device(device)
     if not torch.cuda.is_available():
-        raise UserError("no GPU that PyTorch can use; run with --device cpu")
+        raise UsageError("--device cuda: PyTorch sees no GPU here; run with --device cpu")
     count = torch.cuda.device_count()
     # With --gpus-per-task, srun makes only its own GPU visible to each process.
     index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank

@@ -29,7 +29,8 @@ THIN = 0.6  # share of the products' rate that those with few columns reach
 LAUNCH = {1: 2.2}  # of a kernel in a graph, by batch
 LAUNCH_ELSE = 2.5
 # Kernels of a layer's forward pass that only prepare routing, counted in the host code: 6 with the
-# class token in one place for all images, 9 elsewhere. In training there are 12 more, for weights.
+# class token in one place for all images, 9 in the other three stages of four. In training there
+# are 12 more, for weights.
 SMALL_LAUNCHES = {"Vim-S": 0, "DyVM-S": 8}
 WEIGHTS_IN_TRAINING = 12
 DEPTH, WIDTH, CHANNELS, STATES, RANK, PATCH, HIDDEN = 24, 384, 768, 16, 24, 16, 3 * 16 * 16

@@ -6,8 +6,8 @@ measured. Needs Triton, no GPU.
 
 Every kernel is compiled as the host code launches it for a layer of Vim-S in bf16, that in CUDA C++
 by NVRTC (`scan_backward_cuda`), its loops run on a model of an SM (simulator.py), and whole models
-are put together from that (bounds.py). Read the
-times as +-25 %. The kernels' interpreter (TRITON_INTERPRET) must be off.
+are put together from that (bounds.py). Read the times as +-25 %. The kernels' interpreter
+(TRITON_INTERPRET) must be off.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import records
+from benchmarks import flags, records
 from benchmarks.gpu_static import bounds, compiling, kernels
 from ops import triton_support
 from ops.selective_scan.gpu import cuda
@@ -53,7 +53,9 @@ def parse_args() -> argparse.Namespace:
         help="compute capabilities, default: 80 90 100",
     )
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the record as JSON")
+    parser.add_argument(
+        "--output", type=flags.record_file, metavar="FILE", help="write the record as JSON"
+    )
     args = parser.parse_args()
     unknown = [a for a in args.architectures if a not in kernels.CHIPS]
     if unknown:

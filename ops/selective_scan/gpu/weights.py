@@ -40,13 +40,14 @@ class Weights(NamedTuple):
         """`of`, made once for weights that stay as they are."""
         if not all(isinstance(branch, KeptParams) for branch in params):
             return cls.of(params, dtype)
-        made, key = params[0].made, (dtype, *(branch.serial for branch in params))
-        if key in made:
-            return made[key]
-        # Plain params: these would refer to themselves.
-        weights = cls.of(tuple(BranchParams(*branch) for branch in params), dtype)
-        if not capturing():
-            made[key] = weights
+        made, key = params[0].made, (dtype, len(params))
+        serials = tuple(branch.serial for branch in params)
+        known, weights = made.get(key, (None, None))
+        if known != serials:
+            # Plain params: these would refer to themselves.
+            weights = cls.of(tuple(BranchParams(*branch) for branch in params), dtype)
+            if not capturing():
+                made[key] = serials, weights
         return weights
 
     @classmethod

@@ -17,6 +17,8 @@ from . import driver, nvrtc, problem, proof
 
 _SOURCE = Path(__file__).with_name("scan_backward.cu")
 
+_OFF = ("0", "off", "false", "no")  # of DYVM_CUDA_BACKWARD
+
 _logger = logging.getLogger(__name__)
 _proven: dict[tuple, driver.Kernel] = {}
 _failed = False
@@ -24,7 +26,7 @@ _failed = False
 
 def takes(given: Given) -> str | None:
     """None, or why Triton's kernel runs instead."""
-    if _failed or os.environ.get("DYVM_CUDA_BACKWARD") == "0":
+    if _failed or os.environ.get("DYVM_CUDA_BACKWARD", "").lower() in _OFF:
         return "is turned off"
     reason = _device_refusal(given.u.device) or problem.refusal(given)
     if reason is None and _key(given) not in _proven and torch.cuda.is_current_stream_capturing():
@@ -60,6 +62,8 @@ def _kernel(given: Given) -> driver.Kernel | None:
         try:
             kernel = _load(given)
             reason = proof.disagreement(partial(_run, kernel), dtype, masked, device)
+        except torch.OutOfMemoryError:
+            return None  # says nothing of the kernel
         except Exception as error:  # whatever it is, there is another kernel
             reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
         if reason is None:

@@ -25,7 +25,7 @@ def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr)
 
     The sum runs on the matrix units (times a matrix that is one in a single column): sums between
     threads by shuffles would cost more than all other arithmetic of the step. They round to 11 bits
-    on the way (TF32), finer than bfloat16 but not float32, whose tensors take the slow road (not
+    on the way (TF32), finer than bfloat16 but not float32, whose tensors go the slow way (not
     MATRIX).
     """
     if MATRIX:
