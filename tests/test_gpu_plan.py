@@ -54,7 +54,7 @@ def test_its_cycles_are_those_of_the_machine_code():
     }
     for kernel, alone, busy in (
         ("scan_forward", plans._ALONE, plans._BUSY),
-        ("scan_pieces", plans._ALONE, plans._BUSY),
+        ("scan_pieces", plans._ALONE_PIECES, plans._BUSY_PIECES),
         ("piece_ends", plans._ALONE_ENDS, plans._BUSY_ENDS),
     ):
         assert alone == pytest.approx(rows[kernel]["alone"], rel=0.15)

@@ -45,11 +45,14 @@ def tokens(given: Given, direction: int, image: int) -> int:
     return L if given.lengths is None else min(max(int(given.lengths[image]), 0), L)
 
 
+WEIGHTS = ("A", "D", "dt_bias")
+
+
 def walk(given: Given, leaves: dict, direction: int, image: int):
     """Outputs [n, E] of one direction of an image, in order of time, and the states before every
     chunk but the first, by the definition.
     """
-    A, D, bias = leaves["weights"][3 * direction : 3 * direction + 3]
+    A, D, bias = (leaves[name][direction] for name in WEIGHTS)
     n = tokens(given, direction, image)
     order = range(n)
     if (given.reverse if given.u.shape[0] == 1 else direction == 1) and n:
@@ -73,10 +76,9 @@ def reference(given: Given) -> tuple[Given, Result]:
     def leaf(tensor):
         return None if tensor is None else tensor.detach().double().requires_grad_()
 
-    names = ("u", "dt", "bc", "mask", "gates")
+    names = ("u", "dt", "bc", "mask", "gates", *WEIGHTS)
     leaves = {name: leaf(getattr(given, name)) for name in names}
     G, B, L, E = given.u.shape
-    leaves["weights"] = [leaf(tensor) for tensor in given.weights]
     total = torch.zeros((), dtype=torch.float64)
     states = torch.full((G, B, max(-(-L // CHUNK) - 1, 0), N, E), torch.nan)
     for direction in range(G):
@@ -94,13 +96,12 @@ def reference(given: Given) -> tuple[Given, Result]:
     def grad(tensor):
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
-    by_direction = [leaves["weights"][3 * d : 3 * d + 3] for d in range(G)]
     return given._replace(states=states), Result(
         grad(leaves["u"]),
         grad(leaves["dt"]),
         grad(leaves["bc"]),
-        torch.stack([grad(A) for A, _, _ in by_direction]),
-        torch.stack([torch.stack([grad(D), grad(bias)]) for _, D, bias in by_direction]),
+        grad(leaves["A"]),
+        torch.stack([grad(leaves["D"]), grad(leaves["dt_bias"])], dim=1),
         None if given.gates is None else grad(leaves["gates"])[:, :G].t(),
         None if given.mask is None else grad(leaves["mask"]),
     )
@@ -121,11 +122,6 @@ def summed(result: Result, given: Given) -> Result:
 def draw(B, L, E, G=2, dtype=torch.float32, mask=False, gates=False, reverse=False, **routing):
     """Arguments that have no states yet; rows of bc that are not aligned."""
     torch.manual_seed(0)
-    weights = [
-        tensor
-        for _ in range(G)
-        for tensor in (-torch.exp(2 * torch.rand(N, E)), torch.randn(E), torch.randn(E) - 3)
-    ]
     return Given(
         torch.randn(B, L, E).to(dtype),
         torch.randn(G, B, L, E).to(dtype),
@@ -135,7 +131,9 @@ def draw(B, L, E, G=2, dtype=torch.float32, mask=False, gates=False, reverse=Fal
         routing.get("lengths"),
         routing.get("active"),
         torch.randn(B, 2) if gates else None,
-        weights if G == 2 else 2 * weights,
+        -torch.exp(2 * torch.rand(G, N, E)),
+        torch.randn(G, E),
+        torch.randn(G, E) - 3,
         torch.empty(0),
         reverse,
     )
@@ -196,8 +194,8 @@ def test_lengths_and_active_of_other_types(dtype, emulator):
         torch.tensor([[1, 2], [0, 1], [1, 0]]),
     ):
         given = draw(3, 5, 8, mask=True, gates=True, lengths=lengths, active=active)
-        half = [tensor.half() for tensor in given.weights]
-        check(emulator, given._replace(weights=half, gates=given.gates.bfloat16()))
+        half = {name: getattr(given, name).half() for name in WEIGHTS}
+        check(emulator, given._replace(**half, gates=given.gates.bfloat16()))
 
 
 def test_what_is_off_is_not_read(emulator):
@@ -232,7 +230,7 @@ def test_nan(where, dtype, emulator):
 def test_nan_whose_bits_are_all_ones(emulator):
     """Rounded up to bfloat16 it would be a zero."""
     given = draw(1, 3, 8, G=1, dtype=torch.bfloat16)
-    given.weights[1].view(torch.int32)[2] = 0x7FFFFFFF
+    given.D.view(torch.int32)[0, 2] = 0x7FFFFFFF
     given, _ = reference(given)
     found = cuda._run(emulator(given), given)
     assert found.u[..., 2].isnan().all() and found.u.isnan().sum() == 3
@@ -242,7 +240,7 @@ def test_tiny_steps(emulator):
     """No digits are lost where softplus is 1e-6, nor where it is the projected step itself."""
     given = draw(1, 33, 32)
     given.dt.mul_(0.1)
-    given.weights[2][:], given.weights[5][:16], given.weights[5][16:] = -14, -6, 30
+    given.dt_bias[0], given.dt_bias[1, :16], given.dt_bias[1, 16:] = -14, -6, 30
     check(emulator, given)
     given, wanted = reference(given)
     found = cuda._run(emulator(given), given)

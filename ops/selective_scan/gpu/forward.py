@@ -31,7 +31,8 @@ def convolve(call: Call, xz: Tensor, mask: Tensor | None, weights: Weights) -> T
         xz.stride(1),
         mask,
         *call.routing(),
-        *weights.conv,
+        weights.conv_weight,
+        weights.conv_bias,
         u,
         B,
         L,
@@ -88,6 +89,7 @@ def _scan(
     (G, B, L, E), N = u.shape, weights.states
     bc = projected[..., weights.rank :]
     given = u, dt, bc, bc.stride(-2)
+    scan_weights = weights.A, weights.D, weights.dt_bias
     z = xz[..., E:], xz.stride(0), xz.stride(1)
     layout = plan(xz.device, B, E, L, G)
     constants = {
@@ -107,7 +109,7 @@ def _scan(
             call.step_mask(mask),
             *call.routing(),
             gates,
-            *weights.scan,
+            *scan_weights,
             part,
             out,
             states,
@@ -130,7 +132,7 @@ def _scan(
             *given,
             call.step_mask(mask),
             *call.routing(),
-            *weights.scan,
+            *scan_weights,
             ends,
             sums,
             B,
@@ -145,7 +147,7 @@ def _scan(
         call.step_mask(mask),
         *call.routing(),
         gates,
-        *weights.scan,
+        *scan_weights,
         ends,
         sums,
         parts,

@@ -21,7 +21,8 @@ _PROCESSORS = 132  # of an H100: what the interpreter plans for
 
 # Cycles of a processor (SM).
 _ALONE, _BUSY = 470, 47  # a step of a warp, scan_forward
-_ALONE_ENDS, _BUSY_ENDS = 530, 38  # the same of piece_ends
+_ALONE_ENDS, _BUSY_ENDS = 530, 36  # the same of piece_ends
+_ALONE_PIECES, _BUSY_PIECES = 600, 43  # the same of scan_pieces
 _ENTER = 130  # what one piece takes in from another
 _LAUNCH = 4400  # of one more kernel, in a CUDA graph: 2.2 us
 _BYTES = 1500  # to and from memory, of all processors: 3 TB/s
@@ -76,7 +77,7 @@ def cycles(
     if pieces == 0:
         return steps(directions * tokens, warps, _ALONE, _BUSY)
     width, warps = tokens / pieces, warps * directions
-    total = steps(width, warps * pieces, _ALONE, _BUSY) + _LAUNCH
+    total = steps(width, warps * pieces, _ALONE_PIECES, _BUSY_PIECES) + _LAUNCH
     total += 2 * 4 * directions * images * tokens * channels / _BYTES  # float32 parts
     if pieces > 1:
         total += steps(width, warps * (pieces - 1), _ALONE_ENDS, _BUSY_ENDS) + _LAUNCH

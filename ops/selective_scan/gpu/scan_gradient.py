@@ -31,7 +31,9 @@ class Given(NamedTuple):
     lengths: Tensor | None  # [B]
     active: Tensor | None  # [B, G]
     gates: Tensor | None  # [B, 2]
-    weights: list[Tensor]  # A [N, E], D [E], step bias [E]; of both directions or twice the same
+    A: Tensor  # [G, N, E]
+    D: Tensor  # [G, E]
+    dt_bias: Tensor  # [G, E]
     states: Tensor  # [G, B, saved, N, E], float32: after every CHUNK steps
     reverse: bool  # whether the only direction is the reversed one
 
@@ -87,7 +89,9 @@ def run_triton(given: Given) -> Result:
         given.active,
         *active,
         given.gates,
-        *given.weights,
+        given.A,
+        given.D,
+        given.dt_bias,
         given.states,
         scratch,
         *result,
@@ -96,7 +100,6 @@ def run_triton(given: Given) -> Result:
         E,
         given.states.shape[2],
         N=N,
-        BOTH=G == 2,
         REVERSE=given.reverse,
         CHUNK=CHUNK,
         GROUP=GROUP,

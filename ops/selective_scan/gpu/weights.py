@@ -3,7 +3,6 @@
 E inner channels, N states, R step rank, G directions (1 or 2).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,17 +14,16 @@ from ..params import BranchParams, KeptParams
 
 
 class Weights(NamedTuple):
-    """Of one or both directions; lists hold those of the first and the last direction, twice the
-    same for one.
-    """
+    """Of one or both directions."""
 
     params: tuple[BranchParams, ...]
-    conv: list[Tensor]  # taps [E, 4] and bias [E] of each
+    conv_weight: Tensor  # [G, E, 4]
+    conv_bias: Tensor  # [G, E]
     x_proj: Tensor  # [G, R + 2N, E]
     dt_proj: Tensor  # [G, E, R]
-    scan: list[
-        Tensor
-    ]  # A [N, E], so that neighbouring threads read neighbouring channels, D, step bias
+    A: Tensor  # [G, N, E]: neighbouring threads read neighbouring channels
+    D: Tensor  # [G, E]
+    dt_bias: Tensor  # [G, E]
 
     @property
     def states(self) -> int:
@@ -53,19 +51,17 @@ class Weights(NamedTuple):
     @classmethod
     def of(cls, params: tuple[BranchParams, ...], dtype: torch.dtype) -> "Weights":
         """`dtype`: of the matrix products."""
-        first_last = params[0], params[-1]
 
         def stack(field: str) -> Tensor:
-            return torch.stack([getattr(branch, field) for branch in params]).to(dtype)
+            return torch.stack([getattr(branch, field) for branch in params])
 
-        def read(branches: Sequence[BranchParams], *fields: str) -> list[Tensor]:
-            return [getattr(p, field).contiguous() for p in branches for field in fields]
-
-        transposed = [branch._replace(A=branch.A.t()) for branch in first_last]
         return cls(
             params,
-            read(first_last, "conv_weight", "conv_bias"),
-            stack("x_proj_weight"),
-            stack("dt_proj_weight"),
-            read(transposed, "A", "D", "dt_proj_bias"),
+            stack("conv_weight"),
+            stack("conv_bias"),
+            stack("x_proj_weight").to(dtype),
+            stack("dt_proj_weight").to(dtype),
+            stack("A").mT.contiguous(),
+            stack("D"),
+            stack("dt_proj_bias"),
         )

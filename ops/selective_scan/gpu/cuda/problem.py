@@ -64,7 +64,9 @@ def prepared(given: Given) -> Given:
         lengths=cast(given.lengths, torch.int64),
         active=cast(given.active, torch.bool),
         gates=cast(given.gates, torch.float32),
-        weights=[tensor.float() for tensor in given.weights],
+        A=given.A.float(),
+        D=given.D.float(),
+        dt_bias=given.dt_bias.float(),
     )
 
 
@@ -77,8 +79,8 @@ def fill(given: Given, result: Result) -> Problem:
     problem = Problem()
     for name in ("grad_y", "u", "dt", "bc", "mask", "lengths", "active", "gates"):
         setattr(problem, name, pointer(getattr(given, name)))
-    a_0, skip_0, bias_0, a_1, skip_1, bias_1 = map(pointer, given.weights)
-    problem.a[:], problem.skip[:], problem.bias[:] = (a_0, a_1), (skip_0, skip_1), (bias_0, bias_1)
+    for name, tensor in (("a", given.A), ("skip", given.D), ("bias", given.dt_bias)):
+        getattr(problem, name)[:] = pointer(tensor[0]), pointer(tensor[-1])
     problem.kept = pointer(given.states)
     for name, tensor in result._asdict().items():
         setattr(problem, f"grad_{name}", pointer(tensor))

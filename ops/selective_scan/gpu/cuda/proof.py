@@ -32,9 +32,6 @@ def small_problem(dtype: torch.dtype, masked: bool, device: torch.device) -> Giv
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    weights = [
-        tensor for _ in range(2) for tensor in (-torch.exp(draw(N, E)), draw(E), draw(E) - 2)
-    ]
     return Given(
         draw(B, L, E, dtype=dtype),
         draw(2, B, L, E, dtype=dtype),
@@ -44,7 +41,9 @@ def small_problem(dtype: torch.dtype, masked: bool, device: torch.device) -> Giv
         torch.tensor([L, CHUNK + 1, 7]).to(device),
         torch.tensor([[True, True], [True, True], [True, False]]).to(device),
         draw(B, 2),
-        weights,
+        -torch.exp(draw(2, N, E)),
+        draw(2, E),
+        draw(2, E) - 2,
         draw(2, B, 1, N, E),
         False,
     )

@@ -38,7 +38,7 @@ def _step_size(x):
 
 
 @triton.jit
-def _length(lengths, active, stride_image, stride_direction, b, direction: tl.constexpr, L):
+def _length(lengths, active, stride_image, stride_direction, b, direction, L):
     """Number of tokens of image b that a direction walks."""
     n = L
     if lengths is not None:
@@ -63,12 +63,9 @@ def _masked_step(x, mask, t):
 
 
 @triton.jit
-def _row(s, n, REVERSE: tl.constexpr):
-    """The token of step s."""
-    if REVERSE:
-        return n - 1 - s
-    else:
-        return s
+def _row(s, n, reverse):
+    """The token of step s of n."""
+    return tl.where(reverse, n - 1 - s, s)
 
 
 @triton.jit

@@ -10,20 +10,37 @@ from .common import _length, _load_channels, _load_masked_row, _sigmoid
 
 
 @triton.jit
+def _load_conv(weight, bias, direction, E, c, inside):
+    """The taps (a tuple of four) and the bias of a direction, per channel."""
+    taps = ()
+    for k in tl.static_range(4):
+        taps = taps + (_load_channels(weight + direction * E * 4 + k, 4, c, inside),)
+    return taps, _load_channels(bias + direction * E, 1, c, inside)
+
+
+@triton.jit
 def _conv_direction(
-    rows, u, weight, bias, mask, t0, n, L, E, c, inside, ROWS: tl.constexpr, REVERSE: tl.constexpr
+    rows,
+    u,
+    weight,
+    bias,
+    direction,
+    mask,
+    t0,
+    n,
+    L,
+    E,
+    c,
+    inside,
+    ROWS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    w0 = _load_channels(weight, 4, c, inside)
-    w1 = _load_channels(weight + 1, 4, c, inside)
-    w2 = _load_channels(weight + 2, 4, c, inside)
-    w3 = _load_channels(weight + 3, 4, c, inside)
-    bias = _load_channels(bias, 1, c, inside)
+    taps, shift = _load_conv(weight, bias, direction, E, c, inside)
     for i in tl.static_range(ROWS):
         t = t0 + i
-        if REVERSE:
-            v = bias + w0 * rows[i + 6] + w1 * rows[i + 5] + w2 * rows[i + 4] + w3 * rows[i + 3]
-        else:
-            v = bias + w0 * rows[i] + w1 * rows[i + 1] + w2 * rows[i + 2] + w3 * rows[i + 3]
+        v = shift
+        for k in tl.static_range(4):
+            v += taps[k] * (rows[i + 6 - k] if REVERSE else rows[i + k])
         v *= _sigmoid(v)
         if mask is not None:
             v *= tl.load(mask + t, mask=t < n, other=0.0).to(tl.float32)
@@ -42,10 +59,8 @@ def conv_forward(
     active,
     stride_active,
     stride_direction,
-    weight_0,
-    bias_0,
-    weight_1,
-    bias_1,
+    weight,
+    bias,
     u,
     B,
     L,
@@ -74,13 +89,11 @@ def conv_forward(
         rows = rows + (
             _load_masked_row(xz, stride_token, mask, t0 + i - 3, tl.maximum(n_0, n_1), c, inside),
         )
-    _conv_direction(
-        rows, u + b * L * E, weight_0, bias_0, mask, t0, n_0, L, E, c, inside, ROWS, REVERSE
-    )
+    u += b * L * E
+    _conv_direction(rows, u, weight, bias, 0, mask, t0, n_0, L, E, c, inside, ROWS, REVERSE)
     if BOTH:
-        _conv_direction(
-            rows, u + (b + B) * L * E, weight_1, bias_1, mask, t0, n_1, L, E, c, inside, ROWS, True
-        )
+        u += B.to(tl.int64) * L * E
+        _conv_direction(rows, u, weight, bias, 1, mask, t0, n_1, L, E, c, inside, ROWS, True)
 
 
 @triton.jit
@@ -100,16 +113,6 @@ def _conv_step(rows, grad_u, mask, weights, bias, t, n, E, c, inside, REVERSE: t
     if mask is not None:
         g *= tl.load(mask + t, mask=exists, other=0.0).to(tl.float32)
     return g * s * (1.0 + v * (1.0 - s)), by_mask
-
-
-@triton.jit
-def _load_conv(weight, bias, c, inside):
-    return (
-        _load_channels(weight, 4, c, inside),
-        _load_channels(weight + 1, 4, c, inside),
-        _load_channels(weight + 2, 4, c, inside),
-        _load_channels(weight + 3, 4, c, inside),
-    ), _load_channels(bias, 1, c, inside)
 
 
 @triton.jit
@@ -134,10 +137,8 @@ def conv_backward(
     active,
     stride_active,
     stride_direction,
-    weight_0,
-    bias_0,
-    weight_1,
-    bias_1,
+    weight,
+    bias,
     grad_u,
     grad_xz,
     grad_stride_image,
@@ -175,8 +176,8 @@ def conv_backward(
         mask += b * L
         grad_mask += (block.to(tl.int64) * B + b) * L
     walk_r = b + B if both else b
-    weights_f, bias_f = _load_conv(weight_0, bias_0, c, inside)
-    weights_r, bias_r = _load_conv(weight_1, bias_1, c, inside)
+    weights_f, bias_f = _load_conv(weight, bias, 0, E, c, inside)
+    weights_r, bias_r = _load_conv(weight, bias, 1 if both else 0, E, c, inside)
     zero = tl.zeros([BLOCK], tl.float32)
     rows = (zero, zero, zero, zero)  # of x, at t to t+3
     sums_f = (zero, zero, zero, zero)

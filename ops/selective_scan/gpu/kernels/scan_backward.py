@@ -37,14 +37,12 @@ def _channel_sums(by_b, by_c, column, BLOCK: tl.constexpr, MATRIX: tl.constexpr)
 
 
 @triton.jit
-def _recompute(
-    h, u, dt, bc, stride_bc, mask, a, bias, s, n, E, c, inside, ns, REVERSE: tl.constexpr
-):
+def _recompute(h, u, dt, bc, stride_bc, mask, a, bias, s, n, E, c, inside, ns, reverse):
     """One step forward from state h; past the end (step size 0) nothing changes. Also what the way
     back needs.
     """
     exists = s < n
-    t = _row(tl.minimum(s, n - 1), n, REVERSE)
+    t = _row(tl.minimum(s, n - 1), n, reverse)
     x = tl.load(u + t * E + c, mask=inside, other=0.0).to(tl.float32)
     projected = tl.load(dt + t * E + c, mask=inside, other=0.0).to(tl.float32)
     delta, slope, step = _masked_step(projected + bias, mask, t)
@@ -54,15 +52,20 @@ def _recompute(
     return decay * h + (delta * x)[None, :] * b_row[:, None], decay, delta, slope, step, x
 
 
-@triton.jit
-def _scan_direction_backward(
+# E not either: where Triton knows that 16 divides it, it reads A four numbers at a time and lays
+# the states of a channel out over lanes, which then exchange them at every step.
+@triton.jit(do_not_specialize=["stride_bc", "B", "L", "E", "saved"])
+def scan_backward(
     grad_y,
     u,
     dt,
     bc,
     stride_bc,
-    n,
     mask,
+    lengths,
+    active,
+    stride_active,
+    stride_direction,
     gates,
     A,
     D,
@@ -76,34 +79,41 @@ def _scan_direction_backward(
     grad_channel,
     grad_gate,
     grad_mask,
-    b,
-    walk,
-    direction: tl.constexpr,
-    block,
-    blocks,
     B,
     L,
     E,
     saved,
-    c,
-    inside,
     N: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`walk` = direction * B + b: where this image and direction lie in tensors [G, B, ...]."""
+    """Gradients of one direction's scan, for a program's image and channel block.
+
+    grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc
+    [K, G, B, L, 2N], grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias),
+    grad_gate [G, B, K]; with a `mask` in place, grad_mask [K, G, B, L], as far as it comes through
+    the step sizes. scratch [G, B, CHUNK / GROUP or more, N, E].
+    """
+    blocks = tl.cdiv(E, BLOCK)
+    block = tl.program_id(0) % blocks
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    inside = c < E
+    direction = tl.program_id(1)
+    reverse = (direction > 0) | REVERSE
+    walk = direction * B + b  # where this image and direction lie in tensors [G, B, ...]
+    n = _length(lengths, active, stride_active, stride_direction, b, direction, L)
     ns = tl.arange(0, N)
     tile = ns[:, None] * E + c[None, :]
     tile_inside = (ns[:, None] < N) & inside[None, :]
     matrix: tl.constexpr = (u.dtype.element_ty != tl.float32) and N >= 16
     column = tl.arange(0, 16)[None, :]
 
-    a = tl.load(A + tile, mask=tile_inside, other=0.0).to(tl.float32) * LOG2E
-    skip = _load_channels(D, 1, c, inside)
-    bias = _load_channels(dt_bias, 1, c, inside)
+    a = tl.load(A + direction * N * E + tile, mask=tile_inside, other=0.0).to(tl.float32) * LOG2E
+    skip = _load_channels(D + direction * E, 1, c, inside)
+    bias = _load_channels(dt_bias + direction * E, 1, c, inside)
     gate = 1.0
     if gates is not None:
         gate = tl.load(gates + 2 * b + direction).to(tl.float32)
@@ -113,7 +123,7 @@ def _scan_direction_backward(
     bc += walk * L * stride_bc
     grad_u += walk * L * E
     grad_dt += walk * L * E
-    partial = (block.to(tl.int64) * DIRECTIONS * B + walk) * L
+    partial = (block.to(tl.int64) * tl.num_programs(1) * B + walk) * L
     grad_bc += partial * 2 * N
     if mask is not None:
         mask += b * L
@@ -151,7 +161,7 @@ def _scan_direction_backward(
                     c,
                     inside,
                     ns,
-                    REVERSE,
+                    reverse,
                 )
         tl.store(scratch + (groups - 1) * N * E + tile, h, mask=tile_inside)
         tl.debug_barrier()
@@ -167,7 +177,7 @@ def _scan_direction_backward(
             inputs = ()
             for i in tl.static_range(GROUP):
                 h, decay, delta, slope, step, x = _recompute(
-                    h, u, dt, bc, stride_bc, mask, a, bias, first + i, n, E, c, inside, ns, REVERSE
+                    h, u, dt, bc, stride_bc, mask, a, bias, first + i, n, E, c, inside, ns, reverse
                 )
                 states = states + (h,)
                 decays = decays + (decay,)
@@ -177,7 +187,7 @@ def _scan_direction_backward(
                 inputs = inputs + (x,)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 exists = first + i < n
-                t = _row(tl.minimum(first + i, n - 1), n, REVERSE)
+                t = _row(tl.minimum(first + i, n - 1), n, reverse)
                 b_row = tl.load(bc + t * stride_bc + ns).to(tl.float32)
                 c_row = tl.load(bc + t * stride_bc + N + ns).to(tl.float32)
                 g = tl.load(grad_y + t * E + c, mask=inside & exists, other=0.0).to(tl.float32)
@@ -229,179 +239,3 @@ def _scan_direction_backward(
         tl.store(grad_bc + t * 2 * N + tl.arange(0, 2 * N), zero_bc)
         if mask is not None:
             tl.store(grad_mask + t, 0.0)
-
-
-# E not either: where Triton knows that 16 divides it, it reads A four numbers at a time and lays
-# the states of a channel out over lanes, which then exchange them at every step.
-@triton.jit(do_not_specialize=["stride_bc", "B", "L", "E", "saved"])
-def scan_backward(
-    grad_y,
-    u,
-    dt,
-    bc,
-    stride_bc,
-    mask,
-    lengths,
-    active,
-    stride_active,
-    stride_direction,
-    gates,
-    A_0,
-    D_0,
-    dt_bias_0,
-    A_1,
-    D_1,
-    dt_bias_1,
-    checkpoints,
-    scratch,
-    grad_u,
-    grad_dt,
-    grad_bc,
-    grad_A,
-    grad_channel,
-    grad_gate,
-    grad_mask,
-    B,
-    L,
-    E,
-    saved,
-    N: tl.constexpr,
-    BOTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Gradients of one direction's scan, for a program's image and channel block.
-
-    grad_u, grad_dt [G, B, L, E] (zero behind the length: they enter GEMMs); partial sums grad_bc
-    [K, G, B, L, 2N], grad_A [G, B, N, E], grad_channel [G, B, 2, E] (D, then the step bias),
-    grad_gate [G, B, K]; with a `mask` in place, grad_mask [K, G, B, L], as far as it comes through
-    the step sizes. scratch [G, B, CHUNK / GROUP or more, N, E].
-    """
-    blocks = tl.cdiv(E, BLOCK)
-    block = tl.program_id(0) % blocks
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    c = block * BLOCK + tl.arange(0, BLOCK)
-    inside = c < E
-    if BOTH:
-        if tl.program_id(1) == 0:
-            _scan_direction_backward(
-                grad_y,
-                u,
-                dt,
-                bc,
-                stride_bc,
-                _length(lengths, active, stride_active, stride_direction, b, 0, L),
-                mask,
-                gates,
-                A_0,
-                D_0,
-                dt_bias_0,
-                checkpoints,
-                scratch,
-                grad_u,
-                grad_dt,
-                grad_bc,
-                grad_A,
-                grad_channel,
-                grad_gate,
-                grad_mask,
-                b,
-                b,
-                0,
-                block,
-                blocks,
-                B,
-                L,
-                E,
-                saved,
-                c,
-                inside,
-                N,
-                2,
-                False,
-                CHUNK,
-                GROUP,
-                BLOCK,
-            )
-        else:
-            _scan_direction_backward(
-                grad_y,
-                u,
-                dt,
-                bc,
-                stride_bc,
-                _length(lengths, active, stride_active, stride_direction, b, 1, L),
-                mask,
-                gates,
-                A_1,
-                D_1,
-                dt_bias_1,
-                checkpoints,
-                scratch,
-                grad_u,
-                grad_dt,
-                grad_bc,
-                grad_A,
-                grad_channel,
-                grad_gate,
-                grad_mask,
-                b,
-                b + B,
-                1,
-                block,
-                blocks,
-                B,
-                L,
-                E,
-                saved,
-                c,
-                inside,
-                N,
-                2,
-                True,
-                CHUNK,
-                GROUP,
-                BLOCK,
-            )
-    else:
-        _scan_direction_backward(
-            grad_y,
-            u,
-            dt,
-            bc,
-            stride_bc,
-            _length(lengths, active, stride_active, stride_direction, b, 0, L),
-            mask,
-            gates,
-            A_0,
-            D_0,
-            dt_bias_0,
-            checkpoints,
-            scratch,
-            grad_u,
-            grad_dt,
-            grad_bc,
-            grad_A,
-            grad_channel,
-            grad_gate,
-            grad_mask,
-            b,
-            b,
-            0,
-            block,
-            blocks,
-            B,
-            L,
-            E,
-            saved,
-            c,
-            inside,
-            N,
-            1,
-            REVERSE,
-            CHUNK,
-            GROUP,
-            BLOCK,
-        )

@@ -64,12 +64,13 @@ def _load_bc(bc, N: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _load_direction(A, D, dt_bias, E, c, inside, N: tl.constexpr):
-    """Decay rates (a tuple of N, in powers of two), skip and bias of the step, per channel."""
+def _load_weights(A, D, dt_bias, direction, E, c, inside, N: tl.constexpr):
+    """Of a direction, per channel: decay rates (N of them, in powers of two), skip, step bias."""
     a = ()
     for k in tl.static_range(N):
-        a = a + (_load_channels(A + k * E, 1, c, inside) * LOG2E,)
-    return a, _load_channels(D, 1, c, inside), _load_channels(dt_bias, 1, c, inside)
+        a = a + (_load_channels(A + (direction * N + k) * E, 1, c, inside) * LOG2E,)
+    skip = _load_channels(D + direction * E, 1, c, inside)
+    return a, skip, _load_channels(dt_bias + direction * E, 1, c, inside)
 
 
 @triton.jit
@@ -78,17 +79,16 @@ def _walk(
     begin,
     end,
     n,
+    reverse,
     u,
     dt,
     bc,
     stride_bc,
+    mask,
+    weights,
+    gate,
     z,
     stride_z,
-    mask,
-    a,
-    skip,
-    bias,
-    gate,
     part,
     out,
     checkpoints,
@@ -99,7 +99,6 @@ def _walk(
     other_done,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -108,9 +107,10 @@ def _walk(
 ):
     """Steps `begin` (a multiple of STEPS) to `end` of a direction of n tokens, from the states h.
 
-    Returns the states and the sum of the step sizes. `other_done`: `part` holds the other
-    direction's sum already.
+    Returns the states and the sum of the step sizes. `weights`: of `_load_weights`; `other_done`:
+    `part` holds the other direction's sum already.
     """
+    a, skip, bias = weights
     total = tl.zeros([BLOCK], tl.float32)
     for s in range(begin, end, STEPS):
         if SAVE:
@@ -123,14 +123,14 @@ def _walk(
         zs = ()
         others = ()
         for i in tl.static_range(STEPS):
-            t = _row(tl.minimum(s + i, end - 1), n, REVERSE)
+            t = _row(tl.minimum(s + i, end - 1), n, reverse)
             inputs = inputs + (tl.load(u + t * E + c, mask=inside, other=0.0),)
             steps = steps + (tl.load(dt + t * E + c, mask=inside, other=0.0),)
             if OUTPUT == FINISH:
                 zs = zs + (tl.load(z + t * stride_z + c, mask=inside, other=0.0),)
                 others = others + (tl.load(part + t * E + c, mask=inside & other_done, other=0.0),)
         for i in tl.static_range(STEPS):
-            t = _row(tl.minimum(s + i, end - 1), n, REVERSE)
+            t = _row(tl.minimum(s + i, end - 1), n, reverse)
             row = _load_bc(bc + t * stride_bc, N, PACKED)
             x = inputs[i].to(tl.float32)
             delta, _, _ = _masked_step(steps[i].to(tl.float32) + bias, mask, t)
@@ -168,55 +168,56 @@ def _no_states(N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scan_direction(
-    u,
-    dt,
-    bc,
+    direction,
+    reverse,
+    n,
+    b,
+    inputs,
     stride_bc,
+    mask,
+    gates,
     z,
     stride_z,
-    mask,
-    A,
-    D,
-    dt_bias,
-    gate,
-    part,
-    out,
-    checkpoints,
-    n,
-    E,
+    outputs,
+    sizes,
     c,
     inside,
     scale,
     other_done,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    a, skip, bias = _load_direction(A, D, dt_bias, E, c, inside, N)
+    """All n steps of an image's direction; tuples: see `scan_forward`."""
+    u, dt, bc, A, D, dt_bias = inputs
+    part, out, checkpoints = outputs
+    B, L, E, saved = sizes
+    walk = direction * B + b
+    gate = 1.0
+    if gates is not None:
+        gate = tl.load(gates + 2 * b + direction).to(tl.float32)
     _walk(
         _no_states(N, BLOCK),
         0,
         n,
         n,
-        u,
-        dt,
-        bc,
+        reverse,
+        u + walk * L * E,
+        dt + walk * L * E,
+        bc + walk * L * stride_bc,
         stride_bc,
+        mask,
+        _load_weights(A, D, dt_bias, direction, E, c, inside, N),
+        gate,
         z,
         stride_z,
-        mask,
-        a,
-        skip,
-        bias,
-        gate,
         part,
         out,
-        checkpoints,
+        checkpoints + walk * saved * N * E,
         E,
         c,
         inside,
@@ -224,7 +225,6 @@ def _scan_direction(
         other_done,
         N,
         BLOCK,
-        REVERSE,
         OUTPUT,
         SAVE,
         CHUNK,
@@ -248,12 +248,9 @@ def scan_forward(
     stride_active,
     stride_direction,
     gates,
-    A_0,
-    D_0,
-    dt_bias_0,
-    A_1,
-    D_1,
-    dt_bias_1,
+    A,
+    D,
+    dt_bias,
     part,
     out,
     checkpoints,
@@ -274,6 +271,7 @@ def scan_forward(
     """out [B, L, E] = scale * silu(z) * sum over directions of gate * (C h + D u).
 
     `mask` [B, L] multiplies the step sizes: a mask in place.
+    `A` [G, N, E], `D` and `dt_bias` [G, E].
     `part` [B, L, E] receives the sum before silu(z), which the backward pass needs; it may be `out`
     without SAVE.
     `checkpoints` [G, B, saved, N, E]: the state after every CHUNK steps.
@@ -286,45 +284,34 @@ def scan_forward(
     n_1 = tl.zeros_like(n_0)
     if BOTH:
         n_1 = _length(lengths, active, stride_active, stride_direction, b, 1, L)
-    gate_0 = 1.0
-    gate_1 = 1.0
-    if gates is not None:
-        gate_0 = tl.load(gates + 2 * b).to(tl.float32)
-        gate_1 = tl.load(gates + 2 * b + 1).to(tl.float32)
     if mask is not None:
         mask += b * L
     z += b * stride_image
     part += b * L * E
     out += b * L * E
-    u_0 = u + b * L * E
-    dt_0 = dt + b * L * E
-    bc_0 = bc + b * L * stride_bc
-    checkpoints_0 = checkpoints + b * saved * N * E
+    inputs = (u, dt, bc, A, D, dt_bias)
+    outputs = (part, out, checkpoints)
+    sizes = (B, L, E, saved)
     if n_1 > 0:
         _scan_direction(
-            u_0,
-            dt_0,
-            bc_0,
+            0,
+            REVERSE,
+            n_0,
+            b,
+            inputs,
             stride_bc,
+            mask,
+            gates,
             z,
             stride_token,
-            mask,
-            A_0,
-            D_0,
-            dt_bias_0,
-            gate_0,
-            part,
-            out,
-            checkpoints_0,
-            n_0,
-            E,
+            outputs,
+            sizes,
             c,
             inside,
             scale,
             False,
             N,
             BLOCK,
-            REVERSE,
             STORE,
             SAVE,
             CHUNK,
@@ -332,31 +319,25 @@ def scan_forward(
             PACKED,
         )
         tl.debug_barrier()  # the compiler may hand a row of `part` to another thread of the program
-        b_1 = b + B
         _scan_direction(
-            u + b_1 * L * E,
-            dt + b_1 * L * E,
-            bc + b_1 * L * stride_bc,
+            1,
+            True,
+            n_1,
+            b,
+            inputs,
             stride_bc,
+            mask,
+            gates,
             z,
             stride_token,
-            mask,
-            A_1,
-            D_1,
-            dt_bias_1,
-            gate_1,
-            part,
-            out,
-            checkpoints + b_1 * saved * N * E,
-            n_1,
-            E,
+            outputs,
+            sizes,
             c,
             inside,
             scale,
             n_0 > 0,
             N,
             BLOCK,
-            True,
             FINISH,
             SAVE,
             CHUNK,
@@ -365,29 +346,24 @@ def scan_forward(
         )
     else:
         _scan_direction(
-            u_0,
-            dt_0,
-            bc_0,
+            0,
+            REVERSE,
+            n_0,
+            b,
+            inputs,
             stride_bc,
+            mask,
+            gates,
             z,
             stride_token,
-            mask,
-            A_0,
-            D_0,
-            dt_bias_0,
-            gate_0,
-            part,
-            out,
-            checkpoints_0,
-            n_0,
-            E,
+            outputs,
+            sizes,
             c,
             inside,
             scale,
             False,
             N,
             BLOCK,
-            REVERSE,
             FINISH,
             SAVE,
             CHUNK,

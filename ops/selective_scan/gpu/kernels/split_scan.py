@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .common import _length
-from .scan_forward import NOTHING, STORE, _load_direction, _no_states, _walk
+from .scan_forward import NOTHING, STORE, _load_weights, _no_states, _walk
 
 
 @triton.jit
@@ -33,66 +33,10 @@ def _place(E, pieces, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _piece_ends(
-    u,
-    dt,
-    bc,
-    stride_bc,
-    mask,
-    A,
-    D,
-    dt_bias,
-    ends,
-    sums,
-    begin,
-    end,
-    n,
-    E,
-    c,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STEPS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    inside = c < E
-    a, skip, bias = _load_direction(A, D, dt_bias, E, c, inside, N)
-    h, total = _walk(
-        _no_states(N, BLOCK),
-        begin,
-        end,
-        n,
-        u,
-        dt,
-        bc,
-        stride_bc,
-        u,  # z, part, out, checkpoints: nothing is stored
-        0,
-        mask,
-        a,
-        skip,
-        bias,
-        1.0,
-        u,
-        u,
-        u,
-        E,
-        c,
-        inside,
-        1.0,
-        False,
-        N,
-        BLOCK,
-        REVERSE,
-        NOTHING,
-        False,
-        STEPS,
-        STEPS,
-        PACKED,
-    )
-    for k in tl.static_range(N):
-        tl.store(ends + k * E + c, h[k], mask=inside)
-    tl.store(sums + c, total, mask=inside)
+def _steps(n, piece, width):
+    """(first, behind the last) step of a piece, of n."""
+    begin = tl.minimum(piece * width, n)
+    return begin, tl.minimum(begin + width, n)
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "width", "pieces"])
@@ -106,12 +50,9 @@ def piece_ends(
     active,
     stride_active,
     stride_direction,
-    A_0,
-    D_0,
-    dt_bias_0,
-    A_1,
-    D_1,
-    dt_bias_1,
+    A,
+    D,
+    dt_bias,
     ends,
     sums,
     B,
@@ -129,128 +70,32 @@ def piece_ends(
     sums [G, B, P - 1, E]: of its step sizes. Programs: (B * E blocks * (P - 1), G).
     """
     b, c, piece = _place(E, pieces - 1, BLOCK)
+    inside = c < E
     direction = tl.program_id(1)
     walk = direction * B + b
-    u += walk * L * E
-    dt += walk * L * E
-    bc += walk * L * stride_bc
     if mask is not None:
         mask += b * L
-    row = walk * (pieces - 1) + piece
-    ends += row * N * E
-    sums += row * E
-    if direction == 0:
-        n = _length(lengths, active, stride_active, stride_direction, b, 0, L)
-        begin = tl.minimum(piece * width, n)
-        end = tl.minimum(begin + width, n)
-        _piece_ends(
-            u,
-            dt,
-            bc,
-            stride_bc,
-            mask,
-            A_0,
-            D_0,
-            dt_bias_0,
-            ends,
-            sums,
-            begin,
-            end,
-            n,
-            E,
-            c,
-            N,
-            BLOCK,
-            REVERSE,
-            STEPS,
-            PACKED,
-        )
-    else:
-        n = _length(lengths, active, stride_active, stride_direction, b, 1, L)
-        begin = tl.minimum(piece * width, n)
-        end = tl.minimum(begin + width, n)
-        _piece_ends(
-            u,
-            dt,
-            bc,
-            stride_bc,
-            mask,
-            A_1,
-            D_1,
-            dt_bias_1,
-            ends,
-            sums,
-            begin,
-            end,
-            n,
-            E,
-            c,
-            N,
-            BLOCK,
-            True,
-            STEPS,
-            PACKED,
-        )
-
-
-@triton.jit
-def _scan_piece(
-    u,
-    dt,
-    bc,
-    stride_bc,
-    mask,
-    A,
-    D,
-    dt_bias,
-    gate,
-    ends,
-    sums,
-    part,
-    checkpoints,
-    piece,
-    begin,
-    end,
-    n,
-    E,
-    c,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    inside = c < E
-    a, skip, bias = _load_direction(A, D, dt_bias, E, c, inside, N)
-    h = _no_states(N, BLOCK)
-    for before in range(0, piece):
-        total = tl.load(sums + before * E + c, mask=inside, other=0.0)
-        new = ()
-        for k in tl.static_range(N):
-            end_of = tl.load(ends + (before * N + k) * E + c, mask=inside, other=0.0)
-            new = new + (tl.exp2(total * a[k]) * h[k] + end_of,)
-        h = new
-    _walk(
-        h,
+    n = _length(lengths, active, stride_active, stride_direction, b, direction, L)
+    begin, end = _steps(n, piece, width)
+    u += walk * L * E
+    h, total = _walk(
+        _no_states(N, BLOCK),
         begin,
         end,
         n,
+        (direction > 0) | REVERSE,
         u,
-        dt,
-        bc,
+        dt + walk * L * E,
+        bc + walk * L * stride_bc,
         stride_bc,
-        u,  # z and out: join_directions gates
-        0,
         mask,
-        a,
-        skip,
-        bias,
-        gate,
-        part,
-        part,
-        checkpoints,
+        _load_weights(A, D, dt_bias, direction, E, c, inside, N),
+        1.0,
+        u,  # from here on: of outputs, and there are none
+        0,
+        u,
+        u,
+        u,
         E,
         c,
         inside,
@@ -258,13 +103,16 @@ def _scan_piece(
         False,
         N,
         BLOCK,
-        REVERSE,
-        STORE,
-        SAVE,
-        CHUNK,
+        NOTHING,
+        False,
+        STEPS,
         STEPS,
         PACKED,
     )
+    row = walk * (pieces - 1) + piece
+    for k in tl.static_range(N):
+        tl.store(ends + (row * N + k) * E + c, h[k], mask=inside)
+    tl.store(sums + row * E + c, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_bc", "B", "L", "saved", "width", "pieces"])
@@ -279,12 +127,9 @@ def scan_pieces(
     stride_active,
     stride_direction,
     gates,
-    A_0,
-    D_0,
-    dt_bias_0,
-    A_1,
-    D_1,
-    dt_bias_1,
+    A,
+    D,
+    dt_bias,
     ends,
     sums,
     parts,
@@ -307,81 +152,56 @@ def scan_pieces(
     `checkpoints` as in scan_forward. Programs: (B * E blocks * P, G).
     """
     b, c, piece = _place(E, pieces, BLOCK)
+    inside = c < E
     direction = tl.program_id(1)
     walk = direction * B + b
-    u += walk * L * E
-    dt += walk * L * E
-    bc += walk * L * stride_bc
-    parts += walk * L * E
-    checkpoints += walk * saved * N * E
-    ends += walk * (pieces - 1) * N * E
-    sums += walk * (pieces - 1) * E
     if mask is not None:
         mask += b * L
     gate = 1.0
     if gates is not None:
         gate = tl.load(gates + 2 * b + direction).to(tl.float32)
-    if direction == 0:
-        n = _length(lengths, active, stride_active, stride_direction, b, 0, L)
-        begin = tl.minimum(piece * width, n)
-        end = tl.minimum(begin + width, n)
-        _scan_piece(
-            u,
-            dt,
-            bc,
-            stride_bc,
-            mask,
-            A_0,
-            D_0,
-            dt_bias_0,
-            gate,
-            ends,
-            sums,
-            parts,
-            checkpoints,
-            piece,
-            begin,
-            end,
-            n,
-            E,
-            c,
-            N,
-            BLOCK,
-            REVERSE,
-            SAVE,
-            CHUNK,
-            STEPS,
-            PACKED,
-        )
-    else:
-        n = _length(lengths, active, stride_active, stride_direction, b, 1, L)
-        begin = tl.minimum(piece * width, n)
-        end = tl.minimum(begin + width, n)
-        _scan_piece(
-            u,
-            dt,
-            bc,
-            stride_bc,
-            mask,
-            A_1,
-            D_1,
-            dt_bias_1,
-            gate,
-            ends,
-            sums,
-            parts,
-            checkpoints,
-            piece,
-            begin,
-            end,
-            n,
-            E,
-            c,
-            N,
-            BLOCK,
-            True,
-            SAVE,
-            CHUNK,
-            STEPS,
-            PACKED,
-        )
+    n = _length(lengths, active, stride_active, stride_direction, b, direction, L)
+    begin, end = _steps(n, piece, width)
+    weights = _load_weights(A, D, dt_bias, direction, E, c, inside, N)
+    ends += walk * (pieces - 1) * N * E
+    sums += walk * (pieces - 1) * E
+    h = _no_states(N, BLOCK)
+    for before in range(0, piece):
+        total = tl.load(sums + before * E + c, mask=inside, other=0.0)
+        new = ()
+        for k in tl.static_range(N):
+            own = tl.load(ends + (before * N + k) * E + c, mask=inside, other=0.0)
+            new = new + (tl.exp2(total * weights[0][k]) * h[k] + own,)
+        h = new
+    parts += walk * L * E
+    _walk(
+        h,
+        begin,
+        end,
+        n,
+        (direction > 0) | REVERSE,
+        u + walk * L * E,
+        dt + walk * L * E,
+        bc + walk * L * stride_bc,
+        stride_bc,
+        mask,
+        weights,
+        gate,
+        u,  # z: join_directions gates
+        0,
+        parts,
+        parts,
+        checkpoints + walk * saved * N * E,
+        E,
+        c,
+        inside,
+        1.0,
+        False,
+        N,
+        BLOCK,
+        STORE,
+        SAVE,
+        CHUNK,
+        STEPS,
+        PACKED,
+    )
