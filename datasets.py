@@ -243,7 +243,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|HxW",
         help="image size in pixels (default: the model's)",
     )
-    group.add_argument("--eval-crop-ratio", type=ratio, default=CROP_RATIO)
+    group.add_argument(
+        "--eval-crop-ratio",
+        type=ratio,
+        default=CROP_RATIO,
+        help="evaluation: side of the crop, as a share of the resized image's shorter side",
+    )
     add_whole_images(group)
     group.add_argument(
         "--repeated-aug",
@@ -293,7 +298,10 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, or none"
     )
     group.add_argument(
-        "--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic"
+        "--train-interpolation",
+        choices=("random", "bilinear", "bicubic"),
+        default="bicubic",
+        help="of resized training images",
     )
     group.add_argument(
         "--hflip", type=probability, default=0.5, help="probability of a horizontal flip"

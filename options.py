@@ -68,7 +68,12 @@ def sweep_range(text: str) -> list[float]:
 
 def add_device_arguments(group: argparse._ArgumentGroup) -> None:
     """Where a model runs and in which precision, which visualize.py and predict.py take too."""
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
     group.add_argument("--amp", choices=("off", *AMP_DTYPES), default="off", help="mixed precision")
 
 
@@ -96,7 +101,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     task.add_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive, default=30)
+    group.add_argument("--epochs", type=positive, default=30, help="passes over the training set")
     group.add_argument(
         "--patience",
         type=positive,
@@ -109,8 +114,10 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--unscale-lr", action="store_true", help="do not scale --lr by the whole batch / 512"
     )
-    group.add_argument("--min-lr", type=not_negative, default=1e-6)
-    group.add_argument("--warmup-lr", type=not_negative, default=1e-5)
+    group.add_argument("--min-lr", type=not_negative, default=1e-6, help="learning rate at the end")
+    group.add_argument(
+        "--warmup-lr", type=not_negative, default=1e-5, help="learning rate at the start"
+    )
     group.add_argument(
         "--warmup-epochs",
         type=not_negative,
@@ -127,7 +134,12 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "--sched-on-updates", action="store_true", help="change the learning rate every step"
     )
     group.add_argument("--opt", default="adamw", help="an optimizer of timm")
-    group.add_argument("--opt-eps", type=not_negative, default=1e-8)
+    group.add_argument(
+        "--opt-eps",
+        type=not_negative,
+        default=1e-8,
+        help="of Adam and its like, against division by zero",
+    )
     group.add_argument(
         "--opt-betas",
         type=below_one,
@@ -137,7 +149,12 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         help="as many as --opt has: one with three (adan) has its own by default, of one with "
         "momentum (sgd) it is the first",
     )
-    group.add_argument("--weight-decay", type=not_negative, default=1e-8)
+    group.add_argument(
+        "--weight-decay",
+        type=not_negative,
+        default=1e-8,
+        help="not of biases, norms, position embeddings and the like",
+    )
     group.add_argument(
         "--layer-decay",
         type=ratio,
@@ -194,7 +211,13 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         help="with --eval: evaluate at each of these token keep ratios and draw accuracy against "
         "cost and speed",
     )
-    group.add_argument("--output_dir", "--output-dir", default="output", metavar="DIR")
+    group.add_argument(
+        "--output_dir",
+        "--output-dir",
+        default="output",
+        metavar="DIR",
+        help="results and checkpoints",
+    )
     group.add_argument(
         "--overwrite",
         action="store_true",
@@ -234,7 +257,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         default="skip",
         help="a step whose gradient is not finite: skip up to 10 in a row, or stop at once",
     )
-    group.add_argument("--seed", type=whole, default=0)
+    group.add_argument("--seed", type=whole, default=0, help="of all random numbers")
     group.add_argument(
         "--throughput-seconds",
         type=not_negative,

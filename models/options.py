@@ -69,7 +69,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="prune tokens before these layers (default: the model's)",
     )
-    group.add_argument("--drop-path", type=below_one, default=0.0)
+    group.add_argument(
+        "--drop-path",
+        type=below_one,
+        default=0.0,
+        help="stochastic depth: rate of the last layer, linear in depth",
+    )
 
     group = parser.add_argument_group("method")
     group.add_argument(
@@ -110,7 +115,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the term that holds a selector to --token-keep-ratio; of no effect on those that "
         "keep a fixed number",
     )
-    group.add_argument("--block-pruning-weight", type=not_negative, default=10.0)
+    group.add_argument(
+        "--block-pruning-weight",
+        type=not_negative,
+        default=10.0,
+        help="of the term that holds the routers to --block-keep-ratio",
+    )
     group.add_argument(
         "--final-noise",
         type=not_negative,
@@ -119,7 +129,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor of the Gumbel noise in selectors' decisions and gates at the end of the "
         "training, down from 1 in a straight line (in the paper it stays 1)",
     )
-    group.add_argument("--distill-weight", type=not_negative, default=0.5)
+    group.add_argument(
+        "--distill-weight",
+        type=not_negative,
+        default=0.5,
+        help="of the terms that compare with the teacher",
+    )
     group.add_argument(
         "--token-strategy",
         "--selector",

@@ -147,10 +147,17 @@ class Classification(Task):
 
 def add_mixup_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mixup")
-    group.add_argument("--mixup", type=not_negative, default=0.8)
-    group.add_argument("--cutmix", type=not_negative, default=1.0)
-    group.add_argument("--mixup-prob", type=probability, default=1.0)
-    group.add_argument("--mixup-switch-prob", type=probability, default=0.5)
+    group.add_argument("--mixup", type=not_negative, default=0.8, help="alpha of mixup; 0: none")
+    group.add_argument("--cutmix", type=not_negative, default=1.0, help="alpha of CutMix; 0: none")
+    group.add_argument(
+        "--mixup-prob", type=probability, default=1.0, help="probability that a batch is mixed"
+    )
+    group.add_argument(
+        "--mixup-switch-prob",
+        type=probability,
+        default=0.5,
+        help="probability of CutMix, where both are on",
+    )
     group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
 
 

@@ -182,10 +182,10 @@ def test_no_compiler(tmp_path, monkeypatch):
 
 def test_programs_that_need_a_checkpoint(tmp_path):
     (tmp_path / "model.pt2").touch()
-    for program, said in ((predict, "a checkpoint or an ONNX file"), (visualize, "a checkpoint")):
+    for program, said in ((predict, "made from, or an ONNX file"), (visualize, "made from")):
         words = ["--model-path", f"{tmp_path}/model.pt2", "--images", "x", "--output_dir", "x"]
         words = words if program is visualize else [*words[:2], "x"]
-        with pytest.raises(UsageError, match=f"model.pt2 is a program .* needs {said}$"):
+        with pytest.raises(UsageError, match=f"model.pt2 is an exported model; .* {said}$"):
             program.main(words)
 
 
