@@ -153,7 +153,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
         "--weight-decay",
         type=not_negative,
         default=1e-8,
-        help="not of biases, norms, position embeddings and the like",
+        help="not of biases, norms and position embeddings",
     )
     group.add_argument(
         "--layer-decay",

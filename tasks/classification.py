@@ -153,10 +153,7 @@ def add_mixup_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixup-prob", type=probability, default=1.0, help="probability that a batch is mixed"
     )
     group.add_argument(
-        "--mixup-switch-prob",
-        type=probability,
-        default=0.5,
-        help="probability of CutMix, where both are on",
+        "--mixup-switch-prob", type=probability, default=0.5, help="of CutMix, where both are on"
     )
     group.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
 
