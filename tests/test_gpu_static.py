@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from benchmarks.gpu_static import bounds, kernels, report, sass, simulator
+from benchmarks.gpu_static import bounds, compare, kernels, report, sass, simulator
 from benchmarks.gpu_static.compiling import Resources
 from benchmarks.gpu_static.sass import Instruction, Program
 from ops import triton_support
@@ -186,7 +186,7 @@ def test_the_scans_time_is_that_of_whole_waves():
 
 def test_faster_kernels_make_faster_models():
     def speed(scan, model):
-        rows = bounds.models({b: [scan] for b in (1, 32, 256)}, None)
+        rows = bounds.models({90: bounds.Kernels({b: [scan] for b in (1, 32, 256)}, [], [])})
         return next(r["images_per_s"] for r in rows if (r["model"], r["batch"]) == (model, 256))
 
     faster = SCAN._replace(sm_cycles={"L2": 30.0, "HBM": 40.0})
@@ -250,6 +250,22 @@ def test_wrong_flags(monkeypatch):
         monkeypatch.setattr(triton_support, "interpreted", lambda: False)
         with pytest.raises(UsageError, match=complaint):
             report.main()
+
+
+def test_the_tables_of_the_docs_are_those_of_the_records(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    compare.main()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    text = (compare.RESULTS.parents[1] / "docs/gpu.md").read_text()
+    assert len(tables) == 2 and all(f"\n\n{table}\n\n" in text for table in tables)
+
+
+def test_what_cannot_be_compared(monkeypatch, tmp_path):
+    (tmp_path / "record.json").write_text('{"kernels": []}')
+    for file in ("record.json", "missing.json"):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--now", str(tmp_path / file)])
+        with pytest.raises(UsageError, match=f"--now .*{file} is no record of whole models"):
+            compare.main()
 
 
 def test_the_record_that_the_goals_read():

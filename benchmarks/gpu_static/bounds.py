@@ -20,10 +20,13 @@ class Card(NamedTuple):
     products: float  # FLOP a second of large matrix products in bf16, as reached
 
 
-# 60 % of the products that an H200 was measured to reach: these are far from square.
+# 60 % of the products that an H200 was measured to reach: these are far from square. The others
+# reach the same shares of their data sheets: nine tenths of the bandwidth, half of the products.
 CARDS = {
+    "A100": Card(80, 108, 1.41e9, 1.8e12, 156e12),  # 80 GB
     "H100": Card(90, 132, 1.98e9, 3.0e12, 500e12),
     "H200": Card(90, 132, 1.98e9, 4.3e12, 500e12),
+    "B200": Card(100, 148, 1.92e9, 7.2e12, 1125e12),
 }
 THIN = 0.6  # share of the products' rate that those with few columns reach
 LAUNCH = {1: 2.2}  # of a kernel in a graph, by batch
@@ -197,13 +200,19 @@ def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) 
     )
 
 
-def models(
-    evaluation: dict[int, Scans], training: tuple[Scans, Scans] | None
-) -> list[dict[str, Any]]:
+class Kernels(NamedTuple):
+    """The scan's kernels of one compute capability."""
+
+    evaluation: dict[int, Scans]  # by batch
+    forward: Scans  # of training at batch 256, keeping states
+    backward: Scans
+
+
+def models(kernels: dict[int, Kernels]) -> list[dict[str, Any]]:
     """[{"card", "pixels", "batch", "model", "pass", "ms", "images_per_s", "phases_ms"}].
 
-    evaluation: kernels of sm_90 by batch; training: of the forward pass that keeps states and of
-    the backward pass, at batch 256.
+    kernels: by compute capability; cards of others are left out, and so are training steps
+    without a backward pass.
     """
     rows = []
 
@@ -223,15 +232,18 @@ def models(
         )
 
     for name, card in CARDS.items():
+        if card.capability not in kernels:
+            continue
+        own = kernels[card.capability]
         for pixels, batch in ((224, 1), (224, 32), (224, 256), (512, 256)):
             add(name, pixels, batch, "DeiT-S", "forward", {"all": deit(card, batch, pixels)})
             for model, dynamic in (("Vim-S", False), ("DyVM-S", True)):
                 small = SMALL_LAUNCHES[model]
-                phases = vim(card, evaluation[batch], batch, pixels, dynamic, small)
+                phases = vim(card, own.evaluation[batch], batch, pixels, dynamic, small)
                 add(name, pixels, batch, model, "forward", phases)
-        if training is not None:
+        if own.forward and own.backward:
             step = {"all": 3 * deit(card, 256, 224), "optimizer": optimizer(card, "DeiT-S")}
             add(name, 224, 256, "DeiT-S", "train", step)
-            step = train(card, *training, 256, 224)
+            step = train(card, own.forward, own.backward, 256, 224)
             add(name, 224, 256, "Vim-S", "train", step)
     return rows

@@ -15,6 +15,7 @@ import hashlib
 import math
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from utils.program import run_main
 
 COMPUTED = "computed, not measured"
 CHANNELS, STATES, DTYPE = 768, 16, torch.bfloat16
-MODELLED = 90  # whole models are those of this capability
 FORWARD = "scan_forward", "piece_ends", "scan_pieces"
 CUDA = "scan_backward_cuda"
 
@@ -96,7 +96,9 @@ def analyse(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def scans_of(rows: list[dict[str, Any]], names: tuple[str, ...], phase: str) -> bounds.Scans:
+def scans_of(
+    rows: list[dict[str, Any]], capability: int, names: tuple[str, ...], phase: str
+) -> bounds.Scans:
     """Those of the kernels that a phase launches, as whole models are made of them."""
     return [
         bounds.Scan(
@@ -107,24 +109,25 @@ def scans_of(rows: list[dict[str, Any]], names: tuple[str, ...], phase: str) -> 
             joined=row["kernel"] == "scan_pieces",
         )
         for row in rows
-        if row["kernel"] in names and phase in row["phases"] and row["capability"] == MODELLED
+        if row["kernel"] in names and phase in row["phases"] and row["capability"] == capability
     ]
 
 
 def whole_models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`bounds.models`; none without the scan's kernels."""
-    evaluation = {
-        phase.images: scans_of(rows, FORWARD, str(phase))
-        for phase in kernels.PHASES
-        if phase.kind == "evaluation"
-    }
-    if not all(evaluation.values()):
-        return []
-    backward = scans_of(rows, (CUDA,), "training 256") or scans_of(
-        rows, ("scan_backward",), "training 256"
-    )
-    training = scans_of(rows, FORWARD, "training 256"), backward
-    return bounds.models(evaluation, training if all(training) else None)
+    """`bounds.models` of the capabilities that have all of the scan's kernels."""
+    found = {}
+    for capability in {row["capability"] for row in rows}:
+        scans = partial(scans_of, rows, capability)
+        evaluation = {
+            phase.images: scans(FORWARD, str(phase))
+            for phase in kernels.PHASES
+            if phase.kind == "evaluation"
+        }
+        backward = scans((CUDA,), "training 256") or scans(("scan_backward",), "training 256")
+        if all(evaluation.values()):
+            forward = scans(FORWARD, "training 256")
+            found[capability] = bounds.Kernels(evaluation, forward, backward)
+    return bounds.models(found)
 
 
 def shown(phases: dict[str, float]) -> str:
