@@ -8,6 +8,7 @@ alone, so that a graph holds all of one.
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -50,8 +51,15 @@ def capture(forward: Forward, images: Tensor) -> Replay:
     """
     given = images.clone()
     graph = torch.cuda.CUDAGraph()
-    # thread_local: the data loader's thread that pins memory calls CUDA too.
-    with recorded_reads() as reads, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with ExitStack() as around:
+        reads = around.enter_context(recorded_reads())
+        around.enter_context(torch.cuda.device(images.device))
+        # A capture that fails leaves its own stream behind as the current one; this puts it back.
+        around.enter_context(torch.cuda.stream(torch.cuda.current_stream()))
+        around.enter_context(
+            # thread_local: the data loader's thread that pins memory calls CUDA too.
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        )
         result = forward(given)
     return Replay(graph, given, result, reads)
 
@@ -75,7 +83,7 @@ class GraphedForward:
         shape = images.shape
         replay = self._replays.get(shape)
         if replay is not None and not replay.is_current():
-            del self._replays[shape]
+            del self._replays[shape], replay  # with the memory of its graph
             return self.forward(images)
         if self.enabled and shape in self._seen and replay is None:
             try:
@@ -84,7 +92,7 @@ class GraphedForward:
                 self.enabled = False
                 _logger.warning(
                     "evaluation goes on without a CUDA graph, capturing one failed: %s",
-                    first_line(error),
+                    first_line(error.__context__ or error),  # the end of a capture hides the cause
                 )
         self._seen.add(shape)
         return (replay or self.forward)(images)

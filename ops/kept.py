@@ -9,7 +9,8 @@ its values first, by a forward pass that they wait for.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ class _Steps:
 register_optimizer_step_post_hook(_Steps.count)
 
 
-class _Made(NamedTuple):
+@dataclass
+class _Made:
     """A value, and the state of the weights that it was made of."""
 
     value: Any
     weights: tuple[tuple[Tensor, int, int], ...]  # with version and place
     steps: int  # of optimizers
+    forgotten: bool = False  # by `Kept.clear`
 
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], value: Any) -> "_Made":
@@ -51,9 +54,13 @@ class _Made(NamedTuple):
 
     def is_current(self) -> bool:
         """Whether none of its weights has changed or moved."""
-        return self.steps == _Steps.taken and all(
-            weight._version == version and weight.data_ptr() == place
-            for weight, version, place in self.weights
+        return (
+            not self.forgotten
+            and self.steps == _Steps.taken
+            and all(
+                weight._version == version and weight.data_ptr() == place
+                for weight, version, place in self.weights
+            )
         )
 
 
@@ -64,9 +71,14 @@ class Reads:
 
     def __init__(self):
         self._made: list[_Made] = []
+        self._others: list[Any] = []
 
     def add(self, made: _Made) -> None:
         self._made.append(made)
+
+    def hold(self, value: Any) -> None:
+        """What was made of kept values: it lives as long, and is as current."""
+        self._others.append(value)
 
     def are_current(self) -> bool:
         """Whether none of the weights behind them has changed."""
@@ -85,6 +97,12 @@ def recorded_reads() -> Iterator[Reads]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def hold(value: Any) -> None:
+    """`Reads.hold` of what collects reads now, if anything does."""
+    if _recorded is not None:
+        _recorded.hold(value)
 
 
 def capturing() -> bool:
@@ -120,6 +138,8 @@ class Kept:
         return made.value
 
     def clear(self) -> None:
+        for made in self._values.values():
+            made.forgotten = True
         self._values.clear()
 
     def __deepcopy__(self, memo: dict) -> "Kept":

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.mixer import BidirectionalMamba
-from ops.kept import Kept, recorded_reads
+from ops.kept import Kept, hold, recorded_reads
 from ops.linear import Linear
 from ops.selective_scan import KeptParams
 
@@ -103,10 +103,18 @@ def test_what_a_graph_reads_lives_and_is_watched(counted):
     value = weakref.ref(get()[0])
     with recorded_reads() as reads:
         get()
+        hold(other := Kept())
+    other = weakref.ref(other)
+    assert reads.are_current()
     kept.clear()
-    assert value() is not None and reads.are_current()
+    assert value() is not None and other() is not None and not reads.are_current()
+    get()
+    with recorded_reads() as reads:
+        value = weakref.ref(get()[0])
+    assert reads.are_current()
     weight.mul_(2)
-    assert not reads.are_current()
+    get()
+    assert value() is not None and not reads.are_current()
     with recorded_reads() as empty:
         pass
     assert empty.are_current()

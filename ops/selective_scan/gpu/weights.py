@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.kept import capturing
+from ops.kept import capturing, hold
 
 from ..params import BranchParams, KeptParams
 
@@ -46,6 +46,7 @@ class Weights(NamedTuple):
             weights = cls.of(tuple(BranchParams(*branch) for branch in params), dtype)
             if not capturing():
                 made[key] = serials, weights
+        hold(weights)
         return weights
 
     @classmethod
