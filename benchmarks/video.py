@@ -38,6 +38,7 @@ from models import VisionMamba
 from models.build import ModelSpec, build_model
 from models.flops import count_flops
 from utils import arguments
+from utils.errors import first_line
 from utils.files import write_json
 from utils.precision import autocast
 from utils.program import run_main
@@ -171,7 +172,7 @@ def torchcodec_decoder():
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return VideoDecoder
 
 

@@ -72,11 +72,6 @@ def _block(d: int) -> dict:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
-def _device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
 def takes(hidden: Tensor | None, residual: Tensor, weight: Tensor) -> bool:
     """Whether these tensors can go through the kernels."""
     given = [tensor for tensor in (hidden, residual, weight) if tensor is not None]
@@ -106,7 +101,7 @@ def forward(
     normed = residual.new_empty(residual.shape, dtype=dtype)
     total = residual.new_empty(0 if hidden is None else residual.shape)
     scale = residual.new_empty(*residual.shape[:-1], 1)
-    with _device(residual):
+    with triton_support.launching_on(residual):
         _forward_kernel[(scale.numel(),)](
             hidden, residual, weight.contiguous(), normed, total, scale, d, eps, **_block(d)
         )
@@ -132,7 +127,7 @@ def backward(
         grad_hidden = total.new_empty(total.shape, dtype=hidden_dtype)
     programs = min(rows, _BACKWARD_PROGRAMS)
     grad_weight = total.new_empty(programs, d)
-    with _device(total):
+    with triton_support.launching_on(total):
         _backward_kernel[(programs,)](
             grad_normed.contiguous(),
             None if grad_stream is None else grad_stream.contiguous(),

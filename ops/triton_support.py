@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.errors import first_line
 
@@ -28,6 +29,11 @@ _logger = logging.getLogger(__name__)
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on a CPU (`TRITON_INTERPRET=1`, for tests)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def launching_on(tensor: Tensor):
+    """A context for launches: Triton takes the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
 @lru_cache(maxsize=None)

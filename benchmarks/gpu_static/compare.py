@@ -82,11 +82,12 @@ def model_table(records: dict[str, Record]) -> str:
 def read(path: Path, flag: str) -> Record:
     try:
         record = json.loads(path.read_bytes())
-        if record["kernels"] and record["models"]:
-            return record
+        whole = bool(record["kernels"] and record["models"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UsageError(f"{flag} {path} is no record of whole models by gpu_static/report.py")
+        whole = False
+    if not whole:
+        raise UsageError(f"{flag} {path} is no record of whole models by gpu_static/report.py")
+    return record
 
 
 def main() -> None:

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from ops.operators import register
+from ops.triton_support import launching_on
 
 from ..params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, unflatten
 from . import backward, forward
 from .call import Call
 from .kernels.common import CHUNK
 from .weights import Weights
-
-
-def _device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
 def _as_gradient(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
@@ -81,7 +77,7 @@ def infer(xz: Tensor, *rest) -> Tensor:
     """The scan [B, L, E] where nothing but its numbers is wanted: not by way of the operator, whose
     flat arguments do not say that weights stay as they are. Arguments as `_read`.
     """
-    with torch.autocast(xz.device.type, enabled=False), _device(xz):
+    with torch.autocast(xz.device.type, enabled=False), launching_on(xz):
         read = _read(xz, *rest)
         weights = Weights.kept(read.params, read.xz.dtype)
         return forward.forward(*read[:-1], weights, False)[0]
@@ -89,7 +85,7 @@ def infer(xz: Tensor, *rest) -> Tensor:
 
 def _scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *given, save = given
-    with torch.autocast(given[0].device.type, enabled=False), _device(given[0]):
+    with torch.autocast(given[0].device.type, enabled=False), launching_on(given[0]):
         return forward.forward(*_arguments(*given).made(), save)
 
 
@@ -109,7 +105,7 @@ def _fake_scan(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradients(grad_out: Tensor, projected, part, states, *given) -> tuple[Tensor, ...]:
-    with torch.autocast(grad_out.device.type, enabled=False), _device(grad_out):
+    with torch.autocast(grad_out.device.type, enabled=False), launching_on(grad_out):
         saved = projected, part, states
         return backward.backward(*_arguments(*given).made(), *saved, grad_out.contiguous())
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import first_line
+
 from ..scan_gradient import Given, Result, empty_result
 from . import driver, nvrtc, problem, proof
 
@@ -65,7 +67,7 @@ def _kernel(given: Given) -> driver.Kernel | None:
         except torch.OutOfMemoryError:
             return None  # says nothing of the kernel
         except Exception as error:  # whatever it is, there is another kernel
-            reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+            reason = first_line(error)
         if reason is None:
             _proven[key] = kernel
         else:

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..kernels.common import CHUNK
 from ..scan_gradient import Given, Result, run_triton
 
-# Both kernels compute in float32 from the same numbers, in another order and with another
-# logarithm.
+# Both kernels compute in float32 from the same numbers, in another order.
 _FLOAT32_TOLERANCE = 1e-5
 
 
