@@ -302,7 +302,9 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model, "SIZES", {"T": "tiny", "S": "tiny"})
     monkeypatch.setattr(goals, "BATCH", 3)
     part, _ = tiny_table(monkeypatch, tmp_path, "--models", "S", "--no-compile")
-    record = {"parts": [part, part | {"batch": 1}]}  # at batch 1 no graph was captured
+    # At batch 1 no graph was captured.
+    parts = [part, part | {"batch": 1}, part | {"batch": 32, "share": 0.75}]
+    record = {"parts": parts}
     (tmp_path / "model-s.json").write_text(json.dumps(record))
     steps = {"Vim-S": 10.0, "DeiT-S": 5.0, "Vim-S, mamba_ssm": 25.0}
     (tmp_path / "train.json").write_text(
@@ -334,6 +336,8 @@ def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     assert rows["Vim-S forward, against the mamba_ssm path"] == (None, None)
     assert rows["DyVM-S forward at 512 pixels, against DeiT-S"] == (None, None)
     assert rows["DyVM-S forward at batch 1, both in a graph, against DeiT-S"] == (None, None)
+    what = "DyVM-S against Vim-S at batch {}, share of the gain in operations"
+    assert rows[what.format(32)] == (0.75, False) and rows[what.format(256)] == (None, None)
     assert rows["Vim-S training step, against the mamba_ssm path"] == (pytest.approx(2.5), True)
     assert rows["DyVM-S training step, against the release-like step"] == (
         pytest.approx(2.0),

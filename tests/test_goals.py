@@ -25,10 +25,18 @@ def test_the_goals_without_a_gpu(monkeypatch, tmp_path, capsys):
         row("Vim-S", 10_000.0),
         row("DyVM-S", 12_000.0),
         row("Vim-S", 2_000.0, "train"),
+        row("DyVM-S", 1_600.0, "train"),
+        row("Vim-S", 6_000.0, batch=32),
+        row("DyVM-S", 6_600.0, batch=32),
         row("DeiT-S", 900.0, batch=1),
         row("DyVM-S", 450.0, batch=1),
     ]
-    record = {"models": rows, "mamba_ssm_us_of_an_image": {"forward": 250.0, "train": 750.0}}
+    record = {
+        "models": rows,
+        "mamba_ssm_us_of_an_image": {"forward": 250.0, "train": 750.0},
+        "flops_ratio": 1.5,
+        "dyvm_step_peak": {"batch": 256, "bytes": {"DyVM": 3, "release-like, mamba_ssm": 10}},
+    }
     (tmp_path / "static.json").write_text(json.dumps(record))
     words = ["--computed", str(tmp_path / "static.json"), "--output", str(tmp_path / "goals.json")]
     monkeypatch.setattr(sys, "argv", ["goals.py", *words])
@@ -42,6 +50,12 @@ def test_the_goals_without_a_gpu(monkeypatch, tmp_path, capsys):
         "Vim-S forward, against DeiT-S": pytest.approx(1 / 3),
         "DyVM-S forward, against DeiT-S": pytest.approx(0.4),
         "DyVM-S forward at batch 1, both in a graph, against DeiT-S": pytest.approx(0.5),
+        "DyVM-S against Vim-S at batch 256, share of the gain in operations": pytest.approx(0.8),
+        "DyVM-S against Vim-S at batch 32, share of the gain in operations": pytest.approx(
+            1.1 / 1.5
+        ),
+        "DyVM-S training step, against the release-like step": pytest.approx(1.6),
+        "peak memory of that step, against the release-like step": pytest.approx(0.3),
     }
     assert {row["measured"] for row in found.values()} == {row["met"] for row in found.values()}
     printed = capsys.readouterr().out
@@ -54,3 +68,12 @@ def test_a_record_without_models_computes_nothing(monkeypatch, tmp_path, capsys)
     goals.main()
     printed = capsys.readouterr().out
     assert printed.count("not measured") == len(goals.GOALS) + 1 and "~" not in printed
+
+
+def test_the_table_of_the_docs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["goals.py", "--output", str(tmp_path / "goals.json")])
+    goals.main()
+    rows = json.loads((tmp_path / "goals.json").read_text())
+    text = (goals.COMPUTED.parents[2] / "docs/gpu.md").read_text().partition("goals.py` prints")[2]
+    shown = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert shown == [[row["goal"], f"{row['computed']:.2f} |"] for row in rows if row["goal"]]

@@ -195,6 +195,14 @@ def test_faster_kernels_make_faster_models():
     assert speed(SCAN, "DyVM-S") > 1.3 * speed(SCAN, "Vim-S")
 
 
+def test_a_dyvm_step_is_a_vim_step_and_its_teacher():
+    rows = bounds.models({90: bounds.Kernels({b: [SCAN] for b in (1, 32, 256)}, [SCAN], [SCAN])})
+    rows = [row for row in rows if (row["card"], row["pixels"]) == ("H100", 224)]
+    ms = {(row["model"], row["pass"], row["batch"]): row["ms"] for row in rows}
+    parts = ms["Vim-S", "train", 256] + ms["Vim-S", "forward", 256]
+    assert parts < ms["DyVM-S", "train", 256] < 1.1 * parts
+
+
 @compiles
 def test_the_report_of_one_kernel(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(simulator, "TURNS", 5)  # for the sake of time

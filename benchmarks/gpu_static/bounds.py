@@ -147,6 +147,11 @@ def stem(card: Card, batch: int, patches: int, launch: float) -> float:
     return max(1.5 * product(card, rows, WIDTH, HIDDEN) + moved, 8 * launch)
 
 
+def predictors(card: Card, batch: int, patches: int, launch: float) -> float:
+    """The score predictors of all stages, and what they decide."""
+    return 2 * stem(card, batch, patches, launch) + 60 * launch
+
+
 def vim(
     card: Card, scans: Scans, batch: int, pixels: int, dynamic: bool, small: int
 ) -> dict[str, float]:
@@ -159,7 +164,7 @@ def vim(
         phases = layer(card, scans, batch, int(patches * keep) + 1, launch, share)
         layers += DEPTH // STAGES * [phases | {"small kernels": small * launch}]
     first = stem(card, batch, patches, launch)
-    stages = 2 * first + 60 * launch if dynamic else 0.0
+    stages = predictors(card, batch, patches, launch) if dynamic else 0.0
     return total(layers) | {"stem, stages": first + stages}
 
 
@@ -198,6 +203,25 @@ def train(card: Card, forward: Scans, backward: Scans, batch: int, pixels: int) 
         | {f"backward: {name}": time for name, time in back.items()}
         | {"optimizer": optimizer(card, "Vim-S")}
     )
+
+
+def dyvm_train(
+    card: Card, evaluation: Scans, forward: Scans, backward: Scans, batch: int, pixels: int
+) -> dict[str, float]:
+    """Phases of a training step of DyVM-S: the teacher's forward pass, and a student that keeps all
+    tokens, masked, and scans in both directions; evaluation: the teacher's scan. Losses are left
+    out; a predictor's or router's backward pass counts as two forward ones.
+    """
+    launch, patches = launch_time(batch), (pixels // PATCH) ** 2
+    rows = batch * (patches + 1)
+    teacher = vim(card, evaluation, batch, pixels, False, SMALL_LAUNCHES["Vim-S"])
+    moved = 8 * rows * WIDTH / card.bandwidth * 1e6  # a read and a write in float32
+    return train(card, forward, backward, batch, pixels) | {
+        "routers": 3 * DEPTH * SMALL_LAUNCHES["DyVM-S"] * launch,
+        "score predictors": 3 * predictors(card, batch, patches, launch),
+        "tokens moved": 2 * (STAGES - 1) * max(moved, launch),
+        "teacher": sum(teacher.values()),
+    }
 
 
 class Kernels(NamedTuple):
@@ -246,4 +270,6 @@ def models(kernels: dict[int, Kernels]) -> list[dict[str, Any]]:
             add(name, 224, 256, "DeiT-S", "train", step)
             step = train(card, own.forward, own.backward, 256, 224)
             add(name, 224, 256, "Vim-S", "train", step)
+            scans = own.evaluation[256], own.forward, own.backward
+            add(name, 224, 256, "DyVM-S", "train", dyvm_train(card, *scans, 256, 224))
     return rows

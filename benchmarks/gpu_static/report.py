@@ -6,8 +6,8 @@ measured. Needs Triton, no GPU.
 
 Every kernel is compiled as the host code launches it for a layer of Vim-S in bf16, that in CUDA C++
 by NVRTC (`scan_backward_cuda`), its loops run on a model of an SM (simulator.py), and whole models
-are put together from that (bounds.py). Read the times as +-25 %. The kernels' interpreter
-(TRITON_INTERPRET) must be off.
+are put together from that (bounds.py). Read the times as +-25 %. The peak memory of a training step
+is counted (step_memory.py). The kernels' interpreter (TRITON_INTERPRET) must be off.
 """
 
 import argparse
@@ -19,12 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import flags, records
-from benchmarks.gpu_static import bounds, compiling, kernels
+from benchmarks.gpu_static import bounds, compiling, kernels, step_memory
+from benchmarks.memory import mebibytes
+from models.flops import count_flops
 from ops import triton_support
 from ops.selective_scan.gpu import cuda
 from utils import arguments
@@ -33,6 +36,7 @@ from utils.files import write_json
 from utils.program import run_main
 
 COMPUTED = "computed, not measured"
+BATCH = 256  # of a training step
 CHANNELS, STATES, DTYPE = 768, 16, torch.bfloat16
 FORWARD = "scan_forward", "piece_ends", "scan_pieces"
 CUDA = "scan_backward_cuda"
@@ -130,6 +134,13 @@ def whole_models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return bounds.models(found)
 
 
+def flops_ratio() -> float:
+    """Operations of Vim-S over those of DyVM-S, at the ratios that bounds.py takes."""
+    dense = timm.create_model("vim_small")
+    dynamic = timm.create_model("dyvm_vim_small", token_keep=bounds.TOKEN_KEEP)
+    return count_flops(dense).exact / count_flops(dynamic, bounds.BLOCK_KEEP).exact
+
+
 def shown(phases: dict[str, float]) -> str:
     """evaluation 1 32 256, training 256"""
     batches: dict[str, list[str]] = {}
@@ -182,6 +193,12 @@ def model_table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells, headers)
 
 
+def memory_table(peaks: dict[str, int]) -> str:
+    first = next(iter(peaks.values()))
+    cells = [[name, mebibytes(peak), f"{peak / first:.2f}"] for name, peak in peaks.items()]
+    return markdown(cells, (f"step, batch {BATCH}", "MiB", "x first"))
+
+
 def markdown(rows: list[list[str]], headers: tuple[str, ...]) -> str:
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -204,7 +221,12 @@ def main() -> None:
     if models := whole_models(rows):
         record |= {"small_launches": bounds.SMALL_LAUNCHES, "models": models}
         record["mamba_ssm_us_of_an_image"] = bounds.MAMBA_SSM
+        record["flops_ratio"] = flops_ratio()
+        print("peak memory of a DyVM step", file=sys.stderr, flush=True)
+        peaks = step_memory.dyvm_step(BATCH)
+        record["dyvm_step_peak"] = {"batch": BATCH, "bytes": peaks}
         print(f"\n# Whole models: {COMPUTED}\n\n{model_table(models)}")
+        print(f"\n# Peak memory of a DyVM-S training step: {COMPUTED}\n\n{memory_table(peaks)}")
     if args.output:
         write_json(args.output, record)
 
