@@ -75,5 +75,16 @@ def test_the_table_of_the_docs(monkeypatch, tmp_path):
     goals.main()
     rows = json.loads((tmp_path / "goals.json").read_text())
     text = (goals.COMPUTED.parents[2] / "docs/gpu.md").read_text().partition("goals.py` prints")[2]
-    shown = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| ")][2:]
-    assert shown == [[row["goal"], f"{row['computed']:.2f} |"] for row in rows if row["goal"]]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "][2:]
+    assert lines == [
+        [row["what"], row["goal"], f"{row['computed']:.2f}"] for row in rows if row["goal"]
+    ]
+
+
+def test_the_mamba_ssm_path_is_computed_for_one_card():
+    record = json.loads(goals.COMPUTED.read_text())
+    of_an_h100 = goals.Computed(record, "H100")
+    assert of_an_h100.against_deit("Vim-S") > 0
+    for compute in (of_an_h100.against_release, lambda: of_an_h100.against_mamba_ssm("train")):
+        with pytest.raises(KeyError, match="H100"):
+            compute()

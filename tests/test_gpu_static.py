@@ -284,5 +284,5 @@ def test_the_record_that_the_goals_read():
     found = {(row["kernel"], row["capability"]) for row in record["kernels"]}
     names = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "gate_backward")
     assert {(name, sm) for name in names for sm in (80, 90, 100)} <= found
-    computed = goals.Computed(record, "H100")
+    computed = goals.Computed(record, "H200")
     assert all(0 < goal.compute(computed) < 10 for goal in goals.GOALS if goal.compute)

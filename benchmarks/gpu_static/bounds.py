@@ -214,12 +214,18 @@ def dyvm_train(
     """
     launch, patches = launch_time(batch), (pixels // PATCH) ** 2
     rows = batch * (patches + 1)
-    teacher = vim(card, evaluation, batch, pixels, False, SMALL_LAUNCHES["Vim-S"])
-    moved = 8 * rows * WIDTH / card.bandwidth * 1e6  # a read and a write in float32
+
+    def moved(bytes_: float) -> float:
+        return max(rows * bytes_ / card.bandwidth * 1e6, launch)
+
+    # After each of the optimizer's steps the teacher makes its weights anew, too.
+    teacher = vim(card, evaluation, batch, pixels, False, WEIGHTS_IN_TRAINING)
     return train(card, forward, backward, batch, pixels) | {
         "routers": 3 * DEPTH * SMALL_LAUNCHES["DyVM-S"] * launch,
+        # The gradient of the class tokens that they read is one of all tokens, added to the others.
+        "gradients of class tokens": DEPTH * moved(4 * 2 * 2 * CHANNELS),
         "score predictors": 3 * predictors(card, batch, patches, launch),
-        "tokens moved": 2 * (STAGES - 1) * max(moved, launch),
+        "tokens moved": 2 * (STAGES - 1) * moved(26 * WIDTH),
         "teacher": sum(teacher.values()),
     }
 

@@ -2,13 +2,13 @@
 computed, not measured.
 
 Both steps run from end to end on tensors without numbers (`FakeTensorMode`), while every tensor is
-counted from when it is made until nothing holds it. Of the kernels the host code runs, with all
-memory that it asks for, and no kernel is launched. mamba-ssm and causal-conv1d have stand-ins that
-keep and allocate what theirs do; what they take beyond that is not counted, which flatters the
-release-like step.
+counted from when it is made until nothing holds it. The host code around the kernels runs and asks
+for all its memory; no kernel is launched. Stand-ins for mamba-ssm and causal-conv1d keep and
+allocate what those packages' functions do. What PyTorch's own kernels take while they run is not
+counted.
 
-The tensors claim to be a CPU's, since autograd refuses a GPU's where there is none: autocast then
-leaves layer norms in bf16, of three score predictors in either step.
+The tensors claim to be a CPU's, since autograd refuses a GPU's where there is none; the mixer's way
+of running a few images at a time on a CPU is turned off.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import train
+from models import mixer
 from models.reduction import base
 from ops import rms_norm, selective_scan, triton_support
 from ops.selective_scan import mamba_ssm
@@ -148,13 +149,17 @@ def _as_on_a_gpu() -> Iterator[None]:
     def memory_alone(given: scan_gradient.Given) -> scan_gradient.Result:
         return scan_gradient.empty_result(problem.prepared(given), problem.BLOCK)
 
+    def fused(*tensors):
+        return rms_norm._module("triton") if rms_norm._asked_for("triton") else None
+
     with ExitStack() as stack:
         for owner, name, value in (
             (selective_scan, "PREFERENCE", ("triton", "mamba_ssm")),
             (selective_scan, "_refusal", nothing),
             (triton_support, "refusal", nothing),
             (triton.runtime.JITFunction, "run", nothing),
-            (rms_norm, "_fused", lambda *tensors: rms_norm._module("triton")),
+            (rms_norm, "_fused", fused),
+            (mixer, "GROUP_BYTES", 1 << 62),
             (_forward, "_packed", lambda bc: True),  # no numbers lie anywhere
             (_backward.cuda, "scan_backward", memory_alone),
             (mamba_ssm, "_kernels", lambda: (_selective_scan, _convolve)),
