@@ -40,7 +40,7 @@ class Observation:
 
 def decay(A_log: Tensor) -> Tensor:
     """A = -exp(A_log) [E, N] in float32."""
-    if torch.is_grad_enabled() or A_log.device.type != "cpu" or torch.compiler.is_compiling():
+    if A_log.device.type != "cpu" or torch.compiler.is_compiling():
         return -torch.exp(A_log.float())
     # PyTorch's exp wakes MKL's threads for a few thousand numbers, which takes longer than they do.
     return -torch.exp2(A_log.float() * LOG2_E)

@@ -1,6 +1,6 @@
 """Residual add + RMSNorm, the prologue of every layer, as an operator.
 
-It is computed by PyTorch or, where they run, by fused kernels; on a CPU the forward pass alone.
+It is computed by PyTorch or, where they run, by fused kernels.
 
 B images, L tokens, d model width. Source: Zhang & Sennrich, "Root Mean Square Layer Normalization"
 (arXiv 1910.07467).
@@ -81,7 +81,7 @@ def _asked_for(name: str) -> bool:
 def _on_cpu(
     hidden: Tensor | None, residual: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> ModuleType | None:
-    """The forward pass in C++ where it takes these tensors."""
+    """The kernels in C++ where they take these tensors."""
     if residual.device.type != "cpu" or not _asked_for("cpu"):
         return None
     kernels = _module("cpu")
@@ -136,6 +136,8 @@ def _backward(
     the weight.
     """
     kernels = _fused(None, total, weight)
+    if kernels is None and hidden_dtype == grad_normed.dtype:
+        kernels = _on_cpu(None, total, weight, hidden_dtype)
     if kernels is not None:
         return kernels.backward(grad_normed, grad_total, total, scale, weight, hidden_dtype)
     with torch.autocast(total.device.type, enabled=False):

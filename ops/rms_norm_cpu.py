@@ -1,7 +1,7 @@
-"""Residual add + RMSNorm as one pass in C++; `ops.rms_norm.add_rms_norm` defines it.
+"""Residual add + RMSNorm in C++, forward and backward; `ops.rms_norm.add_rms_norm` defines it.
 
-PyTorch's operators take four passes, and wake the threads for each. The kernel is part of the
-scan's library, and falls away with it.
+PyTorch's operators take four passes over the tokens, and ten for the gradient, and wake the threads
+for each. The kernels are part of the scan's library, and fall away with it.
 """
 
 import ctypes
@@ -34,15 +34,41 @@ def forward(
     normed = torch.empty_like(residual)
     total = residual.new_empty(0) if hidden is None else torch.empty_like(residual)
     scale = residual.new_empty(*residual.shape[:-1], 1)
-    count = residual.numel()
+    given = hidden, residual, weight, total, normed, scale
     kernels().add_rms_norm(
-        *(
-            ctypes.c_void_p(pointer(each))
-            for each in (hidden, residual, weight, total, normed, scale)
-        ),
-        ctypes.c_int64(count // residual.shape[-1]),
-        ctypes.c_int64(residual.shape[-1]),
-        ctypes.c_float(eps),
-        ctypes.c_int64(1 if count < _SERIAL else torch.get_num_threads()),
+        *_pointers(*given), *_rows(residual), ctypes.c_float(eps), _threads(residual)
     )
     return normed, total, scale
+
+
+def backward(
+    grad_normed: Tensor,
+    grad_stream: Tensor | None,
+    total: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.rms_norm._backward`, for a hidden of float32. The same bits with any number of
+    threads.
+    """
+    grad, (rows, width) = torch.empty_like(total), _rows(total)
+    parts = total.new_zeros(-(-rows.value // kernels().norm_rows()), width.value)
+    stream = None if grad_stream is None else grad_stream.contiguous()
+    given = grad_normed.contiguous(), stream, total, scale, weight, grad, parts
+    kernels().add_rms_norm_backward(*_pointers(*given), rows, width, _threads(total))
+    return grad, grad.new_empty(0), parts.sum(0)
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(pointer(each)) for each in tensors]
+
+
+def _rows(tensor: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    """Their number and their width."""
+    width = tensor.shape[-1]
+    return ctypes.c_int64(tensor.numel() // width), ctypes.c_int64(width)
+
+
+def _threads(tensor: Tensor) -> ctypes.c_int64:
+    return ctypes.c_int64(1 if tensor.numel() < _SERIAL else torch.get_num_threads())

@@ -71,6 +71,45 @@ def test_the_kernel_of_the_cpu(monkeypatch, width, rows, threads, with_hidden):
     assert torch.equal(alone[0], normed[1:, 2:3])
 
 
+@pytest.mark.parametrize("width", [1, 5, 16, 192, 203])
+@pytest.mark.parametrize("rows", [3, 1400])
+@pytest.mark.parametrize("with_stream", [True, False])
+def test_the_gradient_by_the_kernel(monkeypatch, width, rows, with_stream):
+    """The same as PyTorch's operators, with any number of threads to the last bit."""
+    monkeypatch.delenv("DYVM_BACKEND", raising=False)
+    if not available("cpu"):
+        pytest.skip("the CPU kernels cannot be built here")
+    total, weight, grad_normed = (
+        torch.randn(rows, width) * 3,
+        torch.rand(width),
+        torch.randn(rows, width),
+    )
+    stream = torch.randn(rows, width) if with_stream else None
+    scale = (total.square().mean(-1, keepdim=True) + 0.01).rsqrt()
+    given = grad_normed, stream, total, scale, weight, torch.float32
+    assert rms_norm._on_cpu(None, total, weight, torch.float32) is not None
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(rms_norm._backward(*given))
+    assert all(map(torch.equal, *found))
+    monkeypatch.setattr(rms_norm, "_on_cpu", lambda *given: None)
+    wide = (None if each is None else each.double() for each in given[:-1])
+    grad, _, grad_weight = rms_norm._backward(*wide, torch.float64)
+    torch.testing.assert_close(found[0][0].double(), grad, rtol=1e-5, atol=1e-5)
+    size = (grad_normed * total * scale).abs().sum(0).double()
+    assert ((found[0][2] - grad_weight).abs() <= 1e-6 * size).all()
+
+
+def test_other_types_go_back_through_pytorch():
+    hidden = torch.randn(2, 5, 12, dtype=torch.bfloat16, requires_grad=True)
+    residual, weight = torch.randn(2, 5, 12, requires_grad=True), torch.rand(12, requires_grad=True)
+    normed, total = add_rms_norm(hidden, residual, weight)
+    (normed.sum() + total.sum()).backward()
+    assert hidden.grad.dtype == torch.bfloat16 and residual.grad.dtype == torch.float32
+    torch.testing.assert_close(hidden.grad.float(), residual.grad, rtol=1e-2, atol=1e-2)
+
+
 def test_the_kernel_leaves_the_rest_to_pytorch(monkeypatch):
     x, weight = torch.randn(2, 5, 12), torch.rand(12)
     whole = rms_norm._composed(None, x, weight, 1e-5, torch.float32)[0]

@@ -69,12 +69,14 @@ def _call(xz, mask, gates, active, lengths, *rest) -> Call:
     """From the arguments of an operator, contiguous as the kernels need them."""
     *params, scale, in_place = rest
     images, tokens, _ = xz.shape
+    has_mask = mask is not None
     return Call(
         xz.contiguous(),
-        xz.new_ones(images, tokens) if mask is None else mask.contiguous(),
+        mask.contiguous() if has_mask else xz.new_ones(images, tokens),
         xz.new_full((images, 2), scale) if gates is None else gates.contiguous() * scale,
-        mask is not None and not in_place,
-        in_place,
+        has_mask and not in_place,
+        has_mask,
+        has_mask and in_place,
         None if active is None else active.contiguous(),
         None if lengths is None else lengths.contiguous(),
         unflatten(tuple(None if p is None else p.contiguous() for p in params)),
@@ -133,14 +135,10 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
             weights += [None] * COUNT
             continue
         packed, *projections = rest[which::2]
-        packed = packed[:, :channels]
-        weights += BranchParams(
-            packed[:CONV_WIDTH].t(),
-            packed[CONV_WIDTH],
-            *projections,
-            packed[CONV_WIDTH + 2 :].t(),
-            packed[CONV_WIDTH + 1],
+        taps, bias, D, A, dt_bias = packed[:, :channels].split(
+            (CONV_WIDTH, 1, 1, len(packed) - CONV_WIDTH - 3, 1)
         )
+        weights += BranchParams(taps.t(), bias[0], *projections, dt_bias[0], A.t(), D[0])
     wanted = (xz, None if tensors[1] is None else mask, None if tensors[2] is None else gates)
     return *wanted, None, None, *weights, None, None
 
@@ -148,7 +146,7 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
 _infer_operator = register(f"cpu_infer({_ARGUMENTS}) -> Tensor", _infer, _fake_infer)
 _scan_backward_operator = register(
     f"cpu_scan_backward(Tensor grad_out, {', '.join(f'Tensor saved{i}' for i in range(_SAVED))}, "
-    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 11)})",
+    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 9)})",
     _scan_backward,
     _fake_scan_backward,
 )

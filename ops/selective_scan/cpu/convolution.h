@@ -52,6 +52,12 @@ inline void convolve_block(const Problem& p, int64_t image, int64_t block, int64
     if (on[which]) u[which] = p.direction[which].u + p.direction[which].start[image] * p.padded + block * kLanes;
   const Taps forward(p, on[0] ? 0 : 1, block), backward(p, on[1] ? 1 : 0, block);
   Window window(p, image, block, p.length[image], begin);
+  if (block + 1 < p.blocks())
+    for (int64_t t = begin; t < end; ++t) {
+      __builtin_prefetch(p.x(image, t) + (block + 1) * kLanes);
+      for (int which = 0; which < 2; ++which)
+        if (on[which]) __builtin_prefetch(u[which] + t * p.padded + kLanes);
+    }
   for (int64_t t = begin; t < end; ++t) {
     window.move_to(t);
     if (on[0]) store(u[0] + t * p.padded, silu(window.convolve<0>(forward)) * window.mask[t]);
@@ -70,8 +76,12 @@ void convolve_back(const Problem& p, int64_t image, int64_t block, Vec* grad_sum
   Vec grad_tap[kConvWidth] = {}, grad_bias = {};
   for (int64_t t = 0; t < window.length; ++t) {
     window.move_to(t);
+    if (block + 1 < p.blocks()) {
+      __builtin_prefetch(p.x(image, t) + (block + 1) * kLanes);
+      __builtin_prefetch(grad_u + t * p.padded + kLanes);
+    }
     Vec s = window.convolve<kWhich>(taps), gate = sigmoid(s), g = load(grad_u + t * p.padded);
-    grad_mask[t] += g * s * gate;
+    if (p.grad_mask) grad_mask[t] += g * s * gate;
     g *= window.mask[t] * gate * (1.f + s * (1.f - gate));
     grad_sum[t] = g;
     grad_bias += g;
@@ -81,14 +91,15 @@ void convolve_back(const Problem& p, int64_t image, int64_t block, Vec* grad_sum
   store(p.grad_weight(kWhich, image, p.conv_bias(), block), grad_bias);
 }
 
-// Gradients of x, of the mask and of the convolution's weights. grad_sum: 2 (L + 6), grad_mask: L vectors of scratch.
+// Gradients of x, of the convolution's weights and, if it is wanted, of the mask. grad_sum: 2 (L + 6), grad_mask: L
+// vectors of scratch.
 inline void convolve_block_back(const Problem& p, int64_t image, int64_t block, Vec* grad_sum, Vec* grad_mask) {
   constexpr int kReach = Window::kReach;
   // The mask may hide tokens behind the last one walked; the backward direction's taps still reach some of them.
   const int64_t visible = std::min(p.limit[image], p.length[image] + kReach), span = p.tokens + 2 * kReach;
   const int lanes = p.lanes(block);
   std::fill(grad_sum, grad_sum + 2 * span, Vec{});
-  std::fill(grad_mask, grad_mask + p.tokens, Vec{});
+  if (p.grad_mask) std::fill(grad_mask, grad_mask + p.tokens, Vec{});
   const Vec* sums[2] = {grad_sum + kReach, grad_sum + span + kReach};
   Vec tap[2][kConvWidth] = {};
   if (p.on(0, image)) convolve_back<0>(p, image, block, grad_sum + kReach, grad_mask);
@@ -98,10 +109,10 @@ inline void convolve_block_back(const Problem& p, int64_t image, int64_t block, 
 
   const bool any = p.on(0, image) || p.on(1, image);
   const float* mask = p.mask + image * p.tokens;
-  float* grad_mask_sum = p.grad_mask + (block * p.images + image) * p.tokens;
+  float* grad_mask_sum = p.grad_mask ? p.grad_mask + (block * p.images + image) * p.tokens : nullptr;
   for (int64_t t = 0; t < p.tokens; ++t) {
     float* grad_x = p.grad_x(image, t) + block * kLanes;
-    grad_mask_sum[t] = 0.f;
+    if (grad_mask_sum) grad_mask_sum[t] = 0.f;
     if (!any || t >= visible) {
       store(grad_x, Vec{}, lanes);
       continue;
@@ -109,7 +120,9 @@ inline void convolve_block_back(const Problem& p, int64_t image, int64_t block, 
     Vec g = {};
     for (int k = 0; k < kConvWidth; ++k)
       g += tap[0][k] * sums[0][t + kReach - k] + tap[1][k] * sums[1][t - kReach + k];
+    if (block + 1 < p.blocks()) __builtin_prefetch(grad_x + kLanes, 1);
     store(grad_x, g * mask[t], lanes);
-    grad_mask_sum[t] = sum(g * load(p.x(image, t) + block * kLanes, lanes) + grad_mask[t]);
+    if (grad_mask_sum)
+      grad_mask_sum[t] = sum(g * load(p.x(image, t) + block * kLanes, lanes) + grad_mask[t]);
   }
 }

@@ -45,6 +45,21 @@ void add_rms_norm(const float* hidden, const float* residual, const float* weigh
   }
 }
 
+int64_t norm_rows() { return kNormRows; }
+
+// grad_weight: [rows / kNormRows rounded up, width], zeroed by the caller.
+void add_rms_norm_backward(const float* grad_normed, const float* stream, const float* total, const float* scale,
+                           const float* weight, float* grad, float* grad_weight, int64_t rows, int64_t width,
+                           int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+  for (int64_t begin = 0; begin < rows; begin += kNormRows)
+    for (int64_t row = begin; row < begin + kNormRows && row < rows; ++row) {
+      const int64_t at = row * width;
+      norm_row_back(grad_normed + at, stream ? stream + at : nullptr, total + at, scale[row], weight, grad + at,
+                    grad_weight + begin / kNormRows * width, width);
+    }
+}
+
 void pack(const Problem* p) {
 #pragma omp parallel for collapse(2) num_threads((int)p->threads)
   for (int which = 0; which < 2; ++which)

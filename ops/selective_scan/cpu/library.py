@@ -34,7 +34,7 @@ class Direction(ctypes.Structure):
             "projection",
             "grad_u",
             "grad_delta",
-            "grad_BC",
+            "grad_projected",
             "grad_weights",
         )
     ]

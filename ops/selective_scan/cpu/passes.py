@@ -27,6 +27,7 @@ class Call(NamedTuple):
     mask: Tensor  # [B, L]
     factor: Tensor  # [B, 2], multiplies the directions' outputs
     masked: bool  # tokens behind the last one that the mask lets through are left out
+    has_mask: bool  # else `mask` is made up, of ones
     in_place: bool  # the mask multiplies the step size and chooses the convolution's windows
     active: Tensor | None  # [B, 2] bool
     lengths: Tensor | None  # [B] int64
@@ -207,15 +208,14 @@ class Gradients(NamedTuple):
     """Two of each that belongs to a direction, without elements for one that was not asked for."""
 
     xz: Tensor  # [B, L, 2E]
-    mask: Tensor  # [B, L]
+    mask: Tensor  # [B, L], without elements where there is none
     factor: Tensor  # [B, 2]
-    weights: tuple[Tensor, Tensor]  # [W + 2 + N, P], the head of the packed weights
+    weights: tuple[Tensor, Tensor]  # [W + 3 + N, P], the head of the packed weights
     x_proj: tuple[Tensor, Tensor]  # [R + 2N, E]
     dt_proj: tuple[Tensor, Tensor]  # [E, R]
-    dt_bias: tuple[Tensor, Tensor]  # [E]
 
     def flatten(self) -> tuple[Tensor, ...]:
-        pairs = self.weights, self.x_proj, self.dt_proj, self.dt_bias
+        pairs = self.weights, self.x_proj, self.dt_proj
         return (self.xz, self.mask, self.factor, *(t for pair in pairs for t in pair))
 
     @classmethod
@@ -229,12 +229,11 @@ class Gradients(NamedTuple):
 
         return cls(
             torch.empty_like(call.xz),
-            torch.empty_like(call.mask),
+            call.xz.new_empty(call.mask.shape if call.has_mask else 0),
             torch.empty_like(call.factor),
-            pair(CONV_WIDTH + 2 + states, padded(channels)),
+            pair(CONV_WIDTH + 3 + states, padded(channels)),
             pair(rank + 2 * states, channels),
             pair(channels, rank),
-            pair(channels),
         )
 
 
@@ -243,35 +242,40 @@ class _Written(NamedTuple):
 
     grad_u: Tensor
     grad_delta: Tensor
-    grad_BC: Tensor
+    grad_projected: Tensor
     grad_weights: Tensor
 
     @classmethod
     def empty(cls, problem: Problem, rows: int) -> "_Written":
-        width, states = problem.padded, problem.states
-        kind = {"dtype": torch.float32, "device": "cpu"}
+        width, states, rank = problem.padded, problem.states, problem.rank
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.float32, device="cpu")
+
         return cls(
-            torch.empty(rows, width, **kind),
-            torch.empty(rows, width, **kind),
-            torch.empty(problem.groups, rows, 2 * states, **kind),
-            torch.zeros(problem.images, CONV_WIDTH + 2 + states, width, **kind),
+            empty(rows, width),
+            empty(rows, width),
+            empty(problem.groups, rows, rank + 2 * states),
+            empty(problem.images, CONV_WIDTH + 3 + states, width),
         )
 
 
 def _projection_gradients(
     grads: _Written, u: Tensor, projected: Tensor, params: BranchParams
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Back through the projections of one direction: completes grads.grad_u.
 
-    Returns the gradients of x_proj_weight, dt_proj_weight and dt_proj_bias.
+    Returns the gradients of x_proj_weight and dt_proj_weight.
     """
     channels, rank = params.dt_proj_weight.shape
     rows = len(grads.grad_u)
     grad_delta, u = grads.grad_delta[:, :channels], u[:rows, :channels]
-    grad_projected = torch.cat((grad_delta @ params.dt_proj_weight, grads.grad_BC.sum(0)), dim=1)
+    grad_projected, *others = grads.grad_projected
+    for other in others:
+        grad_projected[:, rank:] += other[:, rank:]
+    torch.mm(grad_delta, params.dt_proj_weight, out=grad_projected[:, :rank])
     grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
-    grad_dt_proj = grad_delta.t() @ projected[:rows, :rank]
-    return grad_projected.t() @ u, grad_dt_proj, grad_delta.sum(0)
+    return grad_projected.t() @ u, grad_delta.t() @ projected[:rows, :rank]
 
 
 def _saved_problem(call: Call, saved: Saved, grad_out: Tensor) -> Problem:
@@ -298,11 +302,10 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     # enough tasks for all threads when there are few images
     problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(problem.images, 1))))
     grad_xz = torch.empty_like(call.xz)
-    grad_mask = call.xz.new_empty(blocks, *call.mask.shape)
+    grad_mask = call.xz.new_empty((blocks, *call.mask.shape) if call.has_mask else (1, 0))
     grad_factor = call.xz.new_zeros(blocks, *call.factor.shape)
-    problem.grad_xz, problem.grad_mask, problem.grad_factor = map(
-        pointer, (grad_xz, grad_mask, grad_factor)
-    )
+    problem.grad_xz, problem.grad_factor = map(pointer, (grad_xz, grad_factor))
+    problem.grad_mask = pointer(grad_mask if call.has_mask else None)
     written = {which: _Written.empty(problem, problem.rows[which]) for which in _given(call)}
     for which, tensors in written.items():
         for name, tensor in tensors._asdict().items():
@@ -319,7 +322,7 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
         weights[which] = (
             (written[which].grad_weights.sum(0), *weights[which])
             if which in written
-            else (grad_xz.new_empty(0) for _ in range(4))
+            else (grad_xz.new_empty(0) for _ in range(3))
         )
     pairs = zip(weights[0], weights[1], strict=True)
     return Gradients(grad_xz, grad_mask.sum(0), grad_factor.sum(0), *pairs)

@@ -37,8 +37,8 @@ struct Direction {
   // Written by the backward pass
   float* grad_u;        // [rows, P]
   float* grad_delta;    // [rows, P], with respect to the step before softplus
-  float* grad_BC;       // [G, rows, 2N]
-  float* grad_weights;  // [B, 4 + 1 + 1 + N, P], zeroed by the caller: the head of `weights`, one part per image
+  float* grad_projected;  // [G, rows, R + 2N], of B and C alone
+  float* grad_weights;  // [B, 4 + 1 + 1 + N + 1, P]: the head of `weights`, one part per image
 };
 
 struct Problem {
@@ -53,7 +53,7 @@ struct Problem {
   // Backward
   const float* grad_out;  // [B, L, E]
   float* grad_xz;         // [B, L, 2E]
-  float* grad_mask;       // [P / W, B, L]
+  float* grad_mask;       // [P / W, B, L]; null: not wanted
   float* grad_factor;     // [P / W, B, 2]
   Direction direction[2];
 
@@ -90,7 +90,7 @@ struct Problem {
   static int64_t A(int64_t state) { return kConvWidth + 2 + state; }  // times log2(e)
   int64_t step_bias() const { return A(states); }
   int64_t step_weight(int64_t r) const { return A(states) + 1 + r; }
-  int64_t gradient_rows() const { return A(states); }
+  int64_t gradient_rows() const { return step_bias() + 1; }
 
   const float* weight(int which, int64_t row, int64_t block) const {
     return direction[which].weights + row * padded + block * kLanes;

@@ -102,10 +102,25 @@ struct History {
   Vec before[kTile][kStates], decay[kTile][kStates];
 };
 
+// Rows that the next channel block of a tile reads and writes: asked for step by step while this one is scanned. They
+// lie a row of all channels apart, in more places than the processor follows by itself.
+struct Ahead {
+  const float* row[3];
+  int64_t stride[3];  // from one step to the next
+  int rows = 0;
+  void add(const float* p, int64_t stride_) {
+    row[rows] = p + kLanes;
+    stride[rows++] = stride_;
+  }
+  void fetch(int step) const {
+    for (int i = 0; i < rows; ++i) __builtin_prefetch(row[i] + step * stride[i]);
+  }
+};
+
 // y[t] += C h over one group of states; kInRange: every exponent is known to lie within exp2_in_range.
 template <int kStates, bool kInRange, bool kHistory>
 inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state, const Vec* A, Vec* state, Vec* y,
-                      History<kStates>* history) {
+                      const Ahead& ahead, History<kStates>* history) {
   Vec h[kStates];
   for (int s = 0; s < kStates; ++s) h[s] = state[s];
   const float* B = tile.projected(0) + tile.p.rank + first_state;
@@ -114,6 +129,7 @@ inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state,
   for (int t = 0; t < tile.steps; ++t, B += stride, C += stride) {
     const Vec delta = steps.delta[t], input = steps.input[t];
     Vec total = y[t];
+    ahead.fetch(t);
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
       const Vec decay = kInRange ? exp2_in_range(delta * A[s]) : exp2_clamped(delta * A[s]);
@@ -157,11 +173,18 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
   Steps steps;
   compute_steps<false>(tile, steps);
   Vec y[kTile] = {};
+  Ahead ahead, nothing;
+  if (tile.block + 1 < p.blocks()) {
+    const int64_t token = tile.token(0);
+    ahead.add(p.direction[tile.which].u + tile.at(0), tile.stride * p.padded);
+    ahead.add(p.out + (tile.image * p.tokens + token) * p.channels + offset, tile.stride * p.channels);
+    if (last) ahead.add(p.z(tile.image, token) + offset, tile.stride * 2 * p.channels);
+  }
   for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
     if (steps.largest < decays.step_limit)
-      scan_tile<size, true, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
+      scan_tile<size, true, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, nullptr);
     else
-      scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, nullptr);
+      scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, nullptr);
   });
   for (int t = 0; t < tile.steps; ++t) {
     float* out = p.out + (tile.image * p.tokens + tile.token(t)) * p.channels + offset;
@@ -271,21 +294,32 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
   }
 
   Vec y[kTile] = {}, via_B[kTile] = {}, via_A[kTile] = {};
+  Ahead reads, writes, nothing;
+  if (tile.block + 1 < p.blocks()) {
+    const int64_t token = tile.token(0);
+    reads.add(d.u + tile.at(0), tile.stride * p.padded);
+    reads.add(p.grad_out + (tile.image * p.tokens + token) * p.channels + offset, tile.stride * p.channels);
+    reads.add(p.z(tile.image, token) + offset, tile.stride * 2 * p.channels);
+    writes.add(d.grad_u + tile.at(0), tile.stride * p.padded);
+    writes.add(d.grad_delta + tile.at(0), tile.stride * p.padded);
+    writes.add(p.grad_z(tile.image, token) + offset, tile.stride * 2 * p.channels);
+  }
   for_state_groups<kRegisterStates / 2>(p.states, [&](auto size, int64_t s) {
     History<size> history;
     Vec state[size];
     const float* checkpoint = tile.checkpoint() + s * kLanes;
     for (int i = 0; i < size; ++i) state[i] = load(checkpoint + i * kLanes);
+    const Ahead& ahead = s == 0 ? reads : s == size ? writes : nothing;
     if (in_range)
-      scan_tile<size, true, true>(tile, steps, s, A + s, state, y, &history);
+      scan_tile<size, true, true>(tile, steps, s, A + s, state, y, ahead, &history);
     else
-      scan_tile<size, false, true>(tile, steps, s, A + s, state, y, &history);
+      scan_tile<size, false, true>(tile, steps, s, A + s, state, y, ahead, &history);
     scan_tile_back<size>(tile, steps, s, A + s, state, history, grad_y, via_B, via_A, grad_state + s,
                          scratch.grad_BC.data());
   });
 
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
-  Vec grad_skip = {}, grad_factor = {};
+  Vec grad_skip = {}, grad_bias = {}, grad_factor = {};
   for (int t = 0; t < tile.steps; ++t) {
     const Vec u = tile.u(t), total = y[t] + skip * u;
     float* grad_z = p.grad_z(tile.image, tile.token(t)) + offset;
@@ -296,13 +330,19 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
     store(d.grad_u + tile.at(t), skip * grad_y[t] + via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
     const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
-    store(d.grad_delta + tile.at(t), grad_delta * steps.derivative[t]);
+    const Vec grad_projected = grad_delta * steps.derivative[t];
+    grad_bias += grad_projected;
+    store(d.grad_delta + tile.at(t), grad_projected);
     if (!p.in_place) continue;
     float* grad_mask = p.grad_mask + (tile.block * p.images + tile.image) * p.tokens + tile.token(t);
     *grad_mask = (first ? 0.f : *grad_mask) + sum(grad_delta * steps.unmasked[t]);
   }
-  float* skip_sum = p.grad_weight(tile.which, tile.image, p.skip(), tile.block);
-  store(skip_sum, load(skip_sum) + grad_skip);
+  auto add_to = [&](int64_t row, Vec gradient) {
+    float* sum = p.grad_weight(tile.which, tile.image, row, tile.block);
+    store(sum, load(sum) + gradient);
+  };
+  add_to(p.skip(), grad_skip);
+  add_to(p.step_bias(), grad_bias);
   p.grad_factor[(tile.block * p.images + tile.image) * 2 + tile.which] += sum(grad_factor);
 }
 
@@ -318,7 +358,7 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
       tile_back(Tile(p, which, image, block, index), first, scratch, &scratch.grad_state[(block - begin) * p.states]);
     const Tile tile(p, which, image, begin, index);
     for (int t = 0; t < tile.steps; ++t) {
-      float* grad_BC = d.grad_BC + (group * p.rows[which] + tile.row(t)) * 2 * p.states;
+      float* grad_BC = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
       for (int64_t s = 0; s < 2 * p.states; ++s) grad_BC[s] = sum(scratch.grad_BC[t * 2 * p.states + s]);
     }
   }
@@ -331,6 +371,9 @@ inline void scan_group_back(const Problem& p, int64_t image, int64_t group, Back
   for (int64_t t = written; t < p.tokens; ++t)
     for (int64_t block = begin; block < end; ++block)
       store(p.grad_z(image, t) + block * kLanes, Vec{}, p.lanes(block));
+  for (int which = 0; which < 2; ++which)
+    for (int64_t row = 0; p.direction[which].grad_weights && row < p.gradient_rows(); ++row)
+      for (int64_t block = begin; block < end; ++block) store(p.grad_weight(which, image, row, block), Vec{});
   if (on[0]) scan_direction_back(p, 0, image, group, begin, end, true, scratch);
   if (on[1]) scan_direction_back(p, 1, image, group, begin, end, !on[0], scratch);
 }
