@@ -136,7 +136,7 @@ def _backward(
     the weight.
     """
     kernels = _fused(None, total, weight)
-    if kernels is None and hidden_dtype == grad_normed.dtype:
+    if kernels is None and hidden_dtype == grad_normed.dtype:  # else bf16, by autocast
         kernels = _on_cpu(None, total, weight, hidden_dtype)
     if kernels is not None:
         return kernels.backward(grad_normed, grad_total, total, scale, weight, hidden_dtype)

@@ -43,18 +43,18 @@ def forward(
 
 def backward(
     grad_normed: Tensor,
-    grad_stream: Tensor | None,
+    grad_total: Tensor | None,
     total: Tensor,
     scale: Tensor,
     weight: Tensor,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.rms_norm._backward`, for a hidden of float32. The same bits with any number of
-    threads.
+    """As `ops.rms_norm._backward`, for a hidden of float32. The result has the same bits with any
+    number of threads.
     """
     grad, (rows, width) = torch.empty_like(total), _rows(total)
     parts = total.new_zeros(-(-rows.value // kernels().norm_rows()), width.value)
-    stream = None if grad_stream is None else grad_stream.contiguous()
+    stream = None if grad_total is None else grad_total.contiguous()
     given = grad_normed.contiguous(), stream, total, scale, weight, grad, parts
     kernels().add_rms_norm_backward(*_pointers(*given), rows, width, _threads(total))
     return grad, grad.new_empty(0), parts.sum(0)
@@ -65,7 +65,7 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 
 def _rows(tensor: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    """Their number and their width."""
+    """The number of rows and their width."""
     width = tensor.shape[-1]
     return ctypes.c_int64(tensor.numel() // width), ctypes.c_int64(width)
 

@@ -176,12 +176,13 @@ def test_routers_decide_as_in_training():
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=1.0)
 
 
-def test_decays_without_gradient_are_those_of_training():
+def test_decays_are_exponentials():
     A_log = torch.randn(6, 4, requires_grad=True)
-    with torch.no_grad():
-        found = mixer.decay(A_log)
-    torch.testing.assert_close(found, mixer.decay(A_log).detach(), rtol=1e-6, atol=0)
-    assert mixer.decay(A_log).requires_grad and mixer.decay(A_log.bfloat16()).dtype == torch.float32
+    found, expected = mixer.decay(A_log), -A_log.detach().double().exp()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    found.sum().backward()
+    torch.testing.assert_close(A_log.grad.double(), expected, rtol=1e-6, atol=0)
+    assert mixer.decay(A_log.bfloat16()).dtype == torch.float32
 
 
 def test_counters_of_operations_see_the_product_alone():

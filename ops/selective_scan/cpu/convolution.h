@@ -52,7 +52,7 @@ inline void convolve_block(const Problem& p, int64_t image, int64_t block, int64
     if (on[which]) u[which] = p.direction[which].u + p.direction[which].start[image] * p.padded + block * kLanes;
   const Taps forward(p, on[0] ? 0 : 1, block), backward(p, on[1] ? 1 : 0, block);
   Window window(p, image, block, p.length[image], begin);
-  if (block + 1 < p.blocks())
+  if (block + 1 < p.blocks())  // as Ahead in scan.h: what the next block reads and writes
     for (int64_t t = begin; t < end; ++t) {
       __builtin_prefetch(p.x(image, t) + (block + 1) * kLanes);
       for (int which = 0; which < 2; ++which)
@@ -120,7 +120,7 @@ inline void convolve_block_back(const Problem& p, int64_t image, int64_t block, 
     Vec g = {};
     for (int k = 0; k < kConvWidth; ++k)
       g += tap[0][k] * sums[0][t + kReach - k] + tap[1][k] * sums[1][t - kReach + k];
-    if (block + 1 < p.blocks()) __builtin_prefetch(grad_x + kLanes, 1);
+    if (block + 1 < p.blocks()) __builtin_prefetch(grad_x + kLanes);
     store(grad_x, g * mask[t], lanes);
     if (grad_mask_sum)
       grad_mask_sum[t] = sum(g * load(p.x(image, t) + block * kLanes, lanes) + grad_mask[t]);

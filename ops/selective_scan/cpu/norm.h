@@ -4,7 +4,8 @@
 
 #include "vector.h"
 
-constexpr int64_t kNormRows = 64;  // that share a sum of the weight's gradient, however many threads there are
+// Rows that share one partial sum of the weight's gradient, so that the result does not depend on the threads.
+constexpr int64_t kNormRows = 64;
 
 // total = residual + hidden where there is a hidden, and normed = total * scale * weight; -> scale = 1 / rms.
 inline float norm_row(const float* hidden, const float* residual, const float* weight, float* total, float* normed,

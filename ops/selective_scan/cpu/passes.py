@@ -270,10 +270,11 @@ def _projection_gradients(
     channels, rank = params.dt_proj_weight.shape
     rows = len(grads.grad_u)
     grad_delta, u = grads.grad_delta[:, :channels], u[:rows, :channels]
-    grad_projected, *others = grads.grad_projected
-    for other in others:
-        grad_projected[:, rank:] += other[:, rank:]
-    torch.mm(grad_delta, params.dt_proj_weight, out=grad_projected[:, :rank])
+    grad_projected = grads.grad_projected[0]
+    if len(grads.grad_projected) > 1:
+        grad_projected[:, rank:] += grads.grad_projected[1:, :, rank:].sum(0)
+    # beta = 0: what is there is undefined, and not read.
+    grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)
     grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
     return grad_projected.t() @ u, grad_delta.t() @ projected[:rows, :rank]
 

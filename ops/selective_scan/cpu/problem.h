@@ -35,10 +35,11 @@ struct Direction {
   const int64_t* chunk;  // [B] first chunk of each image
   float* projection;     // [E, R + 2N rounded up to whole vectors], x_proj^T from pack(); only for inference
   // Written by the backward pass
-  float* grad_u;        // [rows, P]
-  float* grad_delta;    // [rows, P], with respect to the step before softplus
-  float* grad_projected;  // [G, rows, R + 2N], of B and C alone
-  float* grad_weights;  // [B, 4 + 1 + 1 + N + 1, P]: the head of `weights`, one part per image
+  float* grad_u;          // [rows, P]
+  float* grad_delta;      // [rows, P], with respect to the step before softplus
+  float* grad_projected;  // [G, rows, R + 2N]: the columns of B and C, partial sums of each group; passes.py fills in
+                          // those of the step
+  float* grad_weights;    // [B, 4 + 1 + 1 + N + 1, P]: the head of `weights`, one part per image
 };
 
 struct Problem {
@@ -53,7 +54,7 @@ struct Problem {
   // Backward
   const float* grad_out;  // [B, L, E]
   float* grad_xz;         // [B, L, 2E]
-  float* grad_mask;       // [P / W, B, L]; null: not wanted
+  float* grad_mask;       // [P / W, B, L]; null: there is no mask
   float* grad_factor;     // [P / W, B, 2]
   Direction direction[2];
 

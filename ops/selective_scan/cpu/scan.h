@@ -272,7 +272,8 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
 
 // One tile of one channel block. `first`: the first direction of this image writes dL/dz and, of a mask in place,
 // what comes through the step; the second adds to them.
-inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* grad_state) {
+// `next`: this thread goes on to the next block.
+inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scratch, Vec* grad_state) {
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
   const int lanes = p.lanes(tile.block);
@@ -295,7 +296,7 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
 
   Vec y[kTile] = {}, via_B[kTile] = {}, via_A[kTile] = {};
   Ahead reads, writes, nothing;
-  if (tile.block + 1 < p.blocks()) {
+  if (next) {
     const int64_t token = tile.token(0);
     reads.add(d.u + tile.at(0), tile.stride * p.padded);
     reads.add(p.grad_out + (tile.image * p.tokens + token) * p.channels + offset, tile.stride * p.channels);
@@ -309,7 +310,7 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
     Vec state[size];
     const float* checkpoint = tile.checkpoint() + s * kLanes;
     for (int i = 0; i < size; ++i) state[i] = load(checkpoint + i * kLanes);
-    const Ahead& ahead = s == 0 ? reads : s == size ? writes : nothing;
+    const Ahead& ahead = s == 0 ? reads : s + size == p.states ? writes : nothing;
     if (in_range)
       scan_tile<size, true, true>(tile, steps, s, A + s, state, y, ahead, &history);
     else
@@ -330,9 +331,9 @@ inline void tile_back(const Tile& tile, bool first, BackScratch& scratch, Vec* g
     store(d.grad_u + tile.at(t), skip * grad_y[t] + via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
     const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
-    const Vec grad_projected = grad_delta * steps.derivative[t];
-    grad_bias += grad_projected;
-    store(d.grad_delta + tile.at(t), grad_projected);
+    const Vec grad_step = grad_delta * steps.derivative[t];
+    grad_bias += grad_step;
+    store(d.grad_delta + tile.at(t), grad_step);
     if (!p.in_place) continue;
     float* grad_mask = p.grad_mask + (tile.block * p.images + tile.image) * p.tokens + tile.token(t);
     *grad_mask = (first ? 0.f : *grad_mask) + sum(grad_delta * steps.unmasked[t]);
@@ -355,7 +356,8 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
   for (int64_t index = (p.length[image] + kTile - 1) / kTile - 1; index >= 0; --index) {
     std::fill(scratch.grad_BC.begin(), scratch.grad_BC.end(), Vec{});
     for (int64_t block = begin; block < end; ++block)
-      tile_back(Tile(p, which, image, block, index), first, scratch, &scratch.grad_state[(block - begin) * p.states]);
+      tile_back(Tile(p, which, image, block, index), first, block + 1 < end, scratch,
+                &scratch.grad_state[(block - begin) * p.states]);
     const Tile tile(p, which, image, begin, index);
     for (int t = 0; t < tile.steps; ++t) {
       float* grad_BC = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
