@@ -4,10 +4,13 @@ torch.compile and torch.export take a registered operator as one node: they ask 
 the sizes of its results, and its backward formula for its gradient, and never look inside.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
+import torch.compiler.config
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -24,6 +27,19 @@ _AUTOGRAD_KEYS = (
     _DispatchKey.AutogradCUDA,
     _DispatchKey.ADInplaceOrView,
 )
+
+
+def _version(folder: Path = Path(__file__).parent) -> str:
+    """Of the operators: a digest of this package's sources."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# torch.compile keeps compiled programs on disk and knows operators by their names alone: one whose
+# results had other sizes, in another version of this project, must not be found there.
+torch.compiler.config.cache_key_tag += f" {_NAMESPACE} {_version()}"
 
 
 def register(

@@ -5,7 +5,7 @@ import torch
 from helpers.scans import params_of
 
 import ops.rms_norm  # noqa: F401 (registers an operator)
-from ops import selective_scan
+from ops import operators, selective_scan
 from ops.selective_scan import BranchParams
 from ops.selective_scan.params import flatten
 
@@ -104,3 +104,13 @@ def test_forward_mode_derivatives_are_refused(backend, trained, monkeypatch):
     ):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             torch.func.jvp(call, (xz,), (xz,))
+
+
+def test_compiled_programs_of_other_versions_are_not_found(tmp_path):
+    """PyTorch's cache on disk knows an operator by its name, whatever its results are."""
+    assert f"dyvm {operators._version()}" in torch.compiler.config.cache_key_tag
+    (tmp_path / "a.py").write_text("1")
+    before = operators._version(tmp_path)
+    assert before == operators._version(tmp_path)
+    (tmp_path / "a.py").write_text("2")
+    assert operators._version(tmp_path) != before
