@@ -45,7 +45,8 @@ def by_image(policy, sequence, origin, middle):
 def by_batch(policy, sequence, origin, middle):
     """As in `DynamicVisionMamba`."""
     order, kept = kept_first(policy)
-    index = reordered(order, (middle,), MiddleClassToken().class_slots(kept))
+    class_slots = MiddleClassToken().class_slots(kept)
+    index = reordered(order, (middle,), class_slots, sequence.shape[1])
     return take(sequence, index), take(policy, order), take(origin, order)
 
 

@@ -176,13 +176,15 @@ def extract(sequence: Tensor, class_slots: ClassSlots) -> tuple[Tensor, Tensor]:
     return _joined(pieces), class_tokens_of(sequence, class_slots)
 
 
-def reordered(order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor) -> Tensor:
+def reordered(
+    order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor, length: int
+) -> Tensor:
     """Where each slot of a re-arranged sequence comes from.
 
     order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from
-    `class_slots` to `new_class_slots` [B, n]. -> index [B, L] into the old sequence, for `take`.
+    `class_slots` to `new_class_slots` [B, n]; length: of the old sequence. -> index [B, M + n] into
+    it, for `take`.
     """
-    length = order.shape[1] + new_class_slots.shape[1]
     slots = torch.arange(length, device=order.device).expand(order.shape[0], -1)
     from_patches, from_class_tokens = extract(slots, class_slots)
     return insert(take(from_patches, order), from_class_tokens, new_class_slots)

@@ -19,7 +19,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
-from .layouts import ClassSlots, RouterMean, existing, read
+from .layouts import ClassSlots, RouterMean, class_count, existing, read
 
 CONV_WIDTH = 4
 LOG2_E = math.log2(math.e)
@@ -225,7 +225,8 @@ class BidirectionalMamba(nn.Module):
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active, whole = None, None, True
         if self.block_head is not None:
-            exist = None if lengths is None else existing(lengths, hidden)
+            differ = lengths is not None and not class_count(class_slots)
+            exist = existing(lengths, hidden) if differ else None  # for a mean of all tokens
             classes = read(hidden, class_slots, exist)
             gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
@@ -235,7 +236,7 @@ class BidirectionalMamba(nn.Module):
                 return torch.zeros_like(hidden), gates
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
-        if lengths is not None:
+        if lengths is not None and len(groups) > 1:
             order = lengths.argsort()
             groups = (order if whole else order[running[order]]).split(size)
         forward, backward = self.branch(False), self.branch(True)

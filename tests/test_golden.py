@@ -246,9 +246,9 @@ def test_rearrangement(name):
         )
         before = layout.class_slots(policy.shape[1])
         sequence = insert(t["in.tokens"], t["in.cls_tokens"], before)
-        assert torch.equal(take(sequence, reordered(order, before, positions)), combined), (
-            "in one step, as the model"
-        )
+        assert torch.equal(
+            take(sequence, reordered(order, before, positions, sequence.shape[1])), combined
+        ), "in one step, as the model"
 
 
 @pytest.mark.parametrize("name", golden.names("mambareg_cls_layout"))

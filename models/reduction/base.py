@@ -107,19 +107,23 @@ def rearrange(
     layout: TokenLayout,
     hidden: Tensor | None = None,
     into: Tensor | None = None,
+    cut: bool = False,
 ) -> Tokens:
     """Kept tokens to the front, dropped ones behind them and masked: as training wants them.
 
-    residual, hidden [B, L, d]; decision [B, m], 1 or 0, with gradient; into as in `gather`.
+    residual, hidden [B, L, d]; decision [B, m], 1 or 0, with gradient; into as in `gather`; cut:
+    what no image keeps is gone.
     """
     order, kept = kept_first(decision.detach())
     class_slots = layout.class_slots(kept)
+    places = torch.empty_like(order)
+    order = order[:, : int(kept.max())] if cut else order
     alive = take(decision, order)
     slots = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    moved = torch.where(decision > 0.5, torch.empty_like(order).scatter_(1, order, slots), -1)
+    moved = torch.where(decision > 0.5, places.scatter_(1, order, slots), -1)
     if into is not None:
         moved = take(moved, into)
-    index = reordered(order, tokens.class_slots, class_slots)
+    index = reordered(order, tokens.class_slots, class_slots, residual.shape[1])
     return replace(
         tokens,
         hidden=None if hidden is None else take(hidden, index),
@@ -225,19 +229,13 @@ def keep_passing(tokens: Tokens, mixed: Tensor, decision: Tensor, layout: TokenL
 
     mixed [B, L, d]; decision [B, m], 1 or 0.
     """
-    arranged = rearrange(tokens, mixed, decision, layout)
-    counts = (decision > 0.5).sum(dim=1)
-    most = int(counts.max())
-    origin, alive = arranged.origin[:, :most], arranged.alive[:, :most]
+    arranged = rearrange(tokens, mixed, decision, layout, cut=True)
     return replace(
         arranged,
-        residual=arranged.residual[:, : most + layout.num_tokens].contiguous(),
-        origin=origin,
-        alive=alive,
         mask=None,
-        lengths=counts + layout.num_tokens,
+        lengths=(decision > 0.5).sum(dim=1) + layout.num_tokens,
         decisions=tokens.decisions,
-        kept=(*tokens.kept, origin.masked_fill(alive < 0.5, -1)),
+        kept=(*tokens.kept, arranged.origin.masked_fill(arranged.alive < 0.5, -1)),
     )
 
 
