@@ -109,14 +109,17 @@ def read(
     class_slots: ClassSlots,
     mask: Tensor | None = None,
     mean: RouterMean | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """What a router reads of a sequence [B, L, d]: class tokens [B, n, d] or the mean [B, 1, d].
 
     Class tokens are read without touching the others; the mean is over all tokens if there are
-    none, or those that `mask` [B, L] keeps.
+    none, or those that `mask` [B, L] keeps, or the first `lengths` [B].
     """
     if class_count(class_slots):
         return class_tokens_of(sequence, class_slots)
+    if lengths is not None:
+        mask = existing(lengths, sequence)
     if mask is None and mean is None:
         return sequence.mean(dim=1, keepdim=True)
     return (mean or RouterMean())(sequence, mask)

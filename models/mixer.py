@@ -19,7 +19,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, branch_inputs
 
 from . import sampling
-from .layouts import ClassSlots, RouterMean, class_count, existing, read
+from .layouts import ClassSlots, RouterMean, read
 
 CONV_WIDTH = 4
 LOG2_E = math.log2(math.e)
@@ -167,8 +167,7 @@ class BidirectionalMamba(nn.Module):
         gates, routing = None, {}
         if self.block_head is not None:
             mean = self.router_mean if self.training else None
-            exist = mask if lengths is None else existing(lengths, hidden)
-            classes = read(xz, class_slots, exist, mean)
+            classes = read(xz, class_slots, mask, mean, lengths)
             single = classes.shape[1] == 1
             gates = self.route(self.block_head(classes[:, 0] if single else classes.mean(dim=1)))
             routing = {"gates": gates} if self.training else {"active": gates > 0.5}
@@ -225,9 +224,7 @@ class BidirectionalMamba(nn.Module):
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
         gates, active, whole = None, None, True
         if self.block_head is not None:
-            differ = lengths is not None and not class_count(class_slots)
-            exist = existing(lengths, hidden) if differ else None  # for a mean of all tokens
-            classes = read(hidden, class_slots, exist)
+            classes = read(hidden, class_slots, lengths=lengths)
             gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
             running = active.any(dim=1)
