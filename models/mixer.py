@@ -17,6 +17,7 @@ from ops.linear import Linear
 from ops.operators import plain_on_cpu
 from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, branch_inputs
+from utils import processor
 
 from . import sampling
 from .layouts import ClassSlots, RouterMean, read
@@ -24,7 +25,9 @@ from .layouts import ClassSlots, RouterMean, read
 CONV_WIDTH = 4
 LOG2_E = math.log2(math.e)
 ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
-GROUP_BYTES = 8 << 20  # of xz per group of images in CPU inference: it should stay in the cache
+# Of xz per group of images in CPU inference: half of the cache, the other half is for what is made
+# of it. 8 MiB where no system tells, or less; not more than 64, of a cache that others share.
+GROUP_BYTES = min(max(processor.largest_cache() // 2, 8 << 20), 64 << 20)
 
 
 @dataclass

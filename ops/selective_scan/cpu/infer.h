@@ -10,19 +10,40 @@
 constexpr int kHalfLanes = kLanes / 2;
 constexpr int kPanel = kRegisterStates == 16 ? 8 : 6;
 constexpr int kSums = kRegisterStates == 16 ? 24 : 12;
-constexpr int64_t kProjectedRows = 48;  // of one thread at a time, where an image is shared out
+// Rows whose sums wait while the weights of so many channels, which stay in the nearest cache, meet one after the other.
+// As many rows are one thread's at a time where an image is shared out.
+constexpr int64_t kProjectedRows = 48, kDepth = 128;
 
 typedef float HalfVec __attribute__((vector_size(4 * kHalfLanes)));
 typedef float UnalignedHalfVec __attribute__((vector_size(4 * kHalfLanes), aligned(4), may_alias));
 
-// out[r] = u[r] W for kRows rows and kHalves half vectors of columns, of which `columns` exist.
+// Of a number in all lanes, so that both widths take it from memory once.
+inline HalfVec low(Vec v) {
+  HalfVec half;
+  __builtin_memcpy(&half, &v, sizeof half);
+  return half;
+}
+
+// A row of a panel of kHalves half vectors.
+template <int kHalves>
+struct Sums {
+  static constexpr int kVectors = kHalves / 2;
+  Vec whole[kVectors + 1];  // the last is not used; no array may be empty
+  HalfVec half;             // where kHalves is odd
+};
+
+// sums += u W over `depth` channels, for kRows rows.
 template <int kHalves, int kRows>
-inline void project_rows(const Problem& p, const float* u, const float* weight, float* out, int64_t columns) {
+inline void add_rows(const Problem& p, const float* u, const float* weight, int64_t depth, Sums<kHalves>* sums) {
   constexpr int kVectors = kHalves / 2;
   constexpr bool kHalf = kHalves % 2;
-  Vec total[kRows][kVectors + 1] = {};
-  HalfVec rest[kRows] = {};
-  for (int64_t e = 0; e < p.channels; ++e, weight += p.padded_projections()) {
+  Vec total[kRows][kVectors + 1];
+  HalfVec rest[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) total[r][v] = sums[r].whole[v];
+    rest[r] = sums[r].half;
+  }
+  for (int64_t e = 0; e < depth; ++e, weight += p.padded_projections()) {
     Vec w[kVectors + 1];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
@@ -30,29 +51,45 @@ inline void project_rows(const Problem& p, const float* u, const float* weight, 
     if (kHalf) half = *reinterpret_cast<const UnalignedHalfVec*>(weight + kVectors * kLanes);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
+      const Vec x = splat(u[r * p.padded + e]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] += w[v] * u[r * p.padded + e];
-      if (kHalf) rest[r] += half * u[r * p.padded + e];
+      for (int v = 0; v < kVectors; ++v) total[r][v] += w[v] * x;
+      if (kHalf) rest[r] += half * low(x);
     }
   }
-  for (int r = 0; r < kRows; ++r, out += p.projections()) {
-    for (int v = 0; v < kVectors; ++v)
-      store(out + v * kLanes, total[r][v], (int)std::min<int64_t>(kLanes, columns - v * kLanes));
-    for (int64_t lane = 0; kHalf && lane < std::min<int64_t>(kHalfLanes, columns - kVectors * kLanes); ++lane)
-      out[kVectors * kLanes + lane] = rest[r][lane];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[r].whole[v] = total[r][v];
+    sums[r].half = rest[r];
   }
 }
 
-// A row's sums do not depend on the rows beside it, so that an image's result depends on neither batch nor threads.
+// Of a panel of kHalves half vectors, `columns` exist. A row's sums do not depend on the rows beside it, so that an
+// image's result depends on neither batch nor threads.
 template <int kHalves>
 inline void project_panel(const Problem& p, const float* u, const float* weight, float* out, int64_t rows,
                           int64_t columns) {
-  constexpr int kRows = kSums / ((kHalves + 1) / 2);
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows)
-    project_rows<kHalves, kRows>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
-  for (; row < rows; ++row)
-    project_rows<kHalves, 1>(p, u + row * p.padded, weight, out + row * p.projections(), columns);
+  constexpr int kRows = kSums / ((kHalves + 1) / 2), kVectors = kHalves / 2;
+  Sums<kHalves> sums[kProjectedRows];
+  for (int64_t begin = 0; begin < rows; begin += kProjectedRows, u += kProjectedRows * p.padded) {
+    const int64_t count = std::min(kProjectedRows, rows - begin);
+    std::fill(sums, sums + count, Sums<kHalves>{});
+    for (int64_t e = 0; e < p.channels; e += kDepth) {
+      const int64_t depth = std::min(kDepth, p.channels - e);
+      const float* w = weight + e * p.padded_projections();
+      int64_t row = 0;
+      for (; row + kRows <= count; row += kRows)
+        add_rows<kHalves, kRows>(p, u + row * p.padded + e, w, depth, sums + row);
+      for (; row + kRows / 2 <= count; row += kRows / 2)
+        add_rows<kHalves, kRows / 2>(p, u + row * p.padded + e, w, depth, sums + row);
+      for (; row < count; ++row) add_rows<kHalves, 1>(p, u + row * p.padded + e, w, depth, sums + row);
+    }
+    for (int64_t row = 0; row < count; ++row, out += p.projections()) {
+      for (int v = 0; v < kVectors; ++v)
+        store(out + v * kLanes, sums[row].whole[v], (int)std::min<int64_t>(kLanes, columns - v * kLanes));
+      const int64_t left = kHalves % 2 ? std::min<int64_t>(kHalfLanes, columns - kVectors * kLanes) : 0;
+      for (int64_t lane = 0; lane < left; ++lane) out[kVectors * kLanes + lane] = sums[row].half[lane];
+    }
+  }
 }
 
 // Calls f with the number of half vectors of a panel as a compile-time constant.

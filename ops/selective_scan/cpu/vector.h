@@ -84,9 +84,11 @@ alignas(64) constexpr float kExp2Table[32] = {
     0.810952306f, 0.828709841f, 0.846856236f, 0.865399957f, 0.884349763f, 0.903714478f, 0.92350328f, 0.943725348f};
 inline Vec exp2_in_range(Vec x) {
   constexpr float kRound = 393216.f, kVertex = 1.4375f;
-  // Products have two of Zen 4's pipes, sums have two others: hidden from the compiler, which would fuse it with both
+#if defined(__znver4__) || defined(__znver5__)
+  // Products have two of Zen's pipes, sums have two others: hidden from the compiler, which would fuse it with both
   // sums that use it, x stays one product.
   asm("" : "+v"(x));
+#endif
   Vec shifted = x + kRound, rounded = shifted - (kRound + kVertex), t = x - rounded;
   Vec p = t * t + 2.08129191f;
   Vec part = (Vec)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
@@ -115,8 +117,18 @@ inline Vec exp2_clamped(Vec x) {
 #endif
 }
 
-inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp2_clamped(x * -kLog2E)); }
-inline Vec silu(Vec x) { return x / (1.f + exp2_clamped(x * -kLog2E)); }
+// 1 / x for 1 <= x <= 2^127. A division of this width takes as long as all that stands around it.
+#if defined(__AVX512F__)
+inline Vec reciprocal(Vec x) {
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);  // to within 2^-14, and after a step of Newton's 2^-23
+  return r + r * (1.f - x * r);
+}
+#else
+inline Vec reciprocal(Vec x) { return 1.f / x; }
+#endif
+
+inline Vec sigmoid(Vec x) { return reciprocal(1.f + exp2_clamped(x * -kLog2E)); }
+inline Vec silu(Vec x) { return x * sigmoid(x); }
 
 // softplus(x) = max(x, 0) + log(1 + w) with w = exp(-|x|); `derivative` receives sigmoid(x).
 // log(1 + w) / w by a minimax polynomial of degree 8 on (0, 1], error 3e-8.
@@ -131,7 +143,7 @@ inline Vec softplus(Vec x, Vec* derivative) {
   p = p * w - 0.499994931f;
   p = p * w + 0.99999997f;
   if (derivative) {
-    Vec r = 1.f / (1.f + w);
+    const Vec r = reciprocal(1.f + w);
     *derivative = x < 0.f ? w * r : r;
   }
   return at_least(x, 0.f) + p * w;
