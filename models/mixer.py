@@ -28,6 +28,7 @@ ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 # Of xz per group of images in CPU inference: half of the cache, the other half is for what is made
 # of it. 8 MiB where no system tells, or less; not more than 64, of a cache that others share.
 GROUP_BYTES = min(max(processor.largest_cache() // 2, 8 << 20), 64 << 20)
+FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
 
 
 @dataclass
@@ -67,7 +68,9 @@ class Router(Linear):
             and not torch.is_autocast_enabled("cpu")
             and plain_on_cpu(*given)
         ):
-            return self(classes.mean(dim=1), self.weight @ projection.weight)
+            weights = self.weight, projection.weight
+            product = self._kept.get("product", weights, lambda: weights[0] @ weights[1])
+            return self(classes.mean(dim=1), product)
         return self(projection(classes).mean(dim=1))
 
     def forward(self, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -215,8 +218,8 @@ class BidirectionalMamba(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time: their xz fits the cache.
 
-        Images whose scans are both off are skipped. Where they differ in length, those of a
-        group are as alike as can be.
+        Images whose scans are both off are left out where they are enough to pay for moving the
+        others together. Where images differ in length, those of a group are as alike as can be.
         """
         batch, tokens, _ = hidden.shape
         count = math.ceil(
@@ -231,9 +234,10 @@ class BidirectionalMamba(nn.Module):
             gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
             running = active.any(dim=1)
-            whole = bool(running.all())
-            if not running.any():
+            left_out = batch - int(running.sum())
+            if left_out == batch:
                 return torch.zeros_like(hidden), gates
+            whole = left_out <= FEW_OFF * batch
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
         if lengths is not None and len(groups) > 1:
@@ -252,8 +256,9 @@ class BidirectionalMamba(nn.Module):
 
         if whole and len(groups) == 1:
             return run(hidden, active, lengths), gates
-        every = whole and lengths is None
-        out = torch.empty_like(hidden) if every else torch.zeros_like(hidden)
+        out = torch.empty_like(hidden) if lengths is None else torch.zeros_like(hidden)
+        if not whole and lengths is None:
+            out[~running] = 0
         for group in groups:
             own, longest = part(lengths, group), tokens
             if own is not None:

@@ -62,8 +62,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     rows = x.reshape(-1, x.shape[-1])
     missing = max(0, fewest - len(rows))
-    out = product(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight, bias)
-    return out[: len(rows)].view(*x.shape[:-1], len(weight))
+    if missing:
+        out = product(F.pad(rows, (0, 0, 0, missing)), weight, bias)[: len(rows)]
+    else:
+        out = product(rows, weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from models.mixer import BidirectionalMamba
+from ops import selective_scan
 from ops.kept import Kept, hold, recorded_reads
 from ops.linear import Linear
-from ops.selective_scan import KeptParams
+from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, ssm_branch
+from ops.selective_scan.cpu.passes import Packed
 
 
 @pytest.fixture
@@ -176,3 +178,27 @@ def test_a_mixer_keeps_its_branches():
     assert not isinstance(mixer.branch(False), KeptParams)
     mixer(x, slots)[0].sum().backward()
     assert all(weight.grad is not None for weight in mixer.parameters())
+
+
+@pytest.mark.skipif(not selective_scan.runs_on("cpu", "cpu"), reason="the C++ kernels need g++")
+@torch.no_grad()
+def test_scans_on_a_cpu_pack_kept_weights_once(monkeypatch):
+    packed = []
+    made_of = Packed.of
+    monkeypatch.setattr(Packed, "of", lambda call: packed.append(1) or made_of(call))
+    monkeypatch.setenv("DYVM_BACKEND", "cpu")
+    torch.manual_seed(0)
+    mixer, xz = BidirectionalMamba(16, 4, halve=True).eval(), torch.randn(2, 5, 64)
+    forward, backward = mixer.branch(False), mixer.branch(True)
+    plain = BranchParams(*forward), BranchParams(*backward)
+    both = bidirectional_ssm(xz, *plain)
+    alone = [ssm_branch(xz, params, reverse=reverse) for reverse, params in enumerate(plain)]
+    assert len(packed) == 3
+    for _ in range(2):  # in turn: neither's weights take the place of another's
+        assert torch.equal(bidirectional_ssm(xz, forward, backward), both)
+        assert torch.equal(ssm_branch(xz, forward), alone[0])
+        assert torch.equal(ssm_branch(xz, backward, reverse=True), alone[1])
+        assert len(packed) == 6
+    mixer.D.add_(1)
+    changed = bidirectional_ssm(xz, mixer.branch(False), backward)
+    assert len(packed) == 7 and not torch.equal(changed, both)

@@ -166,7 +166,7 @@ def test_routers_decide_as_in_training():
             layer(hidden, (0, 1))
             torch.testing.assert_close(*logits, expected, rtol=1e-5, atol=1e-5)
             if change == 0:
-                layer.in_proj.weight.data.mul_(2)  # which no version tells
+                layer.in_proj.weight.mul_(2)
         if change == 1:  # what stands around the projection is seen
             layer.in_proj.register_forward_hook(lambda _, inputs, output: output * 3)
     layer.bfloat16()

@@ -20,13 +20,21 @@ import logging
 import torch
 from torch import Tensor
 
-from ops.operators import needs_gradient, register
+from ops.operators import needs_gradient, plain_on_cpu, register
 
-from ..params import COUNT, DIRECTIONS_SCHEMA, BranchParams, Directions, flatten, unflatten
+from ..params import (
+    COUNT,
+    DIRECTIONS_SCHEMA,
+    BranchParams,
+    Directions,
+    KeptParams,
+    flatten,
+    unflatten,
+)
 from . import passes
 from .build import BuildError
 from .library import load
-from .passes import CONV_WIDTH, Call, Gradients, Saved
+from .passes import CONV_WIDTH, Call, Gradients, Packed, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +92,26 @@ def _call(xz, mask, gates, active, lengths, *rest) -> Call:
 
 
 def _infer(*arguments) -> Tensor:
-    return passes.infer(_call(*arguments))
+    call = _call(*arguments)
+    return passes.infer(call, Packed.of(call))
+
+
+def _packed(directions: Directions, arguments: tuple) -> tuple[Call, Packed] | None:
+    """For `passes.infer`, with weights packed once if they stay as they are; None where others
+    have to see what becomes of them.
+    """
+    given = [params for params in directions if params is not None]
+    if not all(isinstance(params, KeptParams) for params in given) or not plain_on_cpu(
+        *(tensor for tensor in arguments if isinstance(tensor, Tensor))
+    ):
+        return None
+    call, serials = _call(*arguments), tuple(params.serial for params in given)
+    made, key = given[0].made, ("cpu", *(params is None for params in directions))
+    known, packed = made.get(key, (None, None))
+    if known != serials:
+        packed = Packed.of(call)
+        made[key] = serials, packed
+    return call, packed
 
 
 def _fake_infer(xz, *rest) -> Tensor:
@@ -181,6 +208,9 @@ def _run(
     )
     if needs_gradient(leaves):
         return _scan_operator(*arguments)[0].to(xz.dtype)
+    packed = _packed(directions, arguments)
+    if packed is not None:
+        return passes.infer(*packed).to(xz.dtype)
     return _infer_operator(*arguments).to(xz.dtype)
 
 

@@ -103,13 +103,43 @@ def _given(call: Call) -> list[int]:
     return [which for which, params in enumerate(call.directions) if params is not None]
 
 
-def _pack(problem: Problem, call: Call, weights: tuple[Tensor, ...]) -> None:
+def _pack(problem: Problem, call: Call, weights: tuple[Tensor | None, ...]) -> None:
     """Writes the weights as the kernels read them."""
     for which in _given(call):
         direction = problem.direction[which]
         direction.given = Given(*map(pointer, call.directions[which]))
         direction.weights = pointer(weights[which])
     kernels().pack(ctypes.byref(problem))
+
+
+class Packed(NamedTuple):
+    """The weights as inference reads them; None for a direction that was not asked for."""
+
+    weights: tuple[Tensor | None, Tensor | None]  # [W + 3 + N + R, P], see problem.h
+    projections: tuple[Tensor | None, Tensor | None]  # [E, R + 2N rounded up to whole vectors]
+
+    @classmethod
+    def of(cls, call: Call) -> "Packed":
+        _, _, channels, states, rank = call.sizes
+        problem = _problem(call)
+
+        def pair(*size: int) -> tuple[Tensor | None, ...]:
+            return tuple(
+                None if params is None else call.xz.new_empty(size) for params in call.directions
+            )
+
+        packed = cls(
+            pair(CONV_WIDTH + 3 + states + rank, problem.padded),
+            pair(channels, padded(rank + 2 * states)),
+        )
+        packed.attach(problem)
+        _pack(problem, call, packed.weights)
+        return packed
+
+    def attach(self, problem: Problem) -> None:
+        for which in (0, 1):
+            problem.direction[which].weights = pointer(self.weights[which])
+            problem.direction[which].projection = pointer(self.projections[which])
 
 
 def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None:
@@ -135,23 +165,17 @@ def _scratch_rows(which: int, rows: int, width: int) -> Tensor:
     return held[:size].view(rows, width)
 
 
-def infer(call: Call) -> Tensor:
+def infer(call: Call, packed: Packed) -> Tensor:
     """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the
-    threads.
+    threads. packed: the weights of `call`, which this does not read.
     """
     library, problem, xz = kernels(), _problem(call), call.xz
     images, tokens, channels, states, rank = call.sizes
-    columns = padded(rank + 2 * states)
     out, extent = (
         xz.new_empty(images, tokens, channels),
         xz.new_empty(6 * images + 4, dtype=torch.int64),
     )
-    weights, kept = [None, None], []
-    for which in _given(call):
-        weights[which] = xz.new_empty(CONV_WIDTH + 3 + states + rank, problem.padded)
-        kept.append(xz.new_empty(channels, columns))
-        problem.direction[which].projection = pointer(kept[-1])
-    _pack(problem, call, weights)
+    packed.attach(problem)
     _measure(problem, call, extent, call.masked)
     problem.out = pointer(out)
     # Whole images to each thread is faster, unless threads would stand idle.
@@ -159,6 +183,7 @@ def infer(call: Call) -> Tensor:
     if shared and not call.in_place:
         library.infer(ctypes.byref(problem))
         return out
+    kept = []
     for which in _given(call):
         rows, direction = problem.rows[which], problem.direction[which]
         kept.append(xz.new_empty(rows, rank + 2 * states))
