@@ -1,10 +1,10 @@
-"""Selective scan on the CPU: C++ kernels (kernel.cpp), in training around PyTorch's matrix
+"""Selective scan on the CPU: C++ kernels (kernel.cpp), in the backward pass around PyTorch's matrix
 products.
 
-One pass over x does the convolution and SiLU of both directions, one matrix product a direction
-projects to (step, B, C), one pass does step, scan, skip, gate and the sum of the directions. In
-inference a thread takes a whole image through all of it. The backward pass recomputes the states
-from checkpoints every 16 steps, and the outputs of the two directions along with them.
+One pass over x does the convolution and SiLU of both directions, one projects to (step, B, C), one
+does step, scan, skip, gate and the sum of the directions. In inference a thread takes a whole image
+through all of it. The backward pass recomputes the states from checkpoints every 16 steps, and the
+outputs of the two directions along with them.
 
 Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`,
 and tokens behind the last one that `mask` lets through are left out of the packed rows that all
@@ -161,11 +161,11 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
         if params is None:
             weights += [None] * COUNT
             continue
-        packed, *projections = rest[which::2]
-        taps, bias, D, A, dt_bias = packed[:, :channels].split(
-            (CONV_WIDTH, 1, 1, len(packed) - CONV_WIDTH - 3, 1)
+        packed, x_proj = rest[which::2]
+        taps, bias, D, A, dt_bias, dt_proj = packed[:, :channels].split(
+            (CONV_WIDTH, 1, 1, params.A.shape[1], 1, params.dt_proj_weight.shape[1])
         )
-        weights += BranchParams(taps.t(), bias[0], *projections, dt_bias[0], A.t(), D[0])
+        weights += BranchParams(taps.t(), bias[0], x_proj, dt_proj.t(), dt_bias[0], A.t(), D[0])
     wanted = (xz, None if tensors[1] is None else mask, None if tensors[2] is None else gates)
     return *wanted, None, None, *weights, None, None
 
@@ -173,7 +173,7 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
 _infer_operator = register(f"cpu_infer({_ARGUMENTS}) -> Tensor", _infer, _fake_infer)
 _scan_backward_operator = register(
     f"cpu_scan_backward(Tensor grad_out, {', '.join(f'Tensor saved{i}' for i in range(_SAVED))}, "
-    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 9)})",
+    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})",
     _scan_backward,
     _fake_scan_backward,
 )

@@ -1,5 +1,5 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
-// In training PyTorch multiplies the matrices between them: projected = u x_proj^T, and the gradients' counterparts.
+// In the backward pass PyTorch multiplies the matrices between them.
 #include "extent.h"
 #include "in_place.h"
 #include "infer.h"
@@ -88,7 +88,7 @@ void scan(const Problem* p) {
                 [p](int64_t image, int64_t block, Scratch& s) { scan_block(*p, image, block, s.decays, s.state); });
 }
 
-// projected of both directions, for inference; in training PyTorch multiplies.
+// projected of both directions.
 void project_images(const Problem* p) {
   const int64_t chunks = (p->tokens + kProjectedRows - 1) / kProjectedRows;
   parallel_over(*p, 2 * chunks, [] { return 0; }, [p, chunks](int64_t image, int64_t part, int) {

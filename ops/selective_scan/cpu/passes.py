@@ -8,10 +8,7 @@ import threading
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from ops.linear import linear
 
 from ..params import BranchParams, Directions
 from .library import Given, Problem, kernels, padded, pointer
@@ -62,22 +59,21 @@ class Saved(NamedTuple):
         return cls(extent, *(tuple(rest[i : i + 2]) for i in range(0, len(rest), 2)))
 
     @classmethod
-    def empty(cls, call: Call) -> "Saved":
+    def empty(cls, call: Call, weights: tuple[Tensor, Tensor] | None = None) -> "Saved":
         images, tokens, channels, states, rank = call.sizes
         width, chunks = padded(channels), images * -(-tokens // kernels().tile_steps())
-
-        def pair(*size: int) -> tuple[Tensor, Tensor]:
-            return tuple(
-                call.xz.new_empty((0,) if params is None else size) for params in call.directions
-            )
-
         return cls(
             call.xz.new_empty(6 * images + 4, dtype=torch.int64),
-            pair(CONV_WIDTH + 3 + states + rank, width),
-            pair(images * tokens, width),
-            pair(images * tokens, rank + 2 * states),
-            pair(chunks, width, states),
+            _pair(call, CONV_WIDTH + 3 + states + rank, width) if weights is None else weights,
+            _pair(call, images * tokens, width),
+            _pair(call, images * tokens, rank + 2 * states),
+            _pair(call, chunks, width, states),
         )
+
+
+def _pair(call: Call, *size: int) -> tuple[Tensor, Tensor]:
+    """A tensor for each direction, without elements for one that was not asked for."""
+    return tuple(call.xz.new_empty((0,) if params is None else size) for params in call.directions)
 
 
 def _problem(call: Call) -> Problem:
@@ -103,37 +99,24 @@ def _given(call: Call) -> list[int]:
     return [which for which, params in enumerate(call.directions) if params is not None]
 
 
-def _pack(problem: Problem, call: Call, weights: tuple[Tensor | None, ...]) -> None:
-    """Writes the weights as the kernels read them."""
-    for which in _given(call):
-        direction = problem.direction[which]
-        direction.given = Given(*map(pointer, call.directions[which]))
-        direction.weights = pointer(weights[which])
-    kernels().pack(ctypes.byref(problem))
-
-
 class Packed(NamedTuple):
-    """The weights as inference reads them; None for a direction that was not asked for."""
+    """The weights as the forward pass reads them."""
 
-    weights: tuple[Tensor | None, Tensor | None]  # [W + 3 + N + R, P], see problem.h
-    projections: tuple[Tensor | None, Tensor | None]  # [E, R + 2N rounded up to whole vectors]
+    weights: tuple[Tensor, Tensor]  # [W + 3 + N + R, P], see problem.h
+    projections: tuple[Tensor, Tensor]  # [E, R + 2N rounded up to whole vectors]
 
     @classmethod
     def of(cls, call: Call) -> "Packed":
         _, _, channels, states, rank = call.sizes
         problem = _problem(call)
-
-        def pair(*size: int) -> tuple[Tensor | None, ...]:
-            return tuple(
-                None if params is None else call.xz.new_empty(size) for params in call.directions
-            )
-
         packed = cls(
-            pair(CONV_WIDTH + 3 + states + rank, problem.padded),
-            pair(channels, padded(rank + 2 * states)),
+            _pair(call, CONV_WIDTH + 3 + states + rank, problem.padded),
+            _pair(call, channels, padded(rank + 2 * states)),
         )
         packed.attach(problem)
-        _pack(problem, call, packed.weights)
+        for which in _given(call):
+            problem.direction[which].given = Given(*map(pointer, call.directions[which]))
+        kernels().pack(ctypes.byref(problem))
         return packed
 
     def attach(self, problem: Problem) -> None:
@@ -194,39 +177,31 @@ def infer(call: Call, packed: Packed) -> Tensor:
     return out
 
 
-def _run_forward(problem: Problem, call: Call, saved: Saved, out: Tensor) -> Saved:
-    """The passes behind `_measure`; the result's `projected` has the rows that were worked on."""
-    channels, projected = call.xz.shape[2] // 2, list(saved.projected)
+def _run_forward(problem: Problem, call: Call, saved: Saved, out: Tensor) -> None:
+    """The passes behind `_measure`."""
     for which in _given(call):
         direction = problem.direction[which]
-        direction.u, direction.checkpoints = map(
-            pointer, (saved.u[which], saved.checkpoints[which])
-        )
-    kernels().convolve(ctypes.byref(problem))
-    for which in _given(call):
-        u = saved.u[which][: problem.rows[which], :channels]
-        projected[which] = linear(u, call.directions[which].x_proj_weight)
-        problem.direction[which].projected = pointer(projected[which])
+        for name in ("u", "projected", "checkpoints"):
+            setattr(direction, name, pointer(getattr(saved, name)[which]))
     problem.out = pointer(out)
-    kernels().scan(ctypes.byref(problem))
-    return saved._replace(projected=tuple(projected))
+    for run in (kernels().convolve, kernels().project_images, kernels().scan):
+        run(ctypes.byref(problem))
 
 
 def forward(call: Call) -> tuple[Tensor, Saved]:
     """y [B, L, E] and what the backward pass needs."""
-    problem, saved = _problem(call), Saved.empty(call)
+    problem, packed = _problem(call), Packed.of(call)
+    saved = Saved.empty(call, packed.weights)
     out = call.xz.new_empty(*call.xz.shape[:2], call.xz.shape[2] // 2)
-    _pack(problem, call, saved.weights)
+    packed.attach(problem)
     _measure(problem, call, saved.extent, call.masked)
-    saved = _run_forward(problem, call, saved, out)
-    projected = list(saved.projected)
+    _run_forward(problem, call, saved, out)
     for which in _given(call):
-        # One size whatever the mask says, and nothing undefined behind the rows that count.
-        rest = len(saved.u[which]) - problem.rows[which]
-        projected[which] = F.pad(projected[which], (0, 0, 0, rest)) if rest else projected[which]
-        saved.u[which][problem.rows[which] :].zero_()
-        saved.checkpoints[which][problem.chunks[which] :].zero_()
-    return out, saved._replace(projected=tuple(projected))
+        # Nothing undefined behind what counts.
+        rows, chunks = problem.rows[which], problem.chunks[which]
+        for tensor, used in ((saved.u, rows), (saved.projected, rows), (saved.checkpoints, chunks)):
+            tensor[which][used:].zero_()
+    return out, saved
 
 
 class Gradients(NamedTuple):
@@ -235,30 +210,21 @@ class Gradients(NamedTuple):
     xz: Tensor  # [B, L, 2E]
     mask: Tensor  # [B, L], without elements where there is none
     factor: Tensor  # [B, 2]
-    weights: tuple[Tensor, Tensor]  # [W + 3 + N, P], the head of the packed weights
+    weights: tuple[Tensor, Tensor]  # [W + 3 + N + R, P], of the packed weights
     x_proj: tuple[Tensor, Tensor]  # [R + 2N, E]
-    dt_proj: tuple[Tensor, Tensor]  # [E, R]
 
     def flatten(self) -> tuple[Tensor, ...]:
-        pairs = self.weights, self.x_proj, self.dt_proj
-        return (self.xz, self.mask, self.factor, *(t for pair in pairs for t in pair))
+        return (self.xz, self.mask, self.factor, *self.weights, *self.x_proj)
 
     @classmethod
     def empty(cls, call: Call) -> "Gradients":
-        images, _, channels, states, rank = call.sizes
-
-        def pair(*size: int) -> tuple[Tensor, Tensor]:
-            return tuple(
-                call.xz.new_empty((0,) if params is None else size) for params in call.directions
-            )
-
+        _, _, channels, states, rank = call.sizes
         return cls(
             torch.empty_like(call.xz),
             call.xz.new_empty(call.mask.shape if call.has_mask else 0),
             torch.empty_like(call.factor),
-            pair(CONV_WIDTH + 3 + states, padded(channels)),
-            pair(rank + 2 * states, channels),
-            pair(channels, rank),
+            _pair(call, CONV_WIDTH + 3 + states + rank, padded(channels)),
+            _pair(call, rank + 2 * states, channels),
         )
 
 
@@ -281,27 +247,22 @@ class _Written(NamedTuple):
             empty(rows, width),
             empty(rows, width),
             empty(problem.groups, rows, rank + 2 * states),
-            empty(problem.images, CONV_WIDTH + 3 + states, width),
+            empty(problem.images, CONV_WIDTH + 3 + states + rank, width),
         )
 
 
-def _projection_gradients(
-    grads: _Written, u: Tensor, projected: Tensor, params: BranchParams
-) -> tuple[Tensor, Tensor]:
-    """Back through the projections of one direction: completes grads.grad_u.
-
-    Returns the gradients of x_proj_weight and dt_proj_weight.
+def _through_projections(grads: _Written, u: Tensor, params: BranchParams) -> Tensor:
+    """Back through the projections of one direction: completes grads.grad_u, and returns the
+    gradient of x_proj_weight.
     """
     channels, rank = params.dt_proj_weight.shape
-    rows = len(grads.grad_u)
-    grad_delta, u = grads.grad_delta[:, :channels], u[:rows, :channels]
     grad_projected = grads.grad_projected[0]
     if len(grads.grad_projected) > 1:
         grad_projected[:, rank:] += grads.grad_projected[1:, :, rank:].sum(0)
     # beta = 0: what is there is undefined, and not read.
-    grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)
+    grad_projected[:, :rank].addmm_(grads.grad_delta[:, :channels], params.dt_proj_weight, beta=0)
     grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
-    return grad_projected.t() @ u, grad_delta.t() @ projected[:rows, :rank]
+    return grad_projected.t() @ u[: len(grads.grad_u), :channels]
 
 
 def _saved_problem(call: Call, saved: Saved, grad_out: Tensor) -> Problem:
@@ -321,9 +282,11 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     library, problem = kernels(), _saved_problem(call, saved, grad_out)
     if library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
-        saved = Saved.empty(call)._replace(weights=saved.weights)
+        saved = Saved.empty(call, saved.weights)
+        packed = Packed.of(call)
+        packed.attach(problem)
         _measure(problem, call, saved.extent, masked=False)
-        saved = _run_forward(problem, call, saved, torch.empty_like(grad_out))
+        _run_forward(problem, call, saved, torch.empty_like(grad_out))
     blocks = problem.padded // library.lanes()
     # enough tasks for all threads when there are few images
     problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(problem.images, 1))))
@@ -337,18 +300,15 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
         for name, tensor in tensors._asdict().items():
             setattr(problem.direction[which], name, pointer(tensor))
     library.scan_backward(ctypes.byref(problem))
-    weights = {
-        which: _projection_gradients(
-            tensors, saved.u[which], saved.projected[which], call.directions[which]
-        )
-        for which, tensors in written.items()
-    }
+    x_proj = [
+        _through_projections(written[which], saved.u[which], call.directions[which])
+        if which in written
+        else grad_xz.new_empty(0)
+        for which in (0, 1)
+    ]
     library.convolve_backward(ctypes.byref(problem))
-    for which in (0, 1):
-        weights[which] = (
-            (written[which].grad_weights.sum(0), *weights[which])
-            if which in written
-            else (grad_xz.new_empty(0) for _ in range(3))
-        )
-    pairs = zip(weights[0], weights[1], strict=True)
-    return Gradients(grad_xz, grad_mask.sum(0), grad_factor.sum(0), *pairs)
+    weights = [
+        written[which].grad_weights.sum(0) if which in written else grad_xz.new_empty(0)
+        for which in (0, 1)
+    ]
+    return Gradients(grad_xz, grad_mask.sum(0), grad_factor.sum(0), tuple(weights), tuple(x_proj))

@@ -33,13 +33,13 @@ struct Direction {
   float* projected;      // [rows, R + 2N]: low-rank step, B, C
   float* checkpoints;    // [chunks, P / W, N, W], state at the head of each tile; null when nothing is saved
   const int64_t* chunk;  // [B] first chunk of each image
-  float* projection;     // [E, R + 2N rounded up to whole vectors], x_proj^T from pack(); only for inference
+  float* projection;     // [E, R + 2N rounded up to whole vectors], x_proj^T from pack(); not read by the backward pass
   // Written by the backward pass
   float* grad_u;          // [rows, P]
   float* grad_delta;      // [rows, P], with respect to the step before softplus
   float* grad_projected;  // [G, rows, R + 2N]: the columns of B and C, partial sums of each group; passes.py fills in
                           // those of the step
-  float* grad_weights;    // [B, 4 + 1 + 1 + N + 1, P]: the head of `weights`, one part per image
+  float* grad_weights;    // [B, 4 + 1 + 1 + N + 1 + R, P]: of `weights`, one part per image
 };
 
 struct Problem {
@@ -91,12 +91,12 @@ struct Problem {
   static int64_t A(int64_t state) { return kConvWidth + 2 + state; }  // times log2(e)
   int64_t step_bias() const { return A(states); }
   int64_t step_weight(int64_t r) const { return A(states) + 1 + r; }
-  int64_t gradient_rows() const { return step_bias() + 1; }
+  int64_t weight_rows() const { return step_weight(rank); }
 
   const float* weight(int which, int64_t row, int64_t block) const {
     return direction[which].weights + row * padded + block * kLanes;
   }
   float* grad_weight(int which, int64_t image, int64_t row, int64_t block) const {
-    return direction[which].grad_weights + (image * gradient_rows() + row) * padded + block * kLanes;
+    return direction[which].grad_weights + (image * weight_rows() + row) * padded + block * kLanes;
   }
 };

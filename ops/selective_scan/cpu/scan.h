@@ -231,9 +231,11 @@ struct BackScratch {
   Decays decays;
   std::vector<Vec> state;        // [N]
   std::vector<Vec> grad_state;   // [blocks of the group, N], dL/dh carried from tile to tile
+  std::vector<Vec> grad_steps;   // [blocks of the group, R], of the step's projection, gathered from tile to tile
   std::vector<Vec> grad_BC;      // [kTile, 2N], sums over the blocks of the group, lane by lane
   BackScratch(const Problem& p, int64_t blocks)
-      : decays(p.states), state(p.states), grad_state(blocks * p.states), grad_BC(kTile * 2 * p.states) {}
+      : decays(p.states), state(p.states), grad_state(blocks * p.states), grad_steps(blocks * p.rank),
+        grad_BC(kTile * 2 * p.states) {}
 };
 
 // The way back through one tile for one group of states. Per step: grad_y is dL/dy; `via_B` and `via_A` gather
@@ -274,10 +276,31 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
   }
 }
 
+// Of kTogether rows of the step's projection, as in project_steps.
+template <int kTogether>
+inline void add_step_gradients(const Tile& tile, const Vec* grad_step, int64_t first, Vec* sums) {
+  Vec total[kTogether];
+  for (int r = 0; r < kTogether; ++r) total[r] = sums[first + r];
+  for (int t = 0; t < tile.steps; ++t) {
+    const float* dt = tile.projected(t) + first;
+    for (int r = 0; r < kTogether; ++r) total[r] += grad_step[t] * dt[r];
+  }
+  for (int r = 0; r < kTogether; ++r) sums[first + r] = total[r];
+}
+
+// Adds one tile's part of the gradient of the step's projection to sums [R]; grad_step: with respect to what that gives.
+inline void project_steps_back(const Tile& tile, const Vec* grad_step, Vec* sums) {
+  int64_t r = 0;
+  for (; r + 8 <= tile.p.rank; r += 8) add_step_gradients<8>(tile, grad_step, r, sums);
+  for (; r + 4 <= tile.p.rank; r += 4) add_step_gradients<4>(tile, grad_step, r, sums);
+  for (; r < tile.p.rank; ++r) add_step_gradients<1>(tile, grad_step, r, sums);
+}
+
 // One tile of one channel block. `first`: the first direction of this image writes dL/dz and, of a mask in place,
 // what comes through the step; the second adds to them.
 // `next`: this thread goes on to the next block.
-inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scratch, Vec* grad_state) {
+inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scratch, Vec* grad_state,
+                      Vec* grad_steps) {
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
   const int lanes = p.lanes(tile.block);
@@ -324,7 +347,7 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
   });
 
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
-  Vec grad_skip = {}, grad_bias = {}, grad_factor = {};
+  Vec grad_step[kTile], grad_skip = {}, grad_bias = {}, grad_factor = {};
   for (int t = 0; t < tile.steps; ++t) {
     const Vec u = tile.u(t), total = y[t] + skip * u;
     float* grad_z = p.grad_z(tile.image, tile.token(t)) + offset;
@@ -335,13 +358,14 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
     store(d.grad_u + tile.at(t), skip * grad_y[t] + via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
     const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
-    const Vec grad_step = grad_delta * steps.derivative[t];
-    grad_bias += grad_step;
-    store(d.grad_delta + tile.at(t), grad_step);
+    grad_step[t] = grad_delta * steps.derivative[t];
+    grad_bias += grad_step[t];
+    store(d.grad_delta + tile.at(t), grad_step[t]);
     if (!p.in_place) continue;
     float* grad_mask = p.grad_mask + (tile.block * p.images + tile.image) * p.tokens + tile.token(t);
     *grad_mask = (first ? 0.f : *grad_mask) + sum(grad_delta * steps.unmasked[t]);
   }
+  project_steps_back(tile, grad_step, grad_steps);
   auto add_to = [&](int64_t row, Vec gradient) {
     float* sum = p.grad_weight(tile.which, tile.image, row, tile.block);
     store(sum, load(sum) + gradient);
@@ -357,17 +381,21 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
                                 bool first, BackScratch& scratch) {
   const Direction& d = p.direction[which];
   std::fill(scratch.grad_state.begin(), scratch.grad_state.end(), Vec{});
+  std::fill(scratch.grad_steps.begin(), scratch.grad_steps.end(), Vec{});
   for (int64_t index = (p.length[image] + kTile - 1) / kTile - 1; index >= 0; --index) {
     std::fill(scratch.grad_BC.begin(), scratch.grad_BC.end(), Vec{});
     for (int64_t block = begin; block < end; ++block)
       tile_back(Tile(p, which, image, block, index), first, block + 1 < end, scratch,
-                &scratch.grad_state[(block - begin) * p.states]);
+                &scratch.grad_state[(block - begin) * p.states], &scratch.grad_steps[(block - begin) * p.rank]);
     const Tile tile(p, which, image, begin, index);
     for (int t = 0; t < tile.steps; ++t) {
       float* grad_BC = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
       for (int64_t s = 0; s < 2 * p.states; ++s) grad_BC[s] = sum(scratch.grad_BC[t * 2 * p.states + s]);
     }
   }
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t r = 0; r < p.rank; ++r)
+      store(p.grad_weight(which, image, p.step_weight(r), block), scratch.grad_steps[(block - begin) * p.rank + r]);
 }
 
 inline void scan_group_back(const Problem& p, int64_t image, int64_t group, BackScratch& scratch) {
@@ -378,7 +406,7 @@ inline void scan_group_back(const Problem& p, int64_t image, int64_t group, Back
     for (int64_t block = begin; block < end; ++block)
       store(p.grad_z(image, t) + block * kLanes, Vec{}, p.lanes(block));
   for (int which = 0; which < 2; ++which)
-    for (int64_t row = 0; p.direction[which].grad_weights && row < p.gradient_rows(); ++row)
+    for (int64_t row = 0; p.direction[which].grad_weights && row < p.weight_rows(); ++row)
       for (int64_t block = begin; block < end; ++block) store(p.grad_weight(which, image, row, block), Vec{});
   if (on[0]) scan_direction_back(p, 0, image, group, begin, end, true, scratch);
   if (on[1]) scan_direction_back(p, 1, image, group, begin, end, !on[0], scratch);

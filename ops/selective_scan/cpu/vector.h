@@ -108,8 +108,9 @@ inline Vec exp2_in_range(Vec x) {
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 #endif
+inline Vec clamped(Vec x) { return at_most(at_least(x, -kExp2Range), kExp2Range); }
 inline Vec exp2_clamped(Vec x) {
-  Vec y = exp2_in_range(at_most(at_least(x, -kExp2Range), kExp2Range));
+  Vec y = exp2_in_range(clamped(x));
 #if defined(__AVX512F__)
   return y;
 #else
@@ -128,7 +129,9 @@ inline Vec reciprocal(Vec x) { return 1.f / x; }
 #endif
 
 inline Vec sigmoid(Vec x) { return reciprocal(1.f + exp2_clamped(x * -kLog2E)); }
-inline Vec silu(Vec x) { return x * sigmoid(x); }
+inline Vec silu(Vec x) {
+  return x * reciprocal(1.f + exp2_in_range(clamped(x * -kLog2E)));  // x itself makes a NaN of what a NaN gave
+}
 
 // softplus(x) = max(x, 0) + log(1 + w) with w = exp(-|x|); `derivative` receives sigmoid(x).
 // log(1 + w) / w by a minimax polynomial of degree 8 on (0, 1], error 3e-8.
