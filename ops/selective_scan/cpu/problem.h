@@ -62,7 +62,6 @@ struct Problem {
   // Channels of block `block` that exist.
   int lanes(int64_t block) const { return (int)std::min<int64_t>(kLanes, channels - block * kLanes); }
   const float* x(int64_t image, int64_t token) const { return xz + (image * tokens + token) * 2 * channels; }
-  const float* z(int64_t image, int64_t token) const { return x(image, token) + channels; }
   float* grad_x(int64_t image, int64_t token) const { return grad_xz + (image * tokens + token) * 2 * channels; }
   float* grad_z(int64_t image, int64_t token) const { return grad_x(image, token) + channels; }
 

@@ -21,6 +21,14 @@ inline void for_state_groups(int64_t states, F&& f) {
   for (; s < states; ++s) f(std::integral_constant<int, 1>(), s);
 }
 
+// Where the steps of a tile lie in a matrix of tokens, for one channel block.
+template <class T>
+struct Rows {
+  T* first;
+  int64_t stride;  // from one step to the next
+  T* operator[](int step) const { return first + step * stride; }
+};
+
 // Position of one tile: image, direction, channel block and the tokens.
 struct Tile {
   const Problem& p;
@@ -39,8 +47,16 @@ struct Tile {
   }
   int64_t token(int step) const { return first + stride * step; }
   int64_t row(int step) const { return p.direction[which].start[image] + token(step); }
-  int64_t at(int step) const { return row(step) * p.padded + block * kLanes; }  // into a [rows, P] buffer
-  Vec u(int step) const { return load(p.direction[which].u + at(step)); }
+  template <class T>
+  Rows<T> packed(T* buffer) const {  // [rows, P]
+    return {buffer + row(0) * p.padded + block * kLanes, stride * p.padded};
+  }
+  template <class T>
+  Rows<T> whole(T* tensor, int64_t width) const {  // [B, L, width]
+    return {tensor + (image * p.tokens + first) * width + block * kLanes, stride * width};
+  }
+  Rows<const float> u() const { return packed<const float>(p.direction[which].u); }
+  Rows<const float> z() const { return whole(p.xz + p.channels, 2 * p.channels); }
   const float* projected(int step) const { return p.direction[which].projected + row(step) * p.projections(); }
   float* checkpoint() const {
     const Direction& d = p.direction[which];
@@ -81,7 +97,8 @@ inline void project_steps(const Tile& tile, Vec* delta) {
 template <bool kDerivative>
 inline void compute_steps(const Tile& tile, Steps& steps) {
   project_steps(tile, steps.delta);
-  IntVec largest = {};  // of the bits: those of steps, which are not negative, are in order, a NaN is above them all
+  Largest largest;
+  const auto u = tile.u();
   for (int t = 0; t < tile.steps; ++t) {
     Vec delta = softplus(steps.delta[t], kDerivative ? &steps.derivative[t] : nullptr);
     if (tile.p.in_place) {
@@ -93,11 +110,10 @@ inline void compute_steps(const Tile& tile, Steps& steps) {
       delta *= mask;
     }
     steps.delta[t] = delta;
-    steps.input[t] = delta * tile.u(t);
-    const IntVec bits = (IntVec)absolute(delta);  // a NaN may have a sign
-    largest = bits > largest ? bits : largest;
+    steps.input[t] = delta * load(u[t]);
+    largest.see(delta);
   }
-  steps.largest = max((Vec)largest);
+  steps.largest = largest.value();
 }
 
 // What the backward pass wants to know of every step of a state group.
@@ -109,15 +125,12 @@ struct History {
 // Rows that the next channel block of a tile reads and writes: asked for step by step while this one is scanned. They
 // lie a row of all channels apart, in more places than the processor follows by itself.
 struct Ahead {
-  const float* row[3];
-  int64_t stride[3];  // from one step to the next
-  int rows = 0;
-  void add(const float* p, int64_t stride_) {
-    row[rows] = p + kLanes;
-    stride[rows++] = stride_;
-  }
+  Rows<const float> rows[3];
+  int count = 0;
+  template <class T>
+  void add(const Rows<T>& own) { rows[count++] = {own.first + kLanes, own.stride}; }
   void fetch(int step) const {
-    for (int i = 0; i < rows; ++i) __builtin_prefetch(row[i] + step * stride[i]);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(rows[i][step]);
   }
 };
 
@@ -155,12 +168,12 @@ struct Decays {
   float step_limit;
   explicit Decays(int64_t states) : A(states) {}
   void read(const Problem& p, int which, int64_t block) {
-    Vec largest = {};
+    Largest largest;
     for (int64_t s = 0; s < p.states; ++s) {
       A[s] = load(p.weight(which, p.A(s), block));
-      largest = larger(largest, absolute(A[s]));
+      largest.see(A[s]);
     }
-    step_limit = kExp2Range / max(largest);
+    step_limit = kExp2Range / largest.value();
   }
 };
 
@@ -173,16 +186,16 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
   const float factor = p.factor[2 * tile.image + tile.which];
   const int lanes = p.lanes(tile.block);
-  const int64_t offset = tile.block * kLanes;
+  const auto u = tile.u(), z = tile.z();
+  const auto out = tile.whole(p.out, p.channels);
   Steps steps;
   compute_steps<false>(tile, steps);
   Vec y[kTile] = {};
   Ahead ahead, nothing;
   if (tile.block + 1 < p.blocks()) {
-    const int64_t token = tile.token(0);
-    ahead.add(p.direction[tile.which].u + tile.at(0), tile.stride * p.padded);
-    ahead.add(p.out + (tile.image * p.tokens + token) * p.channels + offset, tile.stride * p.channels);
-    if (last) ahead.add(p.z(tile.image, token) + offset, tile.stride * 2 * p.channels);
+    ahead.add(u);
+    ahead.add(out);
+    if (last) ahead.add(z);
   }
   for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
     if (steps.largest < decays.step_limit)
@@ -191,11 +204,10 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
       scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, nullptr);
   });
   for (int t = 0; t < tile.steps; ++t) {
-    float* out = p.out + (tile.image * p.tokens + tile.token(t)) * p.channels + offset;
-    Vec total = (y[t] + skip * tile.u(t)) * factor;
-    if (!first) total += load(out, lanes);
-    if (last) total *= silu(load(p.z(tile.image, tile.token(t)) + offset, lanes));
-    store(out, total, lanes);
+    Vec total = (y[t] + skip * load(u[t])) * factor;
+    if (!first) total += load(out[t], lanes);
+    if (last) total *= silu(load(z[t], lanes));
+    store(out[t], total, lanes);
   }
 }
 
@@ -304,7 +316,9 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
   const int lanes = p.lanes(tile.block);
-  const int64_t offset = tile.block * kLanes;
+  const auto u_of = tile.u(), z_of = tile.z(), grad_out_of = tile.whole(p.grad_out, p.channels);
+  const auto grad_u_of = tile.packed(d.grad_u), grad_delta_of = tile.packed(d.grad_delta);
+  const auto grad_z_of = tile.whole(p.grad_xz + p.channels, 2 * p.channels);
   const float factor = p.factor[2 * tile.image + tile.which];
   scratch.decays.read(p, tile.which, tile.block);
   const Vec* A = scratch.decays.A.data();
@@ -314,8 +328,7 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
 
   Vec gated[kTile], grad_gate[kTile], grad_y[kTile];  // dL/dout silu(z), dL/dout silu'(z), dL/dy
   for (int t = 0; t < tile.steps; ++t) {
-    const Vec z = load(p.z(tile.image, tile.token(t)) + offset, lanes), s = sigmoid(z);
-    const Vec g = load(p.grad_out + (tile.image * p.tokens + tile.token(t)) * p.channels + offset, lanes);
+    const Vec z = load(z_of[t], lanes), s = sigmoid(z), g = load(grad_out_of[t], lanes);
     gated[t] = g * z * s;
     grad_gate[t] = g * s * (1.f + z * (1.f - s));
     grad_y[t] = gated[t] * factor;
@@ -324,13 +337,12 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
   Vec y[kTile] = {}, via_B[kTile] = {}, via_A[kTile] = {};
   Ahead reads, writes, nothing;
   if (next) {
-    const int64_t token = tile.token(0);
-    reads.add(d.u + tile.at(0), tile.stride * p.padded);
-    reads.add(p.grad_out + (tile.image * p.tokens + token) * p.channels + offset, tile.stride * p.channels);
-    reads.add(p.z(tile.image, token) + offset, tile.stride * 2 * p.channels);
-    writes.add(d.grad_u + tile.at(0), tile.stride * p.padded);
-    writes.add(d.grad_delta + tile.at(0), tile.stride * p.padded);
-    writes.add(p.grad_z(tile.image, token) + offset, tile.stride * 2 * p.channels);
+    reads.add(u_of);
+    reads.add(grad_out_of);
+    reads.add(z_of);
+    writes.add(grad_u_of);
+    writes.add(grad_delta_of);
+    writes.add(grad_z_of);
   }
   for_state_groups<kRegisterStates / 2>(p.states, [&](auto size, int64_t s) {
     History<size> history;
@@ -349,18 +361,17 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
   Vec grad_step[kTile], grad_skip = {}, grad_bias = {}, grad_factor = {};
   for (int t = 0; t < tile.steps; ++t) {
-    const Vec u = tile.u(t), total = y[t] + skip * u;
-    float* grad_z = p.grad_z(tile.image, tile.token(t)) + offset;
+    const Vec u = load(u_of[t]), total = y[t] + skip * u;
     const Vec through_gate = grad_gate[t] * total * factor;
-    store(grad_z, first ? through_gate : through_gate + load(grad_z, lanes), lanes);
+    store(grad_z_of[t], first ? through_gate : through_gate + load(grad_z_of[t], lanes), lanes);
     grad_factor += gated[t] * total;
     grad_skip += grad_y[t] * u;
-    store(d.grad_u + tile.at(t), skip * grad_y[t] + via_B[t] * steps.delta[t]);
+    store(grad_u_of[t], skip * grad_y[t] + via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
     const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
     grad_step[t] = grad_delta * steps.derivative[t];
     grad_bias += grad_step[t];
-    store(d.grad_delta + tile.at(t), grad_step[t]);
+    store(grad_delta_of[t], grad_step[t]);
     if (!p.in_place) continue;
     float* grad_mask = p.grad_mask + (tile.block * p.images + tile.image) * p.tokens + tile.token(t);
     *grad_mask = (first ? 0.f : *grad_mask) + sum(grad_delta * steps.unmasked[t]);

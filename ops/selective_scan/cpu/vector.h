@@ -45,16 +45,24 @@ inline float sum(Vec v) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
-// The larger of two numbers, or a NaN where either is one.
-inline float larger(float a, float b) { return a != a || b <= a ? a : b; }
-inline Vec larger(Vec a, Vec b) { return ((a != a) | (b <= a)) ? a : b; }
-inline float max(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = larger(lane[i], lane[i + half]);
-  return lane[0];
-}
+// The largest absolute value of many, which is a NaN where one of them is: bits of numbers without a sign are in the
+// order of the numbers, and a NaN's are above all.
+struct Largest {
+  IntVec bits = {};
+  void see(Vec v) {
+    const IntVec other = (IntVec)v & 0x7fffffff;
+    bits = other > bits ? other : bits;
+  }
+  float value() const {
+    int32_t lane[kLanes];
+    __builtin_memcpy(lane, &bits, sizeof lane);
+    for (int half = kLanes / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    float found;
+    __builtin_memcpy(&found, lane, sizeof found);
+    return found;
+  }
+};
 // A NaN in x comes out as a NaN, here and in what follows unless said otherwise.
 #if defined(__AVX512F__)
 inline Vec at_least(Vec x, float low) { return (Vec)_mm512_max_ps((__m512)splat(low), (__m512)x); }
