@@ -89,6 +89,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that do not go together, UserError for a folder that cannot be
     written to, before any work.
     """
+    if args.token_budget == "image":
+        raise UsageError(
+            "--token-budget image: an exported model keeps as many tokens of every image; leave it "
+            "out"
+        )
     output = Path(args.output)
     if output.suffix != SUFFIXES[args.format]:
         raise UsageError(

@@ -30,7 +30,16 @@ from exporting.record import refuse_exported
 from loading.fingerprint import fingerprints
 from loading.loaders import worker_died
 from models import VisionMamba
-from models.build import STAGE_KEEP, STORED, recorded_arguments, restore, set_threshold
+from models.build import (
+    STAGE_KEEP,
+    STORED,
+    TOKEN_THRESHOLDS,
+    recorded_arguments,
+    restore,
+    set_threshold,
+    token_budget,
+    token_thresholds,
+)
 from models.weights import load_weights
 from tasks import Experiment, check_task, task_named, task_of_checkpoint
 from training import Training, build_training
@@ -245,12 +254,16 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
     if experiment.is_main and not environment.exists():
         write_json(environment, describe_environment())
     ema = restored(ema=True) if checkpoint.get("ema") else None
-    if args.calibrate:
-        thresholds = calibrate({"model": model, "ema": ema}, experiment)
-        if experiment.is_main:
-            save_calibrated(checkpoint, thresholds, model, experiment)
+    models = {"model": model, "ema": ema}
+    gates = calibrate(models, experiment) if args.calibrate else {}
+    tokens = {}
     if args.token_budget == "image":
-        calibrate_tokens({"model": model, "ema": ema}, experiment)
+        tokens = {} if args.calibrate else token_thresholds(checkpoint, args)
+        for name, odds in tokens.items():
+            models[name].set_token_thresholds(odds)
+        tokens = tokens or calibrate_tokens(models, experiment)
+    if args.calibrate and experiment.is_main:
+        save_calibrated(checkpoint, gates, tokens, model, experiment)
     if args.sweep:
         recorded = recorded_arguments(checkpoint)
         trained = recorded.get("token_keep_ratio")
@@ -266,9 +279,11 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
     report_evaluation(model, ema, dense, experiment, args.model_path)
 
 
-def needs_training_images(args: argparse.Namespace) -> bool:
+def needs_training_images(args: argparse.Namespace, checkpoint: dict[str, Any]) -> bool:
     """Whether an evaluation chooses thresholds."""
-    return args.calibrate or args.token_budget == "image"
+    return args.calibrate or (
+        args.token_budget == "image" and not token_thresholds(checkpoint, args)
+    )
 
 
 def starts_from_another_task(checkpoint: dict[str, Any], experiment: Experiment) -> bool:
@@ -285,7 +300,8 @@ def starts_from_another_task(checkpoint: dict[str, Any], experiment: Experiment)
 
 def save_calibrated(
     checkpoint: dict[str, Any],
-    thresholds: dict[str, float],
+    gates: dict[str, float],
+    tokens: dict[str, list[float]],
     model: VisionMamba,
     experiment: Experiment,
 ) -> None:
@@ -302,7 +318,12 @@ def save_calibrated(
             STAGE_KEEP: experiment.args.stage_keep,
         }
         content = checkpoint | {"args": checkpoint["args"] | budgets, STAGE_KEEP: None}
-    save_checkpoint(content | {STORED: thresholds}, experiment.output / CALIBRATED)
+    if gates:
+        content[STORED] = gates
+    content.pop(TOKEN_THRESHOLDS, None)  # they were chosen with other gates
+    if tokens:
+        content[TOKEN_THRESHOLDS] = tokens | {"of": token_budget(experiment.args)}
+    save_checkpoint(content, experiment.output / CALIBRATED)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -321,10 +342,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.eval:
         require("tensorboard")
         run_folder.check(args, distributed)  # reading the data may take long
-    experiment = Experiment.prepare(
-        args, distributed, train=not args.eval or needs_training_images(args)
-    )
-    if args.eval and needs_training_images(args) and experiment.data.calibration_loader is None:
+    choosing = args.eval and needs_training_images(args, checkpoint)
+    experiment = Experiment.prepare(args, distributed, train=not args.eval or choosing)
+    if choosing and experiment.data.calibration_loader is None:
         raise UsageError(
             f"{'--calibrate' if args.calibrate else '--token-budget image'}: {args.data_set} is "
             "read as a stream, of which no fixed part can be shown; --gate-threshold P sets the "

@@ -17,6 +17,7 @@ from flag_rules import REPLACED, check_read
 from models.options import (
     add_model_arguments,
     check_reduction,
+    check_token_budget,
     forget_other_reduction,
     reduction_defaults,
     settle_model,
@@ -193,16 +194,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--calibrate",
         action="store_true",
-        help="with --eval: choose the gate threshold on training images first, and write "
-        "--output_dir/calibrated_checkpoint.pth",
-    )
-    group.add_argument(
-        "--token-budget",
-        choices=("fixed", "image"),
-        default="fixed",
-        help="with --eval: every image keeps as many tokens; image: as many as their scores earn, "
-        "more of some and fewer of others, with thresholds that are chosen on training images (one "
-        "view of each) so that the mean is the same",
+        help="with --eval: choose the gate threshold on training images first (and with "
+        "--token-budget image those of tokens), and write --output_dir/calibrated_checkpoint.pth",
     )
     group.add_argument(
         "--sweep",
@@ -318,9 +311,11 @@ def _check(args: argparse.Namespace, task: Task) -> None:
         raise UsageError(
             "--sweep needs --eval and --model-path, the checkpoint to evaluate at each budget"
         )
-    if args.calibrate and not (args.eval and args.method in ("dyvm", "block")):
+    of_tokens = args.token_budget == "image" and args.method == "token"
+    if args.calibrate and not (args.eval and (args.method in ("dyvm", "block") or of_tokens)):
         raise UsageError(
-            "--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block"
+            "--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block (or "
+            "of method token, with --token-budget image)"
         )
     if args.calibrate and args.gate_threshold != "calibrated":
         raise UsageError(
@@ -358,16 +353,7 @@ def _check_image_budget(args: argparse.Namespace) -> None:
     """Settle `--token-budget image`. Raises UsageError where it has no meaning."""
     if not args.eval:
         raise UsageError("--token-budget image needs --eval and --model-path, the checkpoint")
-    for flag, value, wanted in (
-        ("--method", args.method, ("dyvm", "token")),
-        ("--token-strategy", args.token_strategy, ("learned", "distilled")),
-        ("--reduction", args.reduction, ("prune",)),
-    ):
-        if value not in wanted:
-            raise UsageError(
-                f"--token-budget image is for tokens that are pruned by learned scores, not for "
-                f"{flag} {value}"
-            )
+    check_token_budget(args)
     if args.sweep:
         raise UsageError(
             "--token-budget image and --sweep do not go together; give --token-keep-ratio R"

@@ -26,8 +26,8 @@ from loading.images import BadImageError, ImageSet
 from loading.loaders import Batch, EvalLoader
 from loading.options import DataOptions, default_workers
 from models import Result, VisionMamba
-from models.build import ModelSpec, is_ours, recorded_arguments, restore
-from models.options import add_model_arguments, settle_model, settle_stage_keep
+from models.build import ModelSpec, is_ours, recorded_arguments, restore, token_thresholds
+from models.options import add_model_arguments, check_token_budget, settle_model, settle_stage_keep
 from tasks import Experiment, Task, task_of_checkpoint
 from utils import arguments
 from utils.checkpoint import load_checkpoint
@@ -197,9 +197,27 @@ def load_predictor(
     device = init_distributed(args.device).device
     model = task.model(ModelSpec.from_args(args), count)
     restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
+    if args.token_budget == "image":
+        restore_token_thresholds(model, checkpoint, args)
     names = class_names(args.class_names, checkpoint, count, args.model_path)
     recorded = checkpoint.get("class_names")
     return Predictor(model.to(device).eval(), task, names, args, device, recorded)
+
+
+def restore_token_thresholds(
+    model: VisionMamba, checkpoint: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """Let each image keep what exceeds the checkpoint's thresholds. Raises UsageError for a model
+    that has none, UserError for a checkpoint that holds none.
+    """
+    check_token_budget(args)
+    odds = token_thresholds(checkpoint, args).get("ema" if args.ema else "model")
+    if odds is None:
+        raise UserError(
+            f"{args.model_path} holds no thresholds of tokens for this budget; main.py --eval "
+            "--calibrate --token-budget image writes a checkpoint that does"
+        )
+    model.set_token_thresholds(odds)
 
 
 def check_fixed(argv: Sequence[str], args: argparse.Namespace) -> None:

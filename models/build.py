@@ -81,6 +81,8 @@ FLAGGED = {
 }
 
 STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
+TOKEN_THRESHOLDS = "token_thresholds"  # {"model": log-odds of the stages, "ema": ..., "of": budget}
+BUDGET = ("token_keep_ratio", "stage_keep", "pruning_layers")  # flags for which these hold
 STAGE_KEEP = "stage_keep"  # in a checkpoint: what its stages learned to keep, as --stage-keep
 
 _logger = logging.getLogger(__name__)
@@ -259,6 +261,24 @@ def restore_threshold(
             "%s holds no calibrated gate threshold: 0.5 is used; --eval --calibrate finds one",
             source,
         )
+
+
+def token_thresholds(
+    checkpoint: Mapping[str, Any], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The log-odds of the stages that a checkpoint holds for the budget of these flags, by the
+    names of its weights, "model" and "ema"; else empty.
+    """
+    stored = checkpoint.get(TOKEN_THRESHOLDS)
+    names = ("model", "ema") if checkpoint.get("ema") else ("model",)
+    if not isinstance(stored, dict) or stored.get("of") != token_budget(args):
+        return {}
+    return {name: stored[name] for name in names} if stored.keys() >= set(names) else {}
+
+
+def token_budget(args: argparse.Namespace) -> dict[str, Any]:
+    """How many tokens the stages keep on average, as the flags say it."""
+    return {name: getattr(args, name) for name in BUDGET}
 
 
 def set_threshold(model: VisionMamba, probability: float) -> None:

@@ -191,6 +191,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "which keeps more than was trained); calibrated: the checkpoint's own P, at which "
         "--block-keep-ratio is met",
     )
+    group.add_argument(
+        "--token-budget",
+        choices=("fixed", "image"),
+        default="fixed",
+        help="evaluation: every image keeps as many tokens; image: as many as its scores earn, "
+        "more of some and fewer of others, and on average the same. The thresholds are the "
+        "checkpoint's own, from main.py --eval --calibrate; for one that has none main.py --eval "
+        "chooses them on training images (one view of each)",
+    )
 
 
 def settle_model(args: argparse.Namespace) -> None:
@@ -269,6 +278,22 @@ def check_reduction(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--merge-tokens has no meaning with --reduction {reduction}; use --token-keep-ratio"
         )
+
+
+def check_token_budget(args: argparse.Namespace) -> None:
+    """Raise UsageError for `--token-budget image` of a model whose images cannot differ."""
+    if args.token_budget == "fixed":
+        return
+    for flag, value, wanted in (
+        ("--method", args.method, ("dyvm", "token")),
+        ("--token-strategy", args.token_strategy, ("learned", "distilled")),
+        ("--reduction", args.reduction, ("prune",)),
+    ):
+        if value not in wanted:
+            raise UsageError(
+                f"--token-budget image is for tokens that are pruned by learned scores, not for "
+                f"{flag} {value}"
+            )
 
 
 def settle_stage_keep(argv: Sequence[str], args: argparse.Namespace) -> None:

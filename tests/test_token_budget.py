@@ -11,18 +11,23 @@ from helpers.reductions import build
 from helpers.seeing import DYNAMIC, SMALL, save_model
 from test_calibration import evaluated
 
+import export
+import main
 import options
 from benchmarks.exported import decide
 from drawing.pictures import GAP, decision_picture
 from evaluation import samples, summary
 from evaluation.calibration import nearest_threshold
 from evaluation.inference import build_parser, load_predictor
+from models.build import TOKEN_THRESHOLDS, sigmoid
 from models.flops import count_flops, flops_per_image
 from models.reduction.selection import log_odds
 from models.tokens import kept_in_all
 from tasks.meters import ReductionMeter
+from utils.checkpoint import load_checkpoint
 from utils.distributed import Distributed
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
+from utils.run_folder import CALIBRATED
 
 ALONE = Distributed(torch.device("cpu"))
 
@@ -195,6 +200,46 @@ def test_a_whole_evaluation(tmp_path: Path, capsys):
     ranges = zip(*(found["patches"][k] for k in ("least", "median", "most")), strict=True)
     assert all(1 <= low <= middle <= high for low, middle, high in ranges)
     assert json.loads((tmp_path / "image" / "eval.json").read_text())["images"] == 360
+
+
+def test_thresholds_that_a_checkpoint_holds(tmp_path: Path, monkeypatch):
+    """`--calibrate` writes them; all programs read them, for the budget they were chosen for."""
+    path = decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    image = "--token-budget", "image"
+    chosen = evaluated(path, tmp_path / "out", *image, "--calibrate")
+    calibrated = tmp_path / "out" / CALIBRATED
+
+    def refuse(*_):
+        raise AssertionError("chosen again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(main, "calibrate_tokens", refuse)
+        again = evaluated(calibrated, tmp_path / "again", *image)
+        for name in "keep", "gates", "token_budget", "top1", "flops":
+            assert again[name] == chosen[name], name
+        with pytest.raises(AssertionError, match="chosen again"):
+            evaluated(calibrated, tmp_path / "other", *image, "--token-keep-ratio", "0.6")
+    assert "token_budget" not in evaluated(calibrated, tmp_path / "fixed")
+
+    flags = ["--device", "cpu", *image]
+    parser = build_parser("predict.py", "")
+    model = load_predictor(parser, ["--model-path", str(calibrated), *flags]).model
+    found = [sigmoid(odds) for odds in model.reduction.thresholds]
+    assert found == chosen["token_budget"]["thresholds"]
+    for source, more in (path, []), (calibrated, ["--token-keep-ratio", "0.6"]):
+        with pytest.raises(UserError, match="holds no thresholds of tokens for this budget; main"):
+            load_predictor(parser, ["--model-path", str(source), *flags, *more])
+    words = ["--model-path", str(calibrated), *image, "--output", str(tmp_path / "x.onnx")]
+    with pytest.raises(UsageError, match="an exported model keeps as many tokens of every image"):
+        export.main(words)
+
+
+def test_gates_that_are_chosen_again_drop_the_thresholds_of_tokens(tmp_path: Path):
+    path = decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    evaluated(path, tmp_path / "one", "--token-budget", "image", "--calibrate")
+    evaluated(tmp_path / "one" / CALIBRATED, tmp_path / "two", "--calibrate")
+    held = [load_checkpoint(tmp_path / run / CALIBRATED) for run in ("one", "two")]
+    assert [TOKEN_THRESHOLDS in each for each in held] == [True, False]
 
 
 @pytest.mark.parametrize(
