@@ -5,6 +5,7 @@
 #include "infer.h"
 #include "norm.h"
 #include "pack.h"
+#include "scan_back.h"
 
 namespace {
 
