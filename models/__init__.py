@@ -1,7 +1,10 @@
 """Vision Mamba backbones, dense and dynamic. Importing this package registers them in timm."""
 
 from . import mambareg, videomamba, vim
-from .backbone import DynamicVisionMamba, Family, VisionMamba, cumulative_keep
+from .backbone import VisionMamba
+from .dynamic import DynamicVisionMamba
+from .family import Family
+from .reduction import cumulative_keep
 from .registry import canonical_name, model_names
 from .tokens import FeatureMaps, Result, Scored
 

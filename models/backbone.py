@@ -1,17 +1,16 @@
-"""Vision Mamba backbones: dense (`VisionMamba`, also the teacher) and dynamic.
+"""The backbone of all models: one loop over the layers, dense and dynamic.
 
-`DynamicVisionMamba` adds score predictors and routers. One backbone serves all families; what
-differs between them is a `Family`. One loop walks the layers; what becomes of tokens at a stage is
-a `Reduction`.
+`VisionMamba` is dense (a teacher is one); `dynamic.py` adds score predictors and routers. What
+differs between the families is a `Family`, what becomes of tokens at a stage a `Reduction`.
 
-B images, M patches, L = M + n tokens (n class or register tokens), d width, k kept patches, C
-classes. Clips are images with an axis of time: [B, 3, T, H, W], whose patches are one sequence.
-Source: "Dynamic Vision Mamba" (arXiv 2504.04787).
+B images, M patches, L = M + n tokens (n class or register tokens), d width, C classes; h, w the
+grid of patches. Clips are images with an axis of time: [B, 3, T, H, W], whose patches are one
+sequence.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,40 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from ops.linear import Linear
 from ops.rms_norm import add_rms_norm
 
-from .embedding import ClipEmbed, PatchEmbed, Size, check_frames, check_patches, check_positive
+from .embedding import ClipEmbed, PatchEmbed, Size, check_patches, check_positive
+from .family import Family
 from .heads import MapHead
-from .initialization import initialize, initialize_router
-from .layouts import NoClassToken, TokenLayout, extract, insert
+from .initialization import initialize
+from .layouts import extract, insert
 from .mixer import BidirectionalMamba, Layer
-from .pruning import ScorePredictor
-from .reduction import Reduction, make_reduction, uniform_stages
+from .reduction import Reduction, cumulative_keep
 from .rope import RotaryEmbedding
 from .timm_interface import TimmInterface
 from .tokens import FeatureMaps, Result, Tokens
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between the families of backbones.
-
-    Args:
-        layout: builds the rule for the class tokens from their number.
-        clips: models of clips exist.
-        registers: several class tokens with a position embedding of their own, all read by the
-            head; without, one table holds the rows of the patches and of the class token, in the
-            order of the sequence.
-    """
-
-    name: str
-    layout: type[TokenLayout]
-    halve_directions: bool
-    registers: bool = False
-    clips: bool = False
-
-    def make_layout(self, num_registers: int, class_token: bool) -> TokenLayout:
-        if not class_token:
-            return NoClassToken()
-        return self.layout(num_registers) if self.registers else self.layout()
 
 
 def as_residual(x: Tensor) -> Tensor:
@@ -124,8 +99,8 @@ class VisionMamba(TimmInterface, nn.Module):
             tubelet_size=tubelet_size,
         )
         check_patches(img_size, patch_size, stride)
-        self._check_clips(family, class_token, num_frames, tubelet_size)
-        self._check_registers(family, class_token, num_registers, register_reduction, embed_dim)
+        family.check_clips(class_token, num_frames, tubelet_size)
+        family.check_registers(class_token, num_registers, register_reduction, embed_dim)
         self.family, self.embed_dim, self.d_state = family, embed_dim, d_state
         self.num_classes = num_classes
         self.layout = family.make_layout(num_registers, class_token)
@@ -150,35 +125,6 @@ class VisionMamba(TimmInterface, nn.Module):
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
         self.grad_checkpointing = False  # recompute each layer in the backward pass
         initialize(self)
-
-    @staticmethod
-    def _check_registers(
-        family: Family, class_token: bool, registers: int, reduction: int, embed_dim: int
-    ) -> None:
-        if not family.registers and (registers, reduction) != (1, 1):
-            raise ValueError(
-                f"{family.name} has one class token; num_registers and register_reduction are "
-                "MambaReg's"
-            )
-        if family.registers and not class_token:
-            raise ValueError("class_token=False: MambaReg's head reads its registers")
-        if reduction < 1 or embed_dim % reduction or registers % reduction:
-            raise ValueError(
-                f"register_reduction {reduction} must divide num_registers {registers} and "
-                f"embed_dim {embed_dim}"
-            )
-
-    @staticmethod
-    def _check_clips(
-        family: Family, class_token: bool, num_frames: int | None, tubelet_size: int
-    ) -> None:
-        if num_frames is None:
-            if tubelet_size != 1:
-                raise ValueError("tubelet_size is for clips: give num_frames too")
-            return
-        if not family.clips or not class_token:
-            raise ValueError("num_frames is for videomamba models with their class token")
-        check_frames(num_frames, tubelet_size)
 
     def _make_class_tokens(self, register_reduction: int) -> None:
         """Class tokens, position embeddings, and MambaReg's neck."""
@@ -399,91 +345,3 @@ class VisionMamba(TimmInterface, nn.Module):
             return replace(result, logits=logits, aux_logits=aux_logits)
         result = self.forward_features(images)
         return replace(result, logits=self.forward_head(result))
-
-
-def cumulative_keep(ratio: float, stages: int) -> tuple[float, ...]:
-    """Fractions of the original patches that stages 1, 2, ... keep: r, r^2, ..."""
-    return tuple(ratio**stage for stage in range(1, stages + 1))
-
-
-class DynamicVisionMamba(VisionMamba):
-    """`VisionMamba` that drops patch tokens before `pruning_layers` and skips scan directions.
-
-    Scans are skipped per image and layer. In the paper's training all M slots stay, re-arranged; at
-    evaluation, and in training of other reductions, k are left.
-
-    Args:
-        pruning_layers: ascending layer indexes; a stage reduces the tokens before each. By default
-            6, 12, 18; with reduction "merge" every second layer from 2 on.
-        token_keep: fraction of the original patches that each stage keeps at evaluation, or one
-            ratio r for r, r^2, ...
-        route_blocks: with block routers (False: token pruning alone).
-        prune_tokens: with pruning stages (False: block routing alone).
-        scorer_input: what the score predictors read: the hidden state, or the previous layer's B
-            or raw step.
-        token_strategy: which tokens stay, see `reduction.SELECTORS`.
-        reduction: what becomes of the others, see `reduction.REDUCTIONS`.
-        selector_gradient: how a learned selector hears of tokens that were dropped: "paper" or
-            "inplace", see `reduction.LearnedScores`; training alone differs.
-        merge_tokens: how many each stage merges, with reduction "merge"; in place of `token_keep`.
-
-    Raises:
-        ValueError: stages and fractions that do not fit together.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        *,
-        pruning_layers: Sequence[int] | None = None,
-        token_keep: float | Sequence[float] = (0.7, 0.49, 0.343),
-        prune_tokens: bool = True,
-        route_blocks: bool = True,
-        scorer_input: str = "hidden",
-        token_strategy: str = "learned",
-        reduction: str = "prune",
-        merge_tokens: int | None = None,
-        selector_gradient: str = "paper",
-        **backbone,
-    ):
-        self.route_blocks = route_blocks
-        super().__init__(family, **backbone)
-        if pruning_layers is None:
-            pruning_layers = uniform_stages(reduction, self.depth)
-        layers = tuple(pruning_layers) if prune_tokens else ()
-        if list(layers) != sorted(set(layers)) or not all(0 < p < self.depth for p in layers):
-            raise ValueError(
-                f"pruning_layers {list(layers)} must ascend within 1 ... {self.depth - 1}"
-            )
-        self.pruning_layers = layers
-        self.reduction = make_reduction(
-            reduction, token_strategy, scorer_input, merge_tokens, selector_gradient
-        )
-        self.scorer_input, self.token_strategy = scorer_input, token_strategy
-        own_keep = self.reduction.own_keep(self.num_patches, len(layers))
-        token_keep = token_keep if own_keep is None else own_keep
-        self.set_token_keep(token_keep if prune_tokens else ())
-        for layer in self.pruning_layers:
-            self.layers[layer - 1].mixer.observation.of = self.reduction.observes
-        for layer in self.layers:
-            layer.mixer.mask_in_place = selector_gradient == "inplace"
-        if self.pruning_layers and self.reduction.learns:
-            widths = {"hidden": self.embed_dim, "B": self.d_state, "delta": 2 * self.embed_dim}
-            self.score_predictors = nn.ModuleList(
-                ScorePredictor(widths[scorer_input]) for _ in self.pruning_layers
-            )
-            initialize(self.score_predictors)
-        if route_blocks:
-            initialize_router(self)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As in `TimmInterface`; stages before removed layers are removed with them."""
-        layers = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.pruning_layers = tuple(p for p in self.pruning_layers if p < self.depth)
-        stages = len(self.pruning_layers)
-        self.set_token_keep(self.token_keep[:stages])
-        if hasattr(self, "score_predictors"):
-            self.score_predictors = self.score_predictors[:stages]
-        return layers

@@ -1,6 +1,6 @@
 """MambaReg (arXiv 2405.14858): registers spread evenly among the patches, all read by the head."""
 
-from .backbone import Family
+from .family import Family
 from .layouts import SpreadRegisters
 from .registry import register
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from utils.images import CROP_RATIO, MEAN, SMALL_IMAGE, STD
 
-from .backbone import DynamicVisionMamba, Family, VisionMamba
+from .backbone import VisionMamba
+from .dynamic import DynamicVisionMamba
+from .family import Family
 
 _ALIASES: dict[str, str] = {}
 _NAMES: list[str] = []

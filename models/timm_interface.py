@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ops.linear import Linear
 
 from .embedding import PatchEmbed
+from .family import Family
 from .initialization import initialize
 from .layouts import TokenLayout
 from .tokens import FeatureMaps, Result
@@ -27,7 +28,7 @@ POOLS = ("token", "avg")
 class TimmInterface:
     """Mixed into `VisionMamba`, which has the attributes below, `depth`, `run` and `finish`."""
 
-    family: Any
+    family: Family
     embed_dim: int
     global_pool: str
     layout: TokenLayout

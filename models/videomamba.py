@@ -1,6 +1,6 @@
 """VideoMamba, images and clips (arXiv 2403.06977): class token in front, directions not halved."""
 
-from .backbone import Family
+from .family import Family
 from .layouts import HeadClassToken
 from .registry import register
 

@@ -1,6 +1,6 @@
 """Vim (arXiv 2401.09417): one class token in the middle, the two directions halved."""
 
-from .backbone import Family
+from .family import Family
 from .layouts import MiddleClassToken
 from .registry import register
 

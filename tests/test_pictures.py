@@ -22,7 +22,7 @@ from drawing.pictures import (
 )
 from loading.transforms import eval_transform, seen_region
 from models import FAMILIES, DynamicVisionMamba
-from models.backbone import PatchEmbed
+from models.embedding import PatchEmbed
 from models.layouts import insert
 
 ARGS = SimpleNamespace(eval_crop_ratio=0.875, whole_images=None)

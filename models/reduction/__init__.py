@@ -22,6 +22,7 @@ __all__ = [
     "Reduction",
     "Selection",
     "Staged",
+    "cumulative_keep",
     "make_reduction",
     "staged_before",
     "uniform_stages",
@@ -75,3 +76,8 @@ def make_reduction(
 def uniform_stages(reduction: str, depth: int) -> tuple[int, ...]:
     """The pruning layers of a model that names none: before every second layer for R-MeeTo's."""
     return tuple(range(2, depth, 2)) if reduction == "merge" else (6, 12, 18)
+
+
+def cumulative_keep(ratio: float, stages: int) -> tuple[float, ...]:
+    """Fractions of the original patches that stages 1, 2, ... keep: r, r^2, ..."""
+    return tuple(ratio**stage for stage in range(1, stages + 1))
