@@ -84,3 +84,19 @@ def video_root(tmp_path_factory):
         for number, frame in enumerate(frames):
             Image.fromarray(frame).save(folder / split / "right" / "shots" / f"img_{number:05}.png")
     return folder
+
+
+@pytest.fixture
+def few_validation_images(monkeypatch):
+    """100 of the digits' 360 validation images, of all classes."""
+    import datasets
+    from loading.arrays import digits
+    from loading.images import fixed_part
+
+    def load(path, split):
+        images = digits(path, split)
+        return fixed_part(images, 100) if split == "val" else images
+
+    monkeypatch.setitem(
+        datasets.DATA_SETS, "DIGITS", datasets.DataSet("DIGITS", "classification", load)
+    )

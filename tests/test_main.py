@@ -1,42 +1,22 @@
-"""main.py as it is used: train, resume, evaluate, and what it says when something is wrong."""
+"""main.py as it is used: train, resume, evaluate."""
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import datasets
 import main
-from loading.arrays import digits
-from loading.images import fixed_part
 from models.build import ModelSpec, build_model, recorded_arguments
 from report import main as write_report
-from tasks import CLASSIFICATION, Experiment, task_of_checkpoint
-from tasks.classification import check_classes
-from tests.helpers.flags import tiny
-from training import build_training, ema_decay
+from tasks import CLASSIFICATION, task_of_checkpoint
+from tests.helpers.runs import SMALL, run
 from utils import preemption, resume
-from utils.distributed import Distributed
-from utils.errors import UsageError, UserError
+from utils.errors import UserError
 from utils.files import sha256_of
 
-ROOT = Path(__file__).parents[1]
-SMALL = tiny(
-    *("--lr", "2e-3", "--unscale-lr", "--model-ema-decay", "0.9", "--throughput-seconds", "0.1"),
-    epochs=2,
-)
 DYNAMIC = ["--method", "dyvm", "--pruning-layers", "1", "2", "3"]
-
-
-def run(output: Path, *arguments) -> dict:
-    """main.main in this process; -> eval.json."""
-    assert main.main([*SMALL, "--output_dir", str(output), *map(str, arguments)]) == 0
-    return json.loads((output / "eval.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +33,6 @@ def student(dense, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("dyvm")
     run(output, *DYNAMIC, "--model-path", dense / "best_checkpoint.pth")
     return output
-
-
-@pytest.fixture
-def few_validation_images(monkeypatch):
-    """100 of the digits' 360 validation images, of all classes."""
-
-    def load(path: Path | None, split: str):
-        images = digits(path, split)
-        return fixed_part(images, 100) if split == "val" else images
-
-    monkeypatch.setitem(
-        datasets.DATA_SETS, "DIGITS", datasets.DataSet("DIGITS", "classification", load)
-    )
 
 
 def log(output: Path) -> list[dict]:
@@ -245,14 +212,6 @@ def test_bf16_trains(dense, tmp_path, few_validation_images):
     assert log(tmp_path)[0]["train_skipped_steps"] == 0 and log(tmp_path)[0]["train_loss"] > 0
 
 
-def test_the_average_of_a_short_run_forgets_the_initial_weights():
-    for updates in (50, 660, 75_000):
-        assert ema_decay(0.99996, updates) == 0.99996
-        assert 1e-3 < ema_decay(None, updates) ** updates < 0.01
-    assert ema_decay(None, 3) == 0
-    assert ema_decay(None, 30 * 5004) == 0.99996  # ImageNet-1K, batches of 256
-
-
 STAGES, GATES = ["--pruning-layers", "1", "2"], ["--block-keep-ratio", "0.5"]
 READ = {"dyvm": [*STAGES, *GATES], "token": STAGES, "block": GATES}  # flags that a method reads
 
@@ -408,60 +367,6 @@ def test_checkpoints_of_earlier_versions_name_no_task(student):
     ]
 
 
-def test_a_run_on_gradients_that_are_not_finite_ends_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="not finite on the batch of DIGITS train image"):
-        run(tmp_path, "--lr", "1e30", "--nonfinite", "stop", "--epochs", "3")
-
-
-@pytest.mark.parametrize(
-    "arguments, kind, words",
-    [
-        (["--data-set", "MNIST3"], UsageError, ["MNIST3", "DIGITS"]),
-        (["--data-set", "IMNET"], UsageError, ["--data-path"]),
-        (["--data-set", "FOLDER", "--data-path", "nowhere"], UserError, ["nowhere"]),
-        (["--input-size", "2"], UsageError, ["image size 2", "patch size 4"]),
-        (["--input-size", "17"], UsageError, ["image size 17", "16 and 20 fit"]),
-        (["--model-kwargs", "num_classes=3"], UsageError, ["num_classes", "--data-set"]),
-        (["--amp", "fp16"], UsageError, ["fp16", "bf16"]),
-        (["--model-kwargs", "colour=1"], UsageError, ["colour"]),
-        (["--model-kwargs", "in_chans=1"], UsageError, ["in_chans=1", "three equal channels"]),
-        (
-            ["--model-kwargs", "checkpoint_path='x'"],
-            UsageError,
-            ["checkpoint_path", "--model-path"],
-        ),
-        (["--opt", "adafactorbv"], UsageError, ["adafactorbv", "dtype"]),
-        (["--opt", "adan", "--opt-betas", ".9", ".8"], UsageError, ["0.9 0.8", "has 3 of them"]),
-        (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
-        (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
-        (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
-        (["--output_dir", "/proc/nowhere"], UserError, ["/proc/nowhere"]),
-        (["--aa", "nonsense"], UsageError, ["nonsense"]),
-        (["--opt", "nonsense"], UsageError, ["nonsense"]),
-        (["--batch-size", "4096"], UserError, ["4096"]),
-    ],
-)
-def test_mistakes_are_told_in_one_line(tmp_path, arguments, kind, words):
-    with pytest.raises(UserError) as error:
-        main.main(["--output_dir", str(tmp_path), "--device", "cpu", *arguments])
-    assert type(error.value) is kind
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_pruning_layers_beyond_the_depth(dense, tmp_path):
-    with pytest.raises(UsageError, match=r"pruning_layers \[2, 9\] must ascend within 1 ... 3"):
-        run(
-            tmp_path,
-            "--method",
-            "dyvm",
-            "--model-path",
-            dense / "checkpoint.pth",
-            "--pruning-layers",
-            "2",
-            "9",
-        )
-
-
 def test_a_teacher_that_has_changed_is_noticed(dense, tmp_path, capsys, few_validation_images):
     teacher = tmp_path / "teacher.pth"
     teacher.write_bytes((dense / "best_checkpoint.pth").read_bytes())
@@ -471,114 +376,3 @@ def test_a_teacher_that_has_changed_is_noticed(dense, tmp_path, capsys, few_vali
     teacher.write_bytes((dense / "checkpoint_prev.pth").read_bytes())
     assert recorded_arguments(checkpoint)["dense_path"] is None
     assert "is not the teacher any more" in capsys.readouterr().out
-
-
-def test_other_classes_are_refused(dense):
-    checkpoint = main.load_checkpoint(dense / "checkpoint.pth")
-    names = checkpoint["class_names"]
-    check_classes(checkpoint, names, "x.pth")
-    check_classes({"model": {}}, ["anything"], "official.pth")
-    with pytest.raises(UserError, match="class 3 was '3', here it is 'three'"):
-        check_classes(checkpoint, [*names[:3], "three", *names[4:]], "x.pth")
-    with pytest.raises(UserError, match="10 classes, the data set has 2"):
-        check_classes(checkpoint, names[:2], "x.pth")
-
-
-@pytest.mark.parametrize(
-    "flags, criterion",
-    [
-        ([], "SoftTargetCrossEntropy"),
-        (["--mixup", "0", "--cutmix", "0"], "LabelSmoothingCrossEntropy"),
-        (["--mixup", "0", "--cutmix", "0", "--smoothing", "0"], "CrossEntropyLoss"),
-    ],
-)
-def test_training_is_built_as_the_recipe_says(flags, criterion):
-    args = main.options.parse(
-        [
-            "--batch-size",
-            "64",
-            "--accum-steps",
-            "2",
-            "--lr",
-            "1e-3",
-            "--weight-decay",
-            "0.1",
-            "--warmup-epochs",
-            "0",
-            "--num-workers",
-            "0",
-            *flags,
-        ]
-    )
-    alone = Distributed(torch.device("cpu"))
-    training = build_training(Experiment.prepare(args, alone))
-    assert type(training.objective.criterion.criterion).__name__ == criterion
-    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 128 / 512)
-    decay = {
-        id(p): group["weight_decay"]
-        for group in training.optimizer.param_groups
-        for p in group["params"]
-    }
-    for name, parameter in training.model.named_parameters():
-        plain = parameter.ndim < 2 or name.endswith(("A_log", "A_b_log", "pos_embed", "cls_token"))
-        assert decay[id(parameter)] == (0 if plain else 0.1), name
-
-
-def built(*flags):
-    args = main.options.parse([*SMALL, *flags])
-    return build_training(Experiment.prepare(args, Distributed(torch.device("cpu"))))
-
-
-def test_betas_as_each_optimizer_takes_them(few_validation_images):
-    for flags, betas in (
-        (["--opt", "cadanw"], (0.98, 0.92, 0.99)),
-        (["--opt", "adan", "--opt-betas", "0.9", "0.8", "0.7"], (0.9, 0.8, 0.7)),
-        (["--opt", "adamw", "--opt-betas", "0.8", "0.9"], (0.8, 0.9)),
-    ):
-        assert tuple(built(*flags).optimizer.param_groups[0]["betas"]) == betas
-    sgd = built("--opt", "sgd", "--opt-betas", "0.7").optimizer
-    assert sgd.param_groups[0]["momentum"] == 0.7
-
-
-def test_a_schedule_that_is_upside_down_is_told(few_validation_images, caplog):
-    caplog.set_level("WARNING")
-    upside_down = ["--lr", "5e-5", "--warmup-epochs", "1"]  # SMALL says --unscale-lr
-    built(*upside_down)
-    assert caplog.messages == []
-    built(*upside_down, "--min-lr", "1e-4", "--warmup-lr", "6e-5")
-    low, warm_up = caplog.messages
-    assert "--min-lr 0.0001 is above the learning rate 5e-05 (--lr 5e-05)" in low
-    assert "--warmup-lr 6e-05 is above" in warm_up and "goes down in warm-up" in warm_up
-
-
-def test_a_wrong_backend_is_a_mistake_of_the_user(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYVM_BACKEND", "fastest")
-    with pytest.raises(UserError, match="DYVM_BACKEND=fastest: no such backend; choose one of cpu"):
-        run(tmp_path)
-
-
-def test_a_damaged_checkpoint_is_refused(dense, tmp_path):
-    whole = (dense / "checkpoint.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut.pth"):
-        main.main(["--eval", "--model-path", str(tmp_path / "cut.pth"), "--device", "cpu"])
-
-
-def test_the_program_itself_prints_one_line_and_its_exit_code(tmp_path):
-    """In a process of its own: usage mistakes end with 2, others with 1; no trace."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    for arguments, code in (
-        (["--epochs", "no"], 2),
-        (["--eval", "--model-path", "missing.pth"], 1),
-    ):
-        done = subprocess.run(
-            [sys.executable, ROOT / "main.py", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            timeout=120,
-        )
-        assert done.returncode == code
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert not list(tmp_path.iterdir()), "nothing half-written"
