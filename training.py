@@ -18,8 +18,8 @@ from models.build import STAGE_KEEP
 from models.fitting import check_numbers
 from models.weights import load_weights
 from schedules import KeepSchedule
-from tasks import Experiment
-from tasks.base import BatchTransform, check_task, task_of_checkpoint
+from tasks import Experiment, check_task, task_of_checkpoint
+from tasks.base import BatchTransform
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError
 from utils.nonfinite import NonFiniteSteps

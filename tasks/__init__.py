@@ -1,9 +1,12 @@
 """What differs between tasks, and nothing else: one file per task, and what they share."""
 
-from .base import TASKS, Measure, Named, Task, check_task, register, task_named, task_of_checkpoint
+from .base import Task
+from .checkpoints import check_task, task_of_checkpoint
 from .classification import CLASSIFICATION
 from .experiment import Experiment
+from .measures import Measure, Named
 from .meters import Meter, ObjectMeter, ReductionMeter, exact_sum
+from .registry import TASKS, register, task_named
 from .segmentation import SEGMENTATION
 from .video import VIDEO
 

@@ -5,16 +5,12 @@ B images, C classes.
 
 import argparse
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from datasets import build_data
@@ -24,90 +20,23 @@ from loading.folders import find_images
 from loading.images import ImageSet
 from loading.loaders import Batch
 from loading.transforms import Transforms, eval_transform, seen_region
-from loading.walking import composed, order_in_doubt
 from models import Result, VisionMamba
-from models.build import ModelSpec, build_model, is_ours
+from models.build import ModelSpec, build_model
 from models.embedding import PatchEmbed
 from utils.distributed import Distributed
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError
 from utils.images import ImageSize
 
+from .measures import Measure, Named
 from .meters import Meter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_logger = logging.getLogger(__name__)
-
 CLIP_ARGUMENTS = {"num_frames", "tubelet_size"}  # of models of clips
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Criterion = Callable[[Result, Tensor], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number that a task reports, with its names everywhere.
-
-    Args:
-        key: in eval.json, sweep.json and CSV files.
-        name: in sentences and plots.
-        log_name: in log.txt, with the prefixes `test_`, `test_ema_` and `best_`.
-        unit: after the name in tables.
-        format: of the value.
-        compared: whether tables show its change from the dense to the dynamic model.
-    """
-
-    key: str
-    name: str
-    log_name: str
-    unit: str = ""
-    format: str = "{:.2f}"
-    higher_is_better: bool = True
-    compared: bool = True
-
-    @property
-    def label(self) -> str:
-        """Its name in tables."""
-        return f"{self.name}, {self.unit}" if self.unit else self.name
-
-    @property
-    def ema_label(self) -> str:
-        return f"{self.name} of the EMA" + (f", {self.unit}" if self.unit else "")
-
-    @property
-    def ema_key(self) -> str:
-        return f"ema_{self.key}"
-
-    @property
-    def title(self) -> str:
-        """Its name at the head of a sentence or a plot."""
-        return self.name[:1].upper() + self.name[1:]
-
-    def text(self, value: float, signed: bool = False) -> str:
-        """A value; `signed`: a difference."""
-        form = self.format.replace("{:", "{:+") if signed else self.format
-        return form.format(value)
-
-    def with_unit(self, value: float) -> str:
-        return f"{self.text(value)} {self.unit}".rstrip()
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is at least as good as `best`; None: nothing yet."""
-        if best is None or best != best:
-            return True
-        return value >= best if self.higher_is_better else value <= best
-
-
-class Named(NamedTuple):
-    """What predict.py says of an image.
-
-    labels: the class of each pixel [H, W] uint8, at the image's own size; None for tasks without.
-    """
-
-    values: dict[str, Any]  # of its JSON entry
-    text: str
-    labels: np.ndarray | None = None
 
 
 # Arguments of timm.create_model that have no place in --model-kwargs, and what to do instead.
@@ -371,93 +300,3 @@ class Task:
         Raises OSError or ValueError for a damaged table.
         """
         return [], []
-
-
-TASKS: dict[str, Task] = {}
-
-
-def register(task: Task) -> Task:
-    """Make a task known under its name."""
-    TASKS[task.name] = task
-    return task
-
-
-def task_named(name: str) -> Task:
-    """Raises UserError for a name that is not registered."""
-    if name not in TASKS:
-        raise UserError(f"task {name!r} is unknown; known are {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def task_of_checkpoint(checkpoint: Mapping[str, Any]) -> Task:
-    """The task that a checkpoint was trained for; if it says nothing, its parameters tell."""
-    name = checkpoint.get("task")
-    if isinstance(name, str) and (name in TASKS or is_ours(checkpoint.get("args"))):
-        return task_named(name)
-    for task in TASKS.values():  # it says nothing, or is another program's, for which it is a word
-        if task.recognises(checkpoint):
-            return task
-    return task_named("classification")
-
-
-def check_task(checkpoint: Mapping[str, Any], task: Task, source: str) -> None:
-    """Raise UsageError when a checkpoint was trained for another task than the data set's."""
-    trained = task_of_checkpoint(checkpoint).name
-    if trained != task.name:
-        raise UsageError(f"{source} was trained for {trained}; the data set is of {task.name}")
-
-
-def check_classes(checkpoint: Mapping[str, Any], class_names: Sequence[str], source: str) -> None:
-    """Raise UserError if a checkpoint was trained on classes other than `class_names`.
-
-    One that does not name its classes takes the data set's; what speaks against that is logged.
-    """
-    recorded = checkpoint.get("class_names")
-    if not recorded:
-        _log_taken_names(class_names, source)
-        return
-    if [composed(name) for name in recorded] == [composed(name) for name in class_names]:
-        return
-    if len(recorded) != len(class_names):
-        difference = f"{len(recorded)} classes, the data set has {len(class_names)}"
-    else:
-        pairs = enumerate(zip(recorded, class_names, strict=True))
-        label, (before, now) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-        difference = (
-            f"other classes than the data set's: class {label} was {before!r}, here it is {now!r}"
-        )
-        if sorted(recorded) == sorted(class_names):
-            difference += ", the same in another order"
-    raise UserError(
-        f"{source} was trained on {difference}; evaluate on the --data-set of its training, or "
-        "fine-tune it first with --method dense --model-path"
-    )
-
-
-def _log_taken_names(class_names: Sequence[str], source: str) -> None:
-    if not class_names:
-        return
-    imagenet = ImageNetInfo("imagenet-1k").label_names()
-    if (shown := order_in_doubt(class_names)) is not None:
-        _logger.warning(
-            "%s does not name its classes, which are taken to be in the order of the folders as "
-            "text: %s; if it was trained in the order of their numbers, write these with equally "
-            "many digits (01, 02, ..., 10)",
-            source,
-            shown,
-        )
-    elif len(class_names) == len(imagenet) and sorted(class_names) != sorted(imagenet):
-        _logger.warning(
-            "%s does not name its 1000 classes; if they are ImageNet's, the folders must be called "
-            "by WordNet's numbers, n01440764 to n15075141: by other names they come in another "
-            "order; here class 0 is %r",
-            source,
-            class_names[0],
-        )
-    else:
-        _logger.info(
-            "%s does not name its classes: they are taken to be those of the data set, %s to %s",
-            source,
-            class_names[0],
-            class_names[-1],
-        )

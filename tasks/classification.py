@@ -22,8 +22,11 @@ from utils.arguments import below_one, not_negative, probability
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 
-from .base import Measure, Named, Task, check_classes, register
+from .base import Task
+from .checkpoints import check_classes
+from .measures import Measure, Named
 from .meters import exact_sum
+from .registry import register
 
 SHOWN = 5  # classes in a picture
 

@@ -12,7 +12,8 @@ from models import VisionMamba
 from models.build import ModelSpec
 from utils.distributed import Distributed
 
-from .base import Task, task_named
+from .base import Task
+from .registry import task_named
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,10 @@ from utils.distributed import read_launch
 from utils.errors import UsageError, UserError
 from utils.images import ImageSize
 
-from .base import Measure, Named, Task, check_arguments, check_classes, register
+from .base import Task, check_arguments
+from .checkpoints import check_classes
+from .measures import Measure, Named
+from .registry import register
 from .segmentation_measures import SegmentationMeter, frozen_pixels
 from .segmentation_pictures import (
     PICTURES,

@@ -21,7 +21,7 @@ from loading.transforms import Transform
 from models import Result
 from utils.files import write_csv
 
-from .base import Named
+from .measures import Named
 from .segmentation_measures import predicted_labels
 
 if TYPE_CHECKING:

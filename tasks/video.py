@@ -39,8 +39,9 @@ from utils.distributed import Distributed
 from utils.errors import UsageError
 from utils.images import ImageSize
 
-from .base import CLIP_ARGUMENTS, check_arguments, register
+from .base import CLIP_ARGUMENTS, check_arguments
 from .classification import Classification, ClassificationMeter, add_mixup_arguments
+from .registry import register
 
 
 class ClipMixup(Mixup):

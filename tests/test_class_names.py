@@ -6,7 +6,7 @@ import pytest
 
 from loading.class_names import read_names
 from loading.video_lists import listed_classes
-from tasks.base import check_classes
+from tasks.checkpoints import check_classes
 from utils.errors import UserError
 
 NAMES = ["cat", "dog", "sea owl"]

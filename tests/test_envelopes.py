@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.build import recorded_arguments
-from tasks.base import task_of_checkpoint
+from tasks import task_of_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
