@@ -1,1 +1,1 @@
-"""Pictures and plots: patches, gates, costs, contact sheets; their colours."""
+"""Pictures and plots: patches, gates, costs, contact sheets; their colours; a page of them."""

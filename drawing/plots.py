@@ -1,12 +1,8 @@
-"""Plots of decisions, training and budgets, as PNG and as SVG in the colours of the page.
+"""Plots of decisions, training and budgets, and their style.
 
 M patches, S stages, C classes.
 """
 
-import html
-import io
-import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.files import atomic_file
 
-from . import palette
 from .palette import ACCENT, BLUE, GRID, INK, MUTED, PAPER, SERIES
 
 STYLE = {
@@ -61,21 +56,7 @@ MANY_CLASSES = 40  # from here on the names of classes no longer fit beside thei
 MAP_COLUMNS = 16  # maps of slots beside each other
 WIDTH = 4.4  # inches; small, so that type is readable when a phone shrinks the plot to its width
 
-_VARIABLES = {
-    name.lower(): value
-    for name, value in vars(palette).items()
-    if isinstance(value, str) and re.fullmatch("#[0-9a-f]{6}", value)
-}
-_VARIABLES |= {f"series{index}": value for index, value in enumerate(SERIES)}
-_NAMES = {value: name for name, value in _VARIABLES.items()}
-
-
 styled = matplotlib.rc_context(STYLE)
-
-
-def css_variables() -> str:
-    """The palette as declarations of the CSS variables that the plots of `svg` use."""
-    return " ".join(f"--{name}: {value};" for name, value in _VARIABLES.items())
 
 
 def _figure(
@@ -101,29 +82,6 @@ def save_all(output: Path, name: str, draw: Callable[[str], Figure | None]) -> N
         figure = draw(axis)
         if figure is not None:
             save(figure, output / f"{name}_{ending}.png")
-
-
-@styled
-def svg(figure: Figure, alt: str) -> str:
-    """A figure as an <svg> element with text in the page's font, colours as CSS variables."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    element = text.getvalue()
-    element = element[element.index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', element, count=1
-    )
-    # Ids are unique within a figure only, and a page holds many.
-    prefix = f"f{zlib.crc32(element.encode()):08x}"
-    element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", element)
-    element = element.replace("font-family: 'DejaVu Sans'", "font-family: inherit")
-    element = re.sub(
-        "#[0-9a-f]{6}",
-        lambda match: f"var(--{_NAMES[match[0]]}, {match[0]})" if match[0] in _NAMES else match[0],
-        element,
-    )
-    return element.replace('role="img">', f'role="img" aria-label="{html.escape(alt)}">', 1)
 
 
 def _mark_stages(axes: Axes, pruning_layers: Sequence[int]) -> None:

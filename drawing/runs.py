@@ -1,6 +1,7 @@
 """A run's output folder; files may be missing, and a log may end in the middle of a line."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,8 @@ def run_names(folders: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UserError("the same run folder is given twice")
+
+
+def is_number(value: Any) -> bool:
+    """Whether an entry of a run's files is a number; `null` stands for one that was not finite."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -21,6 +21,7 @@ import visualize
 from drawing import plots
 from drawing.class_colours import appearances, class_colours, label_colours
 from drawing.class_plots import confusion_of_worst, iou_bars, worst_classes
+from drawing.page import svg
 from drawing.palette import ACCENT, rgb
 from drawing.pictures import strip_layout
 from drawing.segmentation import (
@@ -219,7 +220,7 @@ def test_plots_of_any_number_of_classes(count, tmp_path):
         assert max(picture.size) < 2200
     worst = worst_classes(matrix, iou)
     assert len(worst) == min(8, count - 1) and 0 not in worst
-    text = plots.svg(confusion_of_worst(matrix, iou, names), "alt")
+    text = svg(confusion_of_worst(matrix, iou, names), "alt")
     shown = re.findall(r">([^<>]*)</text>", text)
     if worst:
         share = matrix[worst[0], worst[0]] / matrix[worst[0]].sum()
