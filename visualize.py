@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drawing.animation import save_animation
-from drawing.pictures import ImageReport, draw_strip, save_picture
+from drawing.pictures import ImageReport, save_picture
 from drawing.sheets import ContactSheets
+from drawing.strips import draw_strip
 from evaluation.inference import Predictor, build_parser, check_outside, load_predictor
 from evaluation.samples import PictureNames, explain
 from loading.bad_images import BadImages

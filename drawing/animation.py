@@ -10,16 +10,8 @@ from utils.files import atomic_file
 
 from .groups import stage_pixels
 from .palette import INK, MUTED, PAPER, rgb
-from .pictures import (
-    ImageReport,
-    draw_curve,
-    fitted,
-    flops_text,
-    font,
-    patch_of_frame,
-    per_slot,
-    to_pixels,
-)
+from .pictures import ImageReport, fitted, flops_text, font, patch_of_frame, to_pixels
+from .strips import draw_curve, per_slot
 
 SIDE = 160  # of a frame
 SECONDS = 3.2  # of a whole clip; each frame is shown for at least a tenth of a second

@@ -13,7 +13,8 @@ from loading.masks import IGNORED
 
 from .class_colours import UNLABELLED, label_colours
 from .palette import ACCENT, INK, MUTED, PAPER, rgb
-from .pictures import MAX_SIDE, fitted, font, strip_layout, within
+from .pictures import fitted, font, within
+from .strips import MAX_SIDE, strip_layout
 
 OPACITY = 0.55  # of a label's colour over the image
 WRONG = 0.8  # opacity of what marks a wrong pixel

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from drawing.animation import save_animation
-from drawing.pictures import ImageReport, draw_strip, save_picture
+from drawing.pictures import ImageReport, save_picture
+from drawing.strips import draw_strip
 from evaluation.inference import Predictor
 from loading.data import Data
 from loading.images import BadImageError

@@ -12,14 +12,8 @@ from PIL import Image
 from timm.layers import to_2tuple
 
 from drawing import pictures
-from drawing.pictures import (
-    ImageReport,
-    class_marks,
-    draw_strip,
-    patch_edges,
-    patch_of_pixels,
-    strip_layout,
-)
+from drawing.pictures import ImageReport, patch_edges, patch_of_pixels
+from drawing.strips import MAX_SIDE, class_marks, draw_strip, strip_layout
 from loading.transforms import eval_transform, seen_region
 from models import FAMILIES, DynamicVisionMamba
 from models.embedding import PatchEmbed
@@ -175,7 +169,7 @@ def test_huge_images_are_reduced():
     model = small(64)
     report = ImageReport("huge", [("a", 0.5)], [np.arange(10)], None, 1.0, 2.0, (1, 3))
     strip = draw_strip(Image.new("RGB", (6000, 1500)), (0, 0, 6000, 1500), model, report)
-    assert strip.width < 2 * pictures.MAX_SIDE + 1000
+    assert strip.width < 2 * MAX_SIDE + 1000
 
 
 def test_the_picture_for_tensorboard_dims_the_same_patches():

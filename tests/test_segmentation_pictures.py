@@ -23,7 +23,6 @@ from drawing.class_colours import appearances, class_colours, label_colours
 from drawing.class_plots import confusion_of_worst, iou_bars, worst_classes
 from drawing.page import svg
 from drawing.palette import ACCENT, rgb
-from drawing.pictures import strip_layout
 from drawing.segmentation import (
     OPACITY,
     PALE,
@@ -37,6 +36,7 @@ from drawing.segmentation import (
     legend_rows,
     overlay,
 )
+from drawing.strips import strip_layout
 from evaluation.inference import build_parser, load_predictor
 from models import Result
 from tasks.segmentation import SEGMENTATION

@@ -8,7 +8,8 @@ from PIL import Image
 from drawing import plots
 from drawing.animation import animate, save_animation
 from drawing.groups import dim_dropped
-from drawing.pictures import ImageReport, filmstrip, patch_of_pixels, per_slot
+from drawing.pictures import ImageReport, filmstrip, patch_of_pixels
+from drawing.strips import per_slot
 from models import FAMILIES, DynamicVisionMamba
 
 
