@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from .palette import INK, MUTED, SERIES
-from .plots import Scored, label_against, pareto_front, styled
+from .plots import styled
+from .trade_offs import Scored, label_against, pareto_front
 
 MARKERS = "os^vPX*d"
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for more methods than there are colours

@@ -1,11 +1,10 @@
-"""Plots of decisions, training and budgets, and their style.
+"""Plots of decisions and of training, and the style of all plots.
 
 M patches, S stages, C classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 import numpy as np
@@ -71,17 +70,6 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
-
-
-def save_all(output: Path, name: str, draw: Callable[[str], Figure | None]) -> None:
-    """Write what `draw` makes of operations and of speed as NAME_flops.png and NAME_speed.png.
-
-    draw: "flops" or "images_per_s" -> a figure; None: there is nothing to show.
-    """
-    for axis, ending in (("flops", "flops"), ("images_per_s", "speed")):
-        figure = draw(axis)
-        if figure is not None:
-            save(figure, output / f"{name}_{ending}.png")
 
 
 def _mark_stages(axes: Axes, pruning_layers: Sequence[int]) -> None:
@@ -256,139 +244,4 @@ def over_epochs(name: str, runs: Mapping[int, tuple[Sequence[float], Sequence[fl
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    return figure
-
-
-def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
-    """Points that none beats at equal or lower cost in gain: indexes by ascending cost."""
-    front: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
-        if not front or gains[index] > gains[front[-1]]:
-            front.append(index)
-    return front
-
-
-def _draw_budget(
-    axes: Axes, where: tuple[float, float], point: dict, colour: str, named: bool
-) -> None:
-    """A point of a sweep with its ratio, ringed if trained; a diamond for the dense model."""
-    if "token_keep_ratio" not in point:
-        axes.plot(*where, "D", markersize=7, color=colour)
-        text, below = "dense", True
-    else:
-        axes.plot(*where, "o", markersize=5.5, color=colour)
-        text, below = f"{point['token_keep_ratio']:g}", False
-        if point["trained"]:
-            axes.plot(
-                *where,
-                "o",
-                markersize=11,
-                markerfacecolor="none",
-                markeredgecolor=ACCENT,
-                markeredgewidth=1.4,
-            )
-    if named:
-        axes.annotate(
-            text,
-            where,
-            xytext=(0, -15 if below else 8),
-            textcoords="offset points",
-            fontsize=8,
-            color=MUTED if below else INK,
-            ha="center",
-        )
-
-
-class Scored(Protocol):
-    """The part of a task's measure that plots use."""
-
-    key: str
-    label: str
-    title: str
-    higher_is_better: bool
-
-
-def label_against(axes: Axes, measure: Scored, speed: bool, convention: str) -> None:
-    """Labels of a plot of a measure against measured images/s or operations."""
-    axes.set_ylabel(measure.label)
-    axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {convention}")
-    axes.set_title(f"{measure.title} against {'speed' if speed else 'operations'}")
-
-
-@styled
-def budget_curve(
-    curves: Mapping[int, Sequence[dict]],
-    axis: str,
-    dense: Mapping[int, dict | None],
-    measure: Scored,
-) -> Figure | None:
-    """A measure against operations (`axis` "exact" or "paper") or images/s; None without points.
-
-    curves: {position of the run: points of its sweep}; dense: the dense model's point of each run.
-    """
-    speed = axis == "images_per_s"
-
-    def place(point: dict) -> float | None:
-        return point["images_per_s"] if speed else point["flops"][axis] / 1e6
-
-    figure, [[axes]] = _figure(WIDTH, 3.1)
-    drawn = False
-    for run, points in curves.items():
-        placed = [point for point in points if place(point) is not None]
-        reference = dense.get(run)
-        everything = list(placed)
-        if reference and reference.get(measure.key) is not None and place(reference) is not None:
-            everything.append(reference)
-        drawn = drawn or bool(everything)
-        where = [place(point) for point in everything]
-        values = [point[measure.key] for point in everything]
-        front = pareto_front(
-            [-x for x in where] if speed else where,
-            values if measure.higher_is_better else [-value for value in values],
-        )
-        colour = SERIES[run % len(SERIES)]
-        axes.plot([where[i] for i in front], [values[i] for i in front], color=colour, zorder=1)
-        for point, x, y in zip(everything, where, values, strict=True):
-            # With several curves there is only room to name their ends and the trained budget.
-            named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
-            _draw_budget(axes, (x, y), point, colour, named)
-    axes.margins(0.12, 0.18)
-    label_against(axes, measure, speed, axis)
-    return figure if drawn else None
-
-
-@styled
-def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | None:
-    """A measure of an ablation against operations (`axis` "flops") or images/s; None without data.
-
-    A marker and a bar for mean and standard deviation over the seeds, a dot for each run; the first
-    row is the dense model, with a line across at its value.
-    """
-    drawn = [row for row in rows if row["n"] and row[axis] is not None]
-    if not drawn:
-        return None
-    figure, [[axes]] = _figure(6.4, 3.4)
-    scale = 1e6 if axis == "flops" else 1
-    for index, row in enumerate(drawn):
-        x, dense, mean = row[axis] / scale, row is rows[0], row[measure.key]
-        colour = INK if dense else SERIES[(index - 1) % len(SERIES)]
-        marker = "D" if dense else "os^vPX*"[(index - 1) % 7]
-        values = row[f"{measure.key}_of_runs"]
-        axes.plot([x] * row["n"], values, ".", markersize=4, color=colour, alpha=0.5)
-        axes.errorbar(
-            x,
-            mean,
-            yerr=row["sd"],
-            fmt=marker,
-            markersize=6,
-            capsize=3,
-            linewidth=1.2,
-            color=colour,
-            label=row["name"],
-        )
-        if dense:
-            axes.axhline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    axes.margins(0.08, 0.12)
-    label_against(axes, measure, axis != "flops", "exact")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drawing import plots
+from drawing import trade_offs
 from evaluation.columns import EXACT, SPEED
 from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
 from tasks import Measure, Task
@@ -113,7 +113,7 @@ def write(
     text = _document(rows, failed, about, environment, speeds, task.best)
     write_results(output, "ablation", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "ablation_runs.csv")
-    plots.save_all(output, "ablation", lambda axis: plots.variants(rows, axis, task.best))
+    trade_offs.save_all(output, "ablation", lambda axis: trade_offs.variants(rows, axis, task.best))
 
 
 def _columns(key: str) -> dict[str, str]:

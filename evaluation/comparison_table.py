@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from drawing import plots
 from drawing.comparison import comparison
+from drawing.trade_offs import save_all
 from evaluation.budgets import TOLERANCE, Cell
 from evaluation.columns import EXACT, SPEED
 from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
@@ -174,7 +174,7 @@ def write(
     text = _document(rows, failed, about, environment, speeds, task.best)
     write_results(output, "compare", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "compare_runs.csv")
-    plots.save_all(output, "compare", lambda axis: comparison(rows, axis, task.best))
+    save_all(output, "compare", lambda axis: comparison(rows, axis, task.best))
 
 
 def _columns(key: str) -> dict[str, str]:

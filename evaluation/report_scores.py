@@ -5,10 +5,10 @@ from typing import Any
 from markupsafe import Markup
 
 from datasets import DATA_SETS
-from drawing import plots
 from drawing.page import embedded, svg, wide_chart
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, is_number
+from drawing.trade_offs import budget_curve
 from evaluation.columns import (
     EXACT,
     PAPER,
@@ -97,7 +97,7 @@ def sweep_charts(runs: list[RunFolder], measure: Measure) -> list[Markup]:
     budgets = "; ".join(f"{run.name}: {_budgets_text(run, measure)}" for run in runs)
     charts = []
     for axis, against in (("exact", "operations (exact)"), ("images_per_s", "measured images/s")):
-        figure = plots.budget_curve(curves, axis, dense, measure)
+        figure = budget_curve(curves, axis, dense, measure)
         if figure is not None:
             alt = f"{measure.name} against {against} at each token keep ratio: {budgets}"
             charts.append(Markup(svg(figure, alt)))

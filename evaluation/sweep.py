@@ -189,7 +189,9 @@ def _save(record: dict[str, Any], experiment: Experiment) -> None:
 
 def _write(record: dict[str, Any], task: Task, output: Path) -> None:
     """Write the points as CSV and their plots."""
-    from drawing import plots  # here, since importing matplotlib takes a second
+    # Here, since importing matplotlib takes a second.
+    from drawing.plots import save
+    from drawing.trade_offs import budget_curve
 
     keys = [measure.key for measure in task.measures]
     header = ["token_keep_ratio", "trained", *keys, "paper_flops", "exact_flops", "images_per_s"]
@@ -200,9 +202,9 @@ def _write(record: dict[str, Any], task: Task, output: Path) -> None:
     )
     curves, dense = {0: record["points"]}, {0: record["dense"]}
     for axis, name in (("exact", "sweep_flops.png"), ("images_per_s", "sweep_speed.png")):
-        figure = plots.budget_curve(curves, axis, dense, task.best)
+        figure = budget_curve(curves, axis, dense, task.best)
         if figure is not None:
-            plots.save(figure, output / name)
+            save(figure, output / name)
 
 
 def named_points(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
-from drawing.plots import pareto_front
+from drawing.trade_offs import pareto_front
 from evaluation import sweep
 from utils import timing
 from utils.errors import UsageError
