@@ -165,7 +165,9 @@ def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
         taps, bias, D, A, dt_bias, dt_proj = packed[:, :channels].split(
             (CONV_WIDTH, 1, 1, params.A.shape[1], 1, params.dt_proj_weight.shape[1])
         )
-        weights += BranchParams(taps.t(), bias[0], x_proj, dt_proj.t(), dt_bias[0], A.t(), D[0])
+        # With the strides of the weight also where R is 1, as DistributedDataParallel wants them.
+        dt_proj = dt_proj.t().clone(memory_format=torch.contiguous_format)
+        weights += BranchParams(taps.t(), bias[0], x_proj, dt_proj, dt_bias[0], A.t(), D[0])
     wanted = (xz, None if tensors[1] is None else mask, None if tensors[2] is None else gates)
     return *wanted, None, None, *weights, None, None
 
