@@ -91,8 +91,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.token_budget == "image":
         raise UsageError(
-            "--token-budget image: an exported model keeps as many tokens of every image; leave it "
-            "out"
+            "--token-budget image: an exported model keeps the same number of tokens of every "
+            "image; leave it out"
         )
     output = Path(args.output)
     if output.suffix != SUFFIXES[args.format]:

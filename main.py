@@ -261,6 +261,8 @@ def evaluate_checkpoint(checkpoint: dict[str, Any], experiment: Experiment) -> N
         tokens = {} if args.calibrate else token_thresholds(checkpoint, args)
         for name, odds in tokens.items():
             models[name].set_token_thresholds(odds)
+        if tokens:
+            _logger.info("thresholds of tokens: those that %s holds", args.model_path)
         tokens = tokens or calibrate_tokens(models, experiment)
     if args.calibrate and experiment.is_main:
         save_calibrated(checkpoint, gates, tokens, model, experiment)
@@ -320,7 +322,12 @@ def save_calibrated(
         content = checkpoint | {"args": checkpoint["args"] | budgets, STAGE_KEEP: None}
     if gates:
         content[STORED] = gates
-    content.pop(TOKEN_THRESHOLDS, None)  # they were chosen with other gates
+    if content.pop(TOKEN_THRESHOLDS, None) and not tokens:
+        _logger.info(
+            "%s: left out the thresholds of tokens, which were chosen with other gates; "
+            "--token-budget image chooses them anew",
+            CALIBRATED,
+        )
     if tokens:
         content[TOKEN_THRESHOLDS] = tokens | {"of": token_budget(experiment.args)}
     save_checkpoint(content, experiment.output / CALIBRATED)
@@ -345,10 +352,12 @@ def main(argv: list[str] | None = None) -> int:
     choosing = args.eval and needs_training_images(args, checkpoint)
     experiment = Experiment.prepare(args, distributed, train=not args.eval or choosing)
     if choosing and experiment.data.calibration_loader is None:
+        flag, way = "--calibrate", "--gate-threshold P sets the threshold of gates"
+        if not args.calibrate:
+            flag, way = "--token-budget image", "a checkpoint that --calibrate wrote has its own"
         raise UsageError(
-            f"{'--calibrate' if args.calibrate else '--token-budget image'}: {args.data_set} is "
-            "read as a stream, of which no fixed part can be shown; --gate-threshold P sets the "
-            "threshold of gates"
+            f"{flag}: {args.data_set} is read as a stream, of which no fixed part can be shown; "
+            f"{way}"
         )
     prepare_output_dir(args.output_dir)
     code = 0

@@ -315,7 +315,7 @@ def _check(args: argparse.Namespace, task: Task) -> None:
     if args.calibrate and not (args.eval and (args.method in ("dyvm", "block") or of_tokens)):
         raise UsageError(
             "--calibrate needs --eval and --model-path, a checkpoint of --method dyvm or block (or "
-            "of method token, with --token-budget image)"
+            "of --method token, with --token-budget image)"
         )
     if args.calibrate and args.gate_threshold != "calibrated":
         raise UsageError(

@@ -214,7 +214,7 @@ def restore_token_thresholds(
     odds = token_thresholds(checkpoint, args).get("ema" if args.ema else "model")
     if odds is None:
         raise UserError(
-            f"{args.model_path} holds no thresholds of tokens for this budget; main.py --eval "
+            f"{args.model_path} holds no thresholds of tokens for these flags; main.py --eval "
             "--calibrate --token-budget image writes a checkpoint that does"
         )
     model.set_token_thresholds(odds)

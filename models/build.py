@@ -82,7 +82,8 @@ FLAGGED = {
 
 STORED = "gate_threshold"  # in a checkpoint: {"model": logit, "ema": logit}
 TOKEN_THRESHOLDS = "token_thresholds"  # {"model": log-odds of the stages, "ema": ..., "of": budget}
-BUDGET = ("token_keep_ratio", "stage_keep", "pruning_layers")  # flags for which these hold
+# Flags for which these hold.
+BUDGET = ("token_keep_ratio", "stage_keep", "pruning_layers", "input_size")
 STAGE_KEEP = "stage_keep"  # in a checkpoint: what its stages learned to keep, as --stage-keep
 
 _logger = logging.getLogger(__name__)
@@ -266,13 +267,15 @@ def restore_threshold(
 def token_thresholds(
     checkpoint: Mapping[str, Any], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """The log-odds of the stages that a checkpoint holds for the budget of these flags, by the
-    names of its weights, "model" and "ema"; else empty.
+    """The log-odds of the stages that a checkpoint holds for the budget of these flags and its own
+    gate threshold, by the names of its weights, "model" and "ema"; else empty.
     """
     stored = checkpoint.get(TOKEN_THRESHOLDS)
     names = ("model", "ema") if checkpoint.get("ema") else ("model",)
     if not isinstance(stored, dict) or stored.get("of") != token_budget(args):
         return {}
+    if args.method != "token" and args.gate_threshold != "calibrated":
+        return {}  # they were chosen with other gates
     return {name: stored[name] for name in names} if stored.keys() >= set(names) else {}
 
 

@@ -26,8 +26,8 @@ CONV_WIDTH = 4
 LOG2_E = math.log2(math.e)
 ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 # Of xz per group of images in CPU inference: half of the cache, the other half is for what is made
-# of it; 8 MiB where the system does not tell. Not more than 24: the C library gives memory of 32
-# back to the system each time, and getting it anew takes longer than the cache saves.
+# of it. At least 8 MiB, and not more than 24: the C library gives memory of 32 back to the system
+# each time, and getting it anew takes longer than the cache saves.
 GROUP_BYTES = min(max(processor.largest_cache() // 2, 8 << 20), 24 << 20)
 FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
 

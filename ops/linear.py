@@ -107,9 +107,10 @@ def _choice(
     rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
     x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
-    libraries = [F.linear]
+    libraries: tuple[_Product, ...] = (F.linear,)
     if onednn and _onednn_works():
-        libraries.insert(processor.vendor() == "GenuineIntel", _onednn)
+        on_intel = processor.vendor() == "GenuineIntel"
+        libraries = (F.linear, _onednn) if on_intel else (_onednn, F.linear)
     for product in libraries:
         fewest = _fewest_rows(product, x, weight, shift)
         if fewest is not None:

@@ -126,8 +126,10 @@ def test_without_onednn(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("few", [0, 1 / 8, 1])
 @pytest.mark.parametrize("router", [True, False])
-def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, router):
+def test_mixers_infer_in_groups_without_images_whose_scans_are_off(monkeypatch, router, few):
+    monkeypatch.setattr(mixer, "FEW_OFF", few)
     torch.manual_seed(0)
     layer, hidden = (
         BidirectionalMamba(16, 4, halve=True, router=router).eval(),
@@ -159,7 +161,7 @@ def test_routers_decide_as_in_training():
     classes = torch.randn(7, 2, 16)
     hidden = torch.cat([classes, torch.randn(7, 5, 16)], dim=1)
     layer.block_head.register_forward_hook(lambda *of: logits.append(of[2]))
-    for change in range(3):
+    for change in range(4):
         expected = layer.block_head(layer.in_proj(classes).mean(dim=1)).detach()
         logits.clear()
         with torch.no_grad():
@@ -167,7 +169,10 @@ def test_routers_decide_as_in_training():
             torch.testing.assert_close(*logits, expected, rtol=1e-5, atol=1e-5)
             if change == 0:
                 layer.in_proj.weight.mul_(2)
-        if change == 1:  # what stands around the projection is seen
+            if change == 1:
+                layer.in_proj.weight.data.mul_(2)  # no version tells; eval() does
+                layer.eval()
+        if change == 2:  # what stands around the projection is seen
             layer.in_proj.register_forward_hook(lambda _, inputs, output: output * 3)
     layer.bfloat16()
     with torch.no_grad():

@@ -227,11 +227,31 @@ def test_thresholds_that_a_checkpoint_holds(tmp_path: Path, monkeypatch):
     found = [sigmoid(odds) for odds in model.reduction.thresholds]
     assert found == chosen["token_budget"]["thresholds"]
     for source, more in (path, []), (calibrated, ["--token-keep-ratio", "0.6"]):
-        with pytest.raises(UserError, match="holds no thresholds of tokens for this budget; main"):
+        with pytest.raises(UserError, match="holds no thresholds of tokens for these flags; main"):
             load_predictor(parser, ["--model-path", str(source), *flags, *more])
     words = ["--model-path", str(calibrated), *image, "--output", str(tmp_path / "x.onnx")]
-    with pytest.raises(UsageError, match="an exported model keeps as many tokens of every image"):
+    with pytest.raises(UsageError, match="keeps the same number of tokens of every image"):
         export.main(words)
+
+
+def test_thresholds_are_not_those_of_other_gates(tmp_path: Path):
+    path = decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    image, gates = ("--token-budget", "image"), ("--gate-threshold", "0.99")
+    evaluated(path, tmp_path / "out", *image, "--calibrate")
+    calibrated = tmp_path / "out" / CALIBRATED
+    found = [evaluated(each, tmp_path / "x", *image, *gates) for each in (path, calibrated)]
+    assert found[0]["token_budget"] == found[1]["token_budget"]  # chosen anew of both
+    flags = ["--model-path", str(calibrated), "--device", "cpu", *image, *gates]
+    with pytest.raises(UserError, match="holds no thresholds of tokens for these flags"):
+        load_predictor(build_parser("predict.py", ""), flags)
+
+
+def test_thresholds_of_a_model_that_routes_nothing(tmp_path: Path):
+    path = save_model(tmp_path / "model.pth", "--method", "token", *DYNAMIC[2:], *SMALL)
+    image = "--token-budget", "image"
+    chosen = evaluated(decided(path), tmp_path / "out", *image, "--calibrate")
+    again = evaluated(tmp_path / "out" / CALIBRATED, tmp_path / "again", *image)
+    assert again["token_budget"] == chosen["token_budget"]
 
 
 def test_gates_that_are_chosen_again_drop_the_thresholds_of_tokens(tmp_path: Path):

@@ -4,6 +4,7 @@ E inner channels, N states, R step rank, W convolution width.
 """
 
 import itertools
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,9 +27,13 @@ class KeptParams(BranchParams):
     of them in `made`.
     """
 
-    def __init__(self, *tensors: Tensor):
-        self.made: dict = {}
-        self.serial = next(_serials)
+    @cached_property
+    def made(self) -> dict:
+        return {}
+
+    @cached_property
+    def serial(self) -> int:
+        return next(_serials)
 
 
 _serials = itertools.count()

@@ -56,8 +56,9 @@ def random_call(draw: random.Random, counts: dict[str, int]) -> None:
         draw.randint(0, 5),
         draw.choice([0, 1, 2, 3, 4, 15, 16, 17, 31, 33, draw.randint(1, 70)]),
     )
-    channels, states = draw.randint(1, 70), draw.choice([1, 2, 3, 4, 5, 8, 11, 16, 17, 20, 33])
-    sizes = (channels, states, draw.randint(1, 9))
+    channels = draw.choice([draw.randint(1, 70), draw.randint(1, 290)])
+    states = draw.choice([1, 2, 3, 4, 5, 8, 11, 16, 17, 20, 33])
+    sizes = (channels, states, draw.choice([draw.randint(1, 9), draw.randint(1, 26)]))
     dtype = draw.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
     flags = {
         name: draw.random() < 0.5

@@ -97,8 +97,8 @@ def _infer(*arguments) -> Tensor:
 
 
 def _packed(directions: Directions, arguments: tuple) -> tuple[Call, Packed] | None:
-    """For `passes.infer`, with weights packed once if they stay as they are; None where others
-    have to see what becomes of them.
+    """For `passes.infer`, with weights that stay as they are packed once; None where they may
+    change, or a tracer or counter has to see the operator.
     """
     given = [params for params in directions if params is not None]
     if not all(isinstance(params, KeptParams) for params in given) or not plain_on_cpu(

@@ -1,5 +1,5 @@
-// Inference: the projection, and all passes in one for whole images. There a thread takes an image through convolution,
-// projection and scan of one direction after the other, so that u never leaves its cache.
+// The projection, and for inference all passes in one: a thread takes a whole image through convolution, projection and
+// scan of one direction after the other, so that u never leaves its cache.
 #pragma once
 #include <memory>
 
@@ -18,7 +18,7 @@ typedef float HalfVec __attribute__((vector_size(4 * kHalfLanes)));
 typedef float UnalignedHalfVec __attribute__((vector_size(4 * kHalfLanes), aligned(4), may_alias));
 
 // Of a number in all lanes, so that both widths take it from memory once.
-inline HalfVec low(Vec v) {
+inline HalfVec lower_half(Vec v) {
   HalfVec half;
   __builtin_memcpy(&half, &v, sizeof half);
   return half;
@@ -28,8 +28,8 @@ inline HalfVec low(Vec v) {
 template <int kHalves>
 struct Sums {
   static constexpr int kVectors = kHalves / 2;
-  Vec whole[kVectors + 1];  // the last is not used; no array may be empty
-  HalfVec half;             // where kHalves is odd
+  Vec whole[kVectors ? kVectors : 1];
+  HalfVec half;  // where kHalves is odd
 };
 
 // sums += u W over `depth` channels, for kRows rows.
@@ -37,14 +37,14 @@ template <int kHalves, int kRows>
 inline void add_rows(const Problem& p, const float* u, const float* weight, int64_t depth, Sums<kHalves>* sums) {
   constexpr int kVectors = kHalves / 2;
   constexpr bool kHalf = kHalves % 2;
-  Vec total[kRows][kVectors + 1];
+  Vec total[kRows][kVectors ? kVectors : 1];
   HalfVec rest[kRows];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) total[r][v] = sums[r].whole[v];
     rest[r] = sums[r].half;
   }
   for (int64_t e = 0; e < depth; ++e, weight += p.padded_projections()) {
-    Vec w[kVectors + 1];
+    Vec w[kVectors ? kVectors : 1];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
     HalfVec half = {};
@@ -54,7 +54,7 @@ inline void add_rows(const Problem& p, const float* u, const float* weight, int6
       const Vec x = splat(u[r * p.padded + e]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) total[r][v] += w[v] * x;
-      if (kHalf) rest[r] += half * low(x);
+      if (kHalf) rest[r] += half * lower_half(x);
     }
   }
   for (int r = 0; r < kRows; ++r) {

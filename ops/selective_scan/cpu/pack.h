@@ -21,7 +21,6 @@ inline void pack_block(const Problem& p, int which, int64_t block) {
   pack_rows(p, which, block, p.A(0), given.A, p.states, kLog2E);
   pack_rows(p, which, block, p.step_bias(), given.dt_proj_bias, 1);
   pack_rows(p, which, block, p.step_weight(0), given.dt_proj_weight, p.rank);
-  if (!p.direction[which].projection) return;
   for (int lane = 0; lane < p.lanes(block); ++lane) {
     const int64_t channel = block * kLanes + lane;
     float* out = p.direction[which].projection + channel * p.padded_projections();

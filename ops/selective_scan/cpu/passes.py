@@ -150,7 +150,7 @@ def _scratch_rows(which: int, rows: int, width: int) -> Tensor:
 
 def infer(call: Call, packed: Packed) -> Tensor:
     """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the
-    threads. packed: the weights of `call`, which this does not read.
+    threads. packed: the weights of `call`, whose `directions` give the sizes alone.
     """
     library, problem, xz = kernels(), _problem(call), call.xz
     images, tokens, channels, states, rank = call.sizes
@@ -282,8 +282,8 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     library, problem = kernels(), _saved_problem(call, saved, grad_out)
     if library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
-        saved = Saved.empty(call, saved.weights)
         packed = Packed.of(call)
+        saved = Saved.empty(call, packed.weights)
         packed.attach(problem)
         _measure(problem, call, saved.extent, masked=False)
         _run_forward(problem, call, saved, torch.empty_like(grad_out))

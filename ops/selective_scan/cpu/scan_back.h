@@ -53,7 +53,7 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
   }
 }
 
-// Of kTogether rows of the step's projection, as in project_steps.
+// For kTogether rows of the step's weight, whose sums stay in registers over the tile.
 template <int kTogether>
 inline void add_step_gradients(const Tile& tile, const Vec* grad_step, int64_t first, Vec* sums) {
   Vec total[kTogether];

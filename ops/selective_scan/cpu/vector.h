@@ -129,7 +129,7 @@ inline Vec exp2_clamped(Vec x) {
 // 1 / x for 1 <= x <= 2^127. A division of this width takes as long as all that stands around it.
 #if defined(__AVX512F__)
 inline Vec reciprocal(Vec x) {
-  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);  // to within 2^-14, and after a step of Newton's 2^-23
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);  // to within 2^-14, and after one step of Newton's method 2^-23
   return r + r * (1.f - x * r);
 }
 #else
