@@ -172,30 +172,36 @@ def infer(call: Call, packed: Packed) -> Tensor:
         kept.append(xz.new_empty(rows, rank + 2 * states))
         direction.u = pointer(_scratch_rows(which, rows, problem.padded))
         direction.projected = pointer(kept[-1])
-    for run in (library.convolve, library.project_images, library.scan):
-        run(ctypes.byref(problem))
+    _run_passes(problem)
     return out
 
 
-def _run_forward(problem: Problem, call: Call, saved: Saved, out: Tensor) -> None:
-    """The passes behind `_measure`."""
+def _run_passes(problem: Problem) -> None:
+    """All passes behind `_measure`, each shared out to the threads."""
+    for run in (kernels().convolve, kernels().project_images, kernels().scan):
+        run(ctypes.byref(problem))
+
+
+def _run_forward(problem: Problem, call: Call, out: Tensor, masked: bool) -> Saved:
+    """Everything from the weights to the output; masked: as in `_measure`."""
+    packed = Packed.of(call)
+    saved = Saved.empty(call, packed.weights)
+    packed.attach(problem)
+    _measure(problem, call, saved.extent, masked)
     for which in _given(call):
         direction = problem.direction[which]
         for name in ("u", "projected", "checkpoints"):
             setattr(direction, name, pointer(getattr(saved, name)[which]))
     problem.out = pointer(out)
-    for run in (kernels().convolve, kernels().project_images, kernels().scan):
-        run(ctypes.byref(problem))
+    _run_passes(problem)
+    return saved
 
 
 def forward(call: Call) -> tuple[Tensor, Saved]:
     """y [B, L, E] and what the backward pass needs."""
-    problem, packed = _problem(call), Packed.of(call)
-    saved = Saved.empty(call, packed.weights)
+    problem = _problem(call)
     out = call.xz.new_empty(*call.xz.shape[:2], call.xz.shape[2] // 2)
-    packed.attach(problem)
-    _measure(problem, call, saved.extent, call.masked)
-    _run_forward(problem, call, saved, out)
+    saved = _run_forward(problem, call, out, call.masked)
     for which in _given(call):
         # Nothing undefined behind what counts.
         rows, chunks = problem.rows[which], problem.chunks[which]
@@ -282,11 +288,7 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     library, problem = kernels(), _saved_problem(call, saved, grad_out)
     if library.gradient_behind(ctypes.byref(problem)):
         # The shortcut of the forward pass is none here: masked tokens are read by what comes after.
-        packed = Packed.of(call)
-        saved = Saved.empty(call, packed.weights)
-        packed.attach(problem)
-        _measure(problem, call, saved.extent, masked=False)
-        _run_forward(problem, call, saved, torch.empty_like(grad_out))
+        saved = _run_forward(problem, call, torch.empty_like(grad_out), masked=False)
     blocks = problem.padded // library.lanes()
     # enough tasks for all threads when there are few images
     problem.groups = max(1, min(blocks, -(-4 * problem.threads // max(problem.images, 1))))

@@ -6,12 +6,11 @@
 // Scratch of one thread, reused from task to task.
 struct BackScratch {
   Decays decays;
-  std::vector<Vec> state;        // [N]
   std::vector<Vec> grad_state;   // [blocks of the group, N], dL/dh carried from tile to tile
   std::vector<Vec> grad_steps;   // [blocks of the group, R], of the step's projection, gathered from tile to tile
   std::vector<Vec> grad_BC;      // [kTile, 2N], sums over the blocks of the group, lane by lane
   BackScratch(const Problem& p, int64_t blocks)
-      : decays(p.states), state(p.states), grad_state(blocks * p.states), grad_steps(blocks * p.rank),
+      : decays(p.states), grad_state(blocks * p.states), grad_steps(blocks * p.rank),
         grad_BC(kTile * 2 * p.states) {}
 };
 

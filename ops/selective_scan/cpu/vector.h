@@ -45,12 +45,13 @@ inline float sum(Vec v) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
+inline Vec absolute(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 // The largest absolute value of many, which is a NaN where one of them is: bits of numbers without a sign are in the
 // order of the numbers, and a NaN's are above all.
 struct Largest {
   IntVec bits = {};
   void see(Vec v) {
-    const IntVec other = (IntVec)v & 0x7fffffff;
+    const IntVec other = (IntVec)absolute(v);
     bits = other > bits ? other : bits;
   }
   float value() const {
@@ -71,7 +72,6 @@ inline Vec at_most(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)splat(
 inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
 inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }
 #endif
-inline Vec absolute(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 
 constexpr float kLog2E = 1.44269504088896f;
 constexpr float kLn2 = 0.693147180559945f;
