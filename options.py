@@ -207,9 +207,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     group.add_argument(
         "--output_dir",
         "--output-dir",
-        default="output",
         metavar="DIR",
-        help="results and checkpoints",
+        help="results and checkpoints (default: output, of --eval output/eval)",
     )
     group.add_argument(
         "--overwrite",
@@ -280,6 +279,8 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
     if unknown and not (args.eval and recorded is None):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     _check_data_given(argv, args, recorded)
+    if args.output_dir is None:
+        args.output_dir = "output/eval" if args.eval else "output"
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, args.epochs // 2)
     if args.eval and recorded is None:

@@ -257,7 +257,7 @@ def test_evaluation_and_another_budget(at_home):
     for command in COMMANDS:
         if {"--eval", "output/dyvm/best_checkpoint.pth"} <= {*command.arguments}:
             start("main.py", *command.arguments, *FAST, "--throughput-seconds", "0")
-            reports.append(evaluation(at_home / "output")["dynamic"])
+            reports.append(evaluation(at_home / "output/eval")["dynamic"])
     as_trained, half = reports
     trained = evaluation(at_home / "output/dyvm")["dynamic"]
     assert {key: as_trained[key] for key in ("top1", "loss", "keep", "flops")} == {

@@ -245,6 +245,17 @@ class TestLock:
             os.close(hear)
 
 
+def test_an_evaluation_leaves_the_folder_of_trainings_alone(run, tmp_path, monkeypatch):
+    """Neither flag names a folder: what --eval writes does not stand in a training's way."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--device", "cpu", "--num-workers", "0", "--throughput-seconds", "0"]
+    assert main.main(["--eval", "--model-path", str(run / "best_checkpoint.pth"), *flags]) == 0
+    assert [path.name for path in Path("output").iterdir()] == ["eval"]
+    assert Path("output/eval/eval.json").exists()
+    assert main.main(SMALL) == 0
+    assert Path("output/best_checkpoint.pth").exists()
+
+
 def test_an_evaluation_keeps_a_list_of_bad_images_of_its_own(run, tmp_path):
     """And begins it anew: images that were bad in an earlier evaluation are not listed again."""
     (tmp_path / "bad_images_rank0.txt").write_text("3.jpg: of the training\n")
