@@ -58,6 +58,7 @@ from utils.logging import (
     write_args,
 )
 from utils.nonfinite import NonFiniteError
+from utils.precision import check_amp
 from utils.program import run_main
 from utils.run_folder import CALIBRATED
 
@@ -337,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = options.parse(argv)
     distributed = init_distributed(args.device)
+    check_amp(distributed.device, args.amp)
     setup_logging(distributed.is_main)
     checkpoint = None
     if args.eval:

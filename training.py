@@ -106,8 +106,6 @@ def ema_decay(decay: float | None, updates: int) -> float:
 def build_training(experiment: Experiment) -> Training:
     """Model, teacher, objective, optimizer, schedule and EMA of a new run."""
     args, data, device = experiment.args, experiment.data, experiment.device
-    if args.amp == "fp16" and device.type == "cpu":
-        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     seed_everything(args.seed)
     model = experiment.model(experiment.spec)
     teacher = load_start(model, experiment) if args.model_path else None

@@ -34,7 +34,7 @@ from utils.checkpoint import load_checkpoint
 from utils.distributed import init_distributed
 from utils.errors import UsageError, UserError
 from utils.logging import Progress
-from utils.precision import autocast
+from utils.precision import autocast, check_amp
 
 _logger = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def load_predictor(
         return Predictor(runtime, task, names, args, torch.device("cpu"))
     count = task.num_classes(checkpoint, args.model_path)
     device = init_distributed(args.device).device
+    check_amp(device, args.amp)
     model = task.model(ModelSpec.from_args(args), count)
     restore(model, checkpoint, args.model_path, ema=args.ema, threshold=args.gate_threshold)
     if args.token_budget == "image":

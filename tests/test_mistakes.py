@@ -45,6 +45,7 @@ def dense(tmp_path_factory) -> Path:
         (["--model-path", "missing.pth"], UserError, ["missing.pth"]),
         (["--method", "dyvm", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
         (["--eval", "--model-path", "missing.pth"], UserError, ["missing.pth"]),
+        (["--eval", "--model-path", "missing.pth", "--amp", "fp16"], UsageError, ["fp16", "bf16"]),
         (["--output_dir", "/proc/nowhere"], UserError, ["/proc/nowhere"]),
         (["--aa", "nonsense"], UsageError, ["nonsense"]),
         (["--opt", "nonsense"], UsageError, ["nonsense"]),

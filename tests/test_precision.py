@@ -1,11 +1,11 @@
-"""bf16 on GPUs that have none: one clear line, and the benchmarks take fp16."""
+"""Precisions that a device lacks: one clear line; benchmarks take fp16 for bf16."""
 
 import pytest
 import torch
 
 from benchmarks import flags
-from utils.errors import UserError
-from utils.precision import autocast, bf16_refusal
+from utils.errors import UsageError, UserError
+from utils.precision import autocast, bf16_refusal, check_amp
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -43,3 +43,10 @@ def test_the_benchmarks_default(old, device):
 def test_on_this_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bf16_refusal(CUDA) is None
+
+
+def test_fp16_is_for_gpus():
+    for device, amp in ((CUDA, "fp16"), (CUDA, "bf16"), (CPU, "bf16"), (CPU, "off")):
+        check_amp(device, amp)
+    with pytest.raises(UsageError, match="--amp fp16 needs a GPU; on a CPU use --amp bf16 or off"):
+        check_amp(CPU, "fp16")

@@ -12,7 +12,7 @@ from loading.folders import find_images
 from loading.images import FileImages
 from loading.transforms import eval_transform
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 FLAGS = SMALL[-4:]
 
@@ -145,6 +145,11 @@ def test_nothing_readable_is_an_error(model, tmp_path, capsys):
         predict.main(["--model-path", str(model), str(tmp_path / "none.png"), *FLAGS])
     with pytest.raises(UserError, match="no images in this folder"):
         predict.main(["--model-path", str(model), str(tmp_path), *FLAGS])
+
+
+def test_fp16_needs_a_gpu(model, images):
+    with pytest.raises(UsageError, match="--amp fp16 needs a GPU"):
+        predict.main(["--model-path", str(model), str(images), "--amp", "fp16", *FLAGS])
 
 
 def test_answers_that_are_not_finite_are_none(tmp_path, images, capsys):

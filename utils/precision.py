@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .errors import UserError
+from .errors import UsageError, UserError
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,6 +21,12 @@ def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
     if amp == "bf16" and (reason := bf16_refusal(device)) is not None:
         raise UserError(reason)
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp])
+
+
+def check_amp(device: torch.device, amp: str) -> None:
+    """Raise UsageError for `--amp fp16` on a CPU, for every program that has the flag."""
+    if amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
 
 
 def bf16_refusal(device: torch.device) -> str | None:
