@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils import program
 from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
 from utils.files import write_json
@@ -274,6 +275,22 @@ class TestRunMain:
                 monkeypatch.setenv("RANK", rank)
             assert self.end(main) == 1
             assert capsys.readouterr().err == expected
+
+    @pytest.mark.parametrize(
+        "local, error, told",
+        [("1", UsageError, False), ("0", UsageError, True), ("1", UserError, True)],
+    )
+    def test_flags_are_judged_by_one_process_of_a_machine(
+        self, capsys, monkeypatch, local, error, told
+    ):
+        def main():
+            raise error("wrong")
+
+        monkeypatch.setattr(program, "HEAD_START", 0.0)
+        for name, value in {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, value)
+        assert self.end(main) == error.exit_code
+        assert capsys.readouterr().err == ("error (rank 5): wrong\n" if told else "")
 
     def test_a_package_that_is_missing_is_one_line(self, capsys, monkeypatch):
         monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -106,6 +106,25 @@ def test_a_bad_number_on_one_stops_both_when_asked_to(tmp_path):
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
+@pytest.mark.parametrize("flags", [["--epochs", "no"], ["--device", "cuda"]], ids=" ".join)
+def test_a_mistake_in_the_flags_is_told_once(flags):
+    """Before the processes have met."""
+    ends = finish(start(2, ["main.py", *flags]))
+    assert [code for code, _, _ in ends] == [2, 2]
+    one_line(ends[0][2], "error (rank 0)", flags[0])
+    assert not ends[1][2]
+
+
+def test_torchrun_passes_on_what_is_wrong_with_the_flags():
+    """It ends the other process as soon as one has ended."""
+    run = torchrun("main.py", "--epochs", "no")
+    told = "".join(run.communicate(timeout=120)).splitlines()
+    assert run.returncode != 0
+    assert [line for line in told if line.startswith("error")] == [
+        "error (rank 0): argument --epochs: 'no' is no positive integer (see python main.py --help)"
+    ]
+
+
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory):
     """A training in whose middle rank 1 was killed -> output folder, flags, seconds until rank 0
@@ -130,13 +149,13 @@ def test_a_killed_rank_ends_the_other(survivor):
     one_line(stderr, "error (rank 0)", "--resume auto continues from the last save")
 
 
-def test_both_are_told_that_the_folder_holds_a_run(survivor):
+def test_both_end_if_the_folder_holds_a_run(survivor):
     output, flags, _, _ = survivor
     before = (output / "checkpoint.pth").read_bytes()
     ends = finish(start(2, ["main.py", *flags]))
     assert [code for code, _, _ in ends] == [2, 2]
-    for rank, (_, _, stderr) in enumerate(ends):
-        one_line(stderr, f"error (rank {rank})", f"{output} already holds", "--resume auto")
+    one_line(ends[0][2], "error (rank 0)", f"{output} already holds", "--resume auto")
+    assert not ends[1][2]
     assert (output / "checkpoint.pth").read_bytes() == before
 
 

@@ -4,11 +4,16 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from .errors import UserError, first_line
+from .errors import UsageError, UserError, first_line
 from .startup import missing_package
+
+# Launchers end the other processes as soon as one has ended: the one that has something to say must
+# be the first.
+HEAD_START = 3.0  # seconds
 
 
 class Lasting:
@@ -66,8 +71,9 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost
     disk, a memory that is too small, a missing package and a lost process of a distributed run are
-    reported in one line too (exit code 1). Programming errors keep their stack trace. Standard
-    output and standard error become `Lasting`.
+    reported in one line too (exit code 1). Programming errors keep their stack trace. Of several
+    processes on a machine, which all have the same flags, the first one alone reports a UsageError.
+    Standard output and standard error become `Lasting`.
     """
     _outlive_readers()
     try:
@@ -83,7 +89,11 @@ def run_main(main: Callable[[], int | None]) -> None:
                 )
                 _leave(1)
             raise
-        code = _report(f"error{_rank()}: {message}", getattr(error, "exit_code", 1))
+        code = getattr(error, "exit_code", 1)
+        if isinstance(error, UsageError) and _leaves_flags_to_another():
+            time.sleep(HEAD_START)
+        else:
+            _report(f"error{_rank()}: {message}", code)
     _leave(code)
 
 
@@ -118,6 +128,10 @@ def _rank() -> str:
     rank = os.environ.get("RANK")  # clusters may set WORLD_SIZE alone
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     return f" (rank {rank})" if rank and several else ""
+
+
+def _leaves_flags_to_another() -> bool:
+    return bool(_rank()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _report(line: str, code: int) -> int:
