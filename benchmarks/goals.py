@@ -3,10 +3,10 @@
     python benchmarks/goals.py FOLDER --output FOLDER/goals.json
     python benchmarks/goals.py    # without a GPU: what is computed alone
 
-FOLDER holds model-s.json, model-s-512.json and train.json; what is missing or wrong counts as not
-measured. Of the ways to run one model (eager, compiled, in a CUDA graph) the fastest counts, for
-DeiT too. What is not measured is shown as computed, where it is, by gpu_static/report.py: marked by
-~, and neither met nor missed.
+FOLDER holds model-s.json, model-s-512.json and train.json, or some of them; what is missing or
+wrong counts as not measured. Of the ways to run one model (eager, compiled, in a CUDA graph) the
+fastest counts, for DeiT too. What is not measured is shown as computed, where it is, by
+gpu_static/report.py: marked by ~, and neither met nor missed.
 
 The limits are those of an H200 at 224 pixels in bf16, computed for fused kernels: matrix products
 at 790 TFLOP/s (measured), 16 special functions per clock and SM for the exponentials of the scan,
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flags
 from utils.arguments import OneLineParser
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 from utils.files import write_json
 from utils.program import run_main
 from utils.tables import text_table
@@ -37,6 +37,7 @@ LIMITS = {
 OURS = ("", ", graph")
 DEIT = ("", ", graph", ", compiled", ", compiled, graph")
 MAMBA_SSM_CARD = "H200"  # that the mamba_ssm path is computed for
+RECORDS = ("model-s.json", "model-s-512.json", "train.json")
 COMPUTED = Path(__file__).parent / "results/gpu_static.json"
 
 
@@ -64,8 +65,14 @@ class Records(NamedTuple):
 
     @staticmethod
     def read(folder: Path) -> "Records":
-        paths = (folder / name for name in ("model-s.json", "model-s-512.json", "train.json"))
-        return Records(*map(read_record, paths))
+        """Raises UserError for a folder without any."""
+        records = Records(*(read_record(folder / name) for name in RECORDS))
+        if not any(records):
+            raise UserError(
+                f"{folder} holds no record to read, none of {', '.join(RECORDS)}; "
+                "scripts/gpu_check.sh writes them"
+            )
+        return records
 
     def forward(
         self, name: str, forms: tuple[str, ...], batch: int | None = None, pixels: int = 224

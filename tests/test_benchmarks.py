@@ -370,6 +370,7 @@ def test_a_record_that_is_cut_off_counts_as_not_measured(
     content, complaint, monkeypatch, tmp_path, capsys
 ):
     (tmp_path / "train.json").write_bytes(content)
+    (tmp_path / "model-s.json").write_text('{"parts": []}')
     monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path)])
     goals.main()
     printed = capsys.readouterr()

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import goals
+from utils.errors import UserError
 
 
 def test_the_goals_without_a_gpu(monkeypatch, tmp_path, capsys):
@@ -88,3 +89,14 @@ def test_the_mamba_ssm_path_is_computed_for_one_card():
     for compute in (of_an_h100.against_release, lambda: of_an_h100.against_mamba_ssm("train")):
         with pytest.raises(KeyError, match="H100"):
             compute()
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{"], ids=["missing", "no record", "cut off"])
+def test_a_folder_without_records_is_told(monkeypatch, tmp_path, content):
+    if content is not None:
+        (tmp_path / "train.json").write_text(content)
+    output = tmp_path / "goals.json"
+    monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path), "--output", str(output)])
+    with pytest.raises(UserError, match="holds no record to read.*train.json") as told:
+        goals.main()
+    assert told.value.exit_code == 1 and not output.exists()
