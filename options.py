@@ -15,6 +15,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from datasets import add_data_arguments, settle_data, task_of
 from flag_rules import REPLACED, check_read
 from models.options import (
+    add_method_arguments,
     add_model_arguments,
     check_reduction,
     check_token_budget,
@@ -97,6 +98,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
 
     add_model_arguments(parser)
+    add_method_arguments(parser)
     add_data_arguments(parser)
 
     task.add_arguments(parser)

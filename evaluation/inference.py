@@ -181,8 +181,10 @@ def load_predictor(
             f"{args.model_path} does not record the flags of its {task.name} model, and without "
             "them another one might be built; evaluate it with main.py --eval"
         )
-    own = vars(build_parser("", "").parse_args([])) | vars(_flags_of(task).parse_args([]))
-    parser.set_defaults(**{name: value for name, value in own.items() if name not in args})
+    usual = build_parser("", "")
+    task.add_arguments(usual)
+    defaults = vars(usual.parse_args([])).items()
+    parser.set_defaults(**{name: value for name, value in defaults if name not in args})
     parser.set_defaults(**recorded_arguments(checkpoint, task.recorded))
     args = parser.parse_args(argv)
     settle_stage_keep(argv, args)
@@ -237,12 +239,6 @@ def check_fixed(argv: Sequence[str], args: argparse.Namespace) -> None:
             f"{args.model_path} is run by ONNX Runtime on the CPU in its own precision; leave out "
             "--device and --amp"
         )
-
-
-def _flags_of(task: Task) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    task.add_arguments(parser)
-    return parser
 
 
 def class_names(file: str | None, checkpoint: dict[str, Any], count: int, source: str) -> list[str]:

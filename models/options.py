@@ -34,7 +34,7 @@ def gate_threshold(text: str) -> float | str:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the groups "model" and "method", which visualize.py and predict.py share."""
+    """Add the groups "model" and "method": what every program that takes a checkpoint reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -47,12 +47,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="training: the dense teacher (dyvm, token, block) or the weights to start from "
         "(dense); evaluation: the checkpoint to evaluate",
-    )
-    group.add_argument(
-        "--dense-path",
-        metavar="FILE",
-        help="evaluation: dense checkpoint to compare with (default: the teacher named in the "
-        "checkpoint)",
     )
     group.add_argument(
         "--model-kwargs",
@@ -68,12 +62,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="LAYER",
         help="prune tokens before these layers (default: the model's)",
-    )
-    group.add_argument(
-        "--drop-path",
-        type=below_one,
-        default=0.0,
-        help="stochastic depth: rate of the last layer, linear in depth",
     )
 
     group = parser.add_argument_group("method")
@@ -97,6 +85,69 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="fractions of the patches that are left after each stage, in place of "
         "--token-keep-ratio",
+    )
+    group.add_argument(
+        "--token-strategy",
+        "--selector",
+        choices=TOKEN_STRATEGIES,
+        default="learned",
+        help="which tokens stay: the paper's learned scores; distilled: scores that are taught "
+        "what matters to the teacher; random, static, norm: baselines; top: ToP-ViM's score",
+    )
+    group.add_argument(
+        "--reduction",
+        choices=REDUCTIONS,
+        default="prune",
+        help="what becomes of the others: dropped, or averaged into the most similar one that "
+        "stays; merge: R-MeeTo's pairs, mtr: MTR's groups by step size, both without a selector",
+    )
+    group.add_argument(
+        "--merge-tokens",
+        type=positive,
+        metavar="R",
+        help="--reduction merge: tokens that each stage merges, in place of --token-keep-ratio",
+    )
+    group.add_argument(
+        "--selector-gradient",
+        choices=SELECTOR_GRADIENTS,
+        default="paper",
+        help="inplace: the decision about a dropped token gets the gradient of putting it back "
+        "where it stands; in the paper's training it gets none",
+    )
+    group.add_argument(
+        "--scorer-input",
+        choices=SCORER_INPUTS,
+        default="hidden",
+        help="what the score predictors read",
+    )
+    group.add_argument(
+        "--gate-threshold",
+        type=gate_threshold,
+        default="calibrated",
+        metavar="calibrated|P",
+        help="evaluation: a scan runs if its router's probability exceeds P (0.5 in the paper, "
+        "which keeps more than was trained); calibrated: the checkpoint's own P, at which "
+        "--block-keep-ratio is met",
+    )
+    group.add_argument(
+        "--token-budget",
+        choices=("fixed", "image"),
+        default="fixed",
+        help="evaluation: the same number of tokens for every image; image: as many as its scores "
+        "earn, more of some and fewer of others, and on average the same. The thresholds are the "
+        "checkpoint's own, from main.py --eval --calibrate; for one that has none main.py --eval "
+        "chooses them on training images (one view of each)",
+    )
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group "training and comparison", which main.py alone reads."""
+    group = parser.add_argument_group("training and comparison")
+    group.add_argument(
+        "--drop-path",
+        type=below_one,
+        default=0.0,
+        help="stochastic depth: rate of the last layer, linear in depth",
     )
     group.add_argument(
         "--keep-schedule",
@@ -136,34 +187,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the terms that compare with the teacher",
     )
     group.add_argument(
-        "--token-strategy",
-        "--selector",
-        choices=TOKEN_STRATEGIES,
-        default="learned",
-        help="which tokens stay: the paper's learned scores; distilled: scores that are taught "
-        "what matters to the teacher; random, static, norm: baselines; top: ToP-ViM's score",
-    )
-    group.add_argument(
-        "--reduction",
-        choices=REDUCTIONS,
-        default="prune",
-        help="what becomes of the others: dropped, or averaged into the most similar one that "
-        "stays; merge: R-MeeTo's pairs, mtr: MTR's groups by step size, both without a selector",
-    )
-    group.add_argument(
-        "--merge-tokens",
-        type=positive,
-        metavar="R",
-        help="--reduction merge: tokens that each stage merges, in place of --token-keep-ratio",
-    )
-    group.add_argument(
-        "--selector-gradient",
-        choices=SELECTOR_GRADIENTS,
-        default="paper",
-        help="inplace: the decision about a dropped token gets the gradient of putting it back "
-        "where it stands; in the paper's training it gets none",
-    )
-    group.add_argument(
         "--selector-weight",
         type=not_negative,
         default=1.0,
@@ -177,28 +200,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="--token-strategy distilled: run the teacher backwards every N steps only",
     )
     group.add_argument(
-        "--scorer-input",
-        choices=SCORER_INPUTS,
-        default="hidden",
-        help="what the score predictors read",
-    )
-    group.add_argument(
-        "--gate-threshold",
-        type=gate_threshold,
-        default="calibrated",
-        metavar="calibrated|P",
-        help="evaluation: a scan runs if its router's probability exceeds P (0.5 in the paper, "
-        "which keeps more than was trained); calibrated: the checkpoint's own P, at which "
-        "--block-keep-ratio is met",
-    )
-    group.add_argument(
-        "--token-budget",
-        choices=("fixed", "image"),
-        default="fixed",
-        help="evaluation: the same number of tokens for every image; image: as many as its scores "
-        "earn, more of some and fewer of others, and on average the same. The thresholds are the "
-        "checkpoint's own, from main.py --eval --calibrate; for one that has none main.py --eval "
-        "chooses them on training images (one view of each)",
+        "--dense-path",
+        metavar="FILE",
+        help="evaluation: dense checkpoint to compare with (default: the teacher named in the "
+        "checkpoint)",
     )
 
 

@@ -31,6 +31,7 @@ import visualize
 from evaluation.inference import build_parser, load_predictor
 from exporting import checking
 from exporting.onnx_model import OnnxModel
+from models.build import FLAG_OF
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
@@ -299,6 +300,13 @@ def test_what_hangs_on_rounding_is_not_compared(routed, monkeypatch):
 def test_wrong_flags(flags, said, routed):
     with pytest.raises(UsageError, match=said):
         export.main(["--model-path", str(routed[0]), *flags.split()])
+
+
+def test_flags_of_training_are_none_of_its_own():
+    own = {"output", "format", "opset", "int8", "class_names", "ema", "model_path", "help"}
+    of_budget = {"gate_threshold", "token_budget"}
+    flags = {action.dest for action in export.build_parser()._actions}
+    assert flags == own | of_budget | {*FLAG_OF.values()} - {"drop_path"}
 
 
 def test_random_tokens_are_refused(tmp_path):
