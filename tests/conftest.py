@@ -4,6 +4,7 @@ The tests' tensors are tiny. On a shared machine, threads that spin while they w
 processor from those that they wait for, and everything becomes ten times slower.
 """
 
+import logging
 import os
 import sys
 
@@ -43,6 +44,12 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def as_a_process_of_its_own(monkeypatch):
+    """Without the handlers that other programs have left, which write to standard output."""
+    monkeypatch.setattr(logging.root, "handlers", [])
 
 
 @pytest.fixture

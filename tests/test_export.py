@@ -1,7 +1,6 @@
 """export.py: files that other runtimes run, equal to the checkpoint; what it says to bad input."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -39,10 +38,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-
-@pytest.fixture(autouse=True)
-def as_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(logging.root, "handlers", [])
+pytestmark = pytest.mark.usefixtures("as_a_process_of_its_own")
 
 
 @pytest.fixture(scope="module")

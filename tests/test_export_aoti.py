@@ -3,7 +3,6 @@ this project.
 """
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -29,15 +28,12 @@ from utils.errors import UsageError, UserError
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "aoti"
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
-)
-
-
-@pytest.fixture(autouse=True)
-def as_a_process_of_its_own(monkeypatch):
-    """Without the log on stdout that main.py sets up in other tests."""
-    monkeypatch.setattr(logging.root, "handlers", [])
+pytestmark = [
+    pytest.mark.usefixtures("as_a_process_of_its_own"),
+    pytest.mark.skipif(
+        shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

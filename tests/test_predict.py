@@ -1,7 +1,6 @@
 """predict.py: classes and probabilities as text and as JSON, and what it says to bad input."""
 
 import json
-import logging
 
 import pytest
 from helpers.seeing import DYNAMIC, SMALL, planted, save_images, save_model
@@ -15,12 +14,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
 FLAGS = SMALL[-4:]
-
-
-@pytest.fixture(autouse=True)
-def as_a_process_of_its_own(monkeypatch):
-    """Without the handlers that other programs have left, which write to standard output."""
-    monkeypatch.setattr(logging.root, "handlers", [])
+pytestmark = pytest.mark.usefixtures("as_a_process_of_its_own")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ few small images.
 import importlib
 import itertools
 import json
-import logging
 import re
 import shlex
 from pathlib import Path
@@ -218,11 +217,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def at_home(home, monkeypatch):
+def at_home(home, monkeypatch, as_a_process_of_its_own):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(
-        logging.root, "handlers", []
-    )  # those of the trainings write to standard output
     return home
 
 

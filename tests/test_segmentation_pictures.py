@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import re
 from dataclasses import replace
 
@@ -47,12 +46,7 @@ from utils.errors import UsageError, UserError
 HERE = SMALL[-4:]
 MODEL = [*SMALL[:3], "patch_size=8", "--input-size", "32", "--decoder", "light"]
 TRAINING = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8", "--lr", "1e-2"]
-
-
-@pytest.fixture(autouse=True)
-def as_a_process_of_its_own(monkeypatch):
-    """Without the handlers that other programs have left, which write to standard output."""
-    monkeypatch.setattr(logging.root, "handlers", [])
+pytestmark = pytest.mark.usefixtures("as_a_process_of_its_own")
 
 
 @pytest.fixture(scope="module")
