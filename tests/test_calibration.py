@@ -2,59 +2,20 @@
 that evaluates it.
 """
 
-import json
 import logging
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import evaluated, loaded
 from helpers.seeing import DYNAMIC, SMALL, save_model
 
-import main
 import options
 from engine import validate
 from evaluation.calibration import calibrate, calibrate_tokens, quantile_above
-from models.build import build_model, recorded_arguments, restore
-from tasks import Experiment
+from models.build import restore
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.distributed import Distributed
 from utils.errors import UsageError, UserError
-
-ALONE = Distributed(torch.device("cpu"))
-
-
-def loaded(path: Path, *flags: str):
-    """-> what --eval makes of a checkpoint and flags, the model."""
-    checkpoint = load_checkpoint(path)
-    argv = ["--eval", "--model-path", str(path), "--num-workers", "0", "--device", "cpu", *flags]
-    args = options.parse(argv, recorded_arguments(checkpoint))
-    experiment = Experiment.prepare(args, ALONE)
-    model = build_model(experiment.spec, 10)
-    return experiment, restore(model, checkpoint, str(path), threshold=args.gate_threshold)
-
-
-def evaluated(path: Path, output: Path, *flags: str) -> dict:
-    assert (
-        main.main(
-            [
-                "--eval",
-                "--model-path",
-                str(path),
-                "--output_dir",
-                str(output),
-                "--throughput-seconds",
-                "0",
-                "--num-workers",
-                "0",
-                "--device",
-                "cpu",
-                *flags,
-            ]
-        )
-        == 0
-    )
-    return json.loads((output / "eval.json").read_text())["dynamic"]
 
 
 def share_kept(gates: list[list[float]]) -> float:

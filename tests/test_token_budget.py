@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.exports import decided, segmenter
 from helpers.reductions import build
+from helpers.runs import evaluated
 from helpers.seeing import DYNAMIC, SMALL, save_model
-from test_calibration import evaluated
 
 import export
 import main
