@@ -9,6 +9,8 @@ from PIL import Image
 
 from datasets import add_augmentation_arguments, add_data_arguments
 
+WIDTH, HEIGHT = 40, 30
+
 
 def options(*flags: str, seed: int = 0) -> argparse.Namespace:
     """The parsed data flags; no workers and batches of 4 unless the flags say otherwise."""
@@ -20,10 +22,17 @@ def options(*flags: str, seed: int = 0) -> argparse.Namespace:
     return args
 
 
-def photo(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
+def photo(size: tuple[int, int] = (WIDTH, HEIGHT), seed: int = 0) -> Image.Image:
     """A smooth random RGB image: noise would show little of what a decoder or a rotation does."""
     coarse = np.random.RandomState(seed).randint(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR)
+
+
+def labels(seed: int, low: int = 0, high: int = 3) -> np.ndarray:
+    """[HEIGHT, WIDTH] in squares of 5 pixels, values low ... high - 1, each of them there."""
+    coarse = np.random.RandomState(seed).randint(low, high, (HEIGHT // 5, WIDTH // 5))
+    coarse.flat[: high - low] = range(low, high)
+    return np.kron(coarse, np.ones((5, 5), int)).astype(np.uint8)
 
 
 def make_folders(root: Path, classes=("cat", "dog"), train: int = 8, val: int = 3) -> Path:
