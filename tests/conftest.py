@@ -53,6 +53,17 @@ def as_a_process_of_its_own(monkeypatch):
 
 
 @pytest.fixture
+def poisoned():
+    """Memory that nobody wrote holds NaN."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan() and torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def python(tmp_path):
     """A python that notes its arguments in calls.log; `-` runs what it is given, `-c` (the checks)
     always succeeds.

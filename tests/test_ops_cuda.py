@@ -5,7 +5,6 @@ interpreter, in the place of Triton's kernel.
 """
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+from helpers.kernels import INTERPRETED, compare, draw_params, run_interpreted  # noqa: E402
 from helpers.warp import emulators  # noqa: E402
 
 from ops.selective_scan import bidirectional_ssm, ssm_branch  # noqa: E402
@@ -21,21 +21,13 @@ from ops.selective_scan.gpu.kernels.common import CHUNK  # noqa: E402
 from ops.selective_scan.gpu.scan_gradient import Given, Result  # noqa: E402
 
 N, R = 16, 3
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     return emulators(tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that nobody wrote holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def tokens(given: Given, direction: int, image: int) -> int:
@@ -307,8 +299,6 @@ def test_interpreted_proof_of_a_wrong_kernel(emulator):
 @interpreted
 @pytest.mark.parametrize("in_place", [False, True])
 def test_interpreted_whole_pass(in_place, emulated, monkeypatch):
-    from test_ops_triton import compare, draw_params
-
     torch.manual_seed(0)
     B, L, E = 2, 34, 20
     inputs = {
@@ -333,8 +323,6 @@ def test_interpreted_whole_pass(in_place, emulated, monkeypatch):
 
 @interpreted
 def test_interpreted_one_direction(emulated, monkeypatch):
-    from test_ops_triton import compare, draw_params
-
     torch.manual_seed(0)
     inputs = {"xz": torch.randn(1, 7, 80), "params": draw_params(40, N, R)}
     compare(lambda **given: ssm_branch(**given, reverse=True), inputs, 5e-6, monkeypatch)
@@ -355,6 +343,4 @@ def test_gpu_proof(masked, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests run in this process")
 def test_in_the_interpreter():
-    from test_ops_triton import run_interpreted
-
     run_interpreted(Path(__file__), "test_interpreted")
