@@ -85,6 +85,14 @@ esac""",
     )
 
 
+@pytest.fixture
+def inputs(tmp_path):
+    """A teacher's checkpoint and a data folder, as variables of the environment."""
+    (tmp_path / "dense model.pth").touch()
+    (tmp_path / "images").mkdir()
+    return {"MODEL_PATH": tmp_path / "dense model.pth", "DATA_PATH": tmp_path / "images"}
+
+
 @pytest.fixture(scope="session")
 def video_root(tmp_path_factory):
     """train/ and val/ with two classes of videos of six frames; one is a folder of them."""

@@ -21,3 +21,14 @@ def recipe(
     words = shlex.split(done.stdout)
     start = next(i for i, word in enumerate(words) if word.endswith("main.py"))
     return words[:start], options.parse(words[start + 1 :])
+
+
+def flags_of(command):
+    """{flag: value} of a printed command's part after main.py; the last wins, as in argparse."""
+    words = shlex.split(command)
+    words = words[next(i for i, word in enumerate(words) if word.endswith("main.py")) + 1 :]
+    flags = {}
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            flags[word.removeprefix("--")] = True if following.startswith("--") else following
+    return flags
