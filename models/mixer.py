@@ -19,7 +19,7 @@ from ops.rms_norm import add_rms_norm
 from ops.selective_scan import BranchParams, KeptParams, bidirectional_ssm, branch_inputs
 from utils import processor
 
-from . import sampling
+from . import cpu_layer, sampling
 from .layouts import ClassSlots, RouterMean, read
 
 CONV_WIDTH = 4
@@ -29,7 +29,6 @@ ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 # of it. At least 8 MiB, and not more than 24: the C library gives memory of 32 back to the system
 # each time, and getting it anew takes longer than the cache saves.
 GROUP_BYTES = min(max(processor.largest_cache() // 2, 8 << 20), 24 << 20)
-FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
 
 
 @dataclass
@@ -116,13 +115,13 @@ class BidirectionalMamba(nn.Module):
         self.noise: Tensor | None = None  # factor of the gates' noise in training, see `set_noise`
         self.router_mean = RouterMean()
         self.observation = Observation()
-        self._kept = Kept()
+        self.kept = Kept()
 
-    def branch(self, backward: bool) -> BranchParams:
-        """The weights of one direction, as the scan reads them."""
+    def branch_weights(self, backward: bool) -> tuple[Tensor, ...]:
+        """What `branch` is made of."""
         suffix = "_b" if backward else ""
         conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        weights = (
+        return (
             conv.weight,
             conv.bias,
             getattr(self, f"x_proj{suffix}").weight,
@@ -132,15 +131,19 @@ class BidirectionalMamba(nn.Module):
             getattr(self, f"D{suffix}"),
         )
 
+    def branch(self, backward: bool) -> BranchParams:
+        """The weights of one direction, as the scan reads them."""
+        weights = self.branch_weights(backward)
+
         def read() -> BranchParams:
             taps, *others, A_log, D = weights
             given = (taps.squeeze(1), *others, decay(A_log), D)
             return BranchParams(*given) if torch.is_grad_enabled() else KeptParams(*given)
 
-        return self._kept.get(f"branch{suffix}", weights, read)
+        return self.kept.get("branch_b" if backward else "branch", weights, read)
 
     def train(self, mode: bool = True) -> "BidirectionalMamba":
-        self._kept.clear()
+        self.kept.clear()
         return super().train(mode)
 
     def route(self, logits: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ class BidirectionalMamba(nn.Module):
             and not self.observation.of
             and not torch.compiler.is_compiling()  # groups depend on the images
         ):
-            return self._infer_in_groups(hidden, class_slots, lengths)
+            return self.infer_in_groups(hidden, class_slots, lengths)
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
@@ -214,31 +217,40 @@ class BidirectionalMamba(nn.Module):
         """The same of `scan_inputs`, which repeats the input projection too."""
         return self.step_operations(tokens) + tokens * self.in_proj.weight.numel()
 
-    def _infer_in_groups(
-        self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None
+    def group_size(self, batch: int, tokens: int, bytes_each: int) -> int:
+        """Images at a time whose xz fits the cache, in CPU inference."""
+        count = math.ceil(batch * tokens * self.in_proj.out_features * bytes_each / GROUP_BYTES)
+        size = math.ceil(batch / max(1, count))
+        return max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
+
+    def infer_in_groups(
+        self,
+        hidden: Tensor,
+        class_slots: ClassSlots,
+        lengths: Tensor | None = None,
+        gates: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` on a CPU without gradient, a few images at a time: their xz fits the cache.
+        """`forward` on a CPU without gradient, a few images at a time.
 
         Images whose scans are both off are left out where they are enough to pay for moving the
         others together. Where images differ in length, those of a group are as alike as can be.
+
+        gates: if they are known.
         """
         batch, tokens, _ = hidden.shape
-        count = math.ceil(
-            batch * tokens * self.in_proj.out_features * hidden.element_size() / GROUP_BYTES
-        )
-        size = math.ceil(batch / max(1, count))
-        size = max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
+        size = self.group_size(batch, tokens, hidden.element_size())
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
-        gates, active, whole = None, None, True
+        active, whole = None, True
         if self.block_head is not None:
-            classes = read(hidden, class_slots, lengths=lengths)
-            gates = self.route(self.block_head.before(self.in_proj, classes))
+            if gates is None:
+                classes = read(hidden, class_slots, lengths=lengths)
+                gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
             running = active.any(dim=1)
             left_out = batch - int(running.sum())
             if left_out == batch:
                 return torch.zeros_like(hidden), gates
-            whole = left_out <= FEW_OFF * batch
+            whole = left_out <= cpu_layer.FEW_OFF * batch
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
         if lengths is not None and len(groups) > 1:
@@ -306,6 +318,10 @@ class Layer(nn.Module):
         """
         if hidden is not None:
             hidden = self.drop_path(hidden)
+        if mask is None and lengths is None and not torch.compiler.is_compiling():
+            evaluated = cpu_layer.evaluate(self, hidden, residual, class_slots)
+            if evaluated is not None:
+                return evaluated
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)
         hidden, gates = self.mixer(normed, class_slots, mask, lengths)
         return hidden, residual, gates

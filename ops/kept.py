@@ -125,11 +125,13 @@ class Kept:
         """The value, from `make()` where it is missing or out of date; where autograd or a tracer
         has to see how it is made, always that.
         """
-        if torch.is_grad_enabled() or not plain(*weights) or any(w.is_inference() for w in weights):
+        if torch.is_grad_enabled() or not plain():
             return make()
         made = self._values.get(name)
         if made is None or not made.is_of(weights) or not made.is_current():
             value = make()
+            if not plain(*weights) or any(weight.is_inference() for weight in weights):
+                return value
             if capturing():
                 return value
             made = self._values[name] = _Made.of(weights, value)

@@ -38,7 +38,7 @@ _ROWS = 521, 4099  # the fewest and the most that a trial has
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
-_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,10 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.shape[-1] != weight.shape[-1]
     ):
         return F.linear(x, weight, bias)
-    # The choice must not depend on the number of rows: an image's logits would depend on its batch.
-    product, fewest = _choice(
-        *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
-    )
+    product, fewest = chosen_product(weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     missing = max(0, fewest - len(rows))
     if missing:
@@ -67,6 +64,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         out = product(rows, weight, bias)
     return out.view(*x.shape[:-1], len(weight))
+
+
+def chosen_product(weight: Tensor, bias: Tensor | None = None) -> tuple[Product, int]:
+    """The product for weights of this size, and the fewest rows that it may be given.
+
+    It does not depend on the number of rows: an image's logits would depend on its batch.
+    """
+    return _choice(
+        *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    )
 
 
 class Linear(nn.Linear):
@@ -99,15 +106,14 @@ class Linear(nn.Linear):
 @lru_cache(maxsize=None)
 def _choice(
     outputs: int, inputs: int, bias: bool, threads: int, onednn: bool
-) -> tuple[_Product, int]:
-    """The product for weights of this size, and the fewest rows that it may be given.
-
-    threads: of PyTorch; they share the rows out, so that another number asks again.
+) -> tuple[Product, int]:
+    """`chosen_product`. threads: of PyTorch; they share the rows out, so that another number asks
+    again.
     """
     rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
     x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
-    libraries: tuple[_Product, ...] = (F.linear,)
+    libraries: tuple[Product, ...] = (F.linear,)
     if onednn and _onednn_works():
         on_intel = processor.vendor() == "GenuineIntel"
         libraries = (F.linear, _onednn) if on_intel else (_onednn, F.linear)
@@ -124,7 +130,7 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
 
 
-def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
+def _fewest_rows(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
     """The number of rows from which on each has the same bits in all products tried; None where
     there is none.
     """

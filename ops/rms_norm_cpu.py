@@ -11,9 +11,7 @@ from torch import Tensor
 
 from .operators import plain_on_cpu
 from .selective_scan import available
-from .selective_scan.cpu.library import kernels, pointer
-
-_SERIAL = 1 << 17  # numbers that one thread has done sooner than others are awake
+from .selective_scan.cpu.library import kernels, pointer, threads_for
 
 
 def takes(hidden: Tensor | None, residual: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -36,7 +34,10 @@ def forward(
     scale = residual.new_empty(*residual.shape[:-1], 1)
     given = hidden, residual, weight, total, normed, scale
     kernels().add_rms_norm(
-        *_pointers(*given), *_rows(residual), ctypes.c_float(eps), _threads(residual)
+        *_pointers(*given),
+        *_rows(residual),
+        ctypes.c_float(eps),
+        ctypes.c_int64(threads_for(residual)),
     )
     return normed, total, scale
 
@@ -56,7 +57,9 @@ def backward(
     parts = total.new_zeros(-(-rows.value // kernels().norm_rows()), width.value)
     stream = None if grad_total is None else grad_total.contiguous()
     given = grad_normed.contiguous(), stream, total, scale, weight, grad, parts
-    kernels().add_rms_norm_backward(*_pointers(*given), rows, width, _threads(total))
+    kernels().add_rms_norm_backward(
+        *_pointers(*given), rows, width, ctypes.c_int64(threads_for(total))
+    )
     return grad, grad.new_empty(0), parts.sum(0)
 
 
@@ -68,7 +71,3 @@ def _rows(tensor: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
     """The number of rows and their width."""
     width = tensor.shape[-1]
     return ctypes.c_int64(tensor.numel() // width), ctypes.c_int64(width)
-
-
-def _threads(tensor: Tensor) -> ctypes.c_int64:
-    return ctypes.c_int64(1 if tensor.numel() < _SERIAL else torch.get_num_threads())

@@ -3,6 +3,7 @@
 #include "extent.h"
 #include "in_place.h"
 #include "infer.h"
+#include "layer.h"
 #include "norm.h"
 #include "pack.h"
 #include "scan_back.h"
@@ -28,6 +29,7 @@ extern "C" {
 int64_t lanes() { return kLanes; }
 int64_t tile_steps() { return kTile; }
 int64_t problem_bytes() { return sizeof(Problem); }
+int64_t head_bytes() { return sizeof(Head); }
 int64_t several_threads() {
 #if defined(_OPENMP)
   return 1;
@@ -71,6 +73,16 @@ void pack(const Problem* p) {
 void measure(Problem* p, const int64_t* lengths, const bool* active, int64_t masked, int64_t* table) {
   measure_extent(*p, lengths, active, masked, table);
   read_extent(*p, table);
+}
+
+// Everything of a layer up to its input projection. -> images that any direction is on for.
+int64_t enter(Problem* p, const Head* head) {
+  norm_rows(*head, p->images * p->tokens);
+  if (head->router_weight) route(*p, *head);
+  measure(p, nullptr, head->router_weight ? head->active : nullptr, 0, head->table);
+  int64_t running = 0;
+  for (int64_t image = 0; image < p->images; ++image) running += p->on(0, image) || p->on(1, image);
+  return running;
 }
 
 void attach(Problem* p, const int64_t* table) { read_extent(*p, table); }

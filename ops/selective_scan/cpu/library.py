@@ -3,10 +3,13 @@
 import ctypes
 import logging
 
+import torch
 from torch import Tensor
 
 from ..params import BranchParams
 from .build import load_library
+
+_SERIAL = 1 << 17  # numbers that one thread has done sooner than others are awake
 
 _logger = logging.getLogger(__name__)
 _held: ctypes.CDLL | None = None
@@ -72,12 +75,36 @@ class Problem(ctypes.Structure):
     _fields_ += [("direction", Direction * 2)]
 
 
+class Head(ctypes.Structure):
+    """Head of layer.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("width", "slots", "threads")]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in (
+            "slot",
+            "hidden",
+            "residual",
+            "norm_weight",
+            "router_weight",
+            "router_bias",
+            "total",
+            "normed",
+            "gates",
+            "active",
+            "table",
+        )
+    ]
+    _fields_ += [("eps", ctypes.c_float), ("threshold", ctypes.c_float)]
+
+
 def load() -> ctypes.CDLL:
     """The library, built where this machine has not yet. Raises BuildError."""
     global _held
     library = load_library()
-    if library.problem_bytes() != ctypes.sizeof(Problem):
-        raise AssertionError("problem.h and its ctypes mirror disagree")
+    for size, mirror in ((library.problem_bytes(), Problem), (library.head_bytes(), Head)):
+        if size != ctypes.sizeof(mirror):
+            raise AssertionError(f"{mirror.__name__} in C++ and its ctypes mirror disagree")
     if not library.several_threads():
         _logger.warning("the compiler has no OpenMP: the CPU kernels run on one thread")
     _held = library
@@ -92,6 +119,11 @@ def kernels() -> ctypes.CDLL:
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of the first element; the tensor must outlive its use."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def threads_for(tensor: Tensor) -> int:
+    """How many to wake for one pass over a tensor."""
+    return 1 if tensor.numel() < _SERIAL else torch.get_num_threads()
 
 
 def padded(channels: int) -> int:

@@ -4,6 +4,7 @@ B images, L tokens, E inner channels, N states, R step rank, P = E rounded up to
 """
 
 import ctypes
+import math
 import threading
 from typing import NamedTuple
 
@@ -136,44 +137,45 @@ def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None
     )
 
 
-def _scratch_rows(which: int, rows: int, width: int) -> Tensor:
-    """[rows, P] of this thread, overwritten by the next call: memory fresh from the system costs as
-    much as the convolution that writes it.
+def scratch(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of this thread, overwritten by the next call that asks for this name: fresh from the
+    system it costs as much as the convolution that writes it.
     """
-    name, size = f"u{which}", rows * width
-    held = getattr(_scratch, name, None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.float32, device="cpu")
+    held, count = getattr(_scratch, name, None), math.prod(size)
+    if held is None or held.numel() < count:
+        held = torch.empty(count, dtype=dtype, device="cpu")
         setattr(_scratch, name, held)
-    return held[:size].view(rows, width)
+    return held[:count].view(size)
 
 
 def infer(call: Call, packed: Packed) -> Tensor:
     """y [B, L, E] without a backward pass. An image's result depends on neither its batch nor the
     threads. packed: the weights of `call`, whose `directions` give the sizes alone.
     """
-    library, problem, xz = kernels(), _problem(call), call.xz
-    images, tokens, channels, states, rank = call.sizes
-    out, extent = (
-        xz.new_empty(images, tokens, channels),
-        xz.new_empty(6 * images + 4, dtype=torch.int64),
-    )
+    problem = _problem(call)
+    images, tokens, channels, _, _ = call.sizes
+    out = call.xz.new_empty(images, tokens, channels)
+    extent = call.xz.new_empty(6 * images + 4, dtype=torch.int64)
     packed.attach(problem)
     _measure(problem, call, extent, call.masked)
     problem.out = pointer(out)
-    # Whole images to each thread is faster, unless threads would stand idle.
-    shared = images % problem.threads == 0 or images >= 4 * problem.threads
-    if shared and not call.in_place:
-        library.infer(ctypes.byref(problem))
-        return out
-    kept = []
-    for which in _given(call):
-        rows, direction = problem.rows[which], problem.direction[which]
-        kept.append(xz.new_empty(rows, rank + 2 * states))
-        direction.u = pointer(_scratch_rows(which, rows, problem.padded))
-        direction.projected = pointer(kept[-1])
-    _run_passes(problem)
+    infer_measured(problem)
     return out
+
+
+def infer_measured(problem: Problem) -> None:
+    """The inference of a problem whose extent is known."""
+    # Whole images to each thread is faster, unless threads would stand idle.
+    images, threads = problem.images, problem.threads
+    if (images % threads == 0 or images >= 4 * threads) and not problem.in_place:
+        kernels().infer(ctypes.byref(problem))
+        return
+    for which, direction in enumerate(problem.direction):
+        if direction.start is not None:
+            rows, columns = problem.rows[which], problem.rank + 2 * problem.states
+            direction.u = pointer(scratch(f"u{which}", rows, problem.padded))
+            direction.projected = pointer(scratch(f"projected{which}", rows, columns))
+    _run_passes(problem)
 
 
 def _run_passes(problem: Problem) -> None:

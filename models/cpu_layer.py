@@ -1,0 +1,120 @@
+"""A layer's evaluation on a CPU: its head and its scans are a call to the C++ kernels each.
+
+It gives what `mixer.Layer` and its parts define; they do the same in many small steps, which at a
+few images take as long as the products. B images, L tokens, d width, E inner width.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+from ops.linear import Linear, chosen_product
+from ops.operators import plain_on_cpu
+from ops.selective_scan import backend_for
+from ops.selective_scan.cpu.layer import PreparedLayer, Router
+
+from .layouts import ClassSlots
+
+if TYPE_CHECKING:
+    from .mixer import BidirectionalMamba, Layer
+
+FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
+
+
+def evaluate(
+    layer: "Layer", hidden: Tensor | None, residual: Tensor, class_slots: ClassSlots
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """What `layer(hidden, residual, class_slots)` returns; None where the kernels cannot be used,
+    or where something else is to see a part of the layer.
+    """
+    mixer = layer.mixer
+    if (
+        torch.is_grad_enabled()
+        or mixer.training
+        or mixer.observation.of
+        or isinstance(class_slots, Tensor)
+        or not _plain(hidden, residual)
+        or not _unwatched(layer.norm, mixer, mixer.in_proj, mixer.out_proj, mixer.block_head)
+    ):
+        return None
+    prepared = _prepared(layer)
+    if prepared is None:
+        return None
+    projections = mixer.in_proj.weight, mixer.out_proj.weight
+    (project, fewest), (project_back, fewest_back) = map(chosen_product, projections)
+    batch, tokens, _ = residual.shape
+    if batch * tokens < max(fewest, fewest_back):
+        return None
+    entered = prepared.enter(hidden, residual, class_slots, mixer.gate_threshold)
+    normed, gates = entered.normed, entered.gates
+    if batch - entered.running > FEW_OFF * batch:
+        out, _ = mixer.infer_in_groups(normed, class_slots, gates=gates)
+        return out, entered.residual, gates
+
+    def run(images: slice) -> Tensor:
+        xz = project(normed[images].flatten(0, 1), projections[0], None)
+        y = prepared.scan(entered, xz.view(-1, tokens, xz.shape[1]), images.start)
+        out = project_back(y.flatten(0, 1), projections[1], None)
+        return out.view(-1, tokens, out.shape[1])
+
+    size = mixer.group_size(batch, tokens, residual.element_size())
+    groups = [run(slice(begin, begin + size)) for begin in range(0, batch, size)]
+    return groups[0] if len(groups) == 1 else torch.cat(groups), entered.residual, gates
+
+
+def _plain(hidden: Tensor | None, residual: Tensor) -> bool:
+    given = (residual,) if hidden is None else (residual, hidden)
+    return (
+        plain_on_cpu(*given)
+        and all(each.dtype == torch.float32 and each.is_contiguous() for each in given)
+        and residual.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _unwatched(*parts: nn.Module | None) -> bool:
+    """Whether no hook is to be called."""
+    return not modules._has_any_global_hook() and not any(
+        part is not None and (part._forward_hooks or part._forward_pre_hooks) for part in parts
+    )
+
+
+def _prepared(layer: "Layer") -> PreparedLayer | None:
+    """None where parts of the layer are not those that it was built of, or not in float32, or where
+    its scans do not run on the C++ kernels.
+    """
+    mixer, norm = layer.mixer, layer.norm
+    router, in_proj = mixer.block_head, mixer.in_proj
+    if not (
+        type(norm) is nn.RMSNorm
+        and type(in_proj) is type(mixer.out_proj) is Linear
+        and (router is None or isinstance(router, Linear))
+    ):
+        return None
+    weights = (
+        *mixer.branch_weights(False),
+        *mixer.branch_weights(True),
+        norm.weight,
+        in_proj.weight,
+        *(() if router is None else (router.weight, router.bias)),
+    )
+    backend = os.environ.get("DYVM_BACKEND", "")
+    return mixer.kept.get(f"layer {backend}", weights, lambda: _prepare(mixer, norm, weights))
+
+
+def _prepare(
+    mixer: "BidirectionalMamba", norm: nn.RMSNorm, weights: tuple[Tensor, ...]
+) -> PreparedLayer | None:
+    if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
+        return None
+    forward, backward = mixer.branch(False), mixer.branch(True)
+    xz = norm.weight.new_empty(0, 0, mixer.in_proj.out_features)
+    if backend_for(xz, forward) != "cpu":
+        return None
+    router = mixer.block_head
+    if router is not None:
+        router = Router(router.weight @ mixer.in_proj.weight, router.bias)
+    return PreparedLayer(forward, backward, mixer.scale, norm.weight, norm.eps, router)

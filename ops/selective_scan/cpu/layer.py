@@ -1,0 +1,138 @@
+"""A layer's head and scans at evaluation, with weights that stay as they are: little Python stands
+between the kernels, since at a few images it takes as long as they do.
+
+B images, L tokens, d width, E inner channels.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..params import BranchParams
+from .library import Head, Problem, kernels, pointer, threads_for
+from .passes import Call, Packed, infer_measured, scratch
+
+
+class Router(NamedTuple):
+    """What decides from the normed tokens which scans run."""
+
+    weight: Tensor  # [2, d]
+    bias: Tensor  # [2]
+
+
+class Entered(NamedTuple):
+    """A layer before its input projection."""
+
+    problem: Problem
+    constant: tuple[Tensor, Tensor]  # that the problem points to
+    normed: Tensor  # [B, L, d], overwritten by the next layer of this thread
+    residual: Tensor  # [B, L, d]
+    gates: Tensor | None  # [B, 2]
+    running: int  # images that any scan runs for
+
+
+@lru_cache(maxsize=64)
+def _constant(images: int, tokens: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The mask and the factors of images that are neither masked nor gated."""
+    return torch.ones(images, tokens, device="cpu"), torch.full((images, 2), scale, device="cpu")
+
+
+class PreparedLayer:
+    """Made of float32 weights on the CPU. Threads may share it.
+
+    Args:
+        forward, backward: the scans' weights.
+        scale: multiplies their outputs.
+        norm_weight: [d], of the RMSNorm before them; eps: its epsilon.
+        router: None: all scans run.
+    """
+
+    def __init__(
+        self,
+        forward: BranchParams,
+        backward: BranchParams,
+        scale: float,
+        norm_weight: Tensor,
+        eps: float,
+        router: Router | None,
+    ):
+        norm_weight = norm_weight.contiguous()
+        if router is not None:
+            router = Router(*(weight.contiguous() for weight in router))
+        self._scale, self._norm_weight, self._router = scale, norm_weight, router
+        forward, backward = (
+            BranchParams(*(weight.contiguous() for weight in params))
+            for params in (forward, backward)
+        )
+        self.channels, states = forward.A.shape
+        nothing = norm_weight.new_empty(0, 0, 2 * self.channels)
+        mask, factor = _constant(0, 0, scale)
+        call = Call(nothing, mask, factor, False, False, False, None, None, (forward, backward))
+        self._packed = Packed.of(call)
+        self._problem = Problem(
+            channels=self.channels,
+            padded=self._packed.weights[0].shape[1],
+            states=states,
+            rank=forward.dt_proj_weight.shape[1],
+        )
+        self._packed.attach(self._problem)
+        self._head = Head(
+            width=len(norm_weight),
+            norm_weight=pointer(norm_weight),
+            router_weight=pointer(router.weight) if router else None,
+            router_bias=pointer(router.bias) if router else None,
+            eps=eps,
+        )
+
+    def enter(
+        self, hidden: Tensor | None, residual: Tensor, slots: tuple[int, ...], threshold: float
+    ) -> Entered:
+        """Everything up to the input projection, of contiguous float32 tensors [B, L, d].
+
+        slots: the tokens whose mean the router reads, none: all. threshold: a logit; scans above it
+        run.
+        """
+        images, tokens, _ = residual.shape
+        # Copies: calls may come from several threads at once.
+        problem, head = Problem.from_buffer_copy(self._problem), Head.from_buffer_copy(self._head)
+        constant = _constant(images, tokens, self._scale)
+        problem.images, problem.tokens = images, tokens
+        problem.threads = torch.get_num_threads()
+        problem.mask, problem.factor = map(pointer, constant)
+        normed = scratch("normed", images, tokens, head.width)
+        table = scratch("table", 6 * images + 4, dtype=torch.int64)
+        total, gates = residual, None
+        head.threads = threads_for(residual)
+        head.residual, head.normed = pointer(residual), pointer(normed)
+        head.table = pointer(table)
+        if hidden is not None:
+            total = torch.empty_like(residual)
+            head.hidden, head.total = pointer(hidden), pointer(total)
+        if self._router is not None:
+            gates = residual.new_empty(images, 2)
+            head.gates, head.threshold = pointer(gates), threshold
+            head.active = pointer(scratch("active", images, 2, dtype=torch.bool))
+            head.slots = len(slots) or tokens
+            chosen = (ctypes.c_int64 * len(slots))(*slots)
+            head.slot = ctypes.addressof(chosen) if slots else None
+        running = kernels().enter(ctypes.byref(problem), ctypes.byref(head))
+        return Entered(problem, constant, normed, total, gates, running)
+
+    def scan(self, entered: Entered, xz: Tensor, begin: int = 0) -> Tensor:
+        """y [b, L, E], overwritten by the next scan of this thread, of the images from `begin` on
+        whose projection xz [b, L, 2E] is.
+        """
+        images, tokens, _ = xz.shape
+        problem = Problem.from_buffer_copy(entered.problem)
+        problem.images = images
+        problem.length += begin * ctypes.sizeof(ctypes.c_int64)
+        problem.limit += begin * ctypes.sizeof(ctypes.c_int64)
+        for direction in problem.direction:
+            direction.start += begin * ctypes.sizeof(ctypes.c_int64)
+        y = scratch("y", images, tokens, self.channels)
+        problem.xz, problem.out = pointer(xz), pointer(y)
+        infer_measured(problem)
+        return y
