@@ -21,8 +21,6 @@ from .layouts import ClassSlots
 if TYPE_CHECKING:
     from .mixer import BidirectionalMamba, Layer
 
-FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
-
 
 def evaluate(
     layer: "Layer", hidden: Tensor | None, residual: Tensor, class_slots: ClassSlots
@@ -46,13 +44,12 @@ def evaluate(
     projections = mixer.in_proj.weight, mixer.out_proj.weight
     (project, fewest), (project_back, fewest_back) = map(chosen_product, projections)
     batch, tokens, _ = residual.shape
-    if batch * tokens < max(fewest, fewest_back):
+    if tokens < max(fewest, fewest_back):  # of one image, which may be the only one that runs
         return None
     entered = prepared.enter(hidden, residual, class_slots, mixer.gate_threshold)
-    normed, gates = entered.normed, entered.gates
-    if batch - entered.running > FEW_OFF * batch:
-        out, _ = mixer.infer_in_groups(normed, class_slots, gates=gates)
-        return out, entered.residual, gates
+    count, normed = len(entered.running), entered.normed
+    if count == 0:
+        return torch.zeros_like(residual), entered.residual, entered.gates
 
     def run(images: slice) -> Tensor:
         xz = project(normed[images].flatten(0, 1), projections[0], None)
@@ -60,9 +57,14 @@ def evaluate(
         out = project_back(y.flatten(0, 1), projections[1], None)
         return out.view(-1, tokens, out.shape[1])
 
-    size = mixer.group_size(batch, tokens, residual.element_size())
-    groups = [run(slice(begin, begin + size)) for begin in range(0, batch, size)]
-    return groups[0] if len(groups) == 1 else torch.cat(groups), entered.residual, gates
+    size = mixer.group_size(count, tokens, residual.element_size())
+    if count == batch and size >= batch:
+        return run(slice(0, batch)), entered.residual, entered.gates
+    out = torch.empty_like(residual) if count == batch else torch.zeros_like(residual)
+    for begin in range(0, count, size):
+        group = slice(begin, begin + size)
+        out.index_copy_(0, entered.running[group], run(group))
+    return out, entered.residual, entered.gates
 
 
 def _plain(hidden: Tensor | None, residual: Tensor) -> bool:

@@ -180,13 +180,13 @@ def extract(sequence: Tensor, class_slots: ClassSlots) -> tuple[Tensor, Tensor]:
 
 
 def reordered(
-    order: Tensor, class_slots: ClassSlots, new_class_slots: Tensor, length: int
+    order: Tensor, class_slots: ClassSlots, new_class_slots: ClassSlots, length: int
 ) -> Tensor:
     """Where each slot of a re-arranged sequence comes from.
 
     order [B, M]: patch slot -> where that patch stood among the patches; class tokens move from
-    `class_slots` to `new_class_slots` [B, n]; length: of the old sequence. -> index [B, M + n] into
-    it, for `take`.
+    `class_slots` to `new_class_slots`; length: of the old sequence. -> index [B, M + n] into it,
+    for `take`.
     """
     slots = torch.arange(length, device=order.device).expand(order.shape[0], -1)
     from_patches, from_class_tokens = extract(slots, class_slots)

@@ -29,6 +29,7 @@ ROUTER_BIAS = 5.0  # a new router keeps nearly every scan
 # of it. At least 8 MiB, and not more than 24: the C library gives memory of 32 back to the system
 # each time, and getting it anew takes longer than the cache saves.
 GROUP_BYTES = min(max(processor.largest_cache() // 2, 8 << 20), 24 << 20)
+FEW_OFF = 1 / 8  # a share of images whose products take no longer than moving the others
 
 
 @dataclass
@@ -224,33 +225,26 @@ class BidirectionalMamba(nn.Module):
         return max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
 
     def infer_in_groups(
-        self,
-        hidden: Tensor,
-        class_slots: ClassSlots,
-        lengths: Tensor | None = None,
-        gates: Tensor | None = None,
+        self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time.
 
         Images whose scans are both off are left out where they are enough to pay for moving the
         others together. Where images differ in length, those of a group are as alike as can be.
-
-        gates: if they are known.
         """
         batch, tokens, _ = hidden.shape
         size = self.group_size(batch, tokens, hidden.element_size())
         groups = [slice(begin, begin + size) for begin in range(0, batch, size)]
-        active, whole = None, True
+        gates, active, whole = None, None, True
         if self.block_head is not None:
-            if gates is None:
-                classes = read(hidden, class_slots, lengths=lengths)
-                gates = self.route(self.block_head.before(self.in_proj, classes))
+            classes = read(hidden, class_slots, lengths=lengths)
+            gates = self.route(self.block_head.before(self.in_proj, classes))
             active = gates > 0.5
             running = active.any(dim=1)
             left_out = batch - int(running.sum())
             if left_out == batch:
                 return torch.zeros_like(hidden), gates
-            whole = left_out <= cpu_layer.FEW_OFF * batch
+            whole = left_out <= FEW_OFF * batch
             if not whole:
                 groups = running.nonzero()[:, 0].split(size)
         if lengths is not None and len(groups) > 1:

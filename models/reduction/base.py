@@ -202,8 +202,8 @@ def gather(
 
     into [B, m]: the slot whose token each one was merged into, which is its own for chosen ones.
     """
-    patches, class_tokens = extract(mixed, tokens.class_slots)
     class_slots = layout.class_slots(chosen.shape[1])
+    index = reordered(chosen, tokens.class_slots, class_slots, mixed.shape[1])
     origin = take(tokens.origin, chosen)
     slots = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     moved = torch.full_like(tokens.origin, -1).scatter_(1, chosen, slots)
@@ -213,7 +213,7 @@ def gather(
     return replace(
         tokens,
         hidden=None,
-        residual=insert(take(patches, chosen), class_tokens, class_slots),
+        residual=take(mixed, index),
         class_slots=class_slots,
         origin=origin,
         alive=tokens.alive[:, : chosen.shape[1]],

@@ -75,15 +75,7 @@ void measure(Problem* p, const int64_t* lengths, const bool* active, int64_t mas
   read_extent(*p, table);
 }
 
-// Everything of a layer up to its input projection. -> images that any direction is on for.
-int64_t enter(Problem* p, const Head* head) {
-  norm_rows(*head, p->images * p->tokens);
-  if (head->router_weight) route(*p, *head);
-  measure(p, nullptr, head->router_weight ? head->active : nullptr, 0, head->table);
-  int64_t running = 0;
-  for (int64_t image = 0; image < p->images; ++image) running += p->on(0, image) || p->on(1, image);
-  return running;
-}
+void enter(Problem* p, const Head* head) { enter_layer(*p, *head); }
 
 void attach(Problem* p, const int64_t* table) { read_extent(*p, table); }
 

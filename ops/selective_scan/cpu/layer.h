@@ -1,5 +1,7 @@
 // The head of a layer at evaluation: residual add + RMSNorm, the router, and which tokens the scans will walk.
 #pragma once
+#include <vector>
+
 #include "extent.h"
 #include "norm.h"
 
@@ -13,43 +15,79 @@ struct Head {
   const float* router_weight;  // [2, d]; null: no router
   const float* router_bias;    // [2]
   float* total;                // [B, L, d], residual + hidden; null without hidden
-  float* normed;               // [B, L, d]
+  float* normed;               // [B, L, d], of the images that any scan runs for, without gaps
   float* gates;                // [B, 2], 1 or 0
-  bool* active;                // [B, 2], the same
+  bool* active;                // [B, 2], the same of those images
+  int64_t* running;            // [B], which they are
   int64_t* table;              // see extent.h
   float eps, threshold;        // a gate is open where its logit is above the threshold
 };
 
-inline void norm_rows(const Head& h, int64_t rows) {
-#pragma omp parallel for num_threads((int)h.threads) if (h.threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t at = row * h.width;
-    norm_row(h.hidden ? h.hidden + at : nullptr, h.residual + at, h.norm_weight, h.total ? h.total + at : nullptr,
-             h.normed + at, h.width, h.eps);
+// normed null: the sum alone.
+inline void norm_token(const Head& h, int64_t row, float* normed) {
+  const int64_t at = row * h.width;
+  const float* hidden = h.hidden ? h.hidden + at : nullptr;
+  float* total = h.total ? h.total + at : nullptr;
+  if (normed) {
+    norm_row(hidden, h.residual + at, h.norm_weight, total, normed, h.width, h.eps);
+  } else if (hidden) {
+    for (int64_t c = 0; c < h.width; ++c) total[c] = h.residual[at + c] + hidden[c];
   }
 }
 
-inline void route_image(const Problem& p, const Head& h, int64_t image) {
-  Vec products[2] = {};
-  for (int64_t c = 0; c < h.width; c += kLanes) {
-    const int count = (int)std::min<int64_t>(kLanes, h.width - c);
-    Vec sum = {};
-    for (int64_t i = 0; i < h.slots; ++i) {
-      const int64_t token = h.slot ? h.slot[i] : i;
-      sum += load(h.normed + (image * p.tokens + token) * h.width + c, count);
-    }
-    for (int which = 0; which < 2; ++which)
-      products[which] += sum * load(h.router_weight + which * h.width + c, count);
+// place: [B], of each image among those that any scan runs for, or -1.
+inline void norm_images(const Problem& p, const Head& h, const int64_t* place) {
+#pragma omp parallel for num_threads((int)h.threads) if (h.threads > 1)
+  for (int64_t row = 0; row < p.images * p.tokens; ++row) {
+    const int64_t to = place[row / p.tokens];
+    norm_token(h, row, to < 0 ? nullptr : h.normed + (to * p.tokens + row % p.tokens) * h.width);
   }
+}
+
+// The gates of an image from the sum of its normed slots.
+inline void route_image(const Head& h, int64_t image, const float* sums) {
   for (int which = 0; which < 2; ++which) {
-    const float logit = sum(products[which]) / (float)h.slots + h.router_bias[which];
-    const bool open = logit > h.threshold;
-    h.active[2 * image + which] = open;
-    h.gates[2 * image + which] = open;
+    Vec products = {};
+    for (int64_t c = 0; c < h.width; c += kLanes) {
+      const int count = (int)std::min<int64_t>(kLanes, h.width - c);
+      products += load(sums + c, count) * load(h.router_weight + which * h.width + c, count);
+    }
+    h.gates[2 * image + which] = sum(products) / (float)h.slots + h.router_bias[which] > h.threshold;
   }
 }
 
 inline void route(const Problem& p, const Head& h) {
-#pragma omp parallel for num_threads((int)h.threads) if (h.threads > 1 && !h.slot)
-  for (int64_t image = 0; image < p.images; ++image) route_image(p, h, image);
+#pragma omp parallel num_threads((int)h.threads) if (h.threads > 1 && !h.slot)
+  {
+    std::vector<float> sums(h.width), normed(h.width);
+#pragma omp for
+    for (int64_t image = 0; image < p.images; ++image) {
+      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t i = 0; i < h.slots; ++i) {
+        norm_token(h, image * p.tokens + (h.slot ? h.slot[i] : i), normed.data());
+        for (int64_t c = 0; c < h.width; ++c) sums[c] += normed[c];
+      }
+      route_image(h, image, sums.data());
+    }
+  }
+}
+
+// Everything of a layer up to its input projection. The problem is left with the images that any scan runs for.
+inline void enter_layer(Problem& p, const Head& h) {
+  std::vector<int64_t> place(p.images);
+  int64_t running = 0;
+  if (h.router_weight) route(p, h);
+  for (int64_t image = 0; image < p.images; ++image) {
+    const float* gates = h.router_weight ? h.gates + 2 * image : nullptr;
+    const bool on = !gates || gates[0] || gates[1];
+    place[image] = on ? running : -1;
+    if (!on) continue;
+    if (gates)
+      for (int which = 0; which < 2; ++which) h.active[2 * running + which] = gates[which];
+    h.running[running++] = image;
+  }
+  norm_images(p, h, place.data());
+  p.images = running;
+  measure_extent(p, nullptr, h.router_weight ? h.active : nullptr, 0, h.table);
+  read_extent(p, h.table);
 }

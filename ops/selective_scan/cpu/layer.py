@@ -28,10 +28,10 @@ class Entered(NamedTuple):
 
     problem: Problem
     constant: tuple[Tensor, Tensor]  # that the problem points to
-    normed: Tensor  # [B, L, d], overwritten by the next layer of this thread
+    running: Tensor  # [b], the images that any scan runs for
+    normed: Tensor  # [b, L, d], theirs; both are overwritten by the next layer of this thread
     residual: Tensor  # [B, L, d]
     gates: Tensor | None  # [B, 2]
-    running: int  # images that any scan runs for
 
 
 @lru_cache(maxsize=64)
@@ -104,10 +104,11 @@ class PreparedLayer:
         problem.mask, problem.factor = map(pointer, constant)
         normed = scratch("normed", images, tokens, head.width)
         table = scratch("table", 6 * images + 4, dtype=torch.int64)
+        running = scratch("running", images, dtype=torch.int64)
         total, gates = residual, None
         head.threads = threads_for(residual)
         head.residual, head.normed = pointer(residual), pointer(normed)
-        head.table = pointer(table)
+        head.running, head.table = pointer(running), pointer(table)
         if hidden is not None:
             total = torch.empty_like(residual)
             head.hidden, head.total = pointer(hidden), pointer(total)
@@ -118,12 +119,13 @@ class PreparedLayer:
             head.slots = len(slots) or tokens
             chosen = (ctypes.c_int64 * len(slots))(*slots)
             head.slot = ctypes.addressof(chosen) if slots else None
-        running = kernels().enter(ctypes.byref(problem), ctypes.byref(head))
-        return Entered(problem, constant, normed, total, gates, running)
+        kernels().enter(ctypes.byref(problem), ctypes.byref(head))
+        count = problem.images
+        return Entered(problem, constant, running[:count], normed[:count], total, gates)
 
     def scan(self, entered: Entered, xz: Tensor, begin: int = 0) -> Tensor:
-        """y [b, L, E], overwritten by the next scan of this thread, of the images from `begin` on
-        whose projection xz [b, L, 2E] is.
+        """y [g, L, E], overwritten by the next scan of this thread, of the running images from
+        `begin` on, whose projection xz [g, L, 2E] is.
         """
         images, tokens, _ = xz.shape
         problem = Problem.from_buffer_copy(entered.problem)

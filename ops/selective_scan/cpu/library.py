@@ -92,6 +92,7 @@ class Head(ctypes.Structure):
             "normed",
             "gates",
             "active",
+            "running",
             "table",
         )
     ]
