@@ -5,7 +5,6 @@ few images take as long as the products. B images, L tokens, d width, E inner wi
 """
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,9 @@ from ops.selective_scan.cpu.layer import PreparedLayer, Router
 
 from .layouts import ClassSlots
 
-if TYPE_CHECKING:
-    from .mixer import BidirectionalMamba, Layer
-
 
 def evaluate(
-    layer: "Layer", hidden: Tensor | None, residual: Tensor, class_slots: ClassSlots
+    layer: nn.Module, hidden: Tensor | None, residual: Tensor, class_slots: ClassSlots
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """What `layer(hidden, residual, class_slots)` returns; None where the kernels cannot be used,
     or where something else is to see a part of the layer.
@@ -84,7 +80,7 @@ def _unwatched(*parts: nn.Module | None) -> bool:
     )
 
 
-def _prepared(layer: "Layer") -> PreparedLayer | None:
+def _prepared(layer: nn.Module) -> PreparedLayer | None:
     """None where parts of the layer are not those that it was built of, or not in float32, or where
     its scans do not run on the C++ kernels.
     """
@@ -108,7 +104,7 @@ def _prepared(layer: "Layer") -> PreparedLayer | None:
 
 
 def _prepare(
-    mixer: "BidirectionalMamba", norm: nn.RMSNorm, weights: tuple[Tensor, ...]
+    mixer: nn.Module, norm: nn.RMSNorm, weights: tuple[Tensor, ...]
 ) -> PreparedLayer | None:
     if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
         return None

@@ -9,8 +9,8 @@
 #   PYTHON     the Python whose pip fetches packages (default: python3)
 #
 # Without arguments: the tests of the scan, dense, dynamic and in place, of its arguments and of its registered
-# operators, and those of the norm, with the kernels that g++ builds for NEON. Tests that start programs of their own are
-# left out.
+# operators, those of the norm and of a layer's evaluation, with the kernels that g++ builds for NEON. Tests that start
+# programs of their own are left out.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -46,7 +46,7 @@ fi
 emulated=("$system"/usr/bin/python3.*[0-9])
 if (($# == 0)); then
   set -- tests/test_ops.py tests/test_ops_arguments.py tests/test_scan_in_place.py tests/test_operators.py \
-    tests/test_rms_norm.py -k "cpu and not triton and not mamba_ssm"
+    tests/test_rms_norm.py tests/test_cpu_layer.py -k "cpu and not triton and not mamba_ssm"
 fi
 CXX=aarch64-linux-gnu-g++ XDG_CACHE_HOME="$ARM_ROOT/cache" PYTHONHOME="$system/usr" PYTHONPATH="$packages" \
   exec qemu-aarch64 -L "$system" -E LD_LIBRARY_PATH="$system/usr/lib/aarch64-linux-gnu" \

@@ -27,14 +27,19 @@ import models
 from ops.linear import linear
 
 torch.manual_seed(0)
-sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "pruning_layers": (1,), "token_keep": (0.7,)}
-names = "dyvm_vim_micro", "dyvm_mambareg_small", "dyvm_videomamba_tiny"
-dynamic = [create_model(name, **sizes).eval() for name in names]
+sizes = {"embed_dim": 64, "depth": 2, "pruning_layers": (1,), "token_keep": (0.7,)}
+# Few tokens go through a layer's parts, many through its kernels.
+names = [
+    ("dyvm_vim_micro", 32), ("dyvm_mambareg_small", 32), ("dyvm_videomamba_tiny", 32),
+    ("dyvm_vim_micro", 224),
+]
+dynamic = [create_model(name, img_size=size, **sizes).eval() for name, size in names]
 for model in dynamic:
     for layer in model.layers:
         torch.nn.init.normal_(layer.mixer.block_head.weight, std=3)
         torch.nn.init.zeros_(layer.mixer.block_head.bias)
-images, rows, weight = torch.randn(23, 3, 32, 32), torch.randn(1400, 192), torch.randn(768, 192)
+given = {size: torch.randn(23, 3, size, size) for size in (32, 224)}
+rows, weight = torch.randn(1400, 192), torch.randn(768, 192)
 with torch.no_grad():
     for threads in 1, 2:
         torch.set_num_threads(threads)
@@ -43,6 +48,7 @@ with torch.no_grad():
             assert torch.equal(linear(rows[:count], weight), product[:count]), (threads, count)
         routed = set()
         for name, model in zip(names, dynamic, strict=True):
+            images = given[name[1]]
             whole = model(images)
             routed |= set(whole.gates.flatten().tolist())
             for part in slice(0, 1), slice(0, 3), slice(5, 12), slice(3, 22), slice(22, 23):
