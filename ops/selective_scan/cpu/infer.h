@@ -1,5 +1,5 @@
-// The projection, and for inference all passes in one: a thread takes a whole image through convolution, projection and
-// scan of one direction after the other, so that u never leaves its cache.
+// The projection, and all forward passes in one: a thread takes a whole image through convolution, projection and scan of
+// one direction after the other, so that u does not leave its cache before it is read.
 #pragma once
 #include <memory>
 
@@ -111,16 +111,28 @@ inline void project(const Problem& p, const float* u, const float* weight, float
 }
 
 struct InferScratch {
-  std::unique_ptr<float[]> u, projected;  // of one image and one direction
-  std::vector<Vec> state;           // [blocks, N]
-  std::vector<Decays> decays[2];    // of each block
-  explicit InferScratch(const Problem& p)
-      : u(new float[p.tokens * p.padded]), projected(new float[p.tokens * p.projections()]),
-        state(p.blocks() * p.states) {
+  std::unique_ptr<float[]> u, projected;  // of one image and one direction, where they are not kept
+  std::vector<Vec> state;                 // [blocks, N]
+  std::vector<Decays> decays[2];          // of each block
+  explicit InferScratch(const Problem& p) : state(p.blocks() * p.states) {
     for (int which = 0; which < 2; ++which) {
       if (!p.direction[which].start) continue;
       decays[which].assign(p.blocks(), Decays(p.states));
       for (int64_t block = 0; block < p.blocks(); ++block) decays[which][block].read(p, which, block);
+      if (p.direction[which].u || u) continue;
+      u.reset(new float[p.tokens * p.padded]);
+      projected.reset(new float[p.tokens * p.projections()]);
+    }
+  }
+  // u and projected of an image start here.
+  void place(const Problem& all, int which, int64_t image, Direction& d) const {
+    if (d.u) {
+      d.u += all.direction[which].start[image] * all.padded;
+      d.projected += all.direction[which].start[image] * all.projections();
+      d.chunk += image;
+    } else {
+      d.u = u.get();
+      d.projected = projected.get();
     }
   }
 };
@@ -135,9 +147,8 @@ inline void infer_image(const Problem& all, int64_t image, InferScratch& scratch
   for (int which = 0; which < 2; ++which) {
     if (!on[which]) continue;
     Direction& d = p.direction[which];
+    scratch.place(all, which, image, d);
     d.start = &start;
-    d.u = scratch.u.get();
-    d.projected = scratch.projected.get();
     p.direction[1 - which].start = nullptr;
     for (int64_t begin = 0; begin < length; begin += kTile)
       for (int64_t block = 0; block < p.blocks(); ++block)
@@ -145,8 +156,11 @@ inline void infer_image(const Problem& all, int64_t image, InferScratch& scratch
     project(p, d.u, d.projection, d.projected, length);
     std::fill(scratch.state.begin(), scratch.state.end(), Vec{});
     for (int64_t index = 0; index * kTile < length; ++index)
-      for (int64_t block = 0; block < p.blocks(); ++block)
-        walk_tile(Tile(p, which, 0, block, index), which == 0 || !on[0], which == 1 || !on[1],
-                  scratch.decays[which][block], &scratch.state[block * p.states]);
+      for (int64_t block = 0; block < p.blocks(); ++block) {
+        const Tile tile(p, which, 0, block, index);
+        Vec* state = &scratch.state[block * p.states];
+        keep_state(tile, state);
+        walk_tile(tile, which == 0 || !on[0], which == 1 || !on[1], scratch.decays[which][block], state);
+      }
   }
 }

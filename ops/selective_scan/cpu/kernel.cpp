@@ -107,6 +107,7 @@ void project_images(const Problem* p) {
 }
 
 // Convolution, projection and scan in one, for as many images as there are threads, or more. Not for a mask in place.
+// u and projected are kept where a direction has them.
 void infer(const Problem* p) {
 #pragma omp parallel num_threads((int)p->threads)
   {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..params import BranchParams
 from .library import Head, Problem, kernels, pointer, threads_for
-from .passes import Call, Packed, infer_measured, scratch
+from .passes import Call, Packed, run_measured, scratch
 
 
 class Router(NamedTuple):
@@ -136,5 +136,5 @@ class PreparedLayer:
             direction.start += begin * ctypes.sizeof(ctypes.c_int64)
         y = scratch("y", images, tokens, self.channels)
         problem.xz, problem.out = pointer(xz), pointer(y)
-        infer_measured(problem)
+        run_measured(problem)
         return y

@@ -159,27 +159,22 @@ def infer(call: Call, packed: Packed) -> Tensor:
     packed.attach(problem)
     _measure(problem, call, extent, call.masked)
     problem.out = pointer(out)
-    infer_measured(problem)
+    run_measured(problem)
     return out
 
 
-def infer_measured(problem: Problem) -> None:
-    """The inference of a problem whose extent is known."""
+def run_measured(problem: Problem) -> None:
+    """From the weights to the output of a problem whose extent is known."""
     # Whole images to each thread is faster, unless threads would stand idle.
     images, threads = problem.images, problem.threads
     if (images % threads == 0 or images >= 4 * threads) and not problem.in_place:
         kernels().infer(ctypes.byref(problem))
         return
     for which, direction in enumerate(problem.direction):
-        if direction.start is not None:
+        if direction.start is not None and direction.u is None:
             rows, columns = problem.rows[which], problem.rank + 2 * problem.states
             direction.u = pointer(scratch(f"u{which}", rows, problem.padded))
             direction.projected = pointer(scratch(f"projected{which}", rows, columns))
-    _run_passes(problem)
-
-
-def _run_passes(problem: Problem) -> None:
-    """All passes behind `_measure`, each shared out to the threads."""
     for run in (kernels().convolve, kernels().project_images, kernels().scan):
         run(ctypes.byref(problem))
 
@@ -195,7 +190,7 @@ def _run_forward(problem: Problem, call: Call, out: Tensor, masked: bool) -> Sav
         for name in ("u", "projected", "checkpoints"):
             setattr(direction, name, pointer(getattr(saved, name)[which]))
     problem.out = pointer(out)
-    _run_passes(problem)
+    run_measured(problem)
     return saved
 
 

@@ -209,14 +209,19 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
   }
 }
 
+// The state at the head of a tile, for the backward pass.
+inline void keep_state(const Tile& tile, const Vec* state) {
+  if (float* checkpoint = tile.checkpoint())
+    for (int64_t s = 0; s < tile.p.states; ++s) store(checkpoint + s * kLanes, state[s]);
+}
+
 inline void scan_direction(const Problem& p, int which, int64_t image, int64_t block, bool first, bool last,
                            Decays& decays, std::vector<Vec>& state) {
   decays.read(p, which, block);
   std::fill(state.begin(), state.end(), Vec{});
   for (int64_t index = 0; index * kTile < p.length[image]; ++index) {
     const Tile tile(p, which, image, block, index);
-    if (float* checkpoint = tile.checkpoint())
-      for (int64_t s = 0; s < p.states; ++s) store(checkpoint + s * kLanes, state[s]);
+    keep_state(tile, state.data());
     walk_tile(tile, first, last, decays, state.data());
   }
 }
