@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .operators import needs_gradient, refuse_forward_mode, register
+from .operators import direct_on_cpu, needs_gradient, refuse_forward_mode, register
 
 
 def add_rms_norm(
@@ -60,7 +60,7 @@ def _add_rms_norm(
         hidden, residual = None, hidden
     residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
     traced = torch.compiler.is_compiling() or needs_gradient((hidden, residual, weight))
-    normed, total, _ = (_operator if traced else _forward)(hidden, residual, weight, eps, dtype)
+    normed, total, _ = (_run if traced else _forward)(hidden, residual, weight, eps, dtype)
     return normed, residual if hidden is None else total
 
 
@@ -187,7 +187,7 @@ def _differentiate(
         known = grad_total is not None and ctx.hidden_dtype is not None
         return grad_total.to(ctx.hidden_dtype) if known else None, grad_total, None, None, None
     hidden_dtype = ctx.hidden_dtype or total.dtype
-    grad, grad_hidden, grad_weight = _backward_operator(
+    grad, grad_hidden, grad_weight = _run_backward(
         grad_normed, grad_total, total, scale, weight, hidden_dtype
     )
     if hidden_dtype == total.dtype:
@@ -209,6 +209,8 @@ _operator = register(
     setup_context=_setup_context,
     backward=_differentiate,
 )
+_run_backward = direct_on_cpu(_backward_operator, _backward)
+_run = direct_on_cpu(_operator, _forward, setup_context=_setup_context, backward=_differentiate)
 
 
 def _composed(

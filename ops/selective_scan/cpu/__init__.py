@@ -20,7 +20,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ops.operators import needs_gradient, plain_on_cpu, register
+from ops.operators import direct_on_cpu, needs_gradient, plain_on_cpu, register
 
 from ..params import (
     COUNT,
@@ -153,9 +153,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_out, *_) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors  # once: checkpointing gives them out a single time
     tensors, saved = kept[:_LEAVES], kept[_LEAVES:]
-    xz, mask, gates, *rest = _scan_backward_operator(
-        grad_out, *saved, *tensors, ctx.scale, ctx.in_place
-    )
+    xz, mask, gates, *rest = _run_scan_backward(grad_out, *saved, *tensors, ctx.scale, ctx.in_place)
     channels, weights = tensors[0].shape[2] // 2, []
     for which, params in enumerate(unflatten(tensors[5:])):
         if params is None:
@@ -186,6 +184,10 @@ _scan_operator = register(
     setup_context=_setup_context,
     backward=_differentiate,
 )
+_run_scan_backward = direct_on_cpu(_scan_backward_operator, _scan_backward)
+_run_scan = direct_on_cpu(
+    _scan_operator, _scan, setup_context=_setup_context, backward=_differentiate
+)
 
 
 def _run(
@@ -209,7 +211,7 @@ def _run(
         in_place,
     )
     if needs_gradient(leaves):
-        return _scan_operator(*arguments)[0].to(xz.dtype)
+        return _run_scan(*arguments)[0].to(xz.dtype)
     packed = _packed(directions, arguments)
     if packed is not None:
         return passes.infer(*packed).to(xz.dtype)
