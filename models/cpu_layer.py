@@ -10,26 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from ops.linear import Linear, chosen_product
+from ops.linear import Linear, multiply
 from ops.operators import plain_on_cpu
 from ops.selective_scan import backend_for
 from ops.selective_scan.cpu.layer import PreparedLayer, Router
+from ops.selective_scan.cpu.passes import scratch
 
 from .layouts import ClassSlots
 
 
 def evaluate(
-    layer: nn.Module, hidden: Tensor | None, residual: Tensor, class_slots: ClassSlots
+    layer: nn.Module,
+    hidden: Tensor | None,
+    residual: Tensor,
+    class_slots: ClassSlots,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """What `layer(hidden, residual, class_slots)` returns; None where the kernels cannot be used,
-    or where something else is to see a part of the layer.
+    """What `layer` returns of these arguments; None where the kernels cannot be used, or where
+    something else is to see a part of the layer.
     """
     mixer = layer.mixer
     if (
         torch.is_grad_enabled()
         or mixer.training
         or mixer.observation.of
-        or isinstance(class_slots, Tensor)
         or not _plain(hidden, residual)
         or not _unwatched(layer.norm, mixer, mixer.in_proj, mixer.out_proj, mixer.block_head)
     ):
@@ -37,23 +41,23 @@ def evaluate(
     prepared = _prepared(layer)
     if prepared is None:
         return None
-    projections = mixer.in_proj.weight, mixer.out_proj.weight
-    (project, fewest), (project_back, fewest_back) = map(chosen_product, projections)
     batch, tokens, _ = residual.shape
-    if tokens < max(fewest, fewest_back):  # of one image, which may be the only one that runs
+    size = mixer.group_size(batch, tokens, residual.element_size())
+    if lengths is not None and batch > size:  # the mixer puts images of like lengths together
         return None
-    entered = prepared.enter(hidden, residual, class_slots, mixer.gate_threshold)
+    entered = prepared.enter(hidden, residual, class_slots, mixer.gate_threshold, lengths)
     count, normed = len(entered.running), entered.normed
     if count == 0:
         return torch.zeros_like(residual), entered.residual, entered.gates
 
     def run(images: slice) -> Tensor:
-        xz = project(normed[images].flatten(0, 1), projections[0], None)
+        rows = normed[images].flatten(0, 1)
+        memory = scratch("xz", len(rows), mixer.in_proj.out_features)
+        xz = multiply(rows, mixer.in_proj.weight, memory=memory)
         y = prepared.scan(entered, xz.view(-1, tokens, xz.shape[1]), images.start)
-        out = project_back(y.flatten(0, 1), projections[1], None)
+        out = multiply(y.flatten(0, 1), mixer.out_proj.weight)
         return out.view(-1, tokens, out.shape[1])
 
-    size = mixer.group_size(count, tokens, residual.element_size())
     if count == batch and size >= batch:
         return run(slice(0, batch)), entered.residual, entered.gates
     out = torch.empty_like(residual) if count == batch else torch.zeros_like(residual)

@@ -173,7 +173,7 @@ class BidirectionalMamba(nn.Module):
             and not self.observation.of
             and not torch.compiler.is_compiling()  # groups depend on the images
         ):
-            return self.infer_in_groups(hidden, class_slots, lengths)
+            return self._infer_in_groups(hidden, class_slots, lengths)
         xz = self.in_proj(hidden)
         gates, routing = None, {}
         if self.block_head is not None:
@@ -224,7 +224,7 @@ class BidirectionalMamba(nn.Module):
         size = math.ceil(batch / max(1, count))
         return max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
 
-    def infer_in_groups(
+    def _infer_in_groups(
         self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time.
@@ -312,8 +312,8 @@ class Layer(nn.Module):
         """
         if hidden is not None:
             hidden = self.drop_path(hidden)
-        if mask is None and lengths is None and not torch.compiler.is_compiling():
-            evaluated = cpu_layer.evaluate(self, hidden, residual, class_slots)
+        if mask is None and not torch.compiler.is_compiling():
+            evaluated = cpu_layer.evaluate(self, hidden, residual, class_slots, lengths)
             if evaluated is not None:
                 return evaluated
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)

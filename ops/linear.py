@@ -8,15 +8,15 @@ their speed, and takes one that gives each row the same bits in all that was tri
 
 1. oneDNN, which PyTorch's eager mode does not use for float32. On AMD's processors with AVX-512 it
    is 5 to 30 % faster than MKL at the sizes of Vim, with AVX2 up to 5 %.
-2. `torch.nn.functional.linear`: MKL, or what PyTorch was built with. On Intel's processors it is
-   2 to 16 % faster than oneDNN, held to AVX2 or not, and comes first.
+2. PyTorch's own: MKL, or what it was built with. On Intel's processors it is 2 to 16 % faster than
+   oneDNN, held to AVX2 or not, and comes first.
 3. The same in blocks of one size, which needs no promise beyond that equal calls give equal bits
    and that a row's place in its block does not matter; slower.
 
 By the processor's maker and not by a clock: logits must not depend on what else ran when it was
 read.
 
-Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
+_Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
 way.
 """
 
@@ -38,7 +38,8 @@ _ROWS = 521, 4099  # the fewest and the most that a trial has
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Rows, weight, bias, and memory for the result, which need not be used.
+_Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,24 +57,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.shape[-1] != weight.shape[-1]
     ):
         return F.linear(x, weight, bias)
-    product, fewest = chosen_product(weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    missing = max(0, fewest - len(rows))
-    if missing:
-        out = product(F.pad(rows, (0, 0, 0, missing)), weight, bias)[: len(rows)]
-    else:
-        out = product(rows, weight, bias)
-    return out.view(*x.shape[:-1], len(weight))
+    rows = multiply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.view(*x.shape[:-1], len(weight))
 
 
-def chosen_product(weight: Tensor, bias: Tensor | None = None) -> tuple[Product, int]:
-    """The product for weights of this size, and the fewest rows that it may be given.
+def multiply(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, memory: Tensor | None = None
+) -> Tensor:
+    """`linear` of float32 rows [n, in] on a CPU that autograd need not see.
 
-    It does not depend on the number of rows: an image's logits would depend on its batch.
+    The choice does not depend on the number of rows: an image's logits would depend on its batch.
+
+    memory: [n, out], where the result may be put. Fresh from the system it would cost a tenth of
+    the product.
     """
-    return _choice(
+    product, fewest = _choice(
         *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
     )
+    missing = fewest - len(rows)
+    if missing > 0:
+        return product(F.pad(rows, (0, 0, 0, missing)), weight, bias, None)[: len(rows)]
+    return product(rows, weight, bias, memory)
 
 
 class Linear(nn.Linear):
@@ -106,17 +110,18 @@ class Linear(nn.Linear):
 @lru_cache(maxsize=None)
 def _choice(
     outputs: int, inputs: int, bias: bool, threads: int, onednn: bool
-) -> tuple[Product, int]:
-    """`chosen_product`. threads: of PyTorch; they share the rows out, so that another number asks
-    again.
+) -> tuple[_Product, int]:
+    """The product for weights of this size, and the fewest rows that it may be given.
+
+    threads: of PyTorch; they share the rows out, so that another number asks again.
     """
     rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
     x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
-    libraries: tuple[Product, ...] = (F.linear,)
+    libraries: tuple[_Product, ...] = (_pytorch,)
     if onednn and _onednn_works():
         on_intel = processor.vendor() == "GenuineIntel"
-        libraries = (F.linear, _onednn) if on_intel else (_onednn, F.linear)
+        libraries = (_pytorch, _onednn) if on_intel else (_onednn, _pytorch)
     for product in libraries:
         fewest = _fewest_rows(product, x, weight, shift)
         if fewest is not None:
@@ -130,15 +135,15 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
 
 
-def _fewest_rows(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
+def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
     """The number of rows from which on each has the same bits in all products tried; None where
     there is none.
     """
-    whole = product(x, weight, bias)
+    whole = product(x, weight, bias, None)
 
     def same(begin: int, rows: int) -> bool:
         part = slice(begin, begin + rows)
-        return torch.equal(product(x[part], weight, bias), whole[part])
+        return torch.equal(product(x[part], weight, bias, None), whole[part])
 
     parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
     if not all(same(*part) for part in parts):
@@ -149,7 +154,13 @@ def _fewest_rows(product: Product, x: Tensor, weight: Tensor, bias: Tensor | Non
     return None
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=memory)
+    return torch.addmm(bias, x, weight.t(), out=memory)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -167,7 +178,7 @@ def _onednn_works() -> bool:
         return False
 
 
-def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = None) -> Tensor:
     """Blocks of one size, two at least: a single one would be shared out to the threads."""
     rows = len(x)
     blocks = max(2, -(-rows // _BLOCK))

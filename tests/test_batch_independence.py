@@ -28,7 +28,7 @@ from ops.linear import linear
 
 torch.manual_seed(0)
 sizes = {"embed_dim": 64, "depth": 2, "pruning_layers": (1,), "token_keep": (0.7,)}
-# Few tokens go through a layer's parts, many through its kernels.
+# Of few tokens and of many.
 names = [
     ("dyvm_vim_micro", 32), ("dyvm_mambareg_small", 32), ("dyvm_videomamba_tiny", 32),
     ("dyvm_vim_micro", 224),

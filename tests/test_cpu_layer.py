@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import cpu_layer, mixer
 from models.mixer import BidirectionalMamba, Layer
-from ops import linear, selective_scan
+from ops import selective_scan
 from ops.selective_scan.cpu.layer import PreparedLayer
 
 pytestmark = [
@@ -108,6 +108,37 @@ def test_a_threshold_counts():
     assert kept[0] > kept[1] > kept[2]
 
 
+@pytest.mark.parametrize("classes", [0, 1, 3])
+@torch.no_grad()
+def test_images_of_several_lengths(monkeypatch, classes):
+    layer, (hidden, residual) = build(), tokens(12)
+    lengths = torch.tensor([131, 7, 64, 130, 65, 100, 16, 17, 15, 131, 40, 90])
+    slots = torch.stack([lengths // (2 + i) for i in range(classes)], dim=1) if classes else ()
+    found = cpu_layer.evaluate(layer, hidden, residual, slots, lengths)
+    out, total, gates = in_parts(layer, hidden, residual, slots, None, lengths)
+    exists = torch.arange(TOKENS) < lengths[:, None]
+    torch.testing.assert_close(found[0][exists], out[exists], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1], total) and torch.equal(found[2], gates)
+    assert set(gates.sum(dim=1).tolist()) == {0, 1, 2}, "or the test shows nothing"
+    for image, length in enumerate(lengths.tolist()):
+        part = slice(image, image + 1)
+        alone = hidden[part, :length].contiguous(), residual[part, :length].contiguous()
+        own = tuple(slots[image].tolist()) if classes else ()
+        assert torch.equal(layer(*alone, own)[0][0], found[0][image, :length])
+    monkeypatch.setattr(mixer, "GROUP_BYTES", 4 * TOKENS * 4 * WIDTH * 4)
+    assert not taken(layer, hidden, residual, slots, lengths)  # the mixer sorts them
+
+
+@torch.no_grad()
+def test_few_tokens():
+    """Fewer than the libraries' products may be given."""
+    layer, (hidden, residual) = build(), tokens(12, 5)
+    found = cpu_layer.evaluate(layer, hidden, residual, (2,))
+    torch.testing.assert_close(found, in_parts(layer, hidden, residual, (2,)), rtol=1e-5, atol=1e-5)
+    alone = cpu_layer.evaluate(layer, hidden[:1], residual[:1], (2,))
+    assert torch.equal(alone[0], found[0][:1])
+
+
 @torch.no_grad()
 def test_a_nan_stays_in_its_image():
     layer, (hidden, residual) = build(router=False), tokens(3)
@@ -166,11 +197,9 @@ def test_what_is_left_to_the_parts(monkeypatch):
     assert not taken(layer, hidden, residual, slots)  # autograd is to see it
     with torch.no_grad():
         assert taken(layer, hidden, residual, slots)
-        assert not taken(layer, hidden, residual, torch.tensor([[65]] * 3))
         assert not taken(layer, hidden.double(), residual.double(), slots)
         assert not taken(layer, hidden.transpose(1, 2).contiguous().mT, residual, slots)
         assert not taken(layer, *tokens(0), slots)
-        assert not taken(layer, *tokens(3, 9), (4,))  # too few rows for a product
         assert not taken(layer.train(), hidden, residual, slots)
         layer.eval()
         with torch.autocast("cpu", torch.bfloat16):
@@ -202,18 +231,6 @@ def test_hooks_are_called():
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert not taken(layer, hidden, residual, (65,))
     handle.remove()
-
-
-@torch.no_grad()
-def test_products_are_those_that_were_chosen(monkeypatch):
-    """Rows of one image must be enough for them: it may be the only one that runs."""
-    layer, (hidden, residual) = build(), tokens(3)
-    monkeypatch.setattr(cpu_layer, "chosen_product", lambda _: (linear._blocks, TOKENS + 1))
-    assert not taken(layer, hidden, residual, (65,))
-    monkeypatch.setattr(cpu_layer, "chosen_product", lambda _: (linear._blocks, TOKENS))
-    found = cpu_layer.evaluate(layer, hidden, residual, (65,))
-    expected = in_parts(layer, hidden, residual, (65,))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@
 // Mirrored field by field in library.py. Letters as in problem.h; d: width of the tokens.
 struct Head {
   int64_t width, slots, threads;
-  const int64_t* slot;         // [slots], the tokens whose mean the router reads; null: all of them
+  int64_t slot_stride;         // from one image's slots to the next one's; 0: all have the same
+  const int64_t* slot;         // [slots] or [B, slots], the tokens whose mean the router reads; null: all that exist
+  const int64_t* length;       // [B], so many tokens of an image exist; null: all
   const float* hidden;         // [B, L, d]; null: nothing is added
   const float* residual;       // [B, L, d]
   const float* norm_weight;    // [d]
@@ -44,15 +46,15 @@ inline void norm_images(const Problem& p, const Head& h, const int64_t* place) {
   }
 }
 
-// The gates of an image from the sum of its normed slots.
-inline void route_image(const Head& h, int64_t image, const float* sums) {
+// The gates of an image from the sum of `count` normed tokens.
+inline void route_image(const Head& h, int64_t image, const float* sums, int64_t count) {
   for (int which = 0; which < 2; ++which) {
     Vec products = {};
     for (int64_t c = 0; c < h.width; c += kLanes) {
       const int count = (int)std::min<int64_t>(kLanes, h.width - c);
       products += load(sums + c, count) * load(h.router_weight + which * h.width + c, count);
     }
-    h.gates[2 * image + which] = sum(products) / (float)h.slots + h.router_bias[which] > h.threshold;
+    h.gates[2 * image + which] = sum(products) / (float)count + h.router_bias[which] > h.threshold;
   }
 }
 
@@ -63,18 +65,20 @@ inline void route(const Problem& p, const Head& h) {
 #pragma omp for
     for (int64_t image = 0; image < p.images; ++image) {
       std::fill(sums.begin(), sums.end(), 0.f);
-      for (int64_t i = 0; i < h.slots; ++i) {
-        norm_token(h, image * p.tokens + (h.slot ? h.slot[i] : i), normed.data());
+      const int64_t* slot = h.slot ? h.slot + image * h.slot_stride : nullptr;
+      const int64_t count = slot ? h.slots : h.length ? h.length[image] : p.tokens;
+      for (int64_t i = 0; i < count; ++i) {
+        norm_token(h, image * p.tokens + (slot ? slot[i] : i), normed.data());
         for (int64_t c = 0; c < h.width; ++c) sums[c] += normed[c];
       }
-      route_image(h, image, sums.data());
+      route_image(h, image, sums.data(), count);
     }
   }
 }
 
 // Everything of a layer up to its input projection. The problem is left with the images that any scan runs for.
 inline void enter_layer(Problem& p, const Head& h) {
-  std::vector<int64_t> place(p.images);
+  std::vector<int64_t> place(p.images), length(p.images);
   int64_t running = 0;
   if (h.router_weight) route(p, h);
   for (int64_t image = 0; image < p.images; ++image) {
@@ -84,10 +88,11 @@ inline void enter_layer(Problem& p, const Head& h) {
     if (!on) continue;
     if (gates)
       for (int which = 0; which < 2; ++which) h.active[2 * running + which] = gates[which];
+    if (h.length) length[running] = h.length[image];
     h.running[running++] = image;
   }
   norm_images(p, h, place.data());
   p.images = running;
-  measure_extent(p, nullptr, h.router_weight ? h.active : nullptr, 0, h.table);
+  measure_extent(p, h.length ? length.data() : nullptr, h.router_weight ? h.active : nullptr, 0, h.table);
   read_extent(p, h.table);
 }

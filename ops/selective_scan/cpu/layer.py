@@ -88,12 +88,18 @@ class PreparedLayer:
         )
 
     def enter(
-        self, hidden: Tensor | None, residual: Tensor, slots: tuple[int, ...], threshold: float
+        self,
+        hidden: Tensor | None,
+        residual: Tensor,
+        slots: tuple[int, ...] | Tensor,
+        threshold: float,
+        lengths: Tensor | None = None,
     ) -> Entered:
         """Everything up to the input projection, of contiguous float32 tensors [B, L, d].
 
-        slots: the tokens whose mean the router reads, none: all. threshold: a logit; scans above it
-        run.
+        slots: the tokens whose mean the router reads, [B, n] where the images differ; none: all
+        that exist. threshold: a logit; scans above it run. lengths: [B] int64, so many tokens of
+        each image exist, all by default.
         """
         images, tokens, _ = residual.shape
         # Copies: calls may come from several threads at once.
@@ -109,6 +115,9 @@ class PreparedLayer:
         head.threads = threads_for(residual)
         head.residual, head.normed = pointer(residual), pointer(normed)
         head.running, head.table = pointer(running), pointer(table)
+        if lengths is not None:
+            lengths = lengths.contiguous()
+            head.length = pointer(lengths)
         if hidden is not None:
             total = torch.empty_like(residual)
             head.hidden, head.total = pointer(hidden), pointer(total)
@@ -116,9 +125,13 @@ class PreparedLayer:
             gates = residual.new_empty(images, 2)
             head.gates, head.threshold = pointer(gates), threshold
             head.active = pointer(scratch("active", images, 2, dtype=torch.bool))
-            head.slots = len(slots) or tokens
-            chosen = (ctypes.c_int64 * len(slots))(*slots)
-            head.slot = ctypes.addressof(chosen) if slots else None
+            if isinstance(slots, Tensor):
+                chosen = slots.contiguous()  # a name: it is to live as long as the call
+                head.slots = head.slot_stride = slots.shape[1]
+                head.slot = pointer(chosen) if head.slots else None
+            elif slots:
+                chosen = (ctypes.c_int64 * len(slots))(*slots)
+                head.slots, head.slot = len(slots), ctypes.addressof(chosen)
         kernels().enter(ctypes.byref(problem), ctypes.byref(head))
         count = problem.images
         return Entered(problem, constant, running[:count], normed[:count], total, gates)

@@ -78,11 +78,12 @@ class Problem(ctypes.Structure):
 class Head(ctypes.Structure):
     """Head of layer.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("width", "slots", "threads")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("width", "slots", "threads", "slot_stride")]
     _fields_ += [
         (name, ctypes.c_void_p)
         for name in (
             "slot",
+            "length",
             "hidden",
             "residual",
             "norm_weight",
