@@ -8,7 +8,7 @@ import os
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
+from torch.autograd import forward_ad
 
 from ops.linear import Linear, multiply
 from ops.operators import plain_on_cpu
@@ -31,10 +31,12 @@ def evaluate(
     """
     mixer = layer.mixer
     if (
-        torch.is_grad_enabled()
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
         or mixer.training
         or mixer.observation.of
-        or not _plain(hidden, residual)
+        or not _taken(hidden, residual, layer.norm)
+        or not _within(class_slots, residual.shape[1])
         or not _unwatched(layer.norm, mixer, mixer.in_proj, mixer.out_proj, mixer.block_head)
     ):
         return None
@@ -67,21 +69,37 @@ def evaluate(
     return out, entered.residual, entered.gates
 
 
-def _plain(hidden: Tensor | None, residual: Tensor) -> bool:
+def _taken(hidden: Tensor | None, residual: Tensor, norm: nn.RMSNorm) -> bool:
+    """Whether the tokens are such as the kernels take; the parts tell what is wrong with others."""
     given = (residual,) if hidden is None else (residual, hidden)
     return (
         plain_on_cpu(*given)
         and all(each.dtype == torch.float32 and each.is_contiguous() for each in given)
         and residual.numel() > 0
+        and residual.dim() == 3
+        and residual.shape[2:] == norm.weight.shape
+        and all(each.shape == residual.shape for each in given)
         and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
     )
+
+
+def _within(class_slots: ClassSlots, tokens: int) -> bool:
+    """Whether all slots are tokens; a tensor of them is this project's own (`layouts`)."""
+    return isinstance(class_slots, Tensor) or all(0 <= slot < tokens for slot in class_slots)
 
 
 def _unwatched(*parts: nn.Module | None) -> bool:
-    """Whether no hook is to be called."""
-    return not modules._has_any_global_hook() and not any(
-        part is not None and (part._forward_hooks or part._forward_pre_hooks) for part in parts
-    )
+    """Whether no hook is to be called, and no method was put in the place of a part's own."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    for part in parts:
+        if part is None:
+            continue
+        own = vars(part)
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in own or "route" in own:
+            return False
+    return True
 
 
 def _prepared(layer: nn.Module) -> PreparedLayer | None:
@@ -89,11 +107,12 @@ def _prepared(layer: nn.Module) -> PreparedLayer | None:
     its scans do not run on the C++ kernels.
     """
     mixer, norm = layer.mixer, layer.norm
-    router, in_proj = mixer.block_head, mixer.in_proj
+    router, in_proj, out_proj = mixer.block_head, mixer.in_proj, mixer.out_proj
     if not (
         type(norm) is nn.RMSNorm
-        and type(in_proj) is type(mixer.out_proj) is Linear
-        and (router is None or isinstance(router, Linear))
+        and type(in_proj) is type(out_proj) is Linear
+        and in_proj.bias is None
+        and out_proj.bias is None
     ):
         return None
     weights = (
@@ -103,14 +122,14 @@ def _prepared(layer: nn.Module) -> PreparedLayer | None:
         in_proj.weight,
         *(() if router is None else (router.weight, router.bias)),
     )
-    backend = os.environ.get("DYVM_BACKEND", "")
-    return mixer.kept.get(f"layer {backend}", weights, lambda: _prepare(mixer, norm, weights))
+    name = f"layer {os.environ.get('DYVM_BACKEND', '')} {norm.eps} {mixer.scale}"
+    return mixer.kept.get(name, weights, lambda: _prepare(mixer, norm, weights))
 
 
 def _prepare(
     mixer: nn.Module, norm: nn.RMSNorm, weights: tuple[Tensor, ...]
 ) -> PreparedLayer | None:
-    if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
+    if not plain_on_cpu(*weights) or any(weight.dtype != torch.float32 for weight in weights):
         return None
     forward, backward = mixer.branch(False), mixer.branch(True)
     xz = norm.weight.new_empty(0, 0, mixer.in_proj.out_features)

@@ -225,7 +225,7 @@ class BidirectionalMamba(nn.Module):
         return max(1, size + -size % torch.get_num_threads())  # so that no thread is idle
 
     def _infer_in_groups(
-        self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None = None
+        self, hidden: Tensor, class_slots: ClassSlots, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on a CPU without gradient, a few images at a time.
 
@@ -312,10 +312,15 @@ class Layer(nn.Module):
         """
         if hidden is not None:
             hidden = self.drop_path(hidden)
-        if mask is None and not torch.compiler.is_compiling():
+        if mask is None and self._is_usual():
             evaluated = cpu_layer.evaluate(self, hidden, residual, class_slots, lengths)
             if evaluated is not None:
                 return evaluated
         normed, residual = add_rms_norm(hidden, residual, self.norm.weight, self.norm.eps)
         hidden, gates = self.mixer(normed, class_slots, mask, lengths)
         return hidden, residual, gates
+
+    def _is_usual(self) -> bool:
+        """Whether the mixer and its router are of these very classes, not of derived ones."""
+        router = self.mixer.block_head
+        return type(self.mixer) is BidirectionalMamba and (router is None or type(router) is Router)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _NAMESPACE = "dyvm"
 _PLAIN = (Tensor, nn.Parameter)
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # torch.autograd's is_grads_batched
 # Not torch.library.custom_op, whose wrapper costs more time at every call.
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
@@ -80,10 +80,11 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors with numbers of their own: of no subclass, and while nothing
     traces, counts or maps (torch.func).
     """
-    if torch.compiler.is_compiling():
+    # Within torch.func also what is made of plain tensors is wrapped.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     for tensor in tensors:  # a loop: this stands before every small step of a layer
-        if tensor is not None and (type(tensor) not in _PLAIN or _is_wrapped(tensor)):
+        if tensor is not None and (type(tensor) not in _PLAIN or _is_batched(tensor)):
             return False
     return _get_current_dispatch_mode() is None and not torch.jit.is_tracing()
 
@@ -104,25 +105,22 @@ def direct_on_cpu(
     backward: Callable | None = None,
 ) -> Callable:
     """A registered operator as a function that takes plain tensors on a CPU past PyTorch's
-    dispatcher, which would take a tenth of a small model's training step. Arguments as of
-    `register`.
-    """
+    dispatcher, which would take a tenth of a small model's training step.
 
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx, *inputs
-        ):  # one with a setup_context of its own has its signature looked up
+    Arguments as of `register`; the implementation must not depend on autocast.
+    """
+    run = implementation
+    if backward is not None:
+
+        def forward(ctx, *inputs):  # a setup_context would have its signature looked up each time
             output = implementation(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, *grads):
-            return backward(ctx, *grads)
-
-    run = implementation if backward is None else Direct.apply
+        members = {"forward": forward, "backward": once_differentiable(backward)}
+        members = {name: staticmethod(function) for name, function in members.items()}
+        name = operator.name().replace("::", "_")  # what graphs and profiles call it
+        run = type(name, (torch.autograd.Function,), members).apply
 
     def call(*arguments):
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

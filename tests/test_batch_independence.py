@@ -29,11 +29,11 @@ from ops.linear import linear
 torch.manual_seed(0)
 sizes = {"embed_dim": 64, "depth": 2, "pruning_layers": (1,), "token_keep": (0.7,)}
 # Of few tokens and of many.
-names = [
+cases = [
     ("dyvm_vim_micro", 32), ("dyvm_mambareg_small", 32), ("dyvm_videomamba_tiny", 32),
     ("dyvm_vim_micro", 224),
 ]
-dynamic = [create_model(name, img_size=size, **sizes).eval() for name, size in names]
+dynamic = [create_model(name, img_size=size, **sizes).eval() for name, size in cases]
 for model in dynamic:
     for layer in model.layers:
         torch.nn.init.normal_(layer.mixer.block_head.weight, std=3)
@@ -47,17 +47,17 @@ with torch.no_grad():
         for count in 1, 2, 5, 11, 31, 33, 67, 197, 257, 1379:
             assert torch.equal(linear(rows[:count], weight), product[:count]), (threads, count)
         routed = set()
-        for name, model in zip(names, dynamic, strict=True):
-            images = given[name[1]]
+        for case, model in zip(cases, dynamic, strict=True):
+            images = given[case[1]]
             whole = model(images)
             routed |= set(whole.gates.flatten().tolist())
             for part in slice(0, 1), slice(0, 3), slice(5, 12), slice(3, 22), slice(22, 23):
                 found = model(images[part])
                 for key in "logits", "tokens", "origin":
                     assert torch.equal(getattr(found, key), getattr(whole, key)[part]), (
-                        threads, name, part, key
+                        threads, case, part, key
                     )
-                assert torch.equal(found.gates, whole.gates[:, part]), (threads, name, part)
+                assert torch.equal(found.gates, whole.gates[:, part]), (threads, case, part)
         assert routed == {0.0, 1.0}  # or the decisions show nothing
 """
 

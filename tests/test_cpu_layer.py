@@ -4,11 +4,15 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cpu_layer, mixer
 from models.mixer import BidirectionalMamba, Layer
 from ops import selective_scan
+from ops.linear import Linear
+from ops.rms_norm import add_rms_norm
+from ops.selective_scan.cpu import passes
 from ops.selective_scan.cpu.layer import PreparedLayer
 
 pytestmark = [
@@ -214,9 +218,132 @@ def test_what_is_left_to_the_parts(monkeypatch):
             assert not taken(layer, hidden, residual, slots)
         monkeypatch.setenv("DYVM_BACKEND", "cpu")
         assert taken(layer, hidden, residual, slots)
-        layer.mixer.out_proj = torch.nn.Linear(2 * WIDTH, WIDTH, bias=False)
-        assert not taken(layer, hidden, residual, slots)
+        with forward_ad.dual_level():
+            assert not taken(layer, hidden, residual, slots)
         assert not taken(build().bfloat16(), hidden, residual, slots)
+
+
+class OtherRouter(mixer.Router):
+    def forward(self, inputs, weight=None):
+        return super().forward(inputs, weight) + 1
+
+
+class OtherMixer(BidirectionalMamba):
+    def route(self, logits):
+        return torch.ones_like(logits)
+
+
+@torch.no_grad()
+def test_other_parts_are_asked_themselves():
+    hidden, residual = tokens(3)
+
+    def without_kernels(layer: Layer) -> bool:
+        return all(
+            torch.equal(one, other)
+            for one, other in zip(
+                layer(hidden, residual, (65,)),
+                in_parts(layer, hidden, residual, (65,)),
+                strict=True,
+            )
+        ) and not (layer._is_usual() and taken(layer, hidden, residual, (65,)))
+
+    assert not without_kernels(build())
+    for kind in (torch.nn.Linear, Linear):
+        for name, sizes in {"in_proj": (WIDTH, 4 * WIDTH), "out_proj": (2 * WIDTH, WIDTH)}.items():
+            layer = build()
+            setattr(layer.mixer, name, kind(*sizes, bias=True))
+            assert without_kernels(layer), (kind, name)
+    layer = build()
+    layer.mixer.block_head = OtherRouter(4 * WIDTH, 2)
+    assert without_kernels(layer)
+    layer = build()
+    layer.mixer.__class__ = OtherMixer
+    assert without_kernels(layer)
+    layer = build()
+    layer.mixer.route = torch.ones_like
+    assert without_kernels(layer)
+    layer = build()
+    layer.mixer.in_proj.forward = layer.mixer.in_proj.forward
+    assert without_kernels(layer)
+
+
+@torch.no_grad()
+def test_numbers_beside_the_weights_are_seen_when_they_change():
+    layer, (hidden, residual) = build(), tokens(3)
+    for change in (
+        lambda: setattr(layer.norm, "eps", 10.0),
+        lambda: setattr(layer.mixer, "scale", 2),
+    ):
+        before = cpu_layer.evaluate(layer, hidden, residual, (65,))[0]
+        change()
+        after = cpu_layer.evaluate(layer, hidden, residual, (65,))[0]
+        expected = in_parts(layer, hidden, residual, (65,))[0]
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(after, before)
+
+
+@torch.no_grad()
+def test_what_is_wrong_is_told_by_the_parts():
+    """The kernels would read beside the tensors."""
+    layer, (hidden, residual) = build(), tokens(3)
+    wrong = (
+        (hidden[..., :40].contiguous(), residual),
+        (hidden[:1], residual),
+        (hidden[:, :9], residual),
+    )
+    for pair in wrong:
+        with pytest.raises(ValueError, match="must have one shape"):
+            layer(*(each.contiguous() for each in pair), (65,))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        layer(None, residual[..., :40].contiguous(), (65,))
+    with pytest.raises(IndexError):
+        layer(hidden, residual, (TOKENS,))
+    assert torch.equal(layer(hidden, residual, (-1,))[2], layer(hidden, residual, (130,))[2])
+
+
+@torch.no_grad()
+def test_within_transforms_and_with_another_default_dtype():
+    """What is kept there must be of use outside."""
+    layer, (hidden, residual) = build(), tokens(2)
+    expected = in_parts(layer, hidden, residual, (65,))[0]
+    vars(passes._scratch).clear()
+
+    def scaled(factor):
+        with torch.no_grad():
+            total = layer(hidden, residual, (65,))[0].sum()
+        return factor * total
+
+    gradient = torch.func.grad(scaled)(torch.tensor(3.0))
+    torch.testing.assert_close(gradient, expected.sum(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer(hidden, residual, (65,))[0], expected, rtol=1e-5, atol=1e-5)
+    layer, (hidden, residual) = build(), tokens(2, 140)  # a size that nothing was kept for
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = layer(hidden, residual, (65,))[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = in_parts(layer, hidden, residual, (65,))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(hidden, residual, (65,))[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transforms_of_training():
+    """torch.func and batched gradients go through the registered operators."""
+    layer, (hidden, residual) = build(router=False), tokens(2)
+
+    def total(factor):
+        return factor * layer(hidden, residual, (65,))[0].sum()
+
+    found = torch.func.vmap(total)(torch.arange(3.0))
+    torch.testing.assert_close(found, total(torch.arange(3.0)))
+    x = hidden.clone().requires_grad_()
+    normed, _ = add_rms_norm(x, residual, layer.norm.weight)
+    rows = torch.randn(3, *normed.shape)
+    (batched,) = torch.autograd.grad(normed, x, rows, is_grads_batched=True, retain_graph=True)
+    for row, found in zip(rows, batched, strict=True):
+        torch.testing.assert_close(
+            found, torch.autograd.grad(normed, x, row, retain_graph=True)[0], rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 products.
 
 One pass over x does the convolution and SiLU of both directions, one projects to (step, B, C), one
-does step, scan, skip, gate and the sum of the directions. In inference a thread takes a whole image
-through all of it. The backward pass recomputes the states from checkpoints every 16 steps, and the
-outputs of the two directions along with them.
+does step, scan, skip, gate and the sum of the directions. Where there are images enough, a thread
+takes a whole one through all of it. The backward pass recomputes the states from checkpoints every
+16 steps, and the outputs of the two directions along with them.
 
 Work is only done for tokens that exist. A direction that is not `active`, tokens behind `lengths`,
 and tokens behind the last one that `mask` lets through are left out of the packed rows that all

@@ -106,8 +106,8 @@ void project_images(const Problem* p) {
   });
 }
 
-// Convolution, projection and scan in one, for as many images as there are threads, or more. Not for a mask in place.
-// u and projected are kept where a direction has them.
+// Convolution, projection and scan in one; passes.py and operator.cpp choose it where the images are enough for the
+// threads. Not for a mask in place. u and projected are kept where a direction has them.
 void infer(const Problem* p) {
 #pragma omp parallel num_threads((int)p->threads)
   {

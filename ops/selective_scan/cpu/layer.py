@@ -24,12 +24,14 @@ class Router(NamedTuple):
 
 
 class Entered(NamedTuple):
-    """A layer before its input projection."""
+    """A layer before its input projection. What is not returned by the layer is overwritten by the
+    next one of this thread.
+    """
 
     problem: Problem
     constant: tuple[Tensor, Tensor]  # that the problem points to
     running: Tensor  # [b], the images that any scan runs for
-    normed: Tensor  # [b, L, d], theirs; both are overwritten by the next layer of this thread
+    normed: Tensor  # [b, L, d], theirs
     residual: Tensor  # [B, L, d]
     gates: Tensor | None  # [B, 2]
 
@@ -37,7 +39,8 @@ class Entered(NamedTuple):
 @lru_cache(maxsize=64)
 def _constant(images: int, tokens: int, scale: float) -> tuple[Tensor, Tensor]:
     """The mask and the factors of images that are neither masked nor gated."""
-    return torch.ones(images, tokens, device="cpu"), torch.full((images, 2), scale, device="cpu")
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    return torch.ones(images, tokens, **kind), torch.full((images, 2), scale, **kind)
 
 
 class PreparedLayer:

@@ -29,8 +29,8 @@ struct Direction {
   Given given;           // read by pack() alone
   const int64_t* start;  // [B]; null: this direction is off for all images
   float* weights;        // [4 + 1 + 1 + N + 1 + R, P], from pack(): see the accessors of Problem
-  float* u;              // [rows, P]
-  float* projected;      // [rows, R + 2N]: low-rank step, B, C
+  float* u;              // [rows, P]; null: the thread's own, an image at a time
+  float* projected;      // [rows, R + 2N]: low-rank step, B, C; null with u
   float* checkpoints;    // [chunks, P / W, N, W], state at the head of each tile; null when nothing is saved
   const int64_t* chunk;  // [B] first chunk of each image
   float* projection;     // [E, R + 2N rounded up to whole vectors], x_proj^T from pack(); not read by the backward pass
