@@ -54,7 +54,9 @@ from utils.program import run_main
 
 def main():
     time.sleep(1 if os.environ["RANK"] == "0" else 0)
-    raise UsageError("wrong")
+    if os.environ["RANK"] in "RANKS":
+        raise UsageError("wrong")
+    time.sleep(60)
 
 run_main(main)
 """
@@ -119,22 +121,25 @@ def test_a_bad_number_on_one_stops_both_when_asked_to(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "no"], ["--device", "cuda"]], ids=" ".join)
-def test_a_mistake_in_the_flags_is_told_once(flags):
+def test_a_mistake_in_the_flags_ends_all(flags):
     """Before the processes have met."""
     ends = finish(start(2, ["main.py", *flags]))
     assert [code for code, _, _ in ends] == [2, 2]
-    one_line(ends[0][2], "error (rank 0)", flags[0])
-    assert not ends[1][2]
+    for rank, (_, _, stderr) in enumerate(ends):
+        one_line(stderr, f"error (rank {rank})", flags[0])
 
 
-def test_torchrun_passes_on_what_is_wrong_with_the_flags(tmp_path):
-    """It ends the other process as soon as one has ended; the one that tells may be the slower."""
+@pytest.mark.parametrize(
+    "ranks, line", [("01", "error (rank 0): wrong"), ("1", "error (rank 1): wrong")]
+)
+def test_under_torchrun_a_mistake_in_the_flags_is_told_once(tmp_path, ranks, line):
+    """It ends the other process as soon as one has ended; the first may be the slower to tell."""
     script = tmp_path / "script.py"
-    script.write_text(WRONG)
+    script.write_text(WRONG.replace("RANKS", ranks))
     run = torchrun(script)
     told = "".join(run.communicate(timeout=120)).splitlines()
     assert run.returncode != 0
-    assert [line for line in told if line.startswith("error")] == ["error (rank 0): wrong"]
+    assert [each for each in told if each.startswith("error")] == [line]
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     Exit code: what `main` returns (None: 0), the UserError's, 130 after Ctrl-C. A full or lost
     disk, a memory that is too small, a missing package and a lost process of a distributed run are
     reported in one line too (exit code 1). Programming errors keep their stack trace. Of several
-    processes on a machine, which all have the same flags, the first one alone reports a UsageError.
-    Standard output and standard error become `Lasting`.
+    processes on a machine, which all have the same flags, the first one reports a UsageError and
+    the others a while later: torchrun has ended them by then. Standard output and standard error
+    become `Lasting`.
     """
     _outlive_readers()
     try:
@@ -90,10 +91,9 @@ def run_main(main: Callable[[], int | None]) -> None:
                 _leave(1)
             raise
         code = getattr(error, "exit_code", 1)
-        if isinstance(error, UsageError) and _leaves_flags_to_another():
+        if isinstance(error, UsageError) and _is_not_the_first():
             time.sleep(HEAD_START)
-        else:
-            _report(f"error{_rank()}: {message}", code)
+        _report(f"error{_rank()}: {message}", code)
     _leave(code)
 
 
@@ -130,7 +130,7 @@ def _rank() -> str:
     return f" (rank {rank})" if rank and several else ""
 
 
-def _leaves_flags_to_another() -> bool:
+def _is_not_the_first() -> bool:
     return bool(_rank()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
