@@ -277,20 +277,22 @@ class TestRunMain:
             assert capsys.readouterr().err == expected
 
     @pytest.mark.parametrize(
-        "local, error, told",
-        [("1", UsageError, False), ("0", UsageError, True), ("1", UserError, True)],
+        "local, error, waits",
+        [("1", UsageError, True), ("0", UsageError, False), ("1", UserError, False)],
     )
-    def test_flags_are_judged_by_one_process_of_a_machine(
-        self, capsys, monkeypatch, local, error, told
+    def test_the_first_process_of_a_machine_tells_of_flags_first(
+        self, capsys, monkeypatch, local, error, waits
     ):
         def main():
             raise error("wrong")
 
-        monkeypatch.setattr(program, "HEAD_START", 0.0)
+        waited = []
+        monkeypatch.setattr(program.time, "sleep", waited.append)
         for name, value in {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": local}.items():
             monkeypatch.setenv(name, value)
         assert self.end(main) == error.exit_code
-        assert capsys.readouterr().err == ("error (rank 5): wrong\n" if told else "")
+        assert capsys.readouterr().err == "error (rank 5): wrong\n"
+        assert waited == ([program.HEAD_START] if waits else [])
 
     def test_a_package_that_is_missing_is_one_line(self, capsys, monkeypatch):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
