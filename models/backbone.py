@@ -25,7 +25,7 @@ from .embedding import ClipEmbed, PatchEmbed, Size, check_patches, check_positiv
 from .family import Family
 from .heads import MapHead
 from .initialization import initialize
-from .layouts import extract, insert
+from .layouts import extract, insert, masked_sum
 from .mixer import BidirectionalMamba, Layer
 from .reduction import Reduction, cumulative_keep
 from .rope import RotaryEmbedding
@@ -332,8 +332,8 @@ class VisionMamba(TimmInterface, nn.Module):
         elif self.global_pool == "token":
             pooled = result.class_tokens[:, 0]
         else:
-            weight = result.alive.unsqueeze(-1).to(result.tokens.dtype)
-            pooled = (result.tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+            alive = result.alive.to(result.tokens.dtype)
+            pooled = masked_sum(result.tokens, alive)[:, 0] / alive.sum(1, True).clamp_min(1)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Result:

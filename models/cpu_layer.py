@@ -4,6 +4,7 @@ It gives what `mixer.Layer` and its parts define; they do the same in many small
 few images take as long as the products. B images, L tokens, d width, E inner width.
 """
 
+import math
 import os
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 from ops.linear import Linear, multiply
 from ops.operators import plain_on_cpu
 from ops.selective_scan import backend_for
-from ops.selective_scan.cpu.layer import PreparedLayer, Router
+from ops.selective_scan.cpu.layer import PreparedLayer, RouterWeights, spread
 from ops.selective_scan.cpu.passes import scratch
 
 from .layouts import ClassSlots
@@ -44,28 +45,28 @@ def evaluate(
     if prepared is None:
         return None
     batch, tokens, _ = residual.shape
-    size = mixer.group_size(batch, tokens, residual.element_size())
-    if lengths is not None and batch > size:  # the mixer puts images of like lengths together
-        return None
     entered = prepared.enter(hidden, residual, class_slots, mixer.gate_threshold, lengths)
-    count, normed = len(entered.running), entered.normed
+    count, origin = len(entered.running), entered.origin
     if count == 0:
         return torch.zeros_like(residual), entered.residual, entered.gates
-
-    def run(images: slice) -> Tensor:
-        rows = normed[images].flatten(0, 1)
-        memory = scratch("xz", len(rows), mixer.in_proj.out_features)
-        xz = multiply(rows, mixer.in_proj.weight, memory=memory)
-        y = prepared.scan(entered, xz.view(-1, tokens, xz.shape[1]), images.start)
-        out = multiply(y.flatten(0, 1), mixer.out_proj.weight)
-        return out.view(-1, tokens, out.shape[1])
-
-    if count == batch and size >= batch:
-        return run(slice(0, batch)), entered.residual, entered.gates
+    whole = origin[-1] == batch * tokens
     out = torch.empty_like(residual) if count == batch else torch.zeros_like(residual)
+    # So many images at a time as fit the cache.
+    size = mixer.group_size(count, math.ceil(origin[-1] / count), residual.element_size())
     for begin in range(0, count, size):
-        group = slice(begin, begin + size)
-        out.index_copy_(0, entered.running[group], run(group))
+        end = min(begin + size, count)
+        problem, rows = entered.group(begin, end), entered.normed[origin[begin] : origin[end]]
+        memory = scratch("xz", len(rows), mixer.in_proj.out_features)
+        y = prepared.scan(problem, multiply(rows, mixer.in_proj.weight, memory=memory))
+        if whole:
+            memory = out.view(-1, out.shape[2])[origin[begin] : origin[end]]
+        else:
+            memory = scratch("product", *rows.shape)
+        product = multiply(y, mixer.out_proj.weight, memory=memory)
+        if not whole:
+            spread(problem, entered.running[begin:end], product, out)
+        elif product.data_ptr() != memory.data_ptr():
+            memory.copy_(product)
     return out, entered.residual, entered.gates
 
 
@@ -137,5 +138,5 @@ def _prepare(
         return None
     router = mixer.block_head
     if router is not None:
-        router = Router(router.weight @ mixer.in_proj.weight, router.bias)
+        router = RouterWeights(router.product(mixer.in_proj), router.bias)
     return PreparedLayer(forward, backward, mixer.scale, norm.weight, norm.eps, router)

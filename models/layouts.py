@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ops.operators import plain_on_cpu
+
 ClassSlots = tuple[int, ...] | Tensor
 
 
@@ -83,6 +85,22 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     )
 
 
+def masked_sum(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Sum of tokens [B, T, d] that a mask [B, T] weights -> [B, 1, d].
+
+    At evaluation on a CPU zeros behind an image's last token change no bit of its sum: their number
+    depends on the images beside it, and on their number how PyTorch adds.
+    """
+    tokens = tokens * mask.unsqueeze(-1)
+    own = not torch.is_grad_enabled() and plain_on_cpu(tokens, mask)
+    if own and not bool(mask[:, -1:].all()):
+        slots = torch.arange(1, mask.shape[1] + 1)
+        counts = (slots * (mask != 0)).amax(dim=1).tolist()
+        images = zip(tokens.split(1), counts, strict=True)
+        return torch.cat([image[:, :count].sum(dim=1, keepdim=True) for image, count in images])
+    return tokens.sum(dim=1, keepdim=True)
+
+
 @dataclass
 class RouterMean:
     """How the mean of masked tokens is taken, for routers of models without class token.
@@ -99,7 +117,7 @@ class RouterMean:
         if mask is None:
             return sequence.sum(dim=1, keepdim=True) / (sequence.shape[1] + self.extra)
         weight = mask.unsqueeze(-1)
-        total = (sequence if self.zeroed else sequence * weight).sum(dim=1, keepdim=True)
+        total = sequence.sum(dim=1, keepdim=True) if self.zeroed else masked_sum(sequence, mask)
         count = weight.sum(dim=1, keepdim=True) + self.extra
         return (total / count.clamp_min(1)).to(sequence.dtype)
 

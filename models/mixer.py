@@ -69,10 +69,13 @@ class Router(Linear):
             and not torch.is_autocast_enabled("cpu")
             and plain_on_cpu(*given)
         ):
-            weights = self.weight, projection.weight
-            product = self._kept.get("product", weights, lambda: weights[0] @ weights[1])
-            return self(classes.mean(dim=1), product)
+            return self(classes.mean(dim=1), self.product(projection))
         return self(projection(classes).mean(dim=1))
+
+    def product(self, projection: Linear) -> Tensor:
+        """The weight [2, d] that gives the logits of what is not projected yet."""
+        weights = self.weight, projection.weight
+        return self._kept.get("product", weights, lambda: weights[0] @ weights[1])
 
     def forward(self, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
         """inputs [B, i], weight [2, i], the router's own by default -> [B, 2]"""

@@ -16,7 +16,7 @@ their speed, and takes one that gives each row the same bits in all that was tri
 By the processor's maker and not by a clock: logits must not depend on what else ran when it was
 read.
 
-_Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
+Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
 way.
 """
 

@@ -112,25 +112,33 @@ def test_a_threshold_counts():
     assert kept[0] > kept[1] > kept[2]
 
 
+@pytest.mark.parametrize("router", [True, False], ids=["routed", "dense"])
+@pytest.mark.parametrize("group", [12, 4, 1])
 @pytest.mark.parametrize("classes", [0, 1, 3])
 @torch.no_grad()
-def test_images_of_several_lengths(monkeypatch, classes):
-    layer, (hidden, residual) = build(), tokens(12)
+def test_images_of_several_lengths(monkeypatch, classes, group, router):
+    monkeypatch.setattr(mixer, "GROUP_BYTES", group * TOKENS * 4 * WIDTH * 4)
+    layer, (hidden, residual) = build(router), tokens(12)
     lengths = torch.tensor([131, 7, 64, 130, 65, 100, 16, 17, 15, 131, 40, 90])
     slots = torch.stack([lengths // (2 + i) for i in range(classes)], dim=1) if classes else ()
     found = cpu_layer.evaluate(layer, hidden, residual, slots, lengths)
     out, total, gates = in_parts(layer, hidden, residual, slots, None, lengths)
     exists = torch.arange(TOKENS) < lengths[:, None]
     torch.testing.assert_close(found[0][exists], out[exists], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], total) and torch.equal(found[2], gates)
-    assert set(gates.sum(dim=1).tolist()) == {0, 1, 2}, "or the test shows nothing"
+    assert not found[0][~exists].any()
+    assert torch.equal(found[1], total)
+    if router:
+        assert torch.equal(found[2], gates)
+        assert set(gates.sum(dim=1).tolist()) == {0, 1, 2}, "or the test shows nothing"
     for image, length in enumerate(lengths.tolist()):
         part = slice(image, image + 1)
         alone = hidden[part, :length].contiguous(), residual[part, :length].contiguous()
         own = tuple(slots[image].tolist()) if classes else ()
         assert torch.equal(layer(*alone, own)[0][0], found[0][image, :length])
-    monkeypatch.setattr(mixer, "GROUP_BYTES", 4 * TOKENS * 4 * WIDTH * 4)
-    assert not taken(layer, hidden, residual, slots, lengths)  # the mixer sorts them
+    for given in hidden, residual:
+        given[~exists] = torch.nan
+    again = cpu_layer.evaluate(layer, hidden, residual, slots, lengths)
+    assert torch.equal(again[0], found[0])
 
 
 @torch.no_grad()

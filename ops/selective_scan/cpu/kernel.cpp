@@ -1,8 +1,8 @@
 // Entry points of the CPU kernels: plain C functions on data pointers, so that nothing depends on PyTorch's ABI.
 // In the backward pass PyTorch multiplies the matrices between them.
 #include "extent.h"
+#include "forward.h"
 #include "in_place.h"
-#include "infer.h"
 #include "layer.h"
 #include "norm.h"
 #include "pack.h"
@@ -77,6 +77,10 @@ void measure(Problem* p, const int64_t* lengths, const bool* active, int64_t mas
 
 void enter(Problem* p, const Head* head) { enter_layer(*p, *head); }
 
+void spread(const Problem* p, const int64_t* images, const float* rows, float* out, int64_t width, int64_t threads) {
+  spread_images(*p, images, rows, out, width, threads);
+}
+
 void attach(Problem* p, const int64_t* table) { read_extent(*p, table); }
 
 void convolve(const Problem* p) {
@@ -108,12 +112,12 @@ void project_images(const Problem* p) {
 
 // Convolution, projection and scan in one; passes.py and operator.cpp choose it where the images are enough for the
 // threads. Not for a mask in place. u and projected are kept where a direction has them.
-void infer(const Problem* p) {
+void forward_images(const Problem* p) {
 #pragma omp parallel num_threads((int)p->threads)
   {
-    InferScratch scratch(*p);
+    ForwardScratch scratch(*p);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t image = 0; image < p->images; ++image) infer_image(*p, image, scratch);
+    for (int64_t image = 0; image < p->images; ++image) forward_image(*p, image, scratch);
   }
 }
 

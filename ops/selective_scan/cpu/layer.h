@@ -1,5 +1,7 @@
-// The head of a layer at evaluation: residual add + RMSNorm, the router, and which tokens the scans will walk.
+// A layer's evaluation around its projections and scans: before them residual add + RMSNorm, the router, and which
+// tokens the scans will walk; behind them the way of these tokens back to their images.
 #pragma once
+#include <cstring>
 #include <vector>
 
 #include "extent.h"
@@ -17,13 +19,19 @@ struct Head {
   const float* router_weight;  // [2, d]; null: no router
   const float* router_bias;    // [2]
   float* total;                // [B, L, d], residual + hidden; null without hidden
-  float* normed;               // [B, L, d], of the images that any scan runs for, without gaps
+  float* normed;               // [rows, d], existing tokens of the images that any scan runs for, without gaps
   float* gates;                // [B, 2], 1 or 0
   bool* active;                // [B, 2], the same of those images
   int64_t* running;            // [B], which they are
+  int64_t* origin;             // [B + 1], where each of them begins in `normed`, and behind the last one
   int64_t* table;              // see extent.h
   float eps, threshold;        // a gate is open where its logit is above the threshold
 };
+
+// Tokens of an image that exist.
+inline int64_t tokens_of(const Problem& p, const Head& h, int64_t image) {
+  return h.length ? std::clamp<int64_t>(h.length[image], 0, p.tokens) : p.tokens;
+}
 
 // normed null: the sum alone.
 inline void norm_token(const Head& h, int64_t row, float* normed) {
@@ -41,8 +49,9 @@ inline void norm_token(const Head& h, int64_t row, float* normed) {
 inline void norm_images(const Problem& p, const Head& h, const int64_t* place) {
 #pragma omp parallel for num_threads((int)h.threads) if (h.threads > 1)
   for (int64_t row = 0; row < p.images * p.tokens; ++row) {
-    const int64_t to = place[row / p.tokens];
-    norm_token(h, row, to < 0 ? nullptr : h.normed + (to * p.tokens + row % p.tokens) * h.width);
+    const int64_t to = place[row / p.tokens], token = row % p.tokens;
+    const bool read = to >= 0 && token < h.origin[to + 1] - h.origin[to];
+    norm_token(h, row, read ? h.normed + (h.origin[to] + token) * h.width : nullptr);
   }
 }
 
@@ -51,8 +60,8 @@ inline void route_image(const Head& h, int64_t image, const float* sums, int64_t
   for (int which = 0; which < 2; ++which) {
     Vec products = {};
     for (int64_t c = 0; c < h.width; c += kLanes) {
-      const int count = (int)std::min<int64_t>(kLanes, h.width - c);
-      products += load(sums + c, count) * load(h.router_weight + which * h.width + c, count);
+      const int lanes = (int)std::min<int64_t>(kLanes, h.width - c);
+      products += load(sums + c, lanes) * load(h.router_weight + which * h.width + c, lanes);
     }
     h.gates[2 * image + which] = sum(products) / (float)count + h.router_bias[which] > h.threshold;
   }
@@ -66,7 +75,7 @@ inline void route(const Problem& p, const Head& h) {
     for (int64_t image = 0; image < p.images; ++image) {
       std::fill(sums.begin(), sums.end(), 0.f);
       const int64_t* slot = h.slot ? h.slot + image * h.slot_stride : nullptr;
-      const int64_t count = slot ? h.slots : h.length ? h.length[image] : p.tokens;
+      const int64_t count = slot ? h.slots : tokens_of(p, h, image);
       for (int64_t i = 0; i < count; ++i) {
         norm_token(h, image * p.tokens + (slot ? slot[i] : i), normed.data());
         for (int64_t c = 0; c < h.width; ++c) sums[c] += normed[c];
@@ -80,6 +89,7 @@ inline void route(const Problem& p, const Head& h) {
 inline void enter_layer(Problem& p, const Head& h) {
   std::vector<int64_t> place(p.images), length(p.images);
   int64_t running = 0;
+  h.origin[0] = 0;
   if (h.router_weight) route(p, h);
   for (int64_t image = 0; image < p.images; ++image) {
     const float* gates = h.router_weight ? h.gates + 2 * image : nullptr;
@@ -88,11 +98,26 @@ inline void enter_layer(Problem& p, const Head& h) {
     if (!on) continue;
     if (gates)
       for (int which = 0; which < 2; ++which) h.active[2 * running + which] = gates[which];
-    if (h.length) length[running] = h.length[image];
+    length[running] = tokens_of(p, h, image);
+    h.origin[running + 1] = h.origin[running] + length[running];
     h.running[running++] = image;
   }
   norm_images(p, h, place.data());
   p.images = running;
-  measure_extent(p, h.length ? length.data() : nullptr, h.router_weight ? h.active : nullptr, 0, h.table);
+  p.origin = h.origin;
+  measure_extent(p, length.data(), h.router_weight ? h.active : nullptr, 0, h.table);
   read_extent(p, h.table);
+}
+
+// rows [rows, width] of the problem's images, without gaps -> out [., L, width] at the images of these numbers; 0 for
+// tokens that do not exist.
+inline void spread_images(const Problem& p, const int64_t* images, const float* rows, float* out, int64_t width,
+                          int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+  for (int64_t i = 0; i < p.images; ++i) {
+    const int64_t count = p.rows_of(i) * width, all = p.tokens * width;
+    float* to = out + images[i] * all;
+    std::memcpy(to, rows + p.row(i) * width, count * sizeof *rows);
+    std::fill(to + count, to + all, 0.f);
+  }
 }

@@ -5,6 +5,7 @@ B images, L tokens, d width, E inner channels.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from .library import Head, Problem, kernels, pointer, threads_for
 from .passes import Call, Packed, run_measured, scratch
 
 
-class Router(NamedTuple):
+class RouterWeights(NamedTuple):
     """What decides from the normed tokens which scans run."""
 
     weight: Tensor  # [2, d]
@@ -31,9 +32,22 @@ class Entered(NamedTuple):
     problem: Problem
     constant: tuple[Tensor, Tensor]  # that the problem points to
     running: Tensor  # [b], the images that any scan runs for
-    normed: Tensor  # [b, L, d], theirs
+    origin: Sequence[int]  # [b + 1], where each begins in the rows, and behind the last one
+    normed: Tensor  # [rows, d], their tokens that exist
     residual: Tensor  # [B, L, d]
     gates: Tensor | None  # [B, 2]
+
+    def group(self, begin: int, end: int) -> Problem:
+        """The problem of these of the running images."""
+        problem = Problem.from_buffer_copy(self.problem)
+        problem.images = end - begin
+        offset = begin * ctypes.sizeof(ctypes.c_int64)
+        problem.length += offset
+        problem.limit += offset
+        problem.origin += offset
+        for direction in problem.direction:
+            direction.start += offset
+        return problem
 
 
 @lru_cache(maxsize=64)
@@ -60,11 +74,11 @@ class PreparedLayer:
         scale: float,
         norm_weight: Tensor,
         eps: float,
-        router: Router | None,
+        router: RouterWeights | None,
     ):
         norm_weight = norm_weight.contiguous()
         if router is not None:
-            router = Router(*(weight.contiguous() for weight in router))
+            router = RouterWeights(*(weight.contiguous() for weight in router))
         self._scale, self._norm_weight, self._router = scale, norm_weight, router
         forward, backward = (
             BranchParams(*(weight.contiguous() for weight in params))
@@ -111,13 +125,14 @@ class PreparedLayer:
         problem.images, problem.tokens = images, tokens
         problem.threads = torch.get_num_threads()
         problem.mask, problem.factor = map(pointer, constant)
-        normed = scratch("normed", images, tokens, head.width)
+        normed = scratch("normed", images * tokens, head.width)
         table = scratch("table", 6 * images + 4, dtype=torch.int64)
         running = scratch("running", images, dtype=torch.int64)
+        origin = scratch("origin", images + 1, dtype=torch.int64)
         total, gates = residual, None
         head.threads = threads_for(residual)
         head.residual, head.normed = pointer(residual), pointer(normed)
-        head.running, head.table = pointer(running), pointer(table)
+        head.running, head.origin, head.table = map(pointer, (running, origin, table))
         if lengths is not None:
             lengths = lengths.contiguous()
             head.length = pointer(lengths)
@@ -137,20 +152,30 @@ class PreparedLayer:
                 head.slots, head.slot = len(slots), ctypes.addressof(chosen)
         kernels().enter(ctypes.byref(problem), ctypes.byref(head))
         count = problem.images
-        return Entered(problem, constant, running[:count], normed[:count], total, gates)
+        if lengths is None:
+            starts = range(0, (count + 1) * tokens, tokens)
+        else:
+            starts = origin[: count + 1].tolist()
+        normed = normed[: starts[-1]]
+        return Entered(problem, constant, running[:count], starts, normed, total, gates)
 
-    def scan(self, entered: Entered, xz: Tensor, begin: int = 0) -> Tensor:
-        """y [g, L, E], overwritten by the next scan of this thread, of the running images from
-        `begin` on, whose projection xz [g, L, 2E] is.
+    def scan(self, problem: Problem, xz: Tensor) -> Tensor:
+        """y [rows, E], overwritten by the next scan of this thread, of a group whose projection
+        xz [rows, 2E] is.
         """
-        images, tokens, _ = xz.shape
-        problem = Problem.from_buffer_copy(entered.problem)
-        problem.images = images
-        problem.length += begin * ctypes.sizeof(ctypes.c_int64)
-        problem.limit += begin * ctypes.sizeof(ctypes.c_int64)
-        for direction in problem.direction:
-            direction.start += begin * ctypes.sizeof(ctypes.c_int64)
-        y = scratch("y", images, tokens, self.channels)
+        y = scratch("y", len(xz), self.channels)
         problem.xz, problem.out = pointer(xz), pointer(y)
         run_measured(problem)
         return y
+
+
+def spread(problem: Problem, images: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Move the rows [rows, d] of a group to out [B, L, d] at `images`, their numbers; 0 where
+    tokens do not exist.
+    """
+    kernels().spread(
+        ctypes.byref(problem),
+        *(ctypes.c_void_p(pointer(tensor)) for tensor in (images, rows, out)),
+        ctypes.c_int64(out.shape[2]),
+        ctypes.c_int64(threads_for(rows)),
+    )

@@ -66,6 +66,7 @@ class Problem(ctypes.Structure):
             "length",
             "limit",
             "out",
+            "origin",
             "grad_out",
             "grad_xz",
             "grad_mask",
@@ -94,6 +95,7 @@ class Head(ctypes.Structure):
             "gates",
             "active",
             "running",
+            "origin",
             "table",
         )
     ]

@@ -94,7 +94,7 @@ Tensor scanned(const Tensor& xz_, const Tensor& weights, const Tensor& projectio
   measure(&p, nullptr, active.defined() ? active.const_data_ptr<bool>() : nullptr, 0, table.data());
   // Whole images to each thread is faster, unless threads would stand idle.
   if (p.images % p.threads == 0 || p.images >= 4 * p.threads) {
-    infer(&p);
+    forward_images(&p);
     return out;
   }
   std::vector<float> projected[2];

@@ -168,7 +168,7 @@ def run_measured(problem: Problem) -> None:
     # Whole images to each thread is faster, unless threads would stand idle.
     images, threads = problem.images, problem.threads
     if (images % threads == 0 or images >= 4 * threads) and not problem.in_place:
-        kernels().infer(ctypes.byref(problem))
+        kernels().forward_images(ctypes.byref(problem))
         return
     for which, direction in enumerate(problem.direction):
         if direction.start is not None and direction.u is None:

@@ -51,6 +51,9 @@ struct Problem {
   const int64_t* length;   // [B] tokens that the scan walks: up to the last one that the mask lets through
   const int64_t* limit;    // [B] tokens that exist, length <= limit <= L
   float* out;              // [B, L, E]
+  // Evaluation alone: [B], ascending rows of images whose tokens lie without gaps, so that xz is [rows, 2E] and out
+  // [rows, E], which begin with the first image's; null: an image has L rows.
+  const int64_t* origin;
   // Backward
   const float* grad_out;  // [B, L, E]
   float* grad_xz;         // [B, L, 2E]
@@ -61,7 +64,9 @@ struct Problem {
   int64_t blocks() const { return padded / kLanes; }
   // Channels of block `block` that exist.
   int lanes(int64_t block) const { return (int)std::min<int64_t>(kLanes, channels - block * kLanes); }
-  const float* x(int64_t image, int64_t token) const { return xz + (image * tokens + token) * 2 * channels; }
+  int64_t row(int64_t image) const { return origin ? origin[image] - origin[0] : image * tokens; }
+  int64_t rows_of(int64_t image) const { return origin ? limit[image] : tokens; }
+  const float* x(int64_t image, int64_t token) const { return xz + (row(image) + token) * 2 * channels; }
   float* grad_x(int64_t image, int64_t token) const { return grad_xz + (image * tokens + token) * 2 * channels; }
   float* grad_z(int64_t image, int64_t token) const { return grad_x(image, token) + channels; }
 
@@ -74,12 +79,14 @@ struct Problem {
   Problem only(int64_t image) const {
     Problem one = *this;
     one.images = 1;
+    one.tokens = rows_of(image);
+    one.origin = nullptr;
     one.xz = x(image, 0);
     one.mask += image * tokens;
     one.factor += 2 * image;
     one.length += image;
     one.limit += image;
-    one.out += image * tokens * channels;
+    one.out += row(image) * channels;
     return one;
   }
 

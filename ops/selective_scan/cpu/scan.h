@@ -53,7 +53,7 @@ struct Tile {
   }
   template <class T>
   Rows<T> whole(T* tensor, int64_t width) const {  // [B, L, width]
-    return {tensor + (image * p.tokens + first) * width + block * kLanes, stride * width};
+    return {tensor + (p.row(image) + first) * width + block * kLanes, stride * width};
   }
   Rows<const float> u() const { return packed<const float>(p.direction[which].u); }
   Rows<const float> z() const { return whole(p.xz + p.channels, 2 * p.channels); }
@@ -228,8 +228,8 @@ inline void scan_direction(const Problem& p, int which, int64_t image, int64_t b
 
 // The output of the tokens that no scan walks.
 inline void clear_behind(const Problem& p, int64_t image, int64_t block, int64_t walked) {
-  for (int64_t t = walked; t < p.tokens; ++t)
-    store(p.out + (image * p.tokens + t) * p.channels + block * kLanes, Vec{}, p.lanes(block));
+  for (int64_t t = walked; t < p.rows_of(image); ++t)
+    store(p.out + (p.row(image) + t) * p.channels + block * kLanes, Vec{}, p.lanes(block));
 }
 
 inline void scan_block(const Problem& p, int64_t image, int64_t block, Decays& decays, std::vector<Vec>& state) {

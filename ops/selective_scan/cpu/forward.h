@@ -110,11 +110,11 @@ inline void project(const Problem& p, const float* u, const float* weight, float
   }
 }
 
-struct InferScratch {
+struct ForwardScratch {
   std::unique_ptr<float[]> u, projected;  // of one image and one direction, where they are not kept
   std::vector<Vec> state;                 // [blocks, N]
   std::vector<Decays> decays[2];          // of each block
-  explicit InferScratch(const Problem& p) : state(p.blocks() * p.states) {
+  explicit ForwardScratch(const Problem& p) : state(p.blocks() * p.states) {
     for (int which = 0; which < 2; ++which) {
       if (!p.direction[which].start) continue;
       decays[which].assign(p.blocks(), Decays(p.states));
@@ -139,7 +139,7 @@ struct InferScratch {
 
 // Tile by tile, and in each over all channels: whole rows of x, z and the output pass by, which a processor fetches
 // ahead, while one block's share of them lies scattered over as many pages.
-inline void infer_image(const Problem& all, int64_t image, InferScratch& scratch) {
+inline void forward_image(const Problem& all, int64_t image, ForwardScratch& scratch) {
   const bool on[2] = {all.on(0, image), all.on(1, image)};
   Problem p = all.only(image);
   const int64_t start = 0, length = on[0] || on[1] ? p.length[0] : 0;
