@@ -49,7 +49,7 @@ def evaluate(
     count, origin = len(entered.running), entered.origin
     if count == 0:
         return torch.zeros_like(residual), entered.residual, entered.gates
-    whole = origin[-1] == batch * tokens
+    whole = origin[-1] == batch * tokens and entered.in_order
     out = torch.empty_like(residual) if count == batch else torch.zeros_like(residual)
     # So many images at a time as fit the cache.
     size = mixer.group_size(count, math.ceil(origin[-1] / count), residual.element_size())

@@ -301,7 +301,9 @@ def test_nan_in_nan_out(backend, half):
             y[0, 20:].isnan().all()
         )  # the state of every channel reads B, a sum over all channels
         switched_off = ssm_branch(xz, params, active=torch.tensor([False, True], device=backend))
-        assert not switched_off[0].any() and torch.equal(switched_off[1], y[1])
+        assert not switched_off[0].any()
+        # PyTorch's products may depend on the number of images, as they do held to AVX2.
+        torch.testing.assert_close(switched_off[1], y[1])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

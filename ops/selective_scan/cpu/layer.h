@@ -22,7 +22,7 @@ struct Head {
   float* normed;               // [rows, d], existing tokens of the images that any scan runs for, without gaps
   float* gates;                // [B, 2], 1 or 0
   bool* active;                // [B, 2], the same of those images
-  int64_t* running;            // [B], which they are
+  int64_t* running;            // [B], which they are, those with most to scan first
   int64_t* origin;             // [B + 1], where each of them begins in `normed`, and behind the last one
   int64_t* table;              // see extent.h
   float eps, threshold;        // a gate is open where its logit is above the threshold
@@ -45,7 +45,7 @@ inline void norm_token(const Head& h, int64_t row, float* normed) {
   }
 }
 
-// place: [B], of each image among those that any scan runs for, or -1.
+// place: [B], of each image among the running ones, or -1.
 inline void norm_images(const Problem& p, const Head& h, const int64_t* place) {
 #pragma omp parallel for num_threads((int)h.threads) if (h.threads > 1)
   for (int64_t row = 0; row < p.images * p.tokens; ++row) {
@@ -85,22 +85,27 @@ inline void route(const Problem& p, const Head& h) {
   }
 }
 
-// Everything of a layer up to its input projection. The problem is left with the images that any scan runs for.
+// Everything of a layer up to its input projection. The problem is left with the images that any scan runs for. Those
+// with equally much to scan stand together: threads that share a few of them are done at the same time.
 inline void enter_layer(Problem& p, const Head& h) {
-  std::vector<int64_t> place(p.images), length(p.images);
-  int64_t running = 0;
-  h.origin[0] = 0;
+  std::vector<int64_t> place(p.images, -1), length(p.images), steps(p.images);
   if (h.router_weight) route(p, h);
+  int64_t running = 0;
   for (int64_t image = 0; image < p.images; ++image) {
     const float* gates = h.router_weight ? h.gates + 2 * image : nullptr;
-    const bool on = !gates || gates[0] || gates[1];
-    place[image] = on ? running : -1;
-    if (!on) continue;
-    if (gates)
-      for (int which = 0; which < 2; ++which) h.active[2 * running + which] = gates[which];
-    length[running] = tokens_of(p, h, image);
-    h.origin[running + 1] = h.origin[running] + length[running];
-    h.running[running++] = image;
+    const int directions = gates ? (gates[0] != 0) + (gates[1] != 0) : 2;
+    steps[image] = directions * tokens_of(p, h, image);
+    if (directions) h.running[running++] = image;
+  }
+  std::stable_sort(h.running, h.running + running, [&](int64_t a, int64_t b) { return steps[a] > steps[b]; });
+  h.origin[0] = 0;
+  for (int64_t i = 0; i < running; ++i) {
+    const int64_t image = h.running[i];
+    place[image] = i;
+    length[i] = tokens_of(p, h, image);
+    h.origin[i + 1] = h.origin[i] + length[i];
+    if (h.router_weight)
+      for (int which = 0; which < 2; ++which) h.active[2 * i + which] = h.gates[2 * image + which] != 0;
   }
   norm_images(p, h, place.data());
   p.images = running;

@@ -31,7 +31,8 @@ class Entered(NamedTuple):
 
     problem: Problem
     constant: tuple[Tensor, Tensor]  # that the problem points to
-    running: Tensor  # [b], the images that any scan runs for
+    running: Tensor  # [b], the images that any scan runs for, those with most to scan first
+    in_order: bool  # whether they stand as they did
     origin: Sequence[int]  # [b + 1], where each begins in the rows, and behind the last one
     normed: Tensor  # [rows, d], their tokens that exist
     residual: Tensor  # [B, L, d]
@@ -157,7 +158,9 @@ class PreparedLayer:
         else:
             starts = origin[: count + 1].tolist()
         normed = normed[: starts[-1]]
-        return Entered(problem, constant, running[:count], starts, normed, total, gates)
+        running = running[:count]
+        in_order = self._router is None and lengths is None
+        return Entered(problem, constant, running, in_order, starts, normed, total, gates)
 
     def scan(self, problem: Problem, xz: Tensor) -> Tensor:
         """y [rows, E], overwritten by the next scan of this thread, of a group whose projection

@@ -3,8 +3,10 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
@@ -75,10 +77,15 @@ inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }
 
 constexpr float kLog2E = 1.44269504088896f;
 constexpr float kLn2 = 0.693147180559945f;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr float kExp2Range = 121.f;
+#else
 constexpr float kExp2Range = 126.f;
+#endif
 
-// 2^x for |x| <= 126, undefined for a NaN, relative error below 5e-7 (AVX-512) or 2e-7. Adding 1.5 * 2^23 (or 2^18)
-// rounds x to an integer (or a multiple of 1/32), which then stands in the lowest bits of the sum.
+// 2^x for |x| <= kExp2Range, undefined for a NaN, relative error below 5e-7 (AVX-512), 4e-7 (AVX2) or 2e-7. Adding
+// 1.5 * 2^23 (or 2^18, 2^20) rounds x to an integer (or a multiple of 1/32, 1/8), which then stands in the lowest bits
+// of the sum.
 #if defined(__AVX512F__)
 // With f = x - k/32, at most 1/64, 2^f is a parabola to within 2e-7, and any parabola is G ((f + a)^2 + b): one fused
 // operation once f + a is known. The vertex, 1.4427 for the best parabola, is moved to a = 46/32, so that f + a comes
@@ -102,6 +109,19 @@ inline Vec exp2_in_range(Vec x) {
   Vec part = (Vec)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
                                          _mm512_load_ps(kExp2Table + 16));
   return (Vec)_mm512_scalef_ps((__m512)(p * part), (__m512)rounded);  // times 2^floor(rounded)
+}
+#elif defined(__AVX2__)
+// The same for a table of eight: with f = x - k/8, at most 1/16, 2^f is a cubic to within 1.3e-7, and any cubic is
+// G (t (t^2 + b) + c) with t = f + a. The best a is 1.4427; k/8 - 1.5 is exact. The table holds the bits of G 2^(j/8)
+// less j 2^20, so that k 2^20 makes them those of G 2^(k/8): G is 2^-4.2, hence the smaller range.
+alignas(32) constexpr int32_t kExp2Table[8] = {0x3d5ab2f7, 0x3d5e7e38, 0x3d620a0c, 0x3d5dcf0e,
+                                               0x3d5aa4c3, 0x3d58a3da, 0x3d57e73d, 0x3d588c46};
+inline Vec exp2_in_range(Vec x) {
+  constexpr float kRound = 1572864.f, kVertex = 1.5f;
+  Vec shifted = x + kRound, t = x - (shifted - (kRound + kVertex));
+  Vec p = (t * t + 6.2320166f) * t + 6.0059056f;
+  IntVec part = (IntVec)_mm256_permutevar8x32_epi32(*(const __m256i*)kExp2Table, (__m256i)shifted);
+  return p * (Vec)(part + ((IntVec)shifted << 20));
 }
 #else
 inline Vec exp2_in_range(Vec x) {
