@@ -116,12 +116,6 @@ inline void compute_steps(const Tile& tile, Steps& steps) {
   steps.largest = largest.value();
 }
 
-// What the backward pass wants to know of every step of a state group.
-template <int kStates>
-struct History {
-  Vec before[kTile][kStates], decay[kTile][kStates];
-};
-
 // Rows that the next channel block of a tile reads and writes: asked for step by step while this one is scanned. They
 // lie a row of all channels apart, in more places than the processor follows by itself.
 struct Ahead {
@@ -135,9 +129,9 @@ struct Ahead {
 };
 
 // y[t] += C h over one group of states; kInRange: every exponent is known to lie within exp2_in_range.
-template <int kStates, bool kInRange, bool kHistory>
+template <int kStates, bool kInRange>
 inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state, const Vec* A, Vec* state, Vec* y,
-                      const Ahead& ahead, History<kStates>* history) {
+                      const Ahead& ahead) {
   Vec h[kStates];
   for (int s = 0; s < kStates; ++s) h[s] = state[s];
   const float* B = tile.projected(0) + tile.p.rank + first_state;
@@ -150,10 +144,6 @@ inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state,
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
       const Vec decay = kInRange ? exp2_in_range(delta * A[s]) : exp2_clamped(delta * A[s]);
-      if (kHistory) {
-        history->before[t][s] = h[s];
-        history->decay[t][s] = decay;
-      }
       h[s] = decay * h[s] + input * B[s];
       total += h[s] * C[s];
     }
@@ -197,9 +187,9 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
   }
   for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
     if (steps.largest < decays.step_limit)
-      scan_tile<size, true, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, nullptr);
+      scan_tile<size, true>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead);
     else
-      scan_tile<size, false, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, nullptr);
+      scan_tile<size, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead);
   });
   for (int t = 0; t < tile.steps; ++t) {
     Vec total = (y[t] + skip * load(u[t])) * factor;

@@ -3,6 +3,9 @@
 #pragma once
 #include "scan.h"
 
+// States at a time: their history stays in the nearest cache beside the sums of dL/dB and dL/dC.
+constexpr int kBackStates = 4;
+
 // dL/dB and dL/dC of a group of states at one step, sums over channel blocks, lane by lane. The steps of a group lie
 // one behind the other: a load waits for an earlier store whose address has the same twelve low bits, and so they are
 // as many steps apart as can be.
@@ -24,22 +27,59 @@ struct BackScratch {
   }
 };
 
-// The way back through one tile for one group of states. Per step: grad_y is dL/dy; `via_B` and `via_A` gather
-// dL/d(delta u) and dL/ddelta as far as they come through the input and the decay.
+// What a tile's way back works on, step by step.
+struct TileBack {
+  Steps steps;
+  Vec gated[kTile], grad_gate[kTile], grad_y[kTile];  // dL/dout silu(z), dL/dout silu'(z), dL/dy
+  Vec y[kTile] = {};
+  Vec via_B[kTile] = {}, via_A[kTile] = {};  // dL/d(delta u) and dL/ddelta, through the input and through the decay
+};
+
+// What the way back wants to know of every step of a state group.
 template <int kStates>
-inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_state, const Vec* A, const Vec* last,
-                           const History<kStates>& history, const Vec* grad_y, Vec* via_B, Vec* via_A,
-                           Vec* grad_state, GradBC<kStates>* grad_BC) {
+struct History {
+  Vec before[kTile][kStates], decay[kTile][kStates];
+};
+
+// The states of a tile once more, from those at its head on, and y.
+template <int kStates, bool kInRange>
+inline void recompute(const Tile& tile, TileBack& back, int64_t first_state, const Vec* A, Vec* state,
+                      const Ahead& ahead, History<kStates>& history) {
+  Vec h[kStates];
+  for (int s = 0; s < kStates; ++s) h[s] = state[s];
+  const float* B = tile.projected(0) + tile.p.rank + first_state;
+  const float* C = B + tile.p.states;
+  const int64_t stride = tile.stride * tile.p.projections();
+  for (int t = 0; t < tile.steps; ++t, B += stride, C += stride) {
+    const Vec delta = back.steps.delta[t], input = back.steps.input[t];
+    Vec total = back.y[t];
+    ahead.fetch(t);
+#pragma GCC unroll 16
+    for (int s = 0; s < kStates; ++s) {
+      const Vec decay = kInRange ? exp2_in_range(delta * A[s]) : exp2_clamped(delta * A[s]);
+      history.before[t][s] = h[s];
+      history.decay[t][s] = decay;
+      h[s] = decay * h[s] + input * B[s];
+      total += h[s] * C[s];
+    }
+    back.y[t] = total;
+  }
+  for (int s = 0; s < kStates; ++s) state[s] = h[s];
+}
+
+// The way back through one tile for one group of states; last: behind the last step.
+template <int kStates>
+inline void scan_tile_back(const Tile& tile, TileBack& back, int64_t first_state, const Vec* A, const Vec* last,
+                           const History<kStates>& history, Vec* grad_state, GradBC<kStates>* grad_BC) {
   Vec carried[kStates], grad_A[kStates] = {};
   for (int s = 0; s < kStates; ++s) carried[s] = grad_state[s];
-  const int64_t states = tile.p.states;
   for (int t = tile.steps - 1; t >= 0; --t) {
     const float* B = tile.projected(t) + tile.p.rank + first_state;
-    const float* C = B + states;
+    const float* C = B + tile.p.states;
     const Vec* after = t + 1 < tile.steps ? history.before[t + 1] : last;
     Vec *grad_B = grad_BC[t].of, *grad_C = grad_B + kStates;
-    const Vec g = grad_y[t], delta = steps.delta[t], input = steps.input[t];
-    Vec sum_B = via_B[t], sum_A = via_A[t];
+    const Vec g = back.grad_y[t], delta = back.steps.delta[t], input = back.steps.input[t];
+    Vec sum_B = back.via_B[t], sum_A = back.via_A[t];
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
       grad_C[s] += g * after[s];
@@ -51,8 +91,8 @@ inline void scan_tile_back(const Tile& tile, const Steps& steps, int64_t first_s
       sum_A += grad_exponent * A[s];
       grad_A[s] += grad_exponent * delta;
     }
-    via_B[t] = sum_B;
-    via_A[t] = sum_A;
+    back.via_B[t] = sum_B;
+    back.via_A[t] = sum_A;
   }
   for (int s = 0; s < kStates; ++s) {
     grad_state[s] = carried[s];
@@ -81,66 +121,43 @@ inline void project_steps_back(const Tile& tile, const Vec* grad_step, Vec* sums
   for (; r < tile.p.rank; ++r) add_step_gradients<1>(tile, grad_step, r, sums);
 }
 
-// One tile of one channel block. `first`: the first direction of this image writes dL/dz and, of a mask in place,
-// what comes through the step; the second adds to them.
-// `next`: this thread goes on to the next block.
-inline void tile_back(const Tile& tile, bool first, bool next, const Decays& decays, BackScratch& scratch,
-                      Vec* grad_state, Vec* grad_steps) {
+// Steps, gate and dL/dy of a tile.
+inline void enter_tile_back(const Tile& tile, TileBack& back) {
+  const Problem& p = tile.p;
+  const int lanes = p.lanes(tile.block);
+  const auto z_of = tile.z(), grad_out_of = tile.whole(p.grad_out, p.channels);
+  const float factor = p.factor[2 * tile.image + tile.which];
+  compute_steps<true>(tile, back.steps);
+  for (int t = 0; t < tile.steps; ++t) {
+    const Vec z = load(z_of[t], lanes), s = sigmoid(z), g = load(grad_out_of[t], lanes);
+    back.gated[t] = g * z * s;
+    back.grad_gate[t] = g * s * (1.f + z * (1.f - s));
+    back.grad_y[t] = back.gated[t] * factor;
+  }
+}
+
+// What the states' way back gave, on to u, the step, z and the weights. `first`: the first direction of this image
+// writes dL/dz and, of a mask in place, what comes through the step; the second adds to them.
+inline void leave_tile_back(const Tile& tile, const TileBack& back, bool first, Vec* grad_steps) {
   const Problem& p = tile.p;
   const Direction& d = p.direction[tile.which];
   const int lanes = p.lanes(tile.block);
-  const auto u_of = tile.u(), z_of = tile.z(), grad_out_of = tile.whole(p.grad_out, p.channels);
+  const auto u_of = tile.u();
   const auto grad_u_of = tile.packed(d.grad_u), grad_delta_of = tile.packed(d.grad_delta);
   const auto grad_z_of = tile.whole(p.grad_xz + p.channels, 2 * p.channels);
   const float factor = p.factor[2 * tile.image + tile.which];
-  const Vec* A = decays.A.data();
-  Steps steps;
-  compute_steps<true>(tile, steps);
-  const bool in_range = steps.largest < decays.step_limit;
-
-  Vec gated[kTile], grad_gate[kTile], grad_y[kTile];  // dL/dout silu(z), dL/dout silu'(z), dL/dy
-  for (int t = 0; t < tile.steps; ++t) {
-    const Vec z = load(z_of[t], lanes), s = sigmoid(z), g = load(grad_out_of[t], lanes);
-    gated[t] = g * z * s;
-    grad_gate[t] = g * s * (1.f + z * (1.f - s));
-    grad_y[t] = gated[t] * factor;
-  }
-
-  Vec y[kTile] = {}, via_B[kTile] = {}, via_A[kTile] = {};
-  Ahead reads, writes, nothing;
-  if (next) {
-    reads.add(u_of);
-    reads.add(grad_out_of);
-    reads.add(z_of);
-    writes.add(grad_u_of);
-    writes.add(grad_delta_of);
-    writes.add(grad_z_of);
-  }
-  for_state_groups<kRegisterStates / 2>(p.states, [&](auto size, int64_t s) {
-    History<size> history;
-    Vec state[size];
-    const float* checkpoint = tile.checkpoint() + s * kLanes;
-    for (int i = 0; i < size; ++i) state[i] = load(checkpoint + i * kLanes);
-    const Ahead& ahead = s == 0 ? reads : s + size == p.states ? writes : nothing;
-    if (in_range)
-      scan_tile<size, true, true>(tile, steps, s, A + s, state, y, ahead, &history);
-    else
-      scan_tile<size, false, true>(tile, steps, s, A + s, state, y, ahead, &history);
-    scan_tile_back<size>(tile, steps, s, A + s, state, history, grad_y, via_B, via_A, grad_state + s,
-                         scratch.grad_BC_of<size>(s));
-  });
-
+  const Steps& steps = back.steps;
   const Vec skip = load(p.weight(tile.which, p.skip(), tile.block));
   Vec grad_step[kTile], grad_skip = {}, grad_bias = {}, grad_factor = {};
   for (int t = 0; t < tile.steps; ++t) {
-    const Vec u = load(u_of[t]), total = y[t] + skip * u;
-    const Vec through_gate = grad_gate[t] * total * factor;
+    const Vec u = load(u_of[t]), total = back.y[t] + skip * u;
+    const Vec through_gate = back.grad_gate[t] * total * factor;
     store(grad_z_of[t], first ? through_gate : through_gate + load(grad_z_of[t], lanes), lanes);
-    grad_factor += gated[t] * total;
-    grad_skip += grad_y[t] * u;
-    store(grad_u_of[t], skip * grad_y[t] + via_B[t] * steps.delta[t]);
+    grad_factor += back.gated[t] * total;
+    grad_skip += back.grad_y[t] * u;
+    store(grad_u_of[t], skip * back.grad_y[t] + back.via_B[t] * steps.delta[t]);
     // A carries a factor log2(e)
-    const Vec grad_delta = via_B[t] * u + via_A[t] * kLn2;
+    const Vec grad_delta = back.via_B[t] * u + back.via_A[t] * kLn2;
     grad_step[t] = grad_delta * steps.derivative[t];
     grad_bias += grad_step[t];
     store(grad_delta_of[t], grad_step[t]);
@@ -158,6 +175,39 @@ inline void tile_back(const Tile& tile, bool first, bool next, const Decays& dec
   p.grad_factor[(tile.block * p.images + tile.image) * 2 + tile.which] += sum(grad_factor);
 }
 
+// One tile of a channel block, the block `at` of its group. `next`: this thread goes on to the one behind.
+inline void tile_back(const Tile& tile, int64_t at, bool first, bool next, BackScratch& scratch) {
+  const Problem& p = tile.p;
+  const Direction& d = p.direction[tile.which];
+  const Decays& decays = scratch.decays[at];
+  TileBack back;
+  enter_tile_back(tile, back);
+  Ahead reads, writes, nothing;
+  if (next) {
+    reads.add(tile.u());
+    reads.add(tile.whole(p.grad_out, p.channels));
+    reads.add(tile.z());
+    writes.add(tile.packed(d.grad_u));
+    writes.add(tile.packed(d.grad_delta));
+    writes.add(tile.whole(p.grad_xz + p.channels, 2 * p.channels));
+  }
+  for_state_groups<kBackStates>(p.states, [&](auto size, int64_t s) {
+    History<size> history;
+    Vec state[size];
+    const Vec* A = &decays.A[s];
+    const float* checkpoint = tile.checkpoint() + s * kLanes;
+    for (int i = 0; i < size; ++i) state[i] = load(checkpoint + i * kLanes);
+    const Ahead& ahead = s == 0 ? reads : s + size == p.states ? writes : nothing;
+    if (back.steps.largest < decays.step_limit)
+      recompute<size, true>(tile, back, s, A, state, ahead, history);
+    else
+      recompute<size, false>(tile, back, s, A, state, ahead, history);
+    scan_tile_back<size>(tile, back, s, A, state, history, &scratch.grad_state[at * p.states + s],
+                         scratch.grad_BC_of<size>(s));
+  });
+  leave_tile_back(tile, back, first, &scratch.grad_steps[at * p.rank]);
+}
+
 // All tiles of one direction for the channel blocks begin ... end of one image. The blocks are the inner loop, so
 // that dL/dB and dL/dC, sums over all channels, stay in the cache.
 inline void scan_direction_back(const Problem& p, int which, int64_t image, int64_t group, int64_t begin, int64_t end,
@@ -169,13 +219,12 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
   for (int64_t index = (p.length[image] + kTile - 1) / kTile - 1; index >= 0; --index) {
     std::fill(scratch.grad_BC.begin(), scratch.grad_BC.end(), Vec{});
     for (int64_t block = begin; block < end; ++block)
-      tile_back(Tile(p, which, image, block, index), first, block + 1 < end, scratch.decays[block - begin], scratch,
-                &scratch.grad_state[(block - begin) * p.states], &scratch.grad_steps[(block - begin) * p.rank]);
+      tile_back(Tile(p, which, image, block, index), block - begin, first, block + 1 < end, scratch);
     const Tile tile(p, which, image, begin, index);
     for (int t = 0; t < tile.steps; ++t) {
       float* grad_B = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
       float* grad_C = grad_B + p.states;
-      for_state_groups<kRegisterStates / 2>(p.states, [&](auto size, int64_t first) {
+      for_state_groups<kBackStates>(p.states, [&](auto size, int64_t first) {
         float sums[2 * size];
         sum_each(scratch.grad_BC_of<size>(first)[t].of, 2 * size, sums);
         std::copy(sums, sums + size, grad_B + first);
