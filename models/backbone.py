@@ -332,8 +332,8 @@ class VisionMamba(TimmInterface, nn.Module):
         elif self.global_pool == "token":
             pooled = result.class_tokens[:, 0]
         else:
-            alive = result.alive.to(result.tokens.dtype)
-            pooled = masked_sum(result.tokens, alive)[:, 0] / alive.sum(1, True).clamp_min(1)
+            weight = result.alive.unsqueeze(-1).to(result.tokens.dtype)
+            pooled = masked_sum(result.tokens, weight)[:, 0] / weight.sum(1).clamp_min(1)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Result:

@@ -49,7 +49,6 @@ def evaluate(
     count, origin = len(entered.running), entered.origin
     if count == 0:
         return torch.zeros_like(residual), entered.residual, entered.gates
-    whole = origin[-1] == batch * tokens and entered.in_order
     out = torch.empty_like(residual) if count == batch else torch.zeros_like(residual)
     # So many images at a time as fit the cache.
     size = mixer.group_size(count, math.ceil(origin[-1] / count), residual.element_size())
@@ -58,12 +57,12 @@ def evaluate(
         problem, rows = entered.group(begin, end), entered.normed[origin[begin] : origin[end]]
         memory = scratch("xz", len(rows), mixer.in_proj.out_features)
         y = prepared.scan(problem, multiply(rows, mixer.in_proj.weight, memory=memory))
-        if whole:
+        if entered.in_order:
             memory = out.view(-1, out.shape[2])[origin[begin] : origin[end]]
         else:
             memory = scratch("product", *rows.shape)
         product = multiply(y, mixer.out_proj.weight, memory=memory)
-        if not whole:
+        if not entered.in_order:
             spread(problem, entered.running[begin:end], product, out)
         elif product.data_ptr() != memory.data_ptr():
             memory.copy_(product)

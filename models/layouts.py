@@ -85,17 +85,18 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     )
 
 
-def masked_sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Sum of tokens [B, T, d] that a mask [B, T] weights -> [B, 1, d].
+def masked_sum(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Sum of tokens [B, T, d] with weights [B, T, 1] -> [B, 1, d].
 
-    At evaluation on a CPU zeros behind an image's last token change no bit of its sum: their number
-    depends on the images beside it, and on their number how PyTorch adds.
+    At evaluation on a CPU what lies behind an image's last token of any weight changes no bit of
+    its sum: how much that is depends on the images beside it, and how PyTorch adds on how much it
+    is.
     """
-    tokens = tokens * mask.unsqueeze(-1)
-    own = not torch.is_grad_enabled() and plain_on_cpu(tokens, mask)
-    if own and not bool(mask[:, -1:].all()):
-        slots = torch.arange(1, mask.shape[1] + 1)
-        counts = (slots * (mask != 0)).amax(dim=1).tolist()
+    tokens = tokens * weight
+    own = not torch.is_grad_enabled() and plain_on_cpu(tokens, weight)
+    if own and not bool(weight[:, -1:].all()):
+        slots = torch.arange(1, weight.shape[1] + 1, device=weight.device)
+        counts = (slots * (weight[..., 0] != 0)).amax(dim=1).tolist()
         images = zip(tokens.split(1), counts, strict=True)
         return torch.cat([image[:, :count].sum(dim=1, keepdim=True) for image, count in images])
     return tokens.sum(dim=1, keepdim=True)
@@ -117,7 +118,7 @@ class RouterMean:
         if mask is None:
             return sequence.sum(dim=1, keepdim=True) / (sequence.shape[1] + self.extra)
         weight = mask.unsqueeze(-1)
-        total = sequence.sum(dim=1, keepdim=True) if self.zeroed else masked_sum(sequence, mask)
+        total = sequence.sum(dim=1, keepdim=True) if self.zeroed else masked_sum(sequence, weight)
         count = weight.sum(dim=1, keepdim=True) + self.extra
         return (total / count.clamp_min(1)).to(sequence.dtype)
 

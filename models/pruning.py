@@ -44,8 +44,8 @@ class ScorePredictor(nn.Module):
         # The residual stream is float32, the weights may be bfloat16.
         tokens = tokens.to(self.in_conv[0].weight.dtype)
         local, pooled = self.in_conv(tokens).chunk(2, dim=-1)
-        count = policy.unsqueeze(-1).sum(dim=1, keepdim=True)
-        pooled = masked_sum(pooled, policy) / (count + 1)
+        weight = policy.unsqueeze(-1)
+        pooled = masked_sum(pooled, weight) / (weight.sum(dim=1, keepdim=True) + 1)
         return self.out_conv(torch.cat([local, pooled.to(local.dtype).expand_as(local)], dim=-1))
 
 

@@ -380,3 +380,13 @@ def test_weights_are_packed_once(monkeypatch):
     layer.train().eval()  # the way to tell of changes that PyTorch does not count
     layer(hidden, residual, (65,))
     assert len(made) == 2
+
+
+def test_after_inference_mode():
+    """Memory that is used again is not that mode's own."""
+    layer, (hidden, residual) = build(), tokens(12)
+    with torch.inference_mode():
+        expected = layer(hidden, residual, (65,))
+    with torch.no_grad():
+        for found, same in zip(layer(*tokens(12), (65,)), expected, strict=True):
+            assert torch.equal(found, same)

@@ -111,16 +111,17 @@ inline void project(const Problem& p, const float* u, const float* weight, float
 }
 
 struct ForwardScratch {
-  std::unique_ptr<float[]> u, projected;  // of one image and one direction, where they are not kept
-  std::vector<Vec> state;                 // [blocks, N]
-  std::vector<Decays> decays[2];          // of each block
+  std::unique_ptr<Vec[]> u;            // of one image and one direction, where they are not kept
+  std::unique_ptr<float[]> projected;  // the same
+  std::vector<Vec> state;              // [blocks, N]
+  std::vector<Decays> decays[2];       // of each block
   explicit ForwardScratch(const Problem& p) : state(p.blocks() * p.states) {
     for (int which = 0; which < 2; ++which) {
       if (!p.direction[which].start) continue;
       decays[which].assign(p.blocks(), Decays(p.states));
       for (int64_t block = 0; block < p.blocks(); ++block) decays[which][block].read(p, which, block);
       if (p.direction[which].u || u) continue;
-      u.reset(new float[p.tokens * p.padded]);
+      u.reset(new Vec[p.tokens * p.blocks()]);  // of whole vectors: none lies across two lines of the cache
       projected.reset(new float[p.tokens * p.projections()]);
     }
   }
@@ -131,7 +132,7 @@ struct ForwardScratch {
       d.projected += all.direction[which].start[image] * all.projections();
       d.chunk += image;
     } else {
-      d.u = u.get();
+      d.u = reinterpret_cast<float*>(u.get());
       d.projected = projected.get();
     }
   }

@@ -75,7 +75,7 @@ void measure(Problem* p, const int64_t* lengths, const bool* active, int64_t mas
   read_extent(*p, table);
 }
 
-void enter(Problem* p, const Head* head) { enter_layer(*p, *head); }
+int enter(Problem* p, const Head* head) { return enter_layer(*p, *head); }
 
 void spread(const Problem* p, const int64_t* images, const float* rows, float* out, int64_t width, int64_t threads) {
   spread_images(*p, images, rows, out, width, threads);

@@ -86,8 +86,9 @@ inline void route(const Problem& p, const Head& h) {
 }
 
 // Everything of a layer up to its input projection. The problem is left with the images that any scan runs for. Those
-// with equally much to scan stand together: threads that share a few of them are done at the same time.
-inline void enter_layer(Problem& p, const Head& h) {
+// with equally much to scan stand together: threads that share a few of them are done at the same time. Returns whether
+// these are all images, each whole and where it was.
+inline bool enter_layer(Problem& p, const Head& h) {
   std::vector<int64_t> place(p.images, -1), length(p.images), steps(p.images);
   if (h.router_weight) route(p, h);
   int64_t running = 0;
@@ -112,6 +113,7 @@ inline void enter_layer(Problem& p, const Head& h) {
   p.origin = h.origin;
   measure_extent(p, length.data(), h.router_weight ? h.active : nullptr, 0, h.table);
   read_extent(p, h.table);
+  return h.origin[running] == (int64_t)place.size() * p.tokens && std::is_sorted(h.running, h.running + running);
 }
 
 // rows [rows, width] of the problem's images, without gaps -> out [., L, width] at the images of these numbers; 0 for

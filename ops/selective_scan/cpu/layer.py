@@ -32,14 +32,14 @@ class Entered(NamedTuple):
     problem: Problem
     constant: tuple[Tensor, Tensor]  # that the problem points to
     running: Tensor  # [b], the images that any scan runs for, those with most to scan first
-    in_order: bool  # whether they stand as they did
+    in_order: bool  # whether these are all images, each whole and where it was
     origin: Sequence[int]  # [b + 1], where each begins in the rows, and behind the last one
     normed: Tensor  # [rows, d], their tokens that exist
     residual: Tensor  # [B, L, d]
     gates: Tensor | None  # [B, 2]
 
     def group(self, begin: int, end: int) -> Problem:
-        """The problem of these of the running images."""
+        """The problem of these of the running images; mask and factor are the same for all."""
         problem = Problem.from_buffer_copy(self.problem)
         problem.images = end - begin
         offset = begin * ctypes.sizeof(ctypes.c_int64)
@@ -151,7 +151,7 @@ class PreparedLayer:
             elif slots:
                 chosen = (ctypes.c_int64 * len(slots))(*slots)
                 head.slots, head.slot = len(slots), ctypes.addressof(chosen)
-        kernels().enter(ctypes.byref(problem), ctypes.byref(head))
+        in_order = bool(kernels().enter(ctypes.byref(problem), ctypes.byref(head)))
         count = problem.images
         if lengths is None:
             starts = range(0, (count + 1) * tokens, tokens)
@@ -159,7 +159,6 @@ class PreparedLayer:
             starts = origin[: count + 1].tolist()
         normed = normed[: starts[-1]]
         running = running[:count]
-        in_order = self._router is None and lengths is None
         return Entered(problem, constant, running, in_order, starts, normed, total, gates)
 
     def scan(self, problem: Problem, xz: Tensor) -> Tensor:

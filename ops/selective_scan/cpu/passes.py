@@ -143,7 +143,8 @@ def scratch(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor
     """
     held, count = getattr(_scratch, name, None), math.prod(size)
     if held is None or held.numel() < count:
-        held = torch.empty(count, dtype=dtype, device="cpu")
+        with torch.inference_mode(False):  # the next call may come without
+            held = torch.empty(count, dtype=dtype, device="cpu")
         setattr(_scratch, name, held)
     return held[:count].view(size)
 

@@ -221,16 +221,15 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
     for (int64_t block = begin; block < end; ++block)
       tile_back(Tile(p, which, image, block, index), block - begin, first, block + 1 < end, scratch);
     const Tile tile(p, which, image, begin, index);
-    for (int t = 0; t < tile.steps; ++t) {
-      float* grad_B = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank;
-      float* grad_C = grad_B + p.states;
-      for_state_groups<kBackStates>(p.states, [&](auto size, int64_t first) {
-        float sums[2 * size];
-        sum_each(scratch.grad_BC_of<size>(first)[t].of, 2 * size, sums);
-        std::copy(sums, sums + size, grad_B + first);
-        std::copy(sums + size, sums + 2 * size, grad_C + first);
-      });
-    }
+    for_state_groups<kBackStates>(p.states, [&](auto size, int64_t first_state) {
+      float sums[kTile][2][size];
+      sum_each(scratch.grad_BC_of<size>(first_state)->of, tile.steps * 2 * size, sums[0][0]);
+      for (int t = 0; t < tile.steps; ++t) {
+        float* grad_B = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank + first_state;
+        std::copy(sums[t][0], sums[t][1], grad_B);
+        std::copy(sums[t][1], sums[t][1] + size, grad_B + p.states);
+      }
+    });
   }
   for (int64_t block = begin; block < end; ++block)
     for (int64_t r = 0; r < p.rank; ++r)
