@@ -128,10 +128,11 @@ struct Ahead {
   }
 };
 
-// y[t] += C h over one group of states; kInRange: every exponent is known to lie within exp2_in_range.
-template <int kStates, bool kInRange>
+// y[t] += C h over one group of states; kInRange: every exponent is known to lie within exp2_in_range. keep(t, s, h
+// before the step, decay) is called for every state of every step.
+template <int kStates, bool kInRange, class Keep>
 inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state, const Vec* A, Vec* state, Vec* y,
-                      const Ahead& ahead) {
+                      const Ahead& ahead, Keep&& keep) {
   Vec h[kStates];
   for (int s = 0; s < kStates; ++s) h[s] = state[s];
   const float* B = tile.projected(0) + tile.p.rank + first_state;
@@ -144,6 +145,7 @@ inline void scan_tile(const Tile& tile, const Steps& steps, int64_t first_state,
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
       const Vec decay = kInRange ? exp2_in_range(delta * A[s]) : exp2_clamped(delta * A[s]);
+      keep(t, s, h[s], decay);
       h[s] = decay * h[s] + input * B[s];
       total += h[s] * C[s];
     }
@@ -185,11 +187,12 @@ inline void walk_tile(const Tile& tile, bool first, bool last, const Decays& dec
     ahead.add(out);
     if (last) ahead.add(z);
   }
+  const auto forget = [](int, int, Vec, Vec) {};
   for_state_groups<kRegisterStates>(p.states, [&](auto size, int64_t s) {
     if (steps.largest < decays.step_limit)
-      scan_tile<size, true>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead);
+      scan_tile<size, true>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, forget);
     else
-      scan_tile<size, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead);
+      scan_tile<size, false>(tile, steps, s, &decays.A[s], &state[s], y, s ? nothing : ahead, forget);
   });
   for (int t = 0; t < tile.steps; ++t) {
     Vec total = (y[t] + skip * load(u[t])) * factor;

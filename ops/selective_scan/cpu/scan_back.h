@@ -1,5 +1,5 @@
-// The scan's way back: a tile's states are computed again from its checkpoint, then it is walked from its last step to
-// its first.
+// The scan's way back: scan_tile computes a tile's states again from its checkpoint and keeps them, then the tile is walked
+// from its last step to its first.
 #pragma once
 #include "scan.h"
 
@@ -40,32 +40,6 @@ template <int kStates>
 struct History {
   Vec before[kTile][kStates], decay[kTile][kStates];
 };
-
-// The states of a tile once more, from those at its head on, and y.
-template <int kStates, bool kInRange>
-inline void recompute(const Tile& tile, TileBack& back, int64_t first_state, const Vec* A, Vec* state,
-                      const Ahead& ahead, History<kStates>& history) {
-  Vec h[kStates];
-  for (int s = 0; s < kStates; ++s) h[s] = state[s];
-  const float* B = tile.projected(0) + tile.p.rank + first_state;
-  const float* C = B + tile.p.states;
-  const int64_t stride = tile.stride * tile.p.projections();
-  for (int t = 0; t < tile.steps; ++t, B += stride, C += stride) {
-    const Vec delta = back.steps.delta[t], input = back.steps.input[t];
-    Vec total = back.y[t];
-    ahead.fetch(t);
-#pragma GCC unroll 16
-    for (int s = 0; s < kStates; ++s) {
-      const Vec decay = kInRange ? exp2_in_range(delta * A[s]) : exp2_clamped(delta * A[s]);
-      history.before[t][s] = h[s];
-      history.decay[t][s] = decay;
-      h[s] = decay * h[s] + input * B[s];
-      total += h[s] * C[s];
-    }
-    back.y[t] = total;
-  }
-  for (int s = 0; s < kStates; ++s) state[s] = h[s];
-}
 
 // The way back through one tile for one group of states; last: behind the last step.
 template <int kStates>
@@ -198,10 +172,14 @@ inline void tile_back(const Tile& tile, int64_t at, bool first, bool next, BackS
     const float* checkpoint = tile.checkpoint() + s * kLanes;
     for (int i = 0; i < size; ++i) state[i] = load(checkpoint + i * kLanes);
     const Ahead& ahead = s == 0 ? reads : s + size == p.states ? writes : nothing;
+    const auto keep = [&](int t, int i, Vec before, Vec decay) {
+      history.before[t][i] = before;
+      history.decay[t][i] = decay;
+    };
     if (back.steps.largest < decays.step_limit)
-      recompute<size, true>(tile, back, s, A, state, ahead, history);
+      scan_tile<size, true>(tile, back.steps, s, A, state, back.y, ahead, keep);
     else
-      recompute<size, false>(tile, back, s, A, state, ahead, history);
+      scan_tile<size, false>(tile, back.steps, s, A, state, back.y, ahead, keep);
     scan_tile_back<size>(tile, back, s, A, state, history, &scratch.grad_state[at * p.states + s],
                          scratch.grad_BC_of<size>(s));
   });
