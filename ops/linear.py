@@ -1,13 +1,14 @@
-"""Matrix products without gradient on a CPU whose rows do not depend on those beside them.
+"""Matrix products on a CPU; at evaluation such whose rows do not depend on those beside them.
 
 An image's logits must not depend on its batch, and the libraries do not promise as much: each may
 sum the rows at the end of a product in another order, or all of them when they are few. On an AMD
 EPYC with AVX2 oneDNN does so at any number of rows and MKL below 4 to 64 rows, the more threads the
-more. So the first product of each size tries the libraries on numbers of its own, in the order of
-their speed, and takes one that gives each row the same bits in all that was tried:
+more. So without gradient the first product of each size tries the libraries on numbers of its own,
+in the order of their speed, and takes one that gives each row the same bits in all that was tried:
 
 1. oneDNN, which PyTorch's eager mode does not use for float32. On AMD's processors with AVX-512 it
-   is 5 to 30 % faster than MKL at the sizes of Vim, with AVX2 up to 5 %.
+   is 1.05 to 2.2 times as fast as MKL at the sizes of Vim (most on Zen 5), with AVX2 up to
+   1.2 times.
 2. PyTorch's own: MKL, or what it was built with. On Intel's processors it is 2 to 16 % faster than
    oneDNN, held to AVX2 or not, and comes first.
 3. The same in blocks of one size, which needs no promise beyond that equal calls give equal bits
@@ -16,8 +17,8 @@ their speed, and takes one that gives each row the same bits in all that was tri
 By the processor's maker and not by a clock: logits must not depend on what else ran when it was
 read.
 
-Products that autograd has to see, other types, compiled programs and other devices go PyTorch's
-way.
+In training, where a row may depend on the others, it is the faster library (`ops.onednn`). Other
+types, compiled programs and other devices go PyTorch's way.
 """
 
 import math
@@ -27,11 +28,14 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from utils import processor
 
+from . import onednn
 from .kept import Kept
+from .operators import needs_gradient, plain_on_cpu
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _ROWS = 521, 4099  # the fewest and the most that a trial has
@@ -51,20 +55,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or _get_current_dispatch_mode() is not None  # a counter of operations, fake tensors
         or x.device.type != "cpu"
         or not x.dtype == weight.dtype == torch.float32
-        or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or not x.numel()
         or x.shape[-1] != weight.shape[-1]
     ):
         return F.linear(x, weight, bias)
-    rows = multiply(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled():
+        rows = multiply(rows, weight, bias)
+    elif _trained_by_onednn(rows, weight, bias):
+        rows = _Trained.apply(rows, weight, bias)
+    else:
+        return F.linear(x, weight, bias)
     return rows.view(*x.shape[:-1], len(weight))
 
 
 def multiply(
     rows: Tensor, weight: Tensor, bias: Tensor | None = None, memory: Tensor | None = None
 ) -> Tensor:
-    """`linear` of float32 rows [n, in] on a CPU that autograd need not see.
+    """`linear` of float32 rows [n, in] on a CPU, without gradient.
 
     The choice does not depend on the number of rows: an image's logits would depend on its batch.
 
@@ -78,6 +87,36 @@ def multiply(
     if missing > 0:
         return product(F.pad(rows, (0, 0, 0, missing)), weight, bias, None)[: len(rows)]
     return product(rows, weight, bias, memory)
+
+
+def _trained_by_onednn(*given: Tensor | None) -> bool:
+    return (
+        needs_gradient(given)
+        and onednn.is_faster()
+        and plain_on_cpu(*given)
+        and forward_ad._current_level < 0
+    )
+
+
+class _Trained(torch.autograd.Function):
+    """`torch.nn.functional.linear` of rows by oneDNN, in training; differentiable any number of
+    times.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return onednn.product(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            onednn.multiply(grad, weight) if of_rows else None,
+            onednn.weight_gradient(grad, rows) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
 
 
 class Linear(nn.Linear):
@@ -109,17 +148,18 @@ class Linear(nn.Linear):
 
 @lru_cache(maxsize=None)
 def _choice(
-    outputs: int, inputs: int, bias: bool, threads: int, onednn: bool
+    outputs: int, inputs: int, bias: bool, threads: int, enabled: bool
 ) -> tuple[_Product, int]:
     """The product for weights of this size, and the fewest rows that it may be given.
 
-    threads: of PyTorch; they share the rows out, so that another number asks again.
+    threads: of PyTorch; they share the rows out, so that another number asks again. enabled:
+    oneDNN.
     """
     rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
     x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
     libraries: tuple[_Product, ...] = (_pytorch,)
-    if onednn and _onednn_works():
+    if enabled and onednn.works():
         on_intel = processor.vendor() == "GenuineIntel"
         libraries = (_pytorch, _onednn) if on_intel else (_onednn, _pytorch)
     for product in libraries:
@@ -161,21 +201,7 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor | No
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@lru_cache(maxsize=None)
-def _onednn_works() -> bool:
-    """Whether oneDNN's product is there and right. It is no documented part of PyTorch: a release
-    may move it.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    given = _numbers(3, 20), _numbers(7, 20), _numbers(7)
-    try:
-        return torch.allclose(_onednn(*given), F.linear(*given), rtol=1e-4, atol=1e-4)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    return onednn.product(x, weight, bias)
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import mixer
 from models.mixer import BidirectionalMamba
 from ops import linear as module
-from ops.linear import Linear, linear
+from ops import onednn
+from ops.linear import linear
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -61,7 +62,7 @@ def ends_in_another_order(x, weight, bias, _):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_whose_rows_depend_on_others_is_not_taken(monkeypatch, bias):
     monkeypatch.setattr(module, "_onednn", ends_in_another_order)
-    monkeypatch.setattr(module, "_onednn_works", lambda: True)
+    monkeypatch.setattr(onednn, "works", lambda: True)
     module._choice.cache_clear()
     try:
         assert module._choice(44, 96, bias, 1, True)[0] is not ends_in_another_order
@@ -73,39 +74,22 @@ def test_a_product_whose_rows_depend_on_others_is_not_taken(monkeypatch, bias):
         module._choice.cache_clear()
 
 
-def test_what_onednn_does_not_get(monkeypatch):
-    """Products for autograd, of other types and under autocast are PyTorch's own."""
-
-    def refuse(*_):
-        raise AssertionError("oneDNN was called")
-
-    monkeypatch.setattr(module, "_onednn", refuse)
-    monkeypatch.setattr(module, "_choice", refuse)
-    layer, x = Linear(20, 7), torch.randn(3, 20, requires_grad=True)
-    layer(x).sum().backward()
-    assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
-    with torch.no_grad():
-        assert linear(x.double(), layer.weight.double()).dtype == torch.float64
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-
-
 def test_a_release_of_pytorch_without_the_product(monkeypatch):
     def missing(*_):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(module, "_onednn", missing)
-    module._onednn_works.cache_clear()
+    monkeypatch.setattr(onednn, "product", missing)
+    onednn.works.cache_clear()
     module._choice.cache_clear()
     try:
-        assert not module._onednn_works()
+        assert not onednn.works()
         x, weight, bias = tensors(50, 20)
         with torch.no_grad():
             torch.testing.assert_close(
                 linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
             )
     finally:
-        module._onednn_works.cache_clear()
+        onednn.works.cache_clear()
         module._choice.cache_clear()
 
 
@@ -113,8 +97,8 @@ def test_without_onednn(monkeypatch):
     def refuse(*_):
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(module, "_onednn", refuse)
-    monkeypatch.setattr(module, "_onednn_works", refuse)
+    monkeypatch.setattr(onednn, "product", refuse)
+    monkeypatch.setattr(onednn, "works", refuse)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     x, weight, bias = tensors(50, 20)
     with torch.no_grad():

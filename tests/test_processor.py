@@ -50,7 +50,7 @@ def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
         return None if len(tried) == 1 else 32
 
     monkeypatch.setattr(linear.processor, "vendor", lambda: vendor)
-    monkeypatch.setattr(linear, "_onednn_works", lambda: True)
+    monkeypatch.setattr(linear.onednn, "works", lambda: True)
     monkeypatch.setattr(linear, "_fewest_rows", count)
     linear._choice.cache_clear()
     try:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops import onednn
+
 from ..params import BranchParams, Directions
 from .library import Given, Problem, kernels, padded, pointer
 
@@ -263,10 +265,15 @@ def _through_projections(grads: _Written, u: Tensor, params: BranchParams) -> Te
     grad_projected = grads.grad_projected[0]
     if len(grads.grad_projected) > 1:
         grad_projected[:, rank:] += grads.grad_projected[1:, :, rank:].sum(0)
-    # beta = 0: what is there is undefined, and not read.
-    grad_projected[:, :rank].addmm_(grads.grad_delta[:, :channels], params.dt_proj_weight, beta=0)
-    grads.grad_u[:, :channels].addmm_(grad_projected, params.x_proj_weight)
-    return grad_projected.t() @ u[: len(grads.grad_u), :channels]
+    grad_delta, grad_u = grads.grad_delta[:, :channels], grads.grad_u[:, :channels]
+    if onednn.is_faster():
+        grad_projected[:, :rank] = onednn.multiply(grad_delta, params.dt_proj_weight)
+        grad_u += onednn.multiply(grad_projected, params.x_proj_weight)
+    else:
+        # beta = 0: what is there is undefined, and not read.
+        grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)
+        grad_u.addmm_(grad_projected, params.x_proj_weight)
+    return onednn.weight_gradient(grad_projected, u[: len(grad_u), :channels])
 
 
 def _saved_problem(call: Call, saved: Saved, grad_out: Tensor) -> Problem:
