@@ -4,16 +4,19 @@
     python benchmarks/model.py --device cuda --precision bf16 --models S --batch 1 16 64 256
 
 DyVM keeps 70 % of its tokens a stage and runs 80 % of its scans; the routers are set so that the
-choice differs between images. On a GPU every model also runs in a CUDA graph, and Vim on the
-mamba_ssm backend where it is installed. The logits of everything that is timed are compared on the
-very batch: our models with the float32 definition, compiled forms and graphs with the eager one;
-what is wrong gets no speed, and the command fails. Samples are taken in turn and redone while other
-processes are busy; with --runs a speed is the median of several such runs, and the spread of the
-ratios over the runs is shown. The gain of DyVM over the dense model is shown beside the gain in
-operations (`exact` convention, at the gates of this very batch), and the share of it reached.
+choice differs between images. On a CPU where oneDNN's products are faster than PyTorch's own
+(`ops.onednn`), DeiT also runs with them, as our models do. On a GPU every model also runs in a CUDA
+graph, and Vim on the mamba_ssm backend where it is installed. The logits of everything that is
+timed are compared on the very batch: our models with the float32 definition, compiled forms and
+graphs with the eager one; what is wrong gets no speed, and the command fails. Samples are taken in
+turn and redone while other processes are busy; with --runs a speed is the median of several such
+runs, and the spread of the ratios over the runs is shown. The gain of DyVM over the dense model is
+shown beside the gain in operations (`exact` convention, at the gates of this very batch), and the
+share of it reached.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -35,8 +38,9 @@ from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
 from models import DynamicVisionMamba
 from models.flops import count_flops
-from ops import selective_scan
+from ops import onednn, selective_scan
 from ops.cuda_graphs import capture
+from ops.linear import Linear
 from utils import arguments
 from utils.errors import first_line
 from utils.files import write_json
@@ -138,6 +142,18 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     return found
 
 
+def with_our_products(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers are `ops.linear.Linear`."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            ours = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            ours.load_state_dict(layer.state_dict())
+            ours.train(layer.training).requires_grad_(layer.weight.requires_grad)
+            model.set_submodule(name, ours, strict=True)
+    return model
+
+
 def forward(
     model: Callable[[Tensor], Any], args: argparse.Namespace, chosen: str | None, images: Tensor
 ) -> Any:
@@ -225,6 +241,12 @@ def select(
         offer_ours(name, found[name], chosen)
     if chosen != "mamba_ssm" and selective_scan.runs_on("mamba_ssm", args.device):
         offer_ours(f"Vim-{size}, mamba_ssm", found[f"Vim-{size}"], "mamba_ssm")
+    if args.device == "cpu" and onednn.is_faster() and f"DeiT-{size}" in selection.functions:
+        selection.offer_variant(
+            f"DeiT-{size}",
+            "oneDNN",
+            lambda _: partial(forward, with_our_products(deit), args, None),
+        )
     if args.compile and f"DeiT-{size}" in selection.functions:
         selection.offer_variant(
             f"DeiT-{size}",

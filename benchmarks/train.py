@@ -33,11 +33,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
-from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
+from benchmarks.model import (
+    BLOCK_KEEP,
+    SIZES,
+    TOKEN_KEEP,
+    logits_of,
+    random_images,
+    with_our_products,
+)
 from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import DynamicVisionMamba, VisionMamba, sampling
 from models.reduction import base
-from ops import selective_scan
+from ops import onednn, selective_scan
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
@@ -210,7 +217,8 @@ def dyvm_part(args: argparse.Namespace) -> Part:
 
 
 def dense_part(args: argparse.Namespace) -> Part:
-    """Vim, DeiT, and Vim on the mamba_ssm backend if that is installed.
+    """Vim and DeiT, Vim on the mamba_ssm backend if that is installed, and DeiT with oneDNN's
+    products where our models have them in place of PyTorch's.
 
     Vim is compared with its step on the lean PyTorch backend, for the first images: the definition
     would take longer than everything that is timed, and the tests compare the two.
@@ -252,7 +260,10 @@ def dense_part(args: argparse.Namespace) -> Part:
         }
 
     steps = {name: step_of(vim, backend) for name, backend in backends.items()}
-    return Part(steps | {f"DeiT-{args.dense_size}": step_of(deit)}, errors)
+    steps[f"DeiT-{args.dense_size}"] = step_of(deit)
+    if args.device == "cpu" and onednn.is_faster():
+        steps[f"DeiT-{args.dense_size}, oneDNN"] = step_of(with_our_products(deit))
+    return Part(steps, errors)
 
 
 PARTS = {"dyvm": dyvm_part, "dense": dense_part}
