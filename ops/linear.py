@@ -3,8 +3,10 @@
 An image's logits must not depend on its batch, and the libraries do not promise as much: each may
 sum the rows at the end of a product in another order, or all of them when they are few. On an AMD
 EPYC with AVX2 oneDNN does so at any number of rows and MKL below 4 to 64 rows, the more threads the
-more. So without gradient the first product of each size tries the libraries on numbers of its own,
-in the order of their speed, and takes one that gives each row the same bits in all that was tried:
+more; where the rows are a multiple of what its threads take at a time oneDNN keeps them apart. So
+without gradient the first product of each size tries the libraries on numbers of its own, in the
+order of their speed, and takes one that gives each row the same bits in all that was tried, rows
+filled up to a multiple if need be:
 
 1. oneDNN, which PyTorch's eager mode does not use for float32. On AMD's processors with AVX-512 it
    is 1.05 to 2.2 times as fast as MKL at the sizes of Vim (most on Zen 5), with AVX2 up to
@@ -38,6 +40,7 @@ from .kept import Kept
 from .operators import needs_gradient, plain_on_cpu
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
+_MULTIPLES = 1, 12, 24  # of rows, what oneDNN's threads take at a time
 _ROWS = 521, 4099  # the fewest and the most that a trial has
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
@@ -80,13 +83,26 @@ def multiply(
     memory: [n, out], where the result may be put. Fresh from the system it would cost a tenth of
     the product.
     """
-    product, fewest = _choice(
+    product, fewest, multiple = _choice(
         *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
     )
-    missing = fewest - len(rows)
-    if missing > 0:
-        return product(F.pad(rows, (0, 0, 0, missing)), weight, bias, None)[: len(rows)]
+    count = len(rows)
+    wanted = max(fewest, count + -count % multiple)
+    if wanted > count:
+        return product(_filled_up(rows, wanted), weight, bias, None)[:count]
     return product(rows, weight, bias, memory)
+
+
+def _filled_up(rows: Tensor, count: int) -> Tensor:
+    """So many rows, the first of them `rows`; what lies behind them in memory is taken for the
+    others where there is enough.
+    """
+    if plain_on_cpu(rows) and rows.is_contiguous():
+        size = (count, rows.shape[1])
+        end = rows.storage_offset() + math.prod(size)
+        if end * rows.element_size() <= rows.untyped_storage().nbytes():
+            return rows.as_strided(size, rows.stride())
+    return F.pad(rows, (0, 0, 0, count - len(rows)))
 
 
 def _trained_by_onednn(*given: Tensor | None) -> bool:
@@ -149,8 +165,9 @@ class Linear(nn.Linear):
 @lru_cache(maxsize=None)
 def _choice(
     outputs: int, inputs: int, bias: bool, threads: int, enabled: bool
-) -> tuple[_Product, int]:
-    """The product for weights of this size, and the fewest rows that it may be given.
+) -> tuple[_Product, int, int]:
+    """The product for weights of this size, the fewest rows that it may be given, and of what their
+    number is a multiple.
 
     threads: of PyTorch; they share the rows out, so that another number asks again. enabled:
     oneDNN.
@@ -158,15 +175,15 @@ def _choice(
     rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
     x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
-    libraries: tuple[_Product, ...] = (_pytorch,)
+    ways: list[tuple[_Product, int]] = [(_pytorch, 1)]
     if enabled and onednn.works():
-        on_intel = processor.vendor() == "GenuineIntel"
-        libraries = (_pytorch, _onednn) if on_intel else (_onednn, _pytorch)
-    for product in libraries:
-        fewest = _fewest_rows(product, x, weight, shift)
+        of_onednn: list[tuple[_Product, int]] = [(_onednn, multiple) for multiple in _MULTIPLES]
+        ways = ways + of_onednn if processor.vendor() == "GenuineIntel" else of_onednn + ways
+    for product, multiple in ways:
+        fewest = _fewest_rows(product, multiple, x, weight, shift)
         if fewest is not None:
-            return product, fewest
-    return _blocks, 1
+            return product, fewest, multiple
+    return _blocks, 1, 1
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -175,16 +192,24 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
 
 
-def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
-    """The number of rows from which on each has the same bits in all products tried; None where
-    there is none.
+def _fewest_rows(
+    product: _Product, multiple: int, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> int | None:
+    """The number of rows from which on each has the same bits in all products tried, of multiples
+    of rows; None where there is none.
     """
-    whole = product(x, weight, bias, None)
+    whole = product(x[: len(x) - len(x) % multiple], weight, bias, None)
 
     def same(begin: int, rows: int) -> bool:
         part = slice(begin, begin + rows)
         return torch.equal(product(x[part], weight, bias, None), whole[part])
 
+    if multiple > 1:
+        # Many: the threads' shares of some are no multiples.
+        times = len(whole) // multiple
+        near = range(1, min(40, times))
+        far = (first + more for first in range(40, times - 3, 40) for more in range(4))
+        return multiple if all(same(0, multiple * count) for count in (*near, *far)) else None
     parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
     if not all(same(*part) for part in parts):
         return None

@@ -11,7 +11,7 @@ import torch
 from benchmarks import checking, model, train
 from benchmarks.model import random_images, set_routers
 from models import sampling
-from ops import selective_scan
+from ops import onednn, selective_scan
 from ops.selective_scan import torch_lean
 from utils.precision import autocast
 
@@ -144,7 +144,11 @@ def test_a_training_step_that_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     assert record["steps"] == {} and record["wrong"] == ["DyVM", "release-like, reference"]
 
 
-def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch):
+@pytest.mark.parametrize("ours", [True, False])
+def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch, ours):
+    if ours and not onednn.works():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(onednn, "is_faster", lambda: ours)
     built = []
     create = timm.create_model
 
@@ -160,12 +164,14 @@ def test_dense_steps_are_checked_on_the_model_that_is_timed(monkeypatch):
     record = train.measure(
         "dense", args, lambda r: kept.append((len(r["memory"]), len(r["steps"])))
     )
-    assert kept == [(0, 0), (2, 0), (2, 2)]  # in case the time runs out
+    names = {"Vim-T", "DeiT-T"} | ({"DeiT-T, oneDNN"} if ours else set())
+    count = len(names)
+    assert kept == [(0, 0), (count, 0), (count, count)]  # in case the time runs out
     assert built == ["vim_tiny", "deit_tiny_patch16_224"]
     assert (
         record["errors"].keys() == {"Vim-T"}
         and record["errors"]["Vim-T"] < 1e-3
         and record["wrong"] == []
     )
-    assert record["steps"].keys() == record["memory"].keys() == {"Vim-T", "DeiT-T"}
+    assert record["steps"].keys() == record["memory"].keys() == names
     assert "Vim-T" in train.table(record)

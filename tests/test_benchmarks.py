@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 
 import pytest
 import torch
+from helpers.benchmarks import tiny_table
 
 from benchmarks import (
     goals,
@@ -244,60 +245,6 @@ def test_a_wrong_flag_is_told_in_one_line(name, flags, complaint, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
-def tiny_table(monkeypatch, tmp_path, *flags):
-    """benchmarks/model.py at 64 pixels; -> its record and the complaint it ends with."""
-    output = tmp_path / "model.json"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "model.py",
-            "--device",
-            "cpu",
-            "--models",
-            "T",
-            "--img-size",
-            "64",
-            "--batch",
-            "3",
-            "--seconds",
-            "0",
-            "--retries",
-            "0",
-            "--output",
-            str(output),
-            *flags,
-        ],
-    )
-    complaint = None
-    try:
-        model.main()
-    except UserError as error:
-        complaint = (error.exit_code, str(error))
-    (part,) = json.loads(output.read_text())["parts"]
-    return part, complaint
-
-
-def test_only_forms_with_the_right_logits_get_a_speed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch, "compile", lambda deit, dynamic: lambda images: deit(images) * 1.01)
-    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile", "--runs", "2")
-    assert part["wrong"] == ["DeiT-T, compiled"] and part["errors"][
-        "DeiT-T, compiled"
-    ] == pytest.approx(0.01, rel=1e-3)
-    assert part["models"].keys() == {"DeiT-T", "Vim-T", "DyVM-T"}
-    assert all(row["images_per_s"] > 0 for row in part["models"].values())
-    assert all(row["samples"] == 2 * 5 for row in part["models"].values())
-    assert part["x DeiT eager"]["DeiT-T"] == [1, 1] and len(part["x DeiT eager"]["Vim-T"]) == 2
-    assert complaint == (
-        1,
-        "no speed without correctness: DeiT-T, compiled at batch 3 beyond 2e-05",
-    )
-    printed = capsys.readouterr()
-    assert "no speed: the logits of DeiT-T, compiled at batch 3 are wrong by 1.0e-02" in printed.err
-    assert "DeiT-T, compiled" not in printed.out and "dynamic against dense" in printed.out
-    assert "1.00 to 1.00" in printed.out
-
-
 def test_the_goals_are_read_from_the_records(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model, "SIZES", {"T": "tiny", "S": "tiny"})
     monkeypatch.setattr(goals, "BATCH", 3)
@@ -379,31 +326,6 @@ def test_a_record_that_is_cut_off_counts_as_not_measured(
         printed.out.count("not measured") == len(goals.GOALS) + 1
         and "mamba_ssm the release-like" not in printed.out
     )
-
-
-def test_a_form_that_cannot_be_made_is_left_out(monkeypatch, tmp_path, capsys):
-    def refuse(deit, dynamic):
-        raise RuntimeError("no compiler\nbehind a trace")
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    part, complaint = tiny_table(monkeypatch, tmp_path, "--compile")
-    assert complaint is None and part["wrong"] == [] and "DeiT-T, compiled" not in part["models"]
-    assert capsys.readouterr().err.splitlines()[-1] == "left out: DeiT-T, compiled (no compiler)"
-
-
-def test_a_wrong_model_gets_no_speed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("DYVM_BACKEND", "torch")
-    right = torch_lean.ssm_branch
-    monkeypatch.setattr(
-        torch_lean, "ssm_branch", lambda *args, **kwargs: right(*args, **kwargs) * 1.1
-    )
-    part, complaint = tiny_table(monkeypatch, tmp_path, "--no-compile")
-    assert (
-        part["wrong"] == ["Vim-T", "DyVM-T"]
-        and part["models"].keys() == {"DeiT-T"}
-        and "share" not in part
-    )
-    assert complaint[0] == 1 and "Vim-T at batch 3, DyVM-T at batch 3" in complaint[1]
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):

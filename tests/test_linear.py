@@ -52,10 +52,9 @@ def test_a_row_does_not_depend_on_those_beside_it(shape, width, bias):
 
 
 def ends_in_another_order(x, weight, bias, _):
-    """A library's product whose last row is summed backwards where the rows are odd."""
+    """A library's product whose last row is summed backwards."""
     out = F.linear(x, weight, bias)
-    if len(x) % 2:
-        out[-1] = F.linear(x.flip(1), weight.flip(1), bias)[-1]
+    out[-1] = F.linear(x.flip(1), weight.flip(1), bias)[-1]
     return out
 
 
@@ -105,6 +104,38 @@ def test_without_onednn(monkeypatch):
         torch.testing.assert_close(
             linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_are_filled_up_to_a_multiple_where_that_keeps_them_apart(monkeypatch, bias):
+    def rest_in_another_order(x, weight, bias, _):
+        """As oneDNN with AVX2: what is left of blocks of 24 rows is summed backwards."""
+        out, left = F.linear(x, weight, bias), len(x) % 24
+        if left:
+            out[-left:] = F.linear(x[-left:].flip(1), weight.flip(1), bias)
+        return out
+
+    monkeypatch.setattr(module, "_onednn", rest_in_another_order)
+    monkeypatch.setattr(module, "_pytorch", ends_in_another_order)
+    monkeypatch.setattr(onednn, "works", lambda: True)
+    module._choice.cache_clear()
+    try:
+        chosen = module._choice(44, 96, bias, torch.get_num_threads(), True)
+        assert chosen == (rest_in_another_order, 24, 24)
+        test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
+    finally:
+        module._choice.cache_clear()
+
+
+def test_rows_behind_which_others_lie_are_not_copied():
+    table = torch.randn(30, 5)
+    within = module._filled_up(table[3:10], 12)
+    assert within.data_ptr() == table[3].data_ptr() and torch.equal(within, table[3:15])
+    for rows in (table[20:], table[:, :4], table.t()[:4]):  # at the end, of other strides
+        count = len(rows) + 3
+        filled = module._filled_up(rows, count)
+        assert len(filled) == count and torch.equal(filled[: len(rows)], rows)
+        assert not filled[len(rows) :].any()
 
 
 @pytest.mark.parametrize("few", [0, 1 / 8, 1])

@@ -45,18 +45,17 @@ def test_what_is_not_told(system):
 def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
     tried = []
 
-    def count(product, *_):
-        tried.append(product)
-        return None if len(tried) == 1 else 32
+    def refuse(product, multiple, *_):
+        tried.append((product, multiple))
 
     monkeypatch.setattr(linear.processor, "vendor", lambda: vendor)
     monkeypatch.setattr(linear.onednn, "works", lambda: True)
-    monkeypatch.setattr(linear, "_fewest_rows", count)
+    monkeypatch.setattr(linear, "_fewest_rows", refuse)
     linear._choice.cache_clear()
     try:
-        chosen, _ = linear._choice(8, 8, False, 1, True)
+        assert linear._choice(8, 8, False, 1, True) == (linear._blocks, 1, 1)
     finally:
         linear._choice.cache_clear()
-    order = [linear._pytorch, linear._onednn]
-    order = order if first == "mkl" else order[::-1]
-    assert tried == order and chosen is order[1]
+    onednn = [(linear._onednn, multiple) for multiple in (1, 12, 24)]
+    mkl = [(linear._pytorch, 1)]
+    assert tried == (mkl + onednn if first == "mkl" else onednn + mkl)
