@@ -41,6 +41,7 @@ from .operators import needs_gradient, plain_on_cpu
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _MULTIPLES = 1, 12, 24  # of rows, what oneDNN's threads take at a time
+SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, lest they be copied
 _ROWS = 521, 4099  # the fewest and the most that a trial has
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
