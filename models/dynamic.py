@@ -36,7 +36,8 @@ class DynamicVisionMamba(VisionMamba):
         merge_tokens: how many each stage merges, with reduction "merge"; in place of `token_keep`.
 
     Raises:
-        ValueError: stages and fractions that do not fit together.
+        ValueError: stages and fractions that do not fit together, or features that a learned score
+            cannot read.
     """
 
     def __init__(
@@ -77,8 +78,14 @@ class DynamicVisionMamba(VisionMamba):
             layer.mixer.mask_in_place = selector_gradient == "inplace"
         if self.pruning_layers and self.reduction.learns:
             widths = {"hidden": self.embed_dim, "B": self.d_state, "delta": 2 * self.embed_dim}
+            width = widths[scorer_input]
+            if width < 4 or width % 2:
+                raise ValueError(
+                    f"embed_dim {self.embed_dim}, d_state {self.d_state}: a learned score reads an "
+                    f"even number of features, 4 or more, not {width} (scorer_input {scorer_input})"
+                )
             self.score_predictors = nn.ModuleList(
-                ScorePredictor(widths[scorer_input]) for _ in self.pruning_layers
+                ScorePredictor(width) for _ in self.pruning_layers
             )
             initialize(self.score_predictors)
         if route_blocks:

@@ -110,6 +110,8 @@ def test_every_name_builds_and_the_release_spelling_is_known():
         (dict(embed_dim="a"), "embed_dim must be a positive integer, not 'a'"),
         (dict(stride=-1), "stride must be a positive integer"),
         (dict(num_registers=4), "MambaReg"),
+        (dict(embed_dim=15), "embed_dim 15, .* an even number of features, 4 or more, not 15"),
+        (dict(scorer_input="B", d_state=2), "d_state 2: .* not 2 .scorer_input B."),
     ],
 )
 def test_bad_arguments_are_errors(arguments, message):
