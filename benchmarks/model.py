@@ -16,7 +16,6 @@ share of it reached.
 """
 
 import argparse
-import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -36,11 +35,11 @@ from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
+from benchmarks.rivals import with_our_products
 from models import DynamicVisionMamba
 from models.flops import count_flops
 from ops import onednn, selective_scan
 from ops.cuda_graphs import capture
-from ops.linear import Linear
 from utils import arguments
 from utils.errors import first_line
 from utils.files import write_json
@@ -140,18 +139,6 @@ def build(size: str, args: argparse.Namespace) -> dict[str, nn.Module]:
         model.to(args.device).eval().requires_grad_(False)
     set_routers(dyvm, random_images(CALIBRATION, args.img_size, args.device), BLOCK_KEEP)
     return found
-
-
-def with_our_products(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers are `ops.linear.Linear`."""
-    model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
-            ours = Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            ours.load_state_dict(layer.state_dict())
-            ours.train(layer.training).requires_grad_(layer.weight.requires_grad)
-            model.set_submodule(name, ours, strict=True)
-    return model
 
 
 def forward(

@@ -1,16 +1,19 @@
-"""Other implementations of one mixer's selective scan, for `benchmarks/ops.py`.
+"""What our models and kernels are compared with: other implementations of one mixer's selective
+scan, for `benchmarks/ops.py`, and DeiT with this project's products.
 
-Each entry is a function (xz [B, L, 2E], forward, backward) -> y [B, L, E] that computes what
-`bidirectional_ssm` does with scale 0.5. B images, L tokens, E inner channels, N states, R step
-rank.
+Each entry of the former is a function (xz [B, L, 2E], forward, backward) -> y [B, L, E] that
+computes what `bidirectional_ssm` does with scale 0.5. B images, L tokens, E inner channels, N
+states, R step rank.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.linear import Linear
 from ops.selective_scan import BranchParams, branch_inputs
 from ops.selective_scan.reference import ssm_branch as reference_branch
 
@@ -145,3 +148,15 @@ def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Rival |
         return (mixers[0](xz) + mixers[1](xz.flip(1)).flip(1)) * 0.5
 
     return rival
+
+
+def with_our_products(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers are `ops.linear.Linear`."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            ours = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            ours.load_state_dict(layer.state_dict())
+            ours.train(layer.training).requires_grad_(layer.weight.requires_grad)
+            model.set_submodule(name, ours, strict=True)
+    return model

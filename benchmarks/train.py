@@ -33,14 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
-from benchmarks.model import (
-    BLOCK_KEEP,
-    SIZES,
-    TOKEN_KEEP,
-    logits_of,
-    random_images,
-    with_our_products,
-)
+from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
+from benchmarks.rivals import with_our_products
 from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import DynamicVisionMamba, VisionMamba, sampling
 from models.reduction import base

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.benchmarks import tiny_table
 
-from benchmarks import model
+from benchmarks.rivals import with_our_products
 from ops import onednn
 from ops.linear import Linear
 from ops.selective_scan import torch_lean
@@ -75,7 +75,7 @@ def test_a_model_with_our_products():
         torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)), Linear(2, 2)
     )
     given[0].requires_grad_(False)
-    ours = model.with_our_products(given.eval())
+    ours = with_our_products(given.eval())
     assert [type(layer) for layer in given.modules()].count(Linear) == 1  # left as it was
     layers = [layer for layer in ours.modules() if isinstance(layer, torch.nn.Linear)]
     assert [type(layer) for layer in layers] == [Linear] * 3
