@@ -155,8 +155,9 @@ def with_our_products(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            ours = Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            ours.load_state_dict(layer.state_dict())
-            ours.train(layer.training).requires_grad_(layer.weight.requires_grad)
+            # On no device: no random numbers are drawn for it.
+            ours = Linear(layer.in_features, layer.out_features, device="meta")
+            ours.weight, ours.bias = layer.weight, layer.bias
+            ours.train(layer.training)
             model.set_submodule(name, ours, strict=True)
     return model
