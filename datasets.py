@@ -141,6 +141,11 @@ def task_of(name: str) -> str:
     return CLASSIFICATION if name.lower().startswith(TIMM_PREFIXES) else _row_of(name).task
 
 
+def names_for(task: str) -> list[str]:
+    """The data sets of a task, timm's aside."""
+    return [name for name, row in DATA_SETS.items() if row.task == task]
+
+
 def _row_of(name: str) -> DataSet:
     if name not in DATA_SETS:
         raise UsageError(f"--data-set {name!r} is unknown; known are {_known_names()}")

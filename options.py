@@ -25,6 +25,7 @@ from models.options import (
     settle_stage_keep,
 )
 from tasks import Task, task_named
+from tasks.other_flags import where_other_flags_are, whose
 from utils.arguments import (
     HelpFormatter,
     OneLineParser,
@@ -92,6 +93,7 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="main.py",
         description="Train and evaluate Vision Mamba and DyVM.",
+        epilog=where_other_flags_are(task),
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
@@ -279,7 +281,9 @@ def parse(argv: Sequence[str], recorded: Mapping[str, Any] | None = None) -> arg
     args, unknown = parser.parse_known_args(argv)
     # The task of an evaluation, and so its flags, are known only once the checkpoint is read.
     if unknown and not (args.eval and recorded is None):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{whose(unknown, task, build_parser)}"
+        )
     _check_data_given(argv, args, recorded)
     if args.output_dir is None:
         args.output_dir = "output/eval" if args.eval else "output"

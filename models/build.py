@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,8 @@ def build_model(spec: ModelSpec, num_classes: int) -> VisionMamba:
     try:
         return timm.create_model(spec.name, **arguments)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--model {spec.name}: {error}") from None
+        reason = re.sub(r".* got an unexpected keyword argument", "no model takes", str(error))
+        raise UsageError(f"--model {spec.name}: {reason}") from None
 
 
 def restore(

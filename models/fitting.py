@@ -116,6 +116,9 @@ def check_stride(
     trained = recorded if isinstance(recorded, list) else _stride_by_grid(model, checkpoint)
     if trained is None or list(trained) == list(patches.stride):
         return
+    weight = checkpoint["model"].get("patch_embed.proj.weight")
+    if isinstance(weight, Tensor) and weight.shape != patches.proj.weight.shape:
+        return  # a model of another size: another stride would not help
     was, now = (step[0] if len({*step}) == 1 else tuple(step) for step in (trained, patches.stride))
     advice = f"give --model-kwargs stride={was}"
     if trained is recorded:

@@ -165,6 +165,13 @@ def load_weights(
                 f". It was trained on {len(head)} classes, the data set has {model.num_classes}: "
                 "choose its --data-set, or fine-tune it first with --method dense --model-path"
             )
+        if problems["unexpected"] and all(
+            key.startswith("score_predictors.") for key in problems["unexpected"]
+        ):
+            message += (
+                ". It chooses tokens by learned scores: leave out --token-strategy, --reduction "
+                "and --method, which it records"
+            )
         size = other_size(own, state)
         raise UserError(f"{source} does not fit this {model.family.name} model: {size}{message}")
     if family is None and model.has_class_token:

@@ -130,3 +130,11 @@ def test_weights_of_another_size_name_the_flag_first():
         load_weights(dense(), {"model": dense(embed_dim=32).state_dict()}, "w.pth")
     with pytest.raises(UserError, match="4 layers of .* the model 3 layers .*choose --model"):
         load_weights(dense(), {"model": dense(depth=4).state_dict()}, "w.pth")
+    other = {"model": dense(embed_dim=32, stride=4).state_dict(), "stride": [4, 4]}
+    with pytest.raises(UserError, match="it has 3 layers of 32 .*choose --model"):
+        load_weights(dense(), other, "w.pth")  # another stride would not help
+
+
+def test_learned_scores_in_a_model_without_them():
+    with pytest.raises(UserError, match="unexpected: score_.*learned scores: leave out --token-st"):
+        load_weights(dynamic(token_strategy="static"), {"model": dynamic().state_dict()}, "w.pth")

@@ -358,3 +358,20 @@ def test_demo(python, tmp_path):
     assert sweep["sweep"] == "0.5:1.0:0.1"
     folders = f"{tmp_path}/demo/dyvm {tmp_path}/demo/distilled"
     assert f"report.py {folders} --output {tmp_path}/demo/report.html" in report
+
+
+@pytest.mark.parametrize("script", ["demo", "seg/demo", "video/demo"])
+@pytest.mark.parametrize("flags", [["--help"], ["--epochs", "3", "-h"]])
+def test_the_demos_tell_what_they_are(python, tmp_path, script, flags):
+    result = run(f"scripts/{script}.sh", *flags, PYTHON=python, OUTPUT=tmp_path / "demo")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"bash scripts/{script}.sh [flags of main.py" in result.stdout
+    assert not (tmp_path / "calls.log").exists()
+
+
+@pytest.mark.parametrize("epochs, warmup", [(1, 0), (5, 2), (20, 3)])
+def test_a_short_demo_warms_up_for_half_of_it(python, tmp_path, epochs, warmup):
+    run("scripts/demo.sh", PYTHON=python, OUTPUT=tmp_path, EPOCHS_DENSE=epochs, EPOCHS_DYVM=epochs)
+    calls = (tmp_path / "calls.log").read_text().splitlines()
+    trainings = [flags_of(line) for line in calls if "--epochs" in line]
+    assert [flags["warmup-epochs"] for flags in trainings] == [str(warmup)] * 3

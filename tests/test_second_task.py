@@ -259,3 +259,14 @@ def test_a_report_of_a_task_that_is_unknown_here(dynamic, tmp_path, monkeypatch)
     report.main([str(dynamic), "--output", str(tmp_path / "report.html")])
     text = (tmp_path / "report.html").read_text()
     assert "its measures are left out" in text and "MFLOPs, exact" in text
+
+
+def test_an_unknown_flag_of_another_task_is_explained():
+    for flag, task, data_set in (
+        ("--decoder", "segmentation", "VOC"),
+        ("--num-frames", "video", "K400"),
+    ):
+        with pytest.raises(UsageError, match=f"{flag} is a flag of {task}, so of .*{data_set}"):
+            main.main([f"{flag}=8"])
+    with pytest.raises(UsageError, match=r"unrecognized arguments: --nonsense 1 \(see"):
+        main.main(["--nonsense", "1"])

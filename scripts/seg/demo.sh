@@ -9,6 +9,7 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+source "$ROOT/scripts/help.sh"
 # The demo replaces its earlier run in its own folder, but not what lies in a folder that OUTPUT names.
 [[ -n ${OUTPUT:-} ]] || set -- --overwrite "$@"
 DECODER="${DECODER:-upernet}"
