@@ -58,6 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None  # a counter of operations, fake tensors
         or x.device.type != "cpu"
+        or x.layout != torch.strided
         or not x.dtype == weight.dtype == torch.float32
         or torch.is_autocast_enabled("cpu")
         or not x.numel()

@@ -259,23 +259,26 @@ class _Written(NamedTuple):
         )
 
 
-def _through_projections(grads: _Written, u: Tensor, params: BranchParams) -> Tensor:
+def _through_projections(grads: _Written, u: Tensor, params: BranchParams, usual: bool) -> Tensor:
     """Back through the projections of one direction: completes grads.grad_u, and returns the
     gradient of x_proj_weight.
+
+    usual: the number of rows comes back from step to step. oneDNN compiles a product for each
+    number, which takes longer than so thin a product.
     """
     channels, rank = params.dt_proj_weight.shape
     grad_projected = grads.grad_projected[0]
     if len(grads.grad_projected) > 1:
         grad_projected[:, rank:] += grads.grad_projected[1:, :, rank:].sum(0)
     grad_delta, grad_u = grads.grad_delta[:, :channels], grads.grad_u[:, :channels]
-    if onednn.is_faster():
+    if usual and onednn.is_faster():
         grad_projected[:, :rank] = onednn.multiply(grad_delta, params.dt_proj_weight)
         grad_u += onednn.multiply(grad_projected, params.x_proj_weight)
-    else:
-        # beta = 0: what is there is undefined, and not read.
-        grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)
-        grad_u.addmm_(grad_projected, params.x_proj_weight)
-    return onednn.weight_gradient(grad_projected, u[: len(grad_u), :channels])
+        return onednn.weight_gradient(grad_projected, u[: len(grad_u), :channels])
+    # beta = 0: what is there is undefined, and not read.
+    grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)
+    grad_u.addmm_(grad_projected, params.x_proj_weight)
+    return grad_projected.t() @ u[: len(grad_u), :channels]
 
 
 def _saved_problem(call: Call, saved: Saved, grad_out: Tensor) -> Problem:
@@ -309,8 +312,11 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
         for name, tensor in tensors._asdict().items():
             setattr(problem.direction[which], name, pointer(tensor))
     library.scan_backward(ctypes.byref(problem))
+    every = problem.images * problem.tokens
     x_proj = [
-        _through_projections(written[which], saved.u[which], call.directions[which])
+        _through_projections(
+            written[which], saved.u[which], call.directions[which], problem.rows[which] == every
+        )
         if which in written
         else grad_xz.new_empty(0)
         for which in (0, 1)
