@@ -1,4 +1,4 @@
-"""Matrix products on a CPU; at evaluation such whose rows do not depend on those beside them.
+"""Matrix products on a CPU; at evaluation no row depends on those beside it.
 
 An image's logits must not depend on its batch, and the libraries do not promise as much: each may
 sum the rows at the end of a product in another order, or all of them when they are few. On an AMD
@@ -26,6 +26,7 @@ types, compiled programs and other devices go PyTorch's way.
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _MULTIPLES = 1, 12, 24  # of rows, what oneDNN's threads take at a time
 SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, lest they be copied
 _ROWS = 521, 4099  # the fewest and the most that a trial has
+_MOST_FILLED_UP = 8184  # rows of a product that is filled up, a multiple of all; all is tried
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
@@ -57,19 +59,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None  # a counter of operations, fake tensors
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
         or x.device.type != "cpu"
-        or x.layout != torch.strided
+        or not x.layout == weight.layout == torch.strided
         or not x.dtype == weight.dtype == torch.float32
+        or weight.dim() != 2
+        or not weight.numel()
+        or not (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
         or torch.is_autocast_enabled("cpu")
         or not x.numel()
         or x.shape[-1] != weight.shape[-1]
     ):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, given = x.reshape(-1, x.shape[-1]), (x, weight, bias)
     if not torch.is_grad_enabled():
         rows = multiply(rows, weight, bias)
-    elif _trained_by_onednn(rows, weight, bias):
-        rows = _Trained.apply(rows, weight, bias)
+    elif needs_gradient(given) and onednn.is_faster() and plain_on_cpu(*given):
+        rows = _Trained.apply(rows.contiguous(), weight, bias)
     else:
         return F.linear(x, weight, bias)
     return rows.view(*x.shape[:-1], len(weight))
@@ -85,10 +92,12 @@ def multiply(
     memory: [n, out], where the result may be put. Fresh from the system it would cost a tenth of
     the product.
     """
-    product, fewest, multiple = _choice(
+    product, fewest, multiple, most = _choice(
         *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
     )
     count = len(rows)
+    if count > most:
+        return torch.cat([multiply(part, weight, bias) for part in rows.split(most)])
     wanted = max(fewest, count + -count % multiple)
     if wanted > count:
         return product(_filled_up(rows, wanted), weight, bias, None)[:count]
@@ -103,17 +112,8 @@ def _filled_up(rows: Tensor, count: int) -> Tensor:
         size = (count, rows.shape[1])
         end = rows.storage_offset() + math.prod(size)
         if end * rows.element_size() <= rows.untyped_storage().nbytes():
-            return rows.as_strided(size, rows.stride())
+            return rows.as_strided(size, (size[1], 1))
     return F.pad(rows, (0, 0, 0, count - len(rows)))
-
-
-def _trained_by_onednn(*given: Tensor | None) -> bool:
-    return (
-        needs_gradient(given)
-        and onednn.is_faster()
-        and plain_on_cpu(*given)
-        and forward_ad._current_level < 0
-    )
 
 
 class _Trained(torch.autograd.Function):
@@ -123,7 +123,8 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
         return onednn.product(rows, weight, bias)
 
     @staticmethod
@@ -164,12 +165,16 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
+class _Way(NamedTuple):
+    product: _Product
+    fewest: int = 1  # rows that it may be given
+    multiple: int = 1  # of what their number is one
+    most: float = math.inf  # rows; with more of them oneDNN may go about it in another way
+
+
 @lru_cache(maxsize=None)
-def _choice(
-    outputs: int, inputs: int, bias: bool, threads: int, enabled: bool
-) -> tuple[_Product, int, int]:
-    """The product for weights of this size, the fewest rows that it may be given, and of what their
-    number is a multiple.
+def _choice(outputs: int, inputs: int, bias: bool, threads: int, enabled: bool) -> _Way:
+    """The product for weights of this size.
 
     threads: of PyTorch; they share the rows out, so that another number asks again. enabled:
     oneDNN.
@@ -182,10 +187,13 @@ def _choice(
         of_onednn: list[tuple[_Product, int]] = [(_onednn, multiple) for multiple in _MULTIPLES]
         ways = ways + of_onednn if processor.vendor() == "GenuineIntel" else of_onednn + ways
     for product, multiple in ways:
-        fewest = _fewest_rows(product, multiple, x, weight, shift)
-        if fewest is not None:
-            return product, fewest, multiple
-    return _blocks, 1, 1
+        if multiple == 1:
+            fewest = _fewest_rows(product, x, weight, shift)
+            if fewest is not None:
+                return _Way(product, fewest)
+        elif _keeps_multiples_apart(product, multiple, weight, shift):
+            return _Way(product, multiple, multiple, _MOST_FILLED_UP)
+    return _Way(_blocks)
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -194,24 +202,16 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
 
 
-def _fewest_rows(
-    product: _Product, multiple: int, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> int | None:
-    """The number of rows from which on each has the same bits in all products tried, of multiples
-    of rows; None where there is none.
+def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
+    """The number of rows from which on each has the same bits in all products tried; None where
+    there is none.
     """
-    whole = product(x[: len(x) - len(x) % multiple], weight, bias, None)
+    whole = product(x, weight, bias, None)
 
     def same(begin: int, rows: int) -> bool:
         part = slice(begin, begin + rows)
         return torch.equal(product(x[part], weight, bias, None), whole[part])
 
-    if multiple > 1:
-        # Many: the threads' shares of some are no multiples.
-        times = len(whole) // multiple
-        near = range(1, min(40, times))
-        far = (first + more for first in range(40, times - 3, 40) for more in range(4))
-        return multiple if all(same(0, multiple * count) for count in (*near, *far)) else None
     parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
     if not all(same(*part) for part in parts):
         return None
@@ -219,6 +219,23 @@ def _fewest_rows(
         if all(same(3, fewest + more) for more in (0, 1, 2, 3, 5, 7, 10, 17, 18, 19, 26, 31)):
             return fewest
     return None
+
+
+def _keeps_multiples_apart(
+    product: _Product, multiple: int, weight: Tensor, bias: Tensor | None
+) -> bool:
+    """Whether each row has the same bits in all products tried, of multiples of rows. Many of them:
+    the threads' shares of some are no multiples.
+    """
+    x = _numbers(_MOST_FILLED_UP, weight.shape[1])
+    whole = product(x, weight, bias, None)
+    times = _MOST_FILLED_UP // multiple
+    near = range(1, 40)
+    far = (first + more for first in range(40, times - 3, 80) for more in range(4))
+    return all(
+        torch.equal(product(x[: multiple * n], weight, bias, None), whole[: multiple * n])
+        for n in (*near, *far)
+    )
 
 
 def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:

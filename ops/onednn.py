@@ -13,9 +13,15 @@ from torch import Tensor
 
 from utils import processor
 
+from .operators import plain_on_cpu
+
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows [n, in], weight [out, in], bias [out], of any strides, without gradient -> [n, out]."""
+    """rows [n, in], weight [out, in], of any strides that do not overlap, bias [out] -> [n, out],
+    without gradient.
+    """
+    if bias is not None:
+        bias = bias.contiguous()  # it is read without a look at its strides
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -52,9 +58,15 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     if not _takes(grad, x):
         return grad.t() @ x
     if grad.shape[1] > x.shape[1]:  # faster with few rows
-        return product(x.t(), grad.t()).t().contiguous()
+        # Not contiguous(), which leaves odd strides where a size is 1.
+        return product(x.t(), grad.t()).t().clone(memory_format=torch.contiguous_format)
     return product(grad.t(), x.t())
 
 
-def _takes(a: Tensor, b: Tensor) -> bool:
-    return not torch.is_grad_enabled() and a.numel() > 0 and b.numel() > 0 and is_faster()
+def _takes(*given: Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and is_faster()
+        and plain_on_cpu(*given)
+        and all(each.layout == torch.strided and each.numel() > 0 for each in given)
+    )

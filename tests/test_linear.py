@@ -33,6 +33,11 @@ def test_the_product(shape, width, bias):
         torch.testing.assert_close(
             linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4
         )
+        for odd in () if shift is None else (torch.stack((shift, shift), 1)[:, 0], shift[:1]):
+            of_it = odd.expand(width)  # strided, and one number for all
+            torch.testing.assert_close(
+                linear(x, weight, of_it), F.linear(x, weight, of_it), rtol=1e-5, atol=1e-4
+            )
         strided = x.repeat_interleave(2, dim=-1)[..., ::2]
         torch.testing.assert_close(
             linear(strided, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-4
@@ -121,7 +126,12 @@ def test_rows_are_filled_up_to_a_multiple_where_that_keeps_them_apart(monkeypatc
     module._choice.cache_clear()
     try:
         chosen = module._choice(44, 96, bias, torch.get_num_threads(), True)
-        assert chosen == (rest_in_another_order, 24, 24)
+        assert chosen == (rest_in_another_order, 24, 24, module._MOST_FILLED_UP)
+        x, weight, shift = tensors(2 * module._MOST_FILLED_UP + 7, 96, bias=bias)
+        with torch.no_grad():  # more than was tried, in pieces
+            whole = linear(x, weight, shift)
+            assert torch.equal(linear(x[-100:], weight, shift), whole[-100:])
+        torch.testing.assert_close(whole, F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
         test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
     finally:
         module._choice.cache_clear()
@@ -131,11 +141,13 @@ def test_rows_behind_which_others_lie_are_not_copied():
     table = torch.randn(30, 5)
     within = module._filled_up(table[3:10], 12)
     assert within.data_ptr() == table[3].data_ptr() and torch.equal(within, table[3:15])
+    single = torch.randn(3, 7, 5)[:1, 0]  # of any stride between rows
     for rows in (table[20:], table[:, :4], table.t()[:4]):  # at the end, of other strides
         count = len(rows) + 3
         filled = module._filled_up(rows, count)
         assert len(filled) == count and torch.equal(filled[: len(rows)], rows)
         assert not filled[len(rows) :].any()
+    assert len(module._filled_up(single, 12)) == 12
 
 
 @pytest.mark.parametrize("few", [0, 1 / 8, 1])

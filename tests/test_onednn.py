@@ -53,9 +53,9 @@ def test_gradients_as_of_pytorch(products, shape, width, bias, grad):
     }[grad]()
     found, expected = (gradients(f, inputs, incoming) for f in (linear, F.linear))
     assert len(products) == 3
+    assert found[1].stride() == inputs[1].stride()  # as DistributedDataParallel wants it
     torch.testing.assert_close(linear(*inputs), F.linear(*inputs), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.is_contiguous()  # as DistributedDataParallel wants those of weights
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
 
 
@@ -65,6 +65,56 @@ def test_only_the_gradients_that_are_wanted(products):
     linear(x.detach(), weight).sum().backward()
     assert products == [(9, 5, 4), (4, 9, 5)]
     assert x.grad is None and weight.grad is not None
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape, width", [((9, 1), 4), ((9, 4), 1)])
+def test_strides_of_a_weights_gradient(products, shape, width):
+    inputs = leaves(shape, (width, shape[1]))
+    assert gradients(linear, inputs, torch.randn(9, width))[1].stride() == inputs[1].stride()
+
+
+@needs_onednn
+def test_biases_and_rows_of_odd_strides(products):
+    x, weight, bias = leaves((9, 16), (4, 16), (8,))
+    overlapping = torch.randn(1, 200).unfold(-1, 16, 8)
+    for rows in (x, overlapping):
+        for shift in (bias[::2], bias[:1].expand(4), bias[:1], None):
+            torch.testing.assert_close(
+                linear(rows, weight, shift), F.linear(rows, weight, shift), rtol=1e-5, atol=1e-5
+            )
+    given = weight, bias
+    found, expected = (
+        torch.autograd.grad(f(overlapping, weight, bias[::2]).pow(2).sum(), given)
+        for f in (linear, F.linear)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
+    assert products
+
+
+@needs_onednn
+@pytest.mark.parametrize("frozen", ["x", "weight", "both"])
+def test_only_what_a_gradient_needs_is_kept(products, frozen):
+    x, weight, bias = leaves((9, 5), (4, 5), (4,))
+    x.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "x")
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: sizes.append(tuple(each.shape)) or each, lambda each: each
+    ):
+        linear(x, weight, bias).sum().backward()
+    assert sizes == {"x": [(9, 5)], "weight": [(4, 5)], "both": []}[frozen]
+    assert products and bias.grad is not None
+
+
+@needs_onednn
+def test_operations_of_the_way_back_are_counted(products):
+    x, weight = leaves((9, 5), (4, 5))
+    out = linear(x, weight)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 9 * 5 * 4
 
 
 @needs_onednn
@@ -100,6 +150,14 @@ def test_what_pytorch_does_itself(products, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         linear(x, weight)
     assert counter.get_total_flops() == 2 * 9 * 5 * 4
+    with torch.enable_grad():
+        linear(x.detach(), weight.detach())  # nothing asks for a gradient
+    sparse = weight.detach().to_sparse_csr()
+    torch.testing.assert_close(linear(x, sparse), F.linear(x, sparse))
+    with torch.no_grad():
+        tangent = torch.func.jvp(lambda x: linear(x, weight), (x,), (torch.ones_like(x),))[1]
+        torch.testing.assert_close(tangent, F.linear(torch.ones(9, 5), weight))
+        assert linear(x, weight[:0]).shape == (9, 0)
     torch.func.grad(lambda w: linear(x, w).sum())(weight)
     torch.func.vmap(lambda row: linear(row[None], weight))(x)
     with forward_ad.dual_level():
@@ -110,6 +168,7 @@ def test_what_pytorch_does_itself(products, monkeypatch):
     compiled = torch.compile(lambda x, weight: linear(x, weight), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
     assert not products
+    torch.jit.trace(Linear(5, 4), x.detach())  # which compares without tracing
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         linear(x, weight[:, :3])
 

@@ -45,15 +45,20 @@ def test_what_is_not_told(system):
 def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
     tried = []
 
-    def refuse(product, multiple, *_):
+    def refuse_one(product, *_):
+        tried.append((product, 1))
+
+    def refuse_multiple(product, multiple, *_):
         tried.append((product, multiple))
+        return False
 
     monkeypatch.setattr(linear.processor, "vendor", lambda: vendor)
     monkeypatch.setattr(linear.onednn, "works", lambda: True)
-    monkeypatch.setattr(linear, "_fewest_rows", refuse)
+    monkeypatch.setattr(linear, "_fewest_rows", refuse_one)
+    monkeypatch.setattr(linear, "_keeps_multiples_apart", refuse_multiple)
     linear._choice.cache_clear()
     try:
-        assert linear._choice(8, 8, False, 1, True) == (linear._blocks, 1, 1)
+        assert linear._choice(8, 8, False, 1, True) == linear._Way(linear._blocks)
     finally:
         linear._choice.cache_clear()
     onednn = [(linear._onednn, multiple) for multiple in (1, 12, 24)]

@@ -142,13 +142,14 @@ def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None
 
 def scratch(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory of this thread, overwritten by the next call that asks for this name: fresh from the
-    system it costs as much as the convolution that writes it. There is room behind it for a product
-    of its rows (`ops.linear`).
+    system it costs as much as the convolution that writes it. There is room behind rows for a
+    product of them (`ops.linear`).
     """
     held, count = getattr(_scratch, name, None), math.prod(size)
-    if held is None or held.numel() < count:
+    room = count + (SPARE_ROWS * size[-1] if len(size) > 1 else 0)
+    if held is None or held.numel() < room:
         with torch.inference_mode(False):  # the next call may come without
-            held = torch.empty(count + SPARE_ROWS * size[-1], dtype=dtype, device="cpu")
+            held = torch.empty(room, dtype=dtype, device="cpu")
         setattr(_scratch, name, held)
     return held[:count].view(size)
 
