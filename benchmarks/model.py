@@ -35,10 +35,10 @@ from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.flags import PRECISIONS
 from benchmarks.memory import mebibytes, peak_memory
-from benchmarks.rivals import with_our_products
+from benchmarks.rivals import products_differ, with_our_products
 from models import DynamicVisionMamba
 from models.flops import count_flops
-from ops import onednn, selective_scan
+from ops import selective_scan
 from ops.cuda_graphs import capture
 from utils import arguments
 from utils.errors import first_line
@@ -54,9 +54,8 @@ CALIBRATION = 20  # images on which the routers are set
 # Largest error of the logits, of their largest. Measured on a CPU: 2.6e-6 in fp32, 2.7e-2 in bf16,
 # 2.8e-3 in fp16, and 0.4 or more for a scan without recurrence or one that walks the wrong way.
 TOLERANCES = {"fp32": 2e-5, "bf16": 1e-1, "fp16": 2e-2}
-Forward = Callable[
-    [Tensor], Any
-]  # images [B, 3, H, W] -> logits [B, classes], or a Result that has them
+# Images [B, 3, H, W] -> logits [B, classes], or a Result that has them.
+Forward = Callable[[Tensor], Any]
 
 
 def image_size(text: str) -> int:
@@ -228,7 +227,7 @@ def select(
         offer_ours(name, found[name], chosen)
     if chosen != "mamba_ssm" and selective_scan.runs_on("mamba_ssm", args.device):
         offer_ours(f"Vim-{size}, mamba_ssm", found[f"Vim-{size}"], "mamba_ssm")
-    if args.device == "cpu" and onednn.is_faster() and f"DeiT-{size}" in selection.functions:
+    if products_differ(args.device) and f"DeiT-{size}" in selection.functions:
         selection.offer_variant(
             f"DeiT-{size}",
             "oneDNN",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import onednn
 from ops.linear import Linear
 from ops.selective_scan import BranchParams, branch_inputs
 from ops.selective_scan.reference import ssm_branch as reference_branch
@@ -148,6 +149,11 @@ def transformers_mixer(forward: BranchParams, backward: BranchParams) -> Rival |
         return (mixers[0](xz) + mixers[1](xz.flip(1)).flip(1)) * 0.5
 
     return rival
+
+
+def products_differ(device: str) -> bool:
+    """Whether our models' products are by oneDNN where PyTorch's own are not."""
+    return device == "cpu" and onednn.is_faster()
 
 
 def with_our_products(model: nn.Module) -> nn.Module:

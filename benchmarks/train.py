@@ -34,11 +34,11 @@ from benchmarks import checking, flags, hotspots, records
 from benchmarks.checking import CHECKED, require_correct
 from benchmarks.memory import mebibytes, peak_memory
 from benchmarks.model import BLOCK_KEEP, SIZES, TOKEN_KEEP, logits_of, random_images
-from benchmarks.rivals import with_our_products
+from benchmarks.rivals import products_differ, with_our_products
 from losses import Budgets, ClassificationTerms, Distillation, Objective
 from models import DynamicVisionMamba, VisionMamba, sampling
 from models.reduction import base
-from ops import onednn, selective_scan
+from ops import selective_scan
 from utils import arguments
 from utils.errors import UserError
 from utils.files import write_json
@@ -255,7 +255,7 @@ def dense_part(args: argparse.Namespace) -> Part:
 
     steps = {name: step_of(vim, backend) for name, backend in backends.items()}
     steps[f"DeiT-{args.dense_size}"] = step_of(deit)
-    if args.device == "cpu" and onednn.is_faster():
+    if products_differ(args.device):
         steps[f"DeiT-{args.dense_size}, oneDNN"] = step_of(with_our_products(deit))
     return Part(steps, errors)
 

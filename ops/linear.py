@@ -41,7 +41,7 @@ from .kept import Kept
 from .operators import needs_gradient, plain_on_cpu
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
-_MULTIPLES = 1, 12, 24  # of rows, what oneDNN's threads take at a time
+_MULTIPLES = 12, 24  # of rows, what oneDNN's threads take at a time
 SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, lest they be copied
 _ROWS = 521, 4099  # the fewest and the most that a trial has
 _MOST_FILLED_UP = 8184  # rows of a product that is filled up, a multiple of all; all is tried
@@ -172,28 +172,29 @@ class _Way(NamedTuple):
     most: float = math.inf  # rows; with more of them oneDNN may go about it in another way
 
 
+# Weight and bias of one size -> the way, where all that was tried gives each row the same bits.
+_Trial = Callable[[Tensor, Tensor | None], _Way | None]
+
+
 @lru_cache(maxsize=None)
 def _choice(outputs: int, inputs: int, bias: bool, threads: int, enabled: bool) -> _Way:
-    """The product for weights of this size.
+    """The first way in the order of speed that passes its trial, for weights of this size.
 
     threads: of PyTorch; they share the rows out, so that another number asks again. enabled:
     oneDNN.
     """
-    rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // (inputs * outputs)))
-    x, weight = _numbers(rows, inputs), _numbers(outputs, inputs)
+    weight = _numbers(outputs, inputs)
     shift = _numbers(outputs) if bias else None
-    ways: list[tuple[_Product, int]] = [(_pytorch, 1)]
+    trials = [_of_any_number(_pytorch)]
     if enabled and onednn.works():
-        of_onednn: list[tuple[_Product, int]] = [(_onednn, multiple) for multiple in _MULTIPLES]
-        ways = ways + of_onednn if processor.vendor() == "GenuineIntel" else of_onednn + ways
-    for product, multiple in ways:
-        if multiple == 1:
-            fewest = _fewest_rows(product, x, weight, shift)
-            if fewest is not None:
-                return _Way(product, fewest)
-        elif _keeps_multiples_apart(product, multiple, weight, shift):
-            return _Way(product, multiple, multiple, _MOST_FILLED_UP)
-    return _Way(_blocks)
+        of_onednn = [_of_any_number(_onednn)]
+        of_onednn += [_filled_up_to(_onednn, multiple) for multiple in _MULTIPLES]
+        if processor.vendor() == "GenuineIntel":
+            trials = trials + of_onednn
+        else:
+            trials = of_onednn + trials
+    ways = (trial(weight, shift) for trial in trials)
+    return next((way for way in ways if way is not None), _Way(_blocks))
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -202,40 +203,50 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device="cpu").sin().view(shape)
 
 
-def _fewest_rows(product: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
-    """The number of rows from which on each has the same bits in all products tried; None where
-    there is none.
-    """
+def _of_any_number(product: _Product) -> _Trial:
+    """Products of as many rows as there are, filled up only where they are few."""
+
+    def trial(weight: Tensor, bias: Tensor | None) -> _Way | None:
+        rows = min(max(_ROWS), max(min(_ROWS), _TRIAL // weight.numel()))
+        same = _comparison(product, rows, weight, bias)
+        parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, rows // 2)
+        if not all(same(*part) for part in parts):
+            return None
+        for fewest in _FEWEST:
+            if all(same(3, fewest + more) for more in (0, 1, 2, 3, 5, 7, 10, 17, 18, 19, 26, 31)):
+                return _Way(product, fewest)
+        return None
+
+    return trial
+
+
+def _filled_up_to(product: _Product, multiple: int) -> _Trial:
+    """Products of a multiple of rows. Many are tried: the threads' shares of some are none."""
+
+    def trial(weight: Tensor, bias: Tensor | None) -> _Way | None:
+        same = _comparison(product, _MOST_FILLED_UP, weight, bias)
+        times = _MOST_FILLED_UP // multiple
+        near = range(1, 40)
+        far = (first + more for first in range(40, times - 3, 80) for more in range(4))
+        if not all(same(0, multiple * n) for n in (*near, *far)):
+            return None
+        return _Way(product, multiple, multiple, _MOST_FILLED_UP)
+
+    return trial
+
+
+def _comparison(
+    product: _Product, rows: int, weight: Tensor, bias: Tensor | None
+) -> Callable[[int, int], bool]:
+    """(begin, count) -> whether these rows by themselves have the bits that they have among all."""
+    x = _numbers(rows, weight.shape[1])
     whole = product(x, weight, bias, None)
 
-    def same(begin: int, rows: int) -> bool:
-        part = slice(begin, begin + rows)
+    def same(begin: int, count: int) -> bool:
+        part = slice(begin, begin + count)
         return torch.equal(product(x[part], weight, bias, None), whole[part])
 
-    parts = (0, 129), (0, 257), (0, 500), (7, 131), (7, 197), (7, 394), (5, len(x) // 2)
-    if not all(same(*part) for part in parts):
-        return None
-    for fewest in _FEWEST:
-        if all(same(3, fewest + more) for more in (0, 1, 2, 3, 5, 7, 10, 17, 18, 19, 26, 31)):
-            return fewest
-    return None
-
-
-def _keeps_multiples_apart(
-    product: _Product, multiple: int, weight: Tensor, bias: Tensor | None
-) -> bool:
-    """Whether each row has the same bits in all products tried, of multiples of rows. Many of them:
-    the threads' shares of some are no multiples.
-    """
-    x = _numbers(_MOST_FILLED_UP, weight.shape[1])
-    whole = product(x, weight, bias, None)
-    times = _MOST_FILLED_UP // multiple
-    near = range(1, 40)
-    far = (first + more for first in range(40, times - 3, 80) for more in range(4))
-    return all(
-        torch.equal(product(x[: multiple * n], weight, bias, None), whole[: multiple * n])
-        for n in (*near, *far)
-    )
+    return same
 
 
 def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:

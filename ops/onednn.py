@@ -48,14 +48,14 @@ def is_faster() -> bool:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [n, k], b [k, m] -> a b [n, m], float32 on a CPU, of any strides, by the faster library."""
-    if not _takes(a, b):
+    if not takes(a, b):
         return a @ b
     return product(a, b.t())
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of a product x [n, in] weight^T whose gradient is grad [n, out]: [out, in], contiguous."""
-    if not _takes(grad, x):
+    if not takes(grad, x):
         return grad.t() @ x
     if grad.shape[1] > x.shape[1]:  # faster with few rows
         # Not contiguous(), which leaves odd strides where a size is 1.
@@ -63,7 +63,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return product(grad.t(), x.t())
 
 
-def _takes(*given: Tensor) -> bool:
+def takes(*given: Tensor) -> bool:
+    """Whether products of these are oneDNN's here and now."""
     return (
         not torch.is_grad_enabled()
         and is_faster()

@@ -1,4 +1,5 @@
-# Sourced by the demos, with their flags: --help prints what a script says of itself and ends it.
+# Sourced by the demos, with their flags: --help prints what a script says of itself, from its second
+# line to the one that begins with "set", and ends it.
 # shellcheck shell=bash
 case " $* " in
 *" --help "* | *" -h "*)

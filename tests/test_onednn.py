@@ -138,6 +138,7 @@ def test_second_derivatives(products):
 
 
 @needs_onednn
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_what_pytorch_does_itself(products, monkeypatch):
     x, weight = leaves((9, 5), (4, 5))
     for gradient in (True, False):

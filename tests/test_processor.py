@@ -45,17 +45,13 @@ def test_what_is_not_told(system):
 def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
     tried = []
 
-    def refuse_one(product, *_):
-        tried.append((product, 1))
-
-    def refuse_multiple(product, multiple, *_):
-        tried.append((product, multiple))
-        return False
+    def refusing(product, multiple=1):
+        return lambda weight, bias: tried.append((product, multiple))
 
     monkeypatch.setattr(linear.processor, "vendor", lambda: vendor)
     monkeypatch.setattr(linear.onednn, "works", lambda: True)
-    monkeypatch.setattr(linear, "_fewest_rows", refuse_one)
-    monkeypatch.setattr(linear, "_keeps_multiples_apart", refuse_multiple)
+    monkeypatch.setattr(linear, "_of_any_number", refusing)
+    monkeypatch.setattr(linear, "_filled_up_to", refusing)
     linear._choice.cache_clear()
     try:
         assert linear._choice(8, 8, False, 1, True) == linear._Way(linear._blocks)

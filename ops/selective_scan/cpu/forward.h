@@ -1,5 +1,5 @@
-// The projection, and all forward passes in one: a thread takes a whole image through convolution, projection and scan of
-// one direction after the other, so that u does not leave its cache before it is read.
+// The projection, and all forward passes in one: a thread takes a whole image through convolution, projection and scan
+// of one direction after the other, so that u does not leave its cache before it is read.
 #pragma once
 #include <memory>
 
@@ -10,8 +10,8 @@
 constexpr int kHalfLanes = kLanes / 2;
 constexpr int kPanel = kRegisterStates == 16 ? 8 : 6;
 constexpr int kSums = kRegisterStates == 16 ? 24 : 12;
-// Rows whose sums wait while the weights of so many channels, which stay in the nearest cache, meet one after the other.
-// As many rows are one thread's at a time where an image is shared out.
+// Rows whose sums wait while the weights of so many channels, which stay in the nearest cache, meet one after the
+// other. As many rows are one thread's at a time where an image is shared out.
 constexpr int64_t kProjectedRows = 48, kDepth = 128;
 
 typedef float HalfVec __attribute__((vector_size(4 * kHalfLanes)));

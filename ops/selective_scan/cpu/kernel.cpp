@@ -141,8 +141,9 @@ void scan_backward(const Problem* p) {
 
 void convolve_backward(const Problem* p) {
   struct Scratch { std::vector<Vec> grad_sum, grad_mask; };
+  const size_t reached = p->tokens + 2 * Window::kReach, tokens = p->tokens;
   parallel_over(*p, p->blocks(),
-                [p] { return Scratch{std::vector<Vec>(2 * (p->tokens + 2 * Window::kReach)), std::vector<Vec>(p->tokens)}; },
+                [=] { return Scratch{std::vector<Vec>(2 * reached), std::vector<Vec>(tokens)}; },
                 [p](int64_t image, int64_t block, Scratch& s) {
                   Vec *grad_sum = s.grad_sum.data(), *grad_mask = s.grad_mask.data();
                   if (!p->in_place) return convolve_block_back(*p, image, block, grad_sum, grad_mask);

@@ -86,8 +86,8 @@ inline void route(const Problem& p, const Head& h) {
 }
 
 // Everything of a layer up to its input projection. The problem is left with the images that any scan runs for. Those
-// with equally much to scan stand together: threads that share a few of them are done at the same time. Returns whether
-// these are all images, each whole and where it was.
+// with equally much to scan stand together: threads that share a few of them are done at the same time. Returns
+// whether these are all images, each whole and where it was.
 inline bool enter_layer(Problem& p, const Head& h) {
   std::vector<int64_t> place(p.images, -1), length(p.images), steps(p.images);
   if (h.router_weight) route(p, h);

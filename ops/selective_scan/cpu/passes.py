@@ -272,9 +272,9 @@ def _through_projections(grads: _Written, u: Tensor, params: BranchParams, usual
     if len(grads.grad_projected) > 1:
         grad_projected[:, rank:] += grads.grad_projected[1:, :, rank:].sum(0)
     grad_delta, grad_u = grads.grad_delta[:, :channels], grads.grad_u[:, :channels]
-    if usual and onednn.is_faster():
-        grad_projected[:, :rank] = onednn.multiply(grad_delta, params.dt_proj_weight)
-        grad_u += onednn.multiply(grad_projected, params.x_proj_weight)
+    if usual and onednn.takes(grad_delta, grad_projected):
+        grad_projected[:, :rank] = onednn.product(grad_delta, params.dt_proj_weight.t())
+        grad_u += onednn.product(grad_projected, params.x_proj_weight.t())
         return onednn.weight_gradient(grad_projected, u[: len(grad_u), :channels])
     # beta = 0: what is there is undefined, and not read.
     grad_projected[:, :rank].addmm_(grad_delta, params.dt_proj_weight, beta=0)

@@ -1,5 +1,5 @@
-// The scan's way back: scan_tile computes a tile's states again from its checkpoint and keeps them, then the tile is walked
-// from its last step to its first.
+// The scan's way back: scan_tile computes a tile's states again from its checkpoint and keeps them, then the tile is
+// walked from its last step to its first.
 #pragma once
 #include "scan.h"
 
@@ -87,7 +87,8 @@ inline void add_step_gradients(const Tile& tile, const Vec* grad_step, int64_t f
   for (int r = 0; r < kTogether; ++r) sums[first + r] = total[r];
 }
 
-// Adds one tile's part of the gradient of the step's projection to sums [R]; grad_step: with respect to what that gives.
+// Adds one tile's part of the gradient of the step's projection to sums [R]; grad_step: with respect to what that
+// gives.
 inline void project_steps_back(const Tile& tile, const Vec* grad_step, Vec* sums) {
   int64_t r = 0;
   for (; r + 8 <= tile.p.rank; r += 8) add_step_gradients<8>(tile, grad_step, r, sums);
@@ -203,7 +204,8 @@ inline void scan_direction_back(const Problem& p, int which, int64_t image, int6
       float sums[kTile][2][size];
       sum_each(scratch.grad_BC_of<size>(first_state)->of, tile.steps * 2 * size, sums[0][0]);
       for (int t = 0; t < tile.steps; ++t) {
-        float* grad_B = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections() + p.rank + first_state;
+        float* row = d.grad_projected + (group * p.rows[which] + tile.row(t)) * p.projections();
+        float* grad_B = row + p.rank + first_state;
         std::copy(sums[t][0], sums[t][1], grad_B);
         std::copy(sums[t][1], sums[t][1] + size, grad_B + p.states);
       }

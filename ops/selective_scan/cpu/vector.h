@@ -55,7 +55,8 @@ inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, lower(kLane)...) + __builtin_shufflevector(a, b, lower(kLane) + kBlock / 2 ...);
 #else
-  return __builtin_shuffle(a, b, IntVec{lower(kLane)...}) + __builtin_shuffle(a, b, IntVec{lower(kLane) + kBlock / 2 ...});
+  constexpr IntVec first{lower(kLane)...}, second{lower(kLane) + kBlock / 2 ...};
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
 #endif
 }
 template <int kCount>
