@@ -8,8 +8,10 @@ was trained). Here one threshold for all gates is chosen on training images, tra
 evaluation. It opens the gates with the highest probabilities and is stored in the checkpoint. Gates
 change what later routers read, so the quantile is taken again until the share is met.
 
-Of tokens (`--token-budget image`): in the mean of all images as many as the budget of every one. A
-stage reads what the one before it has kept, so that they are chosen one after the other.
+Of tokens (`--token-budget image`): so many that the mean image costs what it does with the fixed
+numbers. A stage reads what the one before it has kept, so that they are chosen one after the other.
+Images that keep more tokens may open more gates for them, and cost more than the mean numbers say;
+all stages' numbers are then scaled until the cost is met.
 
 Source of the routers: "Dynamic Vision Mamba" (arXiv 2504.04787), section 3; the calibration is this
 project's own.
@@ -19,13 +21,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models import VisionMamba
+from models import Result, VisionMamba
 from models.build import sigmoid
+from models.flops import flops_per_image
 from models.reduction.selection import log_odds
 from tasks import Experiment
 from utils.errors import UserError
@@ -34,7 +38,12 @@ from utils.precision import autocast
 
 PASSES = 8
 CLOSE_ENOUGH = 0.002
+COST_PASSES = 4
+CLOSE_IN_COST = 0.0005
 GIVE_UP = 0.1  # further than this from the target, the paper's threshold is used
+
+# A call's arguments and result -> numbers.
+Observer = Callable[[tuple[Any, ...], Any], Tensor]
 
 _logger = logging.getLogger(__name__)
 
@@ -101,49 +110,49 @@ def calibrate_model(
 def router_logits(model: VisionMamba, experiment: Experiment) -> Tensor:
     """Logits of all gates on the calibration images of all ranks, flat, on rank 0; else empty."""
     routers = [layer.mixer.block_head for layer in model.layers]
-    return observed_at(routers, lambda _inputs, logits: logits.float(), model, experiment)
+    observers = [(router, lambda _inputs, logits: logits.float()) for router in routers]
+    return torch.cat(observed(observers, model, experiment))
 
 
 @torch.no_grad()
-def observed_at(
-    modules: Sequence[nn.Module],
-    of: Callable[[tuple[Any, ...], Tensor], Tensor],
-    model: VisionMamba,
-    experiment: Experiment,
-) -> Tensor:
-    """What `of` reads from each call of the modules, on the calibration images of all ranks: flat,
-    on rank 0; else empty. Raises UserError where no image can be read.
-
-    of: a call's arguments and result -> numbers.
+def observed(
+    observers: Sequence[tuple[nn.Module, Observer]], model: VisionMamba, experiment: Experiment
+) -> list[Tensor]:
+    """What each observer reads from the calls of its module, on the calibration images of all
+    ranks: flat, on rank 0; else empty. Raises UserError where no image can be read.
     """
-    distributed, recorded = experiment.distributed, []
-
-    def record(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        recorded.append(of(inputs, output).flatten().cpu())
-
+    distributed = experiment.distributed
+    recorded: list[list[Tensor]] = [[] for _ in observers]
     model.eval()
     with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_hook(record).remove)
+        for (module, of), record in zip(observers, recorded, strict=True):
+            hooks.callback(module.register_forward_hook(partial(_record, of, record)).remove)
         loader = experiment.data.calibration_loader
         for batch in Progress(
             loader.batches(), "calibration", total=len(loader), shown=distributed.is_main
         ):
             with autocast(distributed.device, experiment.args.amp):
                 experiment.task.predict(model, batch.images.to(distributed.device))
-    own = torch.cat(recorded) if recorded else torch.empty(0)
-    if not distributed.all_reduce_sum([len(own)]).item():
+    own = [torch.cat(record) if record else torch.empty(0) for record in recorded]
+    if not distributed.all_reduce_sum([sum(map(len, own))]).item():
         raise UserError(
             "thresholds are chosen on training images, and none of those at --data-path can be read"
         )
-    return torch.cat(distributed.gather_objects(own) or [torch.empty(0)])
+    gathered = distributed.gather_objects(own) or [[torch.empty(0)] * len(own)]
+    return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
+
+
+def _record(
+    of: Observer, record: list[Tensor], _module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> None:
+    record.append(of(inputs, output).flatten().cpu())
 
 
 def calibrate_tokens(
     models: Mapping[str, VisionMamba | None], experiment: Experiment
 ) -> dict[str, list[float]]:
-    """Choose and set the thresholds at which the images of each model keep as many tokens after
-    each stage, on average, as `token_keep` says of every one; -> log-odds of the stages by name.
+    """Choose and set the thresholds at which the images of each model cost, on average, what they
+    do where every one keeps what `token_keep` says; -> log-odds of the stages by name.
 
     Every rank must call it. models: "model", and "ema" or None.
     """
@@ -155,39 +164,83 @@ def calibrate_tokens(
 
 
 def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> list[float]:
-    distributed, found = experiment.distributed, []
-    entering = float(model.num_patches)
+    distributed, fixed = experiment.distributed, model.kept_counts()
+    thresholds = [-math.inf] * len(fixed)
+    for stage, count in enumerate(fixed):
+        seen = _Seen.of(model, thresholds, experiment)
+        thresholds[stage] = distributed.on_main(partial(seen.threshold, stage, count))
+    tried = []
+    for _ in range(COST_PASSES):
+        seen = _Seen.of(model, thresholds, experiment)
+        share, slope, kept = distributed.on_main(seen.cost)
+        tried.append((abs(share - 1), share, thresholds, kept))
+        if abs(share - 1) <= CLOSE_IN_COST or not slope > 0:
+            break
+        wanted = [(1 - (share - 1) / slope) * count for count in kept]
+        thresholds = distributed.on_main(partial(seen.thresholds_of, wanted))
+    missed, share, thresholds, kept = min(tried)
+    model.set_token_thresholds(thresholds)
+    _logger.info(
+        "thresholds of the %s's tokens: probabilities %s keep %s of %d patches of training images "
+        "(the fixed budget %s) at %.2f %% of its cost",
+        name,
+        ", ".join(f"{sigmoid(odds):.4f}" for odds in thresholds),
+        ", ".join(f"{count:.2f}" for count in kept),
+        model.num_patches,
+        ", ".join(map(str, fixed)),
+        100 * share,
+    )
+    if not missed <= 0.01:
+        _logger.warning("no thresholds come closer: many patches have equal scores")
+    return thresholds
 
-    def alive_odds(inputs: tuple[Any, ...], scores: Tensor) -> Tensor:
-        _, policy = inputs
-        return log_odds(scores)[policy > 0.5]
 
-    stages = zip(model.score_predictors, model.kept_counts(), strict=True)
-    for stage, (predictor, leaving) in enumerate(stages):
-        everything = [-math.inf] * (len(model.pruning_layers) - stage)
-        model.set_token_thresholds([*found, *everything])
-        odds = observed_at([predictor], alive_odds, model, experiment)
-        threshold = kept = 0.0
-        if distributed.is_main:
-            threshold = nearest_threshold(odds, leaving / entering)
-            kept = (odds > threshold).double().mean().item() * entering
-        threshold, kept = distributed.all_reduce_sum([threshold, kept]).tolist()
-        found.append(threshold)
-        _logger.info(
-            "stage %d of the %s: probability %.4f keeps %.2f of %d patches of training images "
-            "(target %d)",
-            stage + 1,
-            name,
-            sigmoid(threshold),
-            kept,
-            model.num_patches,
-            leaving,
-        )
-        if not abs(kept - leaving) <= 0.01 * leaving:
-            _logger.warning("no threshold comes closer: many patches have equal scores")
-        entering = kept
-    model.set_token_thresholds(found)
-    return found
+class _Seen(NamedTuple):
+    """Of the calibration images of all ranks, on rank 0."""
+
+    thresholds: Sequence[float]
+    odds: list[Tensor]  # of the patches that enter each stage, flat
+    costs: (
+        Tensor  # [B, 3] `exact` operations: own, with the fixed numbers of patches, with 1 % more
+    )
+
+    @classmethod
+    def of(cls, model: VisionMamba, thresholds: Sequence[float], experiment: Experiment) -> "_Seen":
+        """With these thresholds, which are set."""
+
+        def odds(inputs: tuple[Any, ...], scores: Tensor) -> Tensor:
+            _, policy = inputs
+            return log_odds(scores)[policy > 0.5]
+
+        def costs(_inputs: tuple[Any, ...], result: Result) -> Tensor:
+            kept = result.counts, (), [1.01 * count for count in result.counts]
+            return torch.stack(
+                [flops_per_image(model, result.gates, counts).exact for counts in kept], dim=1
+            )
+
+        model.set_token_thresholds(thresholds)
+        observers = [*((predictor, odds) for predictor in model.score_predictors), (model, costs)]
+        *found, exact = observed(observers, model, experiment)
+        return cls(tuple(thresholds), found, exact.view(-1, 3))
+
+    def threshold(self, stage: int, count: float) -> float:
+        """At which a stage keeps so many patches of an image, of those that entered it."""
+        return nearest_threshold(self.odds[stage], count * len(self.costs) / len(self.odds[stage]))
+
+    def thresholds_of(self, counts: Sequence[float]) -> list[float]:
+        """At which the stages keep so many, but for what each changes for those behind it."""
+        return [self.threshold(stage, count) for stage, count in enumerate(counts)]
+
+    def cost(self) -> tuple[float, float, list[float]]:
+        """The share of the fixed numbers' cost at the same gates, how much of it grows with the
+        numbers, and the mean numbers.
+        """
+        own, fixed, with_more = self.costs.mean(dim=0).tolist()
+        kept = [
+            (odds > threshold).sum().item() / len(self.costs)
+            for odds, threshold in zip(self.odds, self.thresholds, strict=True)
+        ]
+        return own / fixed, (with_more - own) / fixed / 0.01, kept
 
 
 def nearest_threshold(values: Tensor, share: float) -> float:

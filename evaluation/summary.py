@@ -154,6 +154,7 @@ def _of_images(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
         "thresholds": [sigmoid(odds) for odds in model.reduction.thresholds],
         "patches": patches,
         "exact_to_fixed_at_equal_gates": share,
+        "standard_error": values["cost_error"],
     }
 
 
@@ -247,7 +248,8 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
         )
         lines.append(
             f"patches of four images in five after each stage: {ranges}; the mean cost is "
-            f"{100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with equal numbers"
+            f"{100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with equal numbers "
+            f"(standard error {100 * own['standard_error']:.2f} %)"
         )
     if "object" in dynamic:
         seen = dynamic["object"]

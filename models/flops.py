@@ -105,10 +105,10 @@ def flops_per_image(model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] = 
     The mean over images equals `count_flops` at the mean gates where all keep as many tokens.
 
     gates: [depth, B, 2]; kept: patches [B] that each stage kept, for a model with thresholds of
-    tokens.
+    tokens; by default the fixed numbers also there.
     """
     counts: Sequence[int | Tensor] = model.kept_counts()
-    if model.reduction.thresholds:
+    if model.reduction.thresholds and kept:
         counts = [stage.double().cpu() for stage in kept]
     return Flops(*_count(model, gates.double().cpu(), counts))
 

@@ -1,5 +1,6 @@
 """What an evaluation pass counts: meters, and sums that are equal for any number of processes."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -36,8 +37,9 @@ class ReductionMeter:
     """Mean of what is kept: `keep` after each stage, `gates` [depth][2]; `passes` of an image.
 
     `keep` is the fraction of patches left, `gates` the share of images whose forward and backward
-    scan runs. Of a model whose images keep different numbers also `flops`, the mean of a pass, and
-    `counts`, how often each number of patches was left by each stage.
+    scan runs. Of a model whose images keep different numbers also `flops`, the mean of a pass,
+    `counts`, how often each number of patches was left by each stage, and `cost_error`, the
+    standard error of the mean image's operations as a share of those with fixed numbers.
     """
 
     def __init__(self, model: VisionMamba, device: torch.device):
@@ -48,6 +50,7 @@ class ReductionMeter:
         self.kept = torch.zeros(stages, dtype=torch.float64, device=device)
         self.flops = torch.zeros(2, dtype=torch.float64)
         self.counts = torch.zeros(stages, self.num_patches + 1, dtype=torch.float64)
+        self.shares = torch.zeros(2, dtype=torch.float64)  # of the fixed cost: sums, of squares
 
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2]; kept: a [B, k] for each stage."""
@@ -59,6 +62,8 @@ class ReductionMeter:
         if self.model.reduction.thresholds:
             flops = flops_per_image(self.model, result.gates, result.counts)
             self.flops += torch.stack([exact_sum(part) for part in flops])
+            share = flops.exact / flops_per_image(self.model, result.gates).exact
+            self.shares += torch.stack([exact_sum(share), exact_sum(share.square())])
             for total, stage in zip(self.counts, result.counts, strict=True):
                 total += torch.bincount(stage.cpu(), minlength=len(total))
 
@@ -70,6 +75,9 @@ class ReductionMeter:
             flops = distributed.all_reduce_sum(self.flops) / passes
             own = {"flops": Flops(*flops.tolist())}
             own["counts"] = distributed.all_reduce_sum(self.counts.flatten()).view_as(self.counts)
+            mean, square = (distributed.all_reduce_sum(self.shares) / passes).tolist()
+            # An image's passes are not independent of each other.
+            own["cost_error"] = math.sqrt(max(square - mean**2, 0) / images)
         return own | {
             "keep": (kept / passes / self.num_patches).tolist(),
             "gates": (gates / passes).tolist(),

@@ -1,5 +1,6 @@
 """`--token-budget image`: each image keeps as many tokens as its scores earn."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 from helpers.exports import decided, segmenter
 from helpers.reductions import build
-from helpers.runs import evaluated
+from helpers.runs import evaluated, loaded
 from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import export
@@ -16,8 +17,8 @@ import main
 import options
 from benchmarks.exported import decide
 from drawing.pictures import GAP, decision_picture
-from evaluation import samples, summary
-from evaluation.calibration import nearest_threshold
+from evaluation import calibration, samples, summary
+from evaluation.calibration import calibrate_tokens, nearest_threshold
 from evaluation.inference import build_parser, load_predictor
 from models.build import TOKEN_THRESHOLDS, sigmoid
 from models.flops import count_flops, flops_per_image
@@ -178,12 +179,45 @@ def test_counted_and_joined():
     assert values["keep"] == pytest.approx((counts.mean(dim=1) / model.num_patches).tolist())
     exact = flops_per_image(model, whole.gates, whole.counts).exact
     assert values["flops"].exact == pytest.approx(exact.mean().item(), rel=1e-6)
+    shares = exact / flops_per_image(model, whole.gates).exact
+    assert shares.std() > 0.01, "the test needs images that differ"
+    error = shares.std(correction=0).item() / 6**0.5
+    assert values["cost_error"] == pytest.approx(error, rel=1e-4)
     assert [int(each.sum()) for each in values["counts"]] == [6, 6]
     with torch.no_grad():
         few, many = (model(part) for part in images.split(3))
     for stage, (one, other) in zip(whole.counts, kept_in_all([few, many]), strict=True):
         assert one.shape == other.shape
         assert torch.equal((torch.cat([one, other]) >= 0).sum(dim=1), stage)
+
+
+def test_the_mean_cost_is_met_where_images_with_more_patches_open_more_gates(tmp_path, monkeypatch):
+    """The mean numbers of patches are then not enough."""
+    experiment, model = loaded(decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL)))
+
+    def cost() -> float:
+        own = fixed = 0.0
+        with torch.no_grad():
+            for batch in experiment.data.calibration_loader.batches():
+                result = model(batch.images)
+                own += flops_per_image(model, result.gates, result.counts).exact.sum().item()
+                fixed += flops_per_image(model, result.gates).exact.sum().item()
+        return own / fixed
+
+    def open_by_number(_module, _inputs, result):
+        opened = torch.stack(result.counts).sum(0).argsort().argsort() * 2 >= result.gates.shape[1]
+        return dataclasses.replace(
+            result, gates=opened[None, :, None].expand_as(result.gates).float()
+        )
+
+    model.register_forward_hook(open_by_number)
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "COST_PASSES", 1)  # none follows what it finds
+        calibrate_tokens({"model": model, "ema": None}, experiment)
+    assert cost() > 1.01, "the test needs a model that costs more than its numbers say"
+    found = calibrate_tokens({"model": model, "ema": None}, experiment)
+    assert found == {"model": list(model.reduction.thresholds)}
+    assert cost() == pytest.approx(1, abs=0.001)
 
 
 def test_a_whole_evaluation(tmp_path: Path, capsys):
@@ -196,6 +230,7 @@ def test_a_whole_evaluation(tmp_path: Path, capsys):
     assert len(found["thresholds"]) == len(own["keep"])
     assert own["keep"] == pytest.approx(fixed["keep"], rel=0.1)
     assert found["exact_to_fixed_at_equal_gates"] == pytest.approx(1, abs=0.05)
+    assert 0 < found["standard_error"] < 0.05 and "(standard error " in said
     assert own["flops"]["exact"] == pytest.approx(fixed["flops"]["exact"], rel=0.1)
     ranges = zip(*(found["patches"][k] for k in ("least", "median", "most")), strict=True)
     assert all(1 <= low <= middle <= high for low, middle, high in ranges)
@@ -279,7 +314,9 @@ def test_a_missed_budget_is_told(caplog):
     fixed = count_flops(model, gates)
     for share, lines in (1.0, 0), (1.015, 0), (1.03, 1), (0.9, 2):
         flops = fixed._replace(exact=share * fixed.exact)
-        found = summary._of_images(model, {"gates": gates, "flops": flops, "counts": counts})
+        values = {"gates": gates, "flops": flops, "counts": counts, "cost_error": 0.004}
+        found = summary._of_images(model, values)
+        assert found["standard_error"] == 0.004
         assert len(caplog.records) == lines
         assert found["exact_to_fixed_at_equal_gates"] == pytest.approx(share)
     names = "least", "tenth", "median", "nine_tenths", "most"
