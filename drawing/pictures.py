@@ -18,6 +18,7 @@ from utils.files import atomic_file
 from utils.images import MEAN, STD
 
 from .groups import stage_pixels
+from .palette import INK, PAPER, rgb
 
 STRIP_COLUMNS = 8  # frames of a clip beside each other
 GAP = 2  # pixels between the panels of `decision_picture`
@@ -142,6 +143,23 @@ def decision_picture(
     rows, columns, height, width, channels = grid.shape
     picture = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
     return picture[:-GAP, :-GAP]
+
+
+def with_row_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """A `decision_picture` with a margin to its left, where each row has a name.
+
+    picture [height, width, 3] uint8 -> the same, wider. names: of rows of equal height, from the
+    top; one may have several lines.
+    """
+    typeface, side = font(12), 8
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = max(round(draw.multiline_textbbox((0, 0), name, typeface)[2]) for name in names)
+    wide = Image.new("RGB", (picture.shape[1] + margin + 2 * side, len(picture)), rgb(PAPER))
+    wide.paste(Image.fromarray(picture), (margin + 2 * side, 0))
+    draw, height = ImageDraw.Draw(wide), (len(picture) + GAP) / len(names)
+    for row, name in enumerate(names):
+        draw.multiline_text((side, round(row * height) + 4), name, rgb(INK), typeface)
+    return np.asarray(wide)
 
 
 def _by_image(groups: Sequence[Tensor], kept: Sequence[Tensor]) -> list[list[np.ndarray | None]]:

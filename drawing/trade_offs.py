@@ -6,8 +6,9 @@ from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from .palette import ACCENT, INK, MUTED, SERIES
+from .palette import ACCENT, INK, MUTED, PAPER, SERIES
 from .plots import WIDTH, save, styled
 
 
@@ -65,6 +66,8 @@ def _draw_budget(
                 markerfacecolor="none",
                 markeredgecolor=ACCENT,
                 markeredgewidth=1.4,
+                linestyle="none",
+                label="trained",
             )
     if named:
         axes.annotate(
@@ -75,6 +78,7 @@ def _draw_budget(
             fontsize=8,
             color=MUTED if below else INK,
             ha="center",
+            path_effects=[withStroke(linewidth=3, foreground=PAPER)],
         )
 
 
@@ -111,13 +115,17 @@ def budget_curve(
             values if measure.higher_is_better else [-value for value in values],
         )
         colour = SERIES[run % len(SERIES)]
-        axes.plot([where[i] for i in front], [values[i] for i in front], color=colour, zorder=1)
+        line = [where[i] for i in front], [values[i] for i in front]
+        axes.plot(*line, color=colour, zorder=1, label="Pareto front")
         for point, x, y in zip(everything, where, values, strict=True):
             # With several curves there is only room to name their ends and the trained budget.
             named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
             _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
     label_against(axes, measure, speed, axis)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once, fontsize=8, frameon=False)
     return figure if drawn else None
 
 

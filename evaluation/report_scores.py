@@ -114,7 +114,7 @@ def _budgets_text(run: RunFolder, measure: Measure) -> str:
 def sweep_table(run: RunFolder) -> dict[str, Any]:
     """A row for each budget of a run and for the dense model."""
     task = task_of_run(run)
-    speed = speed_row(run.sweep.get("batch_size"))
+    speed = speed_row(run.sweep.get("batch_size"), task.inputs if task else "images")
     columns = [*([measure_row(task.best)] if task else []), EXACT, speed]
     rows = [
         {

@@ -3,6 +3,7 @@
 It goes to `eval.json` and to a table on the screen.
 """
 
+import json
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drawing.pictures import decision_picture
+from drawing.pictures import decision_picture, with_row_names
 from engine import evaluation_forward, validate
 from loading.images import BadImageError
 from models import Result, VisionMamba
@@ -219,16 +220,18 @@ def _backend(model: VisionMamba) -> str:
 
 
 def table(report: Mapping[str, Any], task: Task) -> str:
-    """The report as a table for the screen."""
+    """The report as a table for the screen, of what was measured."""
     dense, dynamic = report["dense"], report["dynamic"]
-    rows = [
-        [row.label, row.cell(dense), row.cell(dynamic), row.changed(dense, dynamic)]
-        for row in rows_of(task, report["batch_size"])
-    ]
+    columns = {name: report[name] for name in ("dense", "dynamic") if report[name]}
+    rows = []
+    for row in rows_of(task, report["batch_size"]):
+        if any(row.cell(column, "") for column in columns.values()):
+            changed = [row.changed(dense, dynamic)] if dense and dynamic else []
+            rows.append([row.label, *map(row.cell, columns.values()), *changed])
     lines = [
-        f"{report['model']} on {report['data_set']}, {report['images']} images; backend "
+        f"{report['model']} on {report['data_set']}, {report['images']} {task.examples}; backend "
         f"{report['backend']}, {report['device']}, {report['precision']}",
-        text_table(rows, ["", "dense", "dynamic", "change"]),
+        text_table(rows, ["", *columns, *(["change"] if dense and dynamic else [])]),
     ]
     return "\n".join(lines + (_kept_lines(dynamic) if dynamic else []))
 
@@ -270,7 +273,7 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
-    """Picture [H, W, 3] of validation images, dropped patches dimmed; None if none are dropped."""
+    """Picture [H, W, 3] of validation images, and what each stage keeps; None if all is kept."""
     if not model.pruning_layers:
         return None
     count = max(1, count // model.patch_embed.slots)
@@ -281,7 +284,10 @@ def draw_decisions(model: VisionMamba, experiment: Experiment, count: int = 8):
     if len(result.kept[0]) != len(images):
         return None  # the task looks at an image more than once
     scale = max(1, 96 // images.shape[-1])
-    return decision_picture(images, result.kept, model.patch_embed, scale, result.groups)
+    picture = decision_picture(images, result.kept, model.patch_embed, scale, result.groups)
+    shares = [100 * (kept >= 0).sum(1).double().mean() / model.num_patches for kept in result.kept]
+    stages = [f"stage {i}:\n{share:.0f} % kept" for i, share in enumerate(shares, start=1)]
+    return with_row_names(picture, ["input", *stages])
 
 
 def _model_sized(experiment: Experiment, size: tuple[int, int], count: int) -> Tensor | None:
@@ -310,6 +316,14 @@ def _list_bad_images(experiment: Experiment) -> None:
     data.bad_images.write(output / EVAL_BAD_IMAGES.format(distributed.rank))
 
 
+def _tell_of_replaced(path: Path, report: Mapping[str, Any]) -> None:
+    """Say so where the evaluation of another checkpoint is about to be replaced."""
+    with suppress(OSError, ValueError, AttributeError):
+        earlier = json.loads(path.read_text())
+        if earlier.get("checkpoint_sha256") != report["checkpoint_sha256"]:
+            _logger.info("%s was of another checkpoint, and is replaced", path)
+
+
 def report_evaluation(
     model: VisionMamba,
     ema: VisionMamba | None,
@@ -332,6 +346,7 @@ def report_evaluation(
     if not experiment.is_main:
         return
     report["checkpoint_sha256"] = sha256_of(source)
+    _tell_of_replaced(output / "eval.json", report)
     clear_pictures(output)
     predictor = Predictor.of(model, experiment)
     if decides:

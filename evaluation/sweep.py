@@ -227,7 +227,8 @@ def _csv_row(name: str, point: dict[str, Any], keys: list[str]) -> list[Any]:
 
 def table(record: dict[str, Any], task: Task) -> str:
     """The sweep as a table for the screen; the trained budget has a star."""
-    columns = [measure_row(task.best), PAPER, EXACT, speed_row(record.get("batch_size"))]
+    speed = speed_row(record.get("batch_size"), task.inputs)
+    columns = [measure_row(task.best), PAPER, EXACT, speed]
     rows = [
         [name + " *" * point.get("trained", False), *(row.cell(point) for row in columns)]
         for name, point in named_points(record)

@@ -182,3 +182,17 @@ def test_the_picture_for_tensorboard_dims_the_same_patches():
         x = column * (32 + pictures.GAP)
         same = (picture[:32, x : x + 32] == picture[32 + pictures.GAP :, x : x + 32]).all(axis=-1)
         assert set(np.unique(patch_of_pixels(model.patch_embed, (32, 32))[same])) == set(chosen)
+
+
+def test_rows_are_named_beside_the_picture():
+    images, kept = torch.zeros(3, 3, 32, 32), [torch.zeros(3, 5, dtype=torch.long)]
+    picture = pictures.decision_picture(images, kept, small(32).patch_embed)
+    named = pictures.with_row_names(picture, ["input", "stage 1:\n31 % kept"])
+    height, width = picture.shape[:2]
+    margin = named.shape[1] - width
+    assert margin > 60 and named.shape[0] == height
+    assert np.array_equal(named[:, margin:], picture)
+    written = (named[:, :margin] < 128).any(axis=(1, 2))
+    # one line in the upper half, two in the lower one
+    lines = [np.diff(half.astype(int)).clip(0).sum() for half in np.split(written, 2)]
+    assert lines == [1, 2]

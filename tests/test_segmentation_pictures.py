@@ -253,7 +253,8 @@ def test_what_dropped_patches_show_is_told_beside_its_share_of_all_pixels():
 def test_strips_say_what_is_frozen(dynamic, scenes, tmp_path, monkeypatch):
     assert (dynamic / "decisions" / "sample1.png").exists()
     with Image.open(dynamic / "kept_patches.png") as picture:
-        assert picture.width == 6 * (3 * 32 + 2) - 2  # all six images, in the model's size
+        width = 6 * (3 * 32 + 2) - 2  # all six images, in the model's size
+        assert width < picture.width < width + 150  # beside the names of the rows
     texts = []
     draw = visualize.draw_strip.__globals__["ImageDraw"].ImageDraw
     write = draw.text
