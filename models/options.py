@@ -134,7 +134,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fixed", "image"),
         default="fixed",
         help="evaluation: the same number of tokens for every image; image: as many as its scores "
-        "earn, more of some and fewer of others, and on average the same. The thresholds are the "
+        "earn, more of some and fewer of others, at the same mean cost. The thresholds are the "
         "checkpoint's own, from main.py --eval --calibrate; for one that has none main.py --eval "
         "chooses them on training images (one view of each)",
     )
