@@ -222,11 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     _logger.info("2/%d decomposing, about %.0f s left", steps, spent * LEFT[args.format])
     found = WRITERS[args.format](decompose(program, args.format == "onnx"), args, texts, model)
     size = os.path.getsize(args.output) / 1e6
-    frames = f"{model.num_frames} frames of " if model.num_frames else ""
+    inputs = f"clips of {model.num_frames} frames of" if model.num_frames else "images of"
     print(
-        f"{args.output}: {size:.1f} MB, {task.name}, {model.num_classes} classes, {task.inputs} of "
-        f"{frames}{'x'.join(map(str, model.patch_embed.img_size))} pixels; against the checkpoint: "
-        f"{found}"
+        f"{args.output}: {size:.1f} MB, {task.name}, {model.num_classes} classes, {inputs} "
+        f"{'x'.join(map(str, model.patch_embed.img_size))} pixels; against the checkpoint: {found}"
     )
 
 

@@ -6,10 +6,21 @@ from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from .palette import ACCENT, INK, MUTED, PAPER, SERIES
 from .plots import WIDTH, save, styled
+
+# Around the budget that a model was trained for.
+RING = {
+    "marker": "o",
+    "markersize": 11,
+    "markerfacecolor": "none",
+    "markeredgecolor": ACCENT,
+    "markeredgewidth": 1.4,
+    "linestyle": "none",
+}
 
 
 class Scored(Protocol):
@@ -21,10 +32,16 @@ class Scored(Protocol):
     higher_is_better: bool
 
 
-def label_against(axes: Axes, measure: Scored, speed: bool, convention: str) -> None:
-    """Labels of a plot of a measure against measured images/s or operations."""
+def label_against(
+    axes: Axes, measure: Scored, speed: bool, convention: str, examples: str = "images"
+) -> None:
+    """Labels of a plot of a measure against measured speed or operations.
+
+    examples: what the data set holds, in the plural.
+    """
     axes.set_ylabel(measure.label)
-    axes.set_xlabel("images/s, measured" if speed else f"MFLOPs an image, {convention}")
+    per = f"MFLOPs per {examples[:-1]}, {convention}"
+    axes.set_xlabel(f"{examples}/s, measured" if speed else per)
     axes.set_title(f"{measure.title} against {'speed' if speed else 'operations'}")
 
 
@@ -59,16 +76,7 @@ def _draw_budget(
         axes.plot(*where, "o", markersize=5.5, color=colour)
         text, below = f"{point['token_keep_ratio']:g}", False
         if point["trained"]:
-            axes.plot(
-                *where,
-                "o",
-                markersize=11,
-                markerfacecolor="none",
-                markeredgecolor=ACCENT,
-                markeredgewidth=1.4,
-                linestyle="none",
-                label="trained",
-            )
+            axes.plot(*where, **RING)
     if named:
         axes.annotate(
             text,
@@ -88,10 +96,12 @@ def budget_curve(
     axis: str,
     dense: Mapping[int, dict | None],
     measure: Scored,
+    examples: str = "images",
 ) -> Figure | None:
     """A measure against operations (`axis` "exact" or "paper") or images/s; None without points.
 
-    curves: {position of the run: points of its sweep}; dense: the dense model's point of each run.
+    curves: {position of the run: points of its sweep}; dense: the dense model's point of each run;
+    examples: what the data set holds, in the plural.
     """
     speed = axis == "images_per_s"
 
@@ -116,16 +126,15 @@ def budget_curve(
         )
         colour = SERIES[run % len(SERIES)]
         line = [where[i] for i in front], [values[i] for i in front]
-        axes.plot(*line, color=colour, zorder=1, label="Pareto front")
+        axes.plot(*line, color=colour, zorder=1)
         for point, x, y in zip(everything, where, values, strict=True):
             # With several curves there is only room to name their ends and the trained budget.
             named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
             _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
-    label_against(axes, measure, speed, axis)
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    axes.legend(once.values(), once, fontsize=8, frameon=False)
+    label_against(axes, measure, speed, axis, examples)
+    front = Line2D([], [], color=MUTED, label="Pareto front")
+    axes.legend(handles=[front, Line2D([], [], label="trained budget", **RING)])
     return figure if drawn else None
 
 

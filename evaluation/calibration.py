@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from models import Result, VisionMamba
 from models.build import sigmoid
-from models.flops import flops_per_image
+from models.flops import token_operations
 from models.reduction.selection import log_odds
 from tasks import Experiment
 from utils.errors import UserError
@@ -38,9 +38,10 @@ from utils.precision import autocast
 
 PASSES = 8
 CLOSE_ENOUGH = 0.002
-COST_PASSES = 4
-CLOSE_IN_COST = 0.0005
 GIVE_UP = 0.1  # further than this from the target, the paper's threshold is used
+# The same of tokens, where the mean cost is what is to be met.
+COST_PASSES = 4
+CLOSE_IN_COST = 0.001
 
 # A call's arguments and result -> numbers.
 Observer = Callable[[tuple[Any, ...], Any], Tensor]
@@ -168,16 +169,21 @@ def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> 
     thresholds = [-math.inf] * len(fixed)
     for stage, count in enumerate(fixed):
         seen = _Seen.of(model, thresholds, experiment)
-        thresholds[stage] = distributed.on_main(partial(seen.threshold, stage, count))
-    tried = []
+        chosen = distributed.on_main(partial(seen.threshold, stage, count))
+        thresholds = [*thresholds[:stage], chosen, *thresholds[stage + 1 :]]
+    tried: list[tuple[float, float, list[float], list[float]]] = []
+    step = slope = 0.0
     for _ in range(COST_PASSES):
         seen = _Seen.of(model, thresholds, experiment)
-        share, slope, kept = distributed.on_main(seen.cost)
+        share, expected, kept = distributed.on_main(seen.cost)
+        # What the last step did: a stage also passes on to the next ones what it keeps.
+        found = (share - tried[-1][1]) / step if step else 0.0
+        slope = found if found > 0 else expected
         tried.append((abs(share - 1), share, thresholds, kept))
         if abs(share - 1) <= CLOSE_IN_COST or not slope > 0:
             break
-        wanted = [(1 - (share - 1) / slope) * count for count in kept]
-        thresholds = distributed.on_main(partial(seen.thresholds_of, wanted))
+        step = (1 - share) / slope
+        thresholds = distributed.on_main(partial(seen.scaled, 1 + step))
     missed, share, thresholds, kept = min(tried)
     model.set_token_thresholds(thresholds)
     _logger.info(
@@ -191,18 +197,17 @@ def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> 
         100 * share,
     )
     if not missed <= 0.01:
-        _logger.warning("no thresholds come closer: many patches have equal scores")
+        _logger.warning("no thresholds of the %s's tokens that come closer were found", name)
     return thresholds
 
 
 class _Seen(NamedTuple):
-    """Of the calibration images of all ranks, on rank 0."""
+    """What the calibration images of all ranks did at some thresholds; known on rank 0."""
 
     thresholds: Sequence[float]
-    odds: list[Tensor]  # of the patches that enter each stage, flat
-    costs: (
-        Tensor  # [B, 3] `exact` operations: own, with the fixed numbers of patches, with 1 % more
-    )
+    odds: list[Tensor]  # of the patches that entered each stage, flat
+    costs: Tensor  # [B, 3] `token_operations`: own, with the fixed numbers of patches, 1 % more
+    counts: Tensor  # [B, stages] patches kept
 
     @classmethod
     def of(cls, model: VisionMamba, thresholds: Sequence[float], experiment: Experiment) -> "_Seen":
@@ -214,33 +219,41 @@ class _Seen(NamedTuple):
 
         def costs(_inputs: tuple[Any, ...], result: Result) -> Tensor:
             kept = result.counts, (), [1.01 * count for count in result.counts]
-            return torch.stack(
-                [flops_per_image(model, result.gates, counts).exact for counts in kept], dim=1
-            )
+            found = [token_operations(model, result.gates, counts) for counts in kept]
+            return torch.stack([*found, *(count.double().cpu() for count in result.counts)], dim=1)
 
         model.set_token_thresholds(thresholds)
         observers = [*((predictor, odds) for predictor in model.score_predictors), (model, costs)]
-        *found, exact = observed(observers, model, experiment)
-        return cls(tuple(thresholds), found, exact.view(-1, 3))
+        *found, rows = observed(observers, model, experiment)
+        rows = rows.view(-1, 3 + len(thresholds))
+        return cls(thresholds, found, rows[:, :3], rows[:, 3:])
 
     def threshold(self, stage: int, count: float) -> float:
-        """At which a stage keeps so many patches of an image, of those that entered it."""
-        return nearest_threshold(self.odds[stage], count * len(self.costs) / len(self.odds[stage]))
+        """At which so many patches of an image, of those that entered the stage, exceed it.
 
-    def thresholds_of(self, counts: Sequence[float]) -> list[float]:
-        """At which the stages keep so many, but for what each changes for those behind it."""
-        return [self.threshold(stage, count) for stage, count in enumerate(counts)]
+        Raises UserError for scores that are no numbers.
+        """
+        odds = self.odds[stage]
+        if odds.isnan().any():
+            raise UserError(
+                f"stage {stage + 1} scores patches of training images with NaN: no threshold can "
+                "be chosen; evaluate another checkpoint of this run"
+            )
+        return nearest_threshold(odds, count * len(self.costs) / len(odds))
+
+    def scaled(self, factor: float) -> list[float]:
+        """Thresholds that so many times as many of the patches that entered each stage exceed."""
+        return [
+            self.threshold(stage, factor * (odds > threshold).sum().item() / len(self.costs))
+            for stage, (odds, threshold) in enumerate(zip(self.odds, self.thresholds, strict=True))
+        ]
 
     def cost(self) -> tuple[float, float, list[float]]:
-        """The share of the fixed numbers' cost at the same gates, how much of it grows with the
-        numbers, and the mean numbers.
+        """The share of the cost with the fixed numbers of patches at the same gates; by how much it
+        grows where all numbers grow, relative to their growth; the mean numbers.
         """
         own, fixed, with_more = self.costs.mean(dim=0).tolist()
-        kept = [
-            (odds > threshold).sum().item() / len(self.costs)
-            for odds, threshold in zip(self.odds, self.thresholds, strict=True)
-        ]
-        return own / fixed, (with_more - own) / fixed / 0.01, kept
+        return own / fixed, (with_more - own) / fixed / 0.01, self.counts.mean(dim=0).tolist()
 
 
 def nearest_threshold(values: Tensor, share: float) -> float:

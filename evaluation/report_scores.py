@@ -1,5 +1,6 @@
 """What a report shows of scores: measures, budgets, what the task itself drew, headlines."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from markupsafe import Markup
@@ -9,16 +10,7 @@ from drawing.page import embedded, svg, wide_chart
 from drawing.pictures import flops_text
 from drawing.runs import RunFolder, is_number
 from drawing.trade_offs import budget_curve
-from evaluation.columns import (
-    EXACT,
-    PAPER,
-    PARAMETERS,
-    SPEED,
-    Row,
-    measure_row,
-    measure_rows,
-    speed_row,
-)
+from evaluation.columns import EXACT, PAPER, PARAMETERS, Row, measure_row, measure_rows, speed_row
 from evaluation.sweep import named_points
 from tasks import CLASSIFICATION, TASKS, Measure, Task
 
@@ -36,9 +28,15 @@ def task_of_run(run: RunFolder) -> Task | None:
     return TASKS.get(name)
 
 
-def tasks_of(runs: list[RunFolder]) -> list[Task]:
+def tasks_of(runs: Iterable[RunFolder]) -> list[Task]:
     """The tasks of the runs, each once."""
     return [task for task in dict.fromkeys(map(task_of_run, runs)) if task is not None]
+
+
+def _examples(runs: Iterable[RunFolder]) -> str:
+    """What the runs' data sets hold, by one word."""
+    words = {task.examples for task in tasks_of(runs)}
+    return words.pop() if len(words) == 1 else "images"
 
 
 def evaluation_table(runs: list[RunFolder]) -> dict[str, Any] | None:
@@ -53,7 +51,8 @@ def evaluation_table(runs: list[RunFolder]) -> dict[str, Any] | None:
     if not columns:
         return None
     measures = {row.label: row for task in tasks_of(evaluated) for row in measure_rows(task)}
-    wanted = [*measures.values(), PAPER, EXACT, *REDUCTIONS, SPEED, SPEED_UP, PARAMETERS]
+    speed = speed_row(None, _examples(evaluated))
+    wanted = [*measures.values(), PAPER, EXACT, *REDUCTIONS, speed, SPEED_UP, PARAMETERS]
     rows = [
         {"name": row.label, "values": [row.cell(column, "–") for _, _, column in columns]}
         for row in wanted
@@ -96,8 +95,9 @@ def sweep_charts(runs: list[RunFolder], measure: Measure) -> list[Markup]:
     dense = {run.position: run.sweep["dense"] for run in runs}
     budgets = "; ".join(f"{run.name}: {_budgets_text(run, measure)}" for run in runs)
     charts = []
-    for axis, against in (("exact", "operations (exact)"), ("images_per_s", "measured images/s")):
-        figure = budget_curve(curves, axis, dense, measure)
+    examples = _examples(runs)
+    for axis, against in (("exact", "operations (exact)"), ("images_per_s", f"{examples}/s")):
+        figure = budget_curve(curves, axis, dense, measure, examples)
         if figure is not None:
             alt = f"{measure.name} against {against} at each token keep ratio: {budgets}"
             charts.append(Markup(svg(figure, alt)))
@@ -114,7 +114,7 @@ def _budgets_text(run: RunFolder, measure: Measure) -> str:
 def sweep_table(run: RunFolder) -> dict[str, Any]:
     """A row for each budget of a run and for the dense model."""
     task = task_of_run(run)
-    speed = speed_row(run.sweep.get("batch_size"), task.inputs if task else "images")
+    speed = speed_row(run.sweep.get("batch_size"), _examples([run]))
     columns = [*([measure_row(task.best)] if task else []), EXACT, speed]
     rows = [
         {
@@ -153,12 +153,12 @@ def headlines(run: RunFolder) -> list[dict[str, str]]:
         lines.append(_score(shown, dense if dynamic else {}, task.best))
     if not dynamic:
         cost = flops_text(dense["flops"]["exact"])
-        return [*lines, {"value": cost, "what": "an image (exact)"}]
+        return [*lines, {"value": cost, "what": f"per {_examples([run])[:-1]} (exact)"}]
     reduction = f"−{100 * run.evaluation['reduction']['exact']:.1f} %"
     lines.append({"value": reduction, "what": "operations (exact)"})
     if is_number(run.evaluation.get("speedup")):
         speedup = f"× {run.evaluation['speedup']:.2f}"
-        lines.append({"value": speedup, "what": "images/s, measured"})
+        lines.append({"value": speedup, "what": f"{_examples([run])}/s, measured"})
     return lines
 
 

@@ -74,7 +74,7 @@ def evaluate_all(
     own |= {best.ema_key: ema_best}
     if dynamic:
         other = column(dense, task, dense_values, speeds["dense"], values["passes"])
-        report = _comparison(other, own | _kept(model, values))
+        report = _comparison(other, own | _kept(model, values, task))
     else:
         report = {"dense": own, "dynamic": None, "reduction": None, "speedup": None}
     report |= {
@@ -124,7 +124,7 @@ def column(
     }
 
 
-def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
+def _kept(model: VisionMamba, values: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """What a dynamic model's column has in addition to a dense one's."""
     kept = {"keep": values["keep"], "gates": values["gates"]}
     if "object" in values:
@@ -132,11 +132,11 @@ def _kept(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
     if model.route_blocks:
         kept["gate_threshold"] = sigmoid(model.gate_threshold)
     if "counts" in values:
-        kept["token_budget"] = _of_images(model, values)
+        kept["token_budget"] = _of_images(model, values, task.examples)
     return kept
 
 
-def _of_images(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
+def _of_images(model: VisionMamba, values: Mapping[str, Any], examples: str) -> dict[str, Any]:
     """How the images differ in what they keep, see `--token-budget image`."""
     shares = values["counts"].cumsum(1) / values["counts"].sum(1, keepdim=True)
     patches = {
@@ -144,18 +144,19 @@ def _of_images(model: VisionMamba, values: Mapping[str, Any]) -> dict[str, Any]:
         for name, share in (("least", 1e-9), ("tenth", 0.1), ("median", 0.5), ("nine_tenths", 0.9))
     }
     patches["most"] = [int(stage.nonzero()[-1]) for stage in values["counts"]]
-    share = values["flops"].exact / count_flops(model, values["gates"]).exact
-    if not abs(share - 1) <= MISSED:
+    share, error = values["cost"], values["cost_error"]
+    if not abs(share - 1) <= max(MISSED, 2 * (error or 0)):
         _logger.warning(
-            "the images cost %.1f %% of the fixed budget: they earn other numbers of tokens than "
-            "the training images on which the thresholds were chosen",
+            "the mean cost is %.1f %% of the fixed budget's: these %s earn other numbers of tokens "
+            "than those of the training set on which the thresholds were chosen",
             100 * share,
+            examples,
         )
     return {
         "thresholds": [sigmoid(odds) for odds in model.reduction.thresholds],
         "patches": patches,
         "exact_to_fixed_at_equal_gates": share,
-        "standard_error": values["cost_error"],
+        "standard_error": error,
     }
 
 
@@ -243,6 +244,11 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
         lines.append(f"patches kept after each stage: {shares}")
     if "token_budget" in dynamic:
         own = dynamic["token_budget"]
+        error, without = "", ""
+        if own["standard_error"] is not None:
+            error = f" (standard error {100 * own['standard_error']:.2f} %)"
+        if "decoder_flops" in dynamic:
+            without = " without the decoder"
         ranges = ", ".join(
             f"{least} to {most}"
             for least, most in zip(
@@ -250,9 +256,8 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
             )
         )
         lines.append(
-            f"patches of four images in five after each stage: {ranges}; the mean cost is "
-            f"{100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with equal numbers "
-            f"(standard error {100 * own['standard_error']:.2f} %)"
+            f"patches of four images in five after each stage: {ranges}; the mean cost{without} is "
+            f"{100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with equal numbers{error}"
         )
     if "object" in dynamic:
         seen = dynamic["object"]
@@ -316,12 +321,11 @@ def _list_bad_images(experiment: Experiment) -> None:
     data.bad_images.write(output / EVAL_BAD_IMAGES.format(distributed.rank))
 
 
-def _tell_of_replaced(path: Path, report: Mapping[str, Any]) -> None:
-    """Say so where the evaluation of another checkpoint is about to be replaced."""
+def _tell_of_replaced(path: Path, digest: str) -> None:
+    """Say so where the evaluation of another checkpoint will be replaced."""
     with suppress(OSError, ValueError, AttributeError):
-        earlier = json.loads(path.read_text())
-        if earlier.get("checkpoint_sha256") != report["checkpoint_sha256"]:
-            _logger.info("%s was of another checkpoint, and is replaced", path)
+        if json.loads(path.read_text()).get("checkpoint_sha256") != digest:
+            _logger.info("%s is of another checkpoint, and will be replaced", path)
 
 
 def report_evaluation(
@@ -341,12 +345,14 @@ def report_evaluation(
         dense = experiment.model(experiment.spec.dense())
     decides = model.route_blocks or model.pruning_layers
     meters = [DecisionMeter(model, data.class_names, task.labels)] if decides else []
+    digest = sha256_of(source)
+    if experiment.is_main:
+        _tell_of_replaced(output / "eval.json", digest)
     report, values = evaluate_all(model, ema, dense, dense_trained, experiment, meters)
     _list_bad_images(experiment)
     if not experiment.is_main:
         return
-    report["checkpoint_sha256"] = sha256_of(source)
-    _tell_of_replaced(output / "eval.json", report)
+    report["checkpoint_sha256"] = digest
     clear_pictures(output)
     predictor = Predictor.of(model, experiment)
     if decides:

@@ -39,7 +39,7 @@ class Agreement(NamedTuple):
             return "NOT COMPARED: all its answers to noise depend on rounding (is it trained?)"
         return (
             f"logits differ by {self.error:.1e} of the largest, {100 * self.same:.4g} % of the "
-            f"top-1 are the same ({self.images} images of noise)"
+            f"top-1 are the same ({self.images} inputs of noise)"
         )
 
 

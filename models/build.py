@@ -282,8 +282,10 @@ def token_thresholds(
 
 
 def token_budget(args: argparse.Namespace) -> dict[str, Any]:
-    """How many tokens the stages keep on average, as the flags say it."""
-    return {name: getattr(args, name) for name in BUDGET}
+    """What thresholds of tokens are chosen for: how many the stages keep, as the flags say it, and
+    what of that is met by the mean image.
+    """
+    return {name: getattr(args, name) for name in BUDGET} | {"met": "cost"}
 
 
 def set_threshold(model: VisionMamba, probability: float) -> None:

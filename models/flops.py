@@ -113,6 +113,13 @@ def flops_per_image(model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] = 
     return Flops(*_count(model, gates.double().cpu(), counts))
 
 
+def token_operations(model: VisionMamba, gates: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
+    """`exact` operations of each image [B] but for a decoder, which has every patch's place to fill
+    whatever is kept; arguments as of `flops_per_image`.
+    """
+    return flops_per_image(model, gates, kept).exact - decoder_operations(model)
+
+
 def _count(
     model: VisionMamba, gates: Tensor, kept: Sequence[int | Tensor]
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loading.images import ImageSet
 from loading.loaders import Batch
 from models import Result, VisionMamba
-from models.flops import Flops, flops_per_image
+from models.flops import Flops, flops_per_image, token_operations
 from utils.distributed import Distributed
 
 
@@ -38,8 +38,9 @@ class ReductionMeter:
 
     `keep` is the fraction of patches left, `gates` the share of images whose forward and backward
     scan runs. Of a model whose images keep different numbers also `flops`, the mean of a pass,
-    `counts`, how often each number of patches was left by each stage, and `cost_error`, the
-    standard error of the mean image's operations as a share of those with fixed numbers.
+    `counts`, how often each number of patches was left by each stage, `cost`, the operations
+    (`token_operations`) as a share of those with fixed numbers, and `cost_error`, its standard
+    error; None of one image.
     """
 
     def __init__(self, model: VisionMamba, device: torch.device):
@@ -50,7 +51,9 @@ class ReductionMeter:
         self.kept = torch.zeros(stages, dtype=torch.float64, device=device)
         self.flops = torch.zeros(2, dtype=torch.float64)
         self.counts = torch.zeros(stages, self.num_patches + 1, dtype=torch.float64)
-        self.shares = torch.zeros(2, dtype=torch.float64)  # of the fixed cost: sums, of squares
+        # Own cost and that with fixed numbers: sums, sums of squares, sum of products.
+        self.costs = torch.zeros(5, dtype=torch.float64)
+        self.unit = token_operations(model, torch.ones(model.depth, 1, 2))  # [1]
 
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2]; kept: a [B, k] for each stage."""
@@ -62,8 +65,10 @@ class ReductionMeter:
         if self.model.reduction.thresholds:
             flops = flops_per_image(self.model, result.gates, result.counts)
             self.flops += torch.stack([exact_sum(part) for part in flops])
-            share = flops.exact / flops_per_image(self.model, result.gates).exact
-            self.shares += torch.stack([exact_sum(share), exact_sum(share.square())])
+            own = token_operations(self.model, result.gates, result.counts) / self.unit
+            fixed = token_operations(self.model, result.gates) / self.unit
+            products = own, fixed, own.square(), fixed.square(), own * fixed
+            self.costs += torch.stack([exact_sum(part) for part in products])
             for total, stage in zip(self.counts, result.counts, strict=True):
                 total += torch.bincount(stage.cpu(), minlength=len(total))
 
@@ -75,14 +80,27 @@ class ReductionMeter:
             flops = distributed.all_reduce_sum(self.flops) / passes
             own = {"flops": Flops(*flops.tolist())}
             own["counts"] = distributed.all_reduce_sum(self.counts.flatten()).view_as(self.counts)
-            mean, square = (distributed.all_reduce_sum(self.shares) / passes).tolist()
-            # An image's passes are not independent of each other.
-            own["cost_error"] = math.sqrt(max(square - mean**2, 0) / images)
+            costs = (distributed.all_reduce_sum(self.costs) / passes).tolist()
+            own["cost"], own["cost_error"] = _ratio(*costs, images)
         return own | {
             "keep": (kept / passes / self.num_patches).tolist(),
             "gates": (gates / passes).tolist(),
             "passes": passes / images,
         }
+
+
+def _ratio(
+    own: float, fixed: float, own2: float, fixed2: float, product: float, images: float
+) -> tuple[float, float | None]:
+    """A ratio of means and its standard error, from means of squares and of products.
+
+    images: a number of independent ones; passes of the same image are not.
+    """
+    share = own / fixed
+    if images < 2:
+        return share, None
+    variance = max(own2 - 2 * share * product + share**2 * fixed2, 0) * images / (images - 1)
+    return share, math.sqrt(variance / images) / fixed
 
 
 LEAST_OF_OBJECT = 0.49  # of the object's mass for each patch: one with less is not on it

@@ -11,8 +11,9 @@ from helpers.seeing import DYNAMIC, SMALL, save_model
 
 import main
 import options
-from drawing.trade_offs import pareto_front
+from drawing.trade_offs import budget_curve, pareto_front
 from evaluation import sweep
+from tasks import task_named
 from utils import timing
 from utils.errors import UsageError
 
@@ -222,3 +223,18 @@ def test_pareto_front():
     costs, gains = [1, 2, 3, 4, 4, 5], [50, 40, 60, 60, 70, 70]
     assert pareto_front(costs, gains) == [0, 2, 4]
     assert pareto_front([], []) == []
+
+
+def test_a_plot_says_what_line_and_ring_are():
+    """In no run's colour, once for all runs."""
+    point = {"token_keep_ratio": 0.7, "trained": True, "top1": 50.0, "images_per_s": 9.0}
+    point["flops"] = {"exact": 2e6}
+    curves, dense = {0: [point], 1: [point | {"top1": 40.0}]}, {0: None, 1: None}
+    best = task_named("classification").best
+    for axis, label in ("exact", "MFLOPs per video, exact"), ("images_per_s", "videos/s, measured"):
+        axes = budget_curve(curves, axis, dense, best, "videos").axes[0]
+        assert axes.get_xlabel() == label
+        legend = axes.get_legend()
+        names = [text.get_text() for text in legend.get_texts()]
+        assert names == ["Pareto front", "trained budget"]
+        assert legend.get_lines()[0].get_color() not in {line.get_color() for line in axes.lines}

@@ -53,7 +53,7 @@ def test_an_evaluation_shows_what_was_measured():
     lines = report("video", dense=column(), dynamic=dynamic)
     assert lines[:2] == ["m on D, 7 videos; backend cpu, cpu, float32", "dense dynamic change"]
     assert lines[3:5] == ["top-1, % - 50.00", "top-1 of the EMA, % - 40.00"]
-    assert "clips/s, batch of 4 - 8.0" in lines and "parameters 5 5" in lines
+    assert "videos/s, batch of 4 - 8.0" in lines and "parameters 5 5" in lines
 
 
 @pytest.mark.parametrize(
@@ -73,5 +73,5 @@ def test_the_evaluation_of_another_checkpoint_is_not_replaced_in_silence(
     if earlier is not None:
         path.write_text(earlier)
     with caplog.at_level("INFO"):
-        summary._tell_of_replaced(path, {"checkpoint_sha256": "a"})
-    assert caplog.messages == [f"{path} was of another checkpoint, and is replaced"] * told
+        summary._tell_of_replaced(path, "a")
+    assert caplog.messages == [f"{path} is of another checkpoint, and will be replaced"] * told

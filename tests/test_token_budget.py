@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from evaluation import calibration, samples, summary
 from evaluation.calibration import calibrate_tokens, nearest_threshold
 from evaluation.inference import build_parser, load_predictor
 from models.build import TOKEN_THRESHOLDS, sigmoid
-from models.flops import count_flops, flops_per_image
+from models.flops import count_flops, decoder_operations, flops_per_image
 from models.reduction.selection import log_odds
 from models.tokens import kept_in_all
 from tasks.meters import ReductionMeter
@@ -126,16 +128,28 @@ def test_training_does_not_see_thresholds():
 
 
 def test_maps_of_segmenters(tmp_path):
-    """Dropped patches keep what they showed, whatever the other images kept."""
+    """Dropped patches keep what they showed, whatever the other images kept; what the decoder costs
+    is no part of what the images' own numbers change.
+    """
     path = segmenter(tmp_path, "upernet")
     flags = ["--model-path", str(path), "--device", "cpu"]
     model = load_predictor(build_parser("", ""), flags).model
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     images = images * torch.tensor([0.3, 3.0, 1.0, 2.0])[:, None, None, None]
+    meter = ReductionMeter(model, torch.device("cpu"))
     with torch.no_grad():
         set_thresholds(model, images)
         together = model(images)
         assert len(together.counts[0].unique()) > 1
+        model.set_token_thresholds([1e9] * len(model.pruning_layers))
+        least = model(images)
+        meter.update(SimpleNamespace(images=images), least)
+        own = flops_per_image(model, least.gates, least.counts).exact
+        fixed = flops_per_image(model, least.gates).exact
+        cost = (own - decoder_operations(model)) / (fixed - decoder_operations(model))
+        assert meter.compute(ALONE)["cost"] == pytest.approx(cost.mean().item(), rel=1e-4)
+        assert cost.max() < (own / fixed).min() - 0.1
+        set_thresholds(model, images)
         for i, own in enumerate(torch.stack(together.counts, dim=1).tolist()):
             alone = kept_alone(model, images[i : i + 1], own)
             torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-5, rtol=2e-5)
@@ -179,10 +193,16 @@ def test_counted_and_joined():
     assert values["keep"] == pytest.approx((counts.mean(dim=1) / model.num_patches).tolist())
     exact = flops_per_image(model, whole.gates, whole.counts).exact
     assert values["flops"].exact == pytest.approx(exact.mean().item(), rel=1e-6)
-    shares = exact / flops_per_image(model, whole.gates).exact
-    assert shares.std() > 0.01, "the test needs images that differ"
-    error = shares.std(correction=0).item() / 6**0.5
-    assert values["cost_error"] == pytest.approx(error, rel=1e-4)
+    fixed = flops_per_image(model, whole.gates).exact
+    share = exact.mean() / fixed.mean()
+    assert values["cost"] == pytest.approx(share.item(), rel=1e-6)
+    error = (exact - share * fixed).std() / fixed.mean() / 6**0.5
+    assert error > 0.005, "the test needs images that differ"
+    assert values["cost_error"] == pytest.approx(error.item(), rel=1e-4)
+    meter = ReductionMeter(model, torch.device("cpu"))
+    with torch.no_grad():
+        meter.update(SimpleNamespace(images=images[:1]), model(images[:1]))
+    assert meter.compute(ALONE)["cost_error"] is None
     assert [int(each.sum()) for each in values["counts"]] == [6, 6]
     with torch.no_grad():
         few, many = (model(part) for part in images.split(3))
@@ -218,6 +238,50 @@ def test_the_mean_cost_is_met_where_images_with_more_patches_open_more_gates(tmp
     found = calibrate_tokens({"model": model, "ema": None}, experiment)
     assert found == {"model": list(model.reduction.thresholds)}
     assert cost() == pytest.approx(1, abs=0.001)
+
+
+def test_steps_follow_what_the_last_one_did(tmp_path: Path, monkeypatch, caplog):
+    """Where a step changes the cost thrice as much as expected, the next one does not."""
+    experiment, model = loaded(decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL)))
+    seen, scaled, cost = calibration._Seen, calibration._Seen.scaled, calibration._Seen.cost
+    factors, shares = [], []
+
+    def costs(own):
+        share, slope, kept = cost(own)
+        share = 1.01 * share if not shares else shares[0] + 3 * slope * (factors[-1] - 1)
+        shares[:1] = shares[:1] or [share]
+        return share, slope, kept
+
+    def overshooting(own, factor):
+        factors.append(factors[-1] * factor if factors else factor)
+        return scaled(own, 1.0)
+
+    monkeypatch.setattr(seen, "cost", costs)
+    monkeypatch.setattr(seen, "scaled", overshooting)
+    with caplog.at_level("INFO"):
+        calibrate_tokens({"model": model, "ema": None}, experiment)
+    share = float(re.search(r"at ([\d.]+) % of its cost", caplog.text)[1])
+    assert len(factors) == 2 and share == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_scores_that_are_no_numbers(tmp_path: Path, stage):
+    experiment, model = loaded(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    with torch.no_grad():
+        next(model.score_predictors[stage].parameters()).fill_(math.nan)
+    with pytest.raises(
+        UserError, match=f"stage {stage + 1} scores patches of training images with"
+    ):
+        calibrate_tokens({"model": model, "ema": None}, experiment)
+
+
+def test_equal_scores_are_told(tmp_path: Path, caplog):
+    experiment, model = loaded(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
+    with torch.no_grad():
+        for weight in model.score_predictors.parameters():
+            weight.zero_()
+    calibrate_tokens({"model": model, "ema": None}, experiment)
+    assert "no thresholds of the model's tokens that come closer were found" in caplog.text
 
 
 def test_a_whole_evaluation(tmp_path: Path, capsys):
@@ -310,18 +374,24 @@ def test_a_missed_budget_is_told(caplog):
     model, images = of_many("vim")
     counts = torch.zeros(2, model.num_patches + 1, dtype=torch.float64)
     counts[0, [4, 8]], counts[1, [2, 6]] = 5, 5
-    gates = torch.ones(model.depth, 2)
-    fixed = count_flops(model, gates)
-    for share, lines in (1.0, 0), (1.015, 0), (1.03, 1), (0.9, 2):
-        flops = fixed._replace(exact=share * fixed.exact)
-        values = {"gates": gates, "flops": flops, "counts": counts, "cost_error": 0.004}
-        found = summary._of_images(model, values)
-        assert found["standard_error"] == 0.004
-        assert len(caplog.records) == lines
-        assert found["exact_to_fixed_at_equal_gates"] == pytest.approx(share)
+    told = 0
+    for share, error, more in (
+        (1.0, 0.004, 0),
+        (1.015, 0.004, 0),
+        (1.03, 0.004, 1),
+        (1.03, 0.016, 0),  # no more than chance may do
+        (1.03, None, 1),
+        (0.9, 0.004, 1),
+    ):
+        values = {"cost": share, "counts": counts, "cost_error": error}
+        found = summary._of_images(model, values, "videos")
+        assert found["standard_error"] == error
+        assert found["exact_to_fixed_at_equal_gates"] == share
+        told += more
+        assert len(caplog.records) == told
     names = "least", "tenth", "median", "nine_tenths", "most"
     assert [found["patches"][name] for name in names] == [[4, 2], [4, 2], [4, 2], [8, 6], [8, 6]]
-    assert "the images cost 90.0 % of the fixed budget" in caplog.text
+    assert "cost is 90.0 % of the fixed budget's: these videos earn other numbers" in caplog.text
 
 
 @pytest.mark.parametrize(
