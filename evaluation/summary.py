@@ -345,8 +345,8 @@ def report_evaluation(
         dense = experiment.model(experiment.spec.dense())
     decides = model.route_blocks or model.pruning_layers
     meters = [DecisionMeter(model, data.class_names, task.labels)] if decides else []
-    digest = sha256_of(source)
     if experiment.is_main:
+        digest = sha256_of(source)
         _tell_of_replaced(output / "eval.json", digest)
     report, values = evaluate_all(model, ema, dense, dense_trained, experiment, meters)
     _list_bad_images(experiment)

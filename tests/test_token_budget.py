@@ -287,8 +287,12 @@ def test_equal_scores_are_told(tmp_path: Path, caplog):
 def test_a_whole_evaluation(tmp_path: Path, capsys):
     path = decided(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
     fixed = evaluated(path, tmp_path / "fixed")
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "eval.json").write_text('{"checkpoint_sha256": "another"}')
     own = evaluated(path, tmp_path / "image", "--token-budget", "image")
     said = capsys.readouterr().out
+    told = said.index("eval.json is of another checkpoint, and will be replaced")
+    assert told < said.index("patches kept after each stage", told)
     assert "token_budget" not in fixed and "patches of four images in five" in said
     found = own["token_budget"]
     assert len(found["thresholds"]) == len(own["keep"])

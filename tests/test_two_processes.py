@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
+from helpers.exports import decided
 from helpers.processes import ROOT, finish, launch, start, torchrun, wait_until
+from helpers.seeing import DYNAMIC, save_model
 
 import main
 from tests.helpers.flags import tiny
@@ -78,6 +80,21 @@ def test_evaluation_equals_that_of_one_process():
     )
     assert [json.loads(line.removeprefix("metrics"))[0] for line in one] == [1, 7, 359, 360]
     assert one == two
+
+
+@pytest.mark.parametrize("images, batch", [(2, 1), (77, 8)])
+def test_thresholds_of_tokens_are_those_of_one_process(tmp_path, images, batch):
+    path = decided(save_model(tmp_path / "model.pth", *DYNAMIC))
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        words = ["main.py", "--eval", "--token-budget", "image", "--subset", images]
+        words += ["--throughput-seconds", "0", "--model-path", path, "--output_dir", output]
+        words += ["--num-workers", "0", "--device", "cpu", "--batch-size", batch]
+        launch(processes, words)
+        report = json.loads((output / "eval.json").read_text())
+        found.append(report["dynamic"] | {"images": report["images"]})
+    assert found[0]["token_budget"]["thresholds"] and found[0] == found[1]
 
 
 def test_both_leave_out_the_step_of_a_bad_number_on_one(tmp_path):
