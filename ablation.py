@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = summarise(args.variants, outcomes, speeds, best)
         about = describe(args, argv, runs[0].args, teacher)
         write(summary, outcomes, failed, about, speeds, experiment.task, output)
-    print(table(summary, best, "simple"))
+    print(table(summary, experiment.task, "simple"))
     for run, reason in failed.items():
         print(f"missing: {run}: {reason}")
     _logger.info("written to %s", output / "ablation.md")

@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = summarise(cells, dense.told, outcomes, speeds, best)
         about = describe(args, argv, planned, teacher, dense.told, left_out)
         write(rows, outcomes, failed, about, speeds, experiment.task, output)
-    print(table(rows, best, "simple"))
+    print(table(rows, experiment.task, "simple"))
     for run, reason in failed.items():
         print(f"missing: {run}: {reason}")
     _logger.info("written to %s", output / "compare.md")

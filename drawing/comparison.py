@@ -13,7 +13,9 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for more methods than there are co
 
 
 @styled
-def comparison(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | None:
+def comparison(
+    rows: Sequence[Mapping], axis: str, measure: Scored, example: str = "image"
+) -> Figure | None:
     """A measure against operations (`axis` "flops") or images/s; None without data.
 
     One line per method through its budgets, with bars for the standard deviation over the seeds.
@@ -79,6 +81,6 @@ def comparison(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | 
         label="Pareto front",
     )
     axes.margins(0.08, 0.12)
-    label_against(axes, measure, axis != "flops", "exact")
+    label_against(axes, measure, axis != "flops", "exact", example)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -33,15 +33,15 @@ class Scored(Protocol):
 
 
 def label_against(
-    axes: Axes, measure: Scored, speed: bool, convention: str, examples: str = "images"
+    axes: Axes, measure: Scored, speed: bool, convention: str, example: str = "image"
 ) -> None:
     """Labels of a plot of a measure against measured speed or operations.
 
-    examples: what the data set holds, in the plural.
+    example: what an entry of the data set is called.
     """
     axes.set_ylabel(measure.label)
-    per = f"MFLOPs per {examples[:-1]}, {convention}"
-    axes.set_xlabel(f"{examples}/s, measured" if speed else per)
+    per = f"MFLOPs per {example}, {convention}"
+    axes.set_xlabel(f"{example}s/s, measured" if speed else per)
     axes.set_title(f"{measure.title} against {'speed' if speed else 'operations'}")
 
 
@@ -96,12 +96,12 @@ def budget_curve(
     axis: str,
     dense: Mapping[int, dict | None],
     measure: Scored,
-    examples: str = "images",
+    example: str = "image",
 ) -> Figure | None:
     """A measure against operations (`axis` "exact" or "paper") or images/s; None without points.
 
     curves: {position of the run: points of its sweep}; dense: the dense model's point of each run;
-    examples: what the data set holds, in the plural.
+    example: what an entry of the data set is called.
     """
     speed = axis == "images_per_s"
 
@@ -132,14 +132,16 @@ def budget_curve(
             named = len(curves) == 1 or point.get("trained") or point in (placed[0], placed[-1])
             _draw_budget(axes, (x, y), point, colour, named)
     axes.margins(0.12, 0.18)
-    label_against(axes, measure, speed, axis, examples)
+    label_against(axes, measure, speed, axis, example)
     front = Line2D([], [], color=MUTED, label="Pareto front")
     axes.legend(handles=[front, Line2D([], [], label="trained budget", **RING)])
     return figure if drawn else None
 
 
 @styled
-def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | None:
+def variants(
+    rows: Sequence[Mapping], axis: str, measure: Scored, example: str = "image"
+) -> Figure | None:
     """A measure of an ablation against operations (`axis` "flops") or images/s; None without data.
 
     A marker and a bar for mean and standard deviation over the seeds, a dot for each run; the first
@@ -171,6 +173,6 @@ def variants(rows: Sequence[Mapping], axis: str, measure: Scored) -> Figure | No
         if dense:
             axes.axhline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.margins(0.08, 0.12)
-    label_against(axes, measure, axis != "flops", "exact")
+    label_against(axes, measure, axis != "flops", "exact", example)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -1,11 +1,12 @@
 """The results of an ablation: mean and spread over seeds, `ablation.md`, CSV, plots."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from drawing import trade_offs
-from evaluation.columns import EXACT, SPEED
+from evaluation.columns import EXACT, SPEED, speed_row
 from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
 from tasks import Measure, Task
 from utils.environment import describe_environment
@@ -55,16 +56,16 @@ def summarise(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]], measure: Measure, form: str) -> str:
+def table(rows: Sequence[Mapping[str, Any]], task: Task, form: str) -> str:
     """The rows in one of tabulate's formats; changes and speeds are relative to the dense model."""
-    dense = rows[0]
+    dense, measure = rows[0], task.best
     headers = [
         "variant",
         measure.label,
         "change",
         EXACT.label,
         "change",
-        SPEED.label,
+        speed_row(None, task.example).label,
         "patches kept",
         "scans kept",
         "n",
@@ -110,10 +111,11 @@ def write(
     environment = describe_environment()
     record = {**about, "environment": environment}
     record |= {"rows": rows, "missing": failed, "speeds": speeds}
-    text = _document(rows, failed, about, environment, speeds, task.best)
+    text = _document(rows, failed, about, environment, speeds, task)
     write_results(output, "ablation", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "ablation_runs.csv")
-    trade_offs.save_all(output, "ablation", lambda axis: trade_offs.variants(rows, axis, task.best))
+    draw = partial(trade_offs.variants, measure=task.best, example=task.example)
+    trade_offs.save_all(output, "ablation", lambda axis: draw(rows, axis))
 
 
 def _columns(key: str) -> dict[str, str]:
@@ -155,19 +157,19 @@ def _document(
     about: Mapping[str, Any],
     environment: Mapping[str, str],
     speeds: Mapping[str, Any],
-    measure: Measure,
+    task: Task,
 ) -> str:
     subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
-    timed = how_timed(speeds["conditions"], "of each variant its first seed")
+    timed = how_timed(speeds["conditions"], "of each variant its first seed", task.example)
     lines = [
         "# Ablation",
         "",
-        table(rows, measure, "github"),
+        table(rows, task, "github"),
         "",
-        f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over "
-        "the n seeds. Changes and images/s are against the dense teacher. Patches kept: after the "
-        "last stage. Scans kept: mean gate over layers and directions. `exact` counts both scan "
-        "directions, each with its own gate, and the routers.",
+        f"{task.best.title} of the best epoch's checkpoint: mean ± sample standard deviation over "
+        f"the n seeds. Changes and {task.example}s/s are against the dense teacher. Patches kept: "
+        "after the last stage. Scans kept: mean gate over layers and directions. `exact` counts "
+        "both scan directions, each with its own gate, and the routers.",
         "",
         f"* {about['data_set']}{subset}; {about['model']}; epochs from the dense teacher: "
         f"{about['epochs']}; seeds: {', '.join(map(str, about['seeds']))}",

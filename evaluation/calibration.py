@@ -175,7 +175,7 @@ def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> 
     step = slope = 0.0
     for _ in range(COST_PASSES):
         seen = _Seen.of(model, thresholds, experiment)
-        share, expected, kept = distributed.on_main(seen.cost)
+        share, expected, kept = distributed.on_main(partial(seen.cost, model))
         # What the last step did: a stage also passes on to the next ones what it keeps.
         found = (share - tried[-1][1]) / step if step else 0.0
         slope = found if found > 0 else expected
@@ -206,8 +206,8 @@ class _Seen(NamedTuple):
 
     thresholds: Sequence[float]
     odds: list[Tensor]  # of the patches that entered each stage, flat
-    costs: Tensor  # [B, 3] `token_operations`: own, with the fixed numbers of patches, 1 % more
     counts: Tensor  # [B, stages] patches kept
+    gates: Tensor  # [B, depth, 2]
 
     @classmethod
     def of(cls, model: VisionMamba, thresholds: Sequence[float], experiment: Experiment) -> "_Seen":
@@ -217,16 +217,16 @@ class _Seen(NamedTuple):
             _, policy = inputs
             return log_odds(scores)[policy > 0.5]
 
-        def costs(_inputs: tuple[Any, ...], result: Result) -> Tensor:
-            kept = result.counts, (), [1.01 * count for count in result.counts]
-            found = [token_operations(model, result.gates, counts) for counts in kept]
-            return torch.stack([*found, *(count.double().cpu() for count in result.counts)], dim=1)
+        def choices(_inputs: tuple[Any, ...], result: Result) -> Tensor:
+            counts = torch.stack(result.counts, dim=1)
+            return torch.cat([counts, result.gates.transpose(0, 1).flatten(1)], dim=1)
 
         model.set_token_thresholds(thresholds)
-        observers = [*((predictor, odds) for predictor in model.score_predictors), (model, costs)]
+        observers = [*((predictor, odds) for predictor in model.score_predictors), (model, choices)]
         *found, rows = observed(observers, model, experiment)
-        rows = rows.view(-1, 3 + len(thresholds))
-        return cls(thresholds, found, rows[:, :3], rows[:, 3:])
+        rows = rows.view(-1, len(thresholds) + 2 * model.depth).double()
+        counts, gates = rows.split([len(thresholds), 2 * model.depth], dim=1)
+        return cls(thresholds, found, counts, gates.unflatten(1, (model.depth, 2)))
 
     def threshold(self, stage: int, count: float) -> float:
         """At which so many patches of an image, of those that entered the stage, exceed it.
@@ -239,20 +239,24 @@ class _Seen(NamedTuple):
                 f"stage {stage + 1} scores patches of training images with NaN: no threshold can "
                 "be chosen; evaluate another checkpoint of this run"
             )
-        return nearest_threshold(odds, count * len(self.costs) / len(odds))
+        return nearest_threshold(odds, count * len(self.counts) / len(odds))
 
     def scaled(self, factor: float) -> list[float]:
         """Thresholds that so many times as many of the patches that entered each stage exceed."""
         return [
-            self.threshold(stage, factor * (odds > threshold).sum().item() / len(self.costs))
+            self.threshold(stage, factor * (odds > threshold).sum().item() / len(self.counts))
             for stage, (odds, threshold) in enumerate(zip(self.odds, self.thresholds, strict=True))
         ]
 
-    def cost(self) -> tuple[float, float, list[float]]:
+    def cost(self, model: VisionMamba) -> tuple[float, float, list[float]]:
         """The share of the cost with the fixed numbers of patches at the same gates; by how much it
         grows where all numbers grow, relative to their growth; the mean numbers.
         """
-        own, fixed, with_more = self.costs.mean(dim=0).tolist()
+        gates = self.gates.transpose(0, 1)
+        numbers = self.counts.unbind(1), (), (1.01 * self.counts).unbind(1)
+        own, fixed, with_more = (
+            token_operations(model, gates, counts).mean().item() for counts in numbers
+        )
         return own / fixed, (with_more - own) / fixed / 0.01, self.counts.mean(dim=0).tolist()
 
 

@@ -65,10 +65,10 @@ SPEED = Row(
 )
 
 
-def speed_row(batch_size: int | None, examples: str = "images") -> Row:
+def speed_row(batch_size: int | None, example: str = "image") -> Row:
     """`SPEED` with the number of examples that were timed at once, if known."""
     batch = f", batch of {batch_size}" if batch_size else ""
-    return replace(SPEED, label=f"{examples}/s{batch}")
+    return replace(SPEED, label=f"{example}s/s{batch}")
 
 
 PARAMETERS = Row("parameters", lambda column: column.get("parameters"), "{:,}")
@@ -91,4 +91,4 @@ def measure_rows(task: Task) -> list[Row]:
 def rows_of(task: Task, batch_size: int | None = None) -> Sequence[Row]:
     """All rows, in the order of a table; batch_size: see `speed_row`."""
     flops = [PAPER, EXACT, DECODER] if task.has_decoder else [PAPER, EXACT]
-    return [*measure_rows(task), *flops, speed_row(batch_size, task.examples), PARAMETERS]
+    return [*measure_rows(task), *flops, speed_row(batch_size, task.example), PARAMETERS]

@@ -9,7 +9,7 @@ import numpy as np
 from drawing.comparison import comparison
 from drawing.trade_offs import save_all
 from evaluation.budgets import TOLERANCE, Cell
-from evaluation.columns import EXACT, SPEED
+from evaluation.columns import EXACT, speed_row
 from evaluation.outcomes import DENSE, Outcome, how_timed, mean, of_missing, spread, write_results
 from tasks import Measure, Task
 from utils.environment import describe_environment
@@ -70,15 +70,16 @@ def summarise(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]], measure: Measure, form: str) -> str:
+def table(rows: Sequence[Mapping[str, Any]], task: Task, form: str) -> str:
     """The rows in one of tabulate's formats."""
+    measure, speed = task.best, speed_row(None, task.example)
     columns = {
         "method": lambda row: row["name"],
         "keep": lambda row: "" if row["keep"] is None else f"{row['keep']:g}",
         measure.label: lambda row: _score(row, measure),
         EXACT.label: lambda row: EXACT.cell({"flops": {"exact": row["flops"]}}),
         "off budget": _deviation,
-        SPEED.label: SPEED.cell,
+        speed.label: speed.cell,
         "kept on object": lambda row: _percent(row["object_share"]),
         "object kept": lambda row: _percent(row["object_mass"]),
         "n": lambda row: "" if row["name"] == DENSE else str(row["n"]),
@@ -114,13 +115,14 @@ def _percent(value: float | None) -> str:
 
 
 def equal_speed_table(
-    rows: Sequence[Mapping[str, Any]], smaller: Collection[str], measure: Measure
+    rows: Sequence[Mapping[str, Any]], smaller: Collection[str], task: Task
 ) -> str:
     """What evenly spread tokens and smaller dense models score at each method's images/s, Markdown.
 
     Both on straight lines from the dense teacher on; `-` beyond their ends. Empty if the teacher
     has no speed, or there is no such line.
     """
+    measure = task.best
     timed = [row for row in rows if row["n"] and row["images_per_s"] is not None]
     teacher = [row for row in timed if row["name"] == DENSE]
     lines = {
@@ -149,7 +151,7 @@ def equal_speed_table(
         for row in timed
         if row["keep"] is not None and row["name"] != "static"
     ]
-    headers = ["method", "keep", SPEED.label, measure.label]
+    headers = ["method", "keep", speed_row(None, task.example).label, measure.label]
     headers += [f"{name} (difference)" for name in lines]
     return text_table(shown, headers, "github")
 
@@ -171,10 +173,10 @@ def write(
     environment = describe_environment()
     record = {**about, "environment": environment}
     record |= {"rows": rows, "missing": failed, "speeds": speeds}
-    text = _document(rows, failed, about, environment, speeds, task.best)
+    text = _document(rows, failed, about, environment, speeds, task)
     write_results(output, "compare", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "compare_runs.csv")
-    save_all(output, "compare", lambda axis: comparison(rows, axis, task.best))
+    save_all(output, "compare", lambda axis: comparison(rows, axis, task.best, task.example))
 
 
 def _columns(key: str) -> dict[str, str]:
@@ -214,8 +216,9 @@ def _document(
     about: Mapping[str, Any],
     environment: Mapping[str, str],
     speeds: Mapping[str, Any],
-    measure: Measure,
+    task: Task,
 ) -> str:
+    measure = task.best
     subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
     seeds, epochs = ", ".join(map(str, about["seeds"])), about["epochs"]
     of_object = (
@@ -224,18 +227,18 @@ def _document(
     )
     knows_objects = any(row["object_share"] is not None for row in rows)
     untrained = ", ".join(about["training_free"])
-    equal_speed = equal_speed_table(rows, about["smaller"], measure)
+    equal_speed = equal_speed_table(rows, about["smaller"], task)
     if equal_speed:
         equal_speed = (
-            f"{measure.title} of each method, and of others at its images/s: on the line from the "
-            "dense teacher through the budgets of `static`, and on that through the smaller dense "
-            "models (the teacher, and perhaps these, one training each):\n\n"
+            f"{measure.title} of each method, and of others at its {task.example}s/s: on the line "
+            "from the dense teacher through the budgets of `static`, and on that through the "
+            "smaller dense models (the teacher, and perhaps these, one training each):\n\n"
             f"{equal_speed}\n"
         )
     lines = [
         "# Comparison at equal operations",
         "",
-        table(rows, measure, "github"),
+        table(rows, task, "github"),
         "",
         f"{measure.title} of the best epoch's checkpoint: mean ± sample standard deviation over "
         "the n seeds. A budget is the `exact` operations of `static` at the token keep ratio "
@@ -248,7 +251,7 @@ def _document(
         *(f"* {name} is left out at this budget: {why}" for name, why in about["left_out"].items()),
         *(f"* {name}: {told}" for name, told in about["smaller"].items()),
         *([f"* with the teacher's weights, not trained: {untrained}"] if untrained else []),
-        f"* {how_timed(speeds['conditions'], 'of each row its first seed')}",
+        f"* {how_timed(speeds['conditions'], 'of each row its first seed', task.example)}",
         "* " + ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",
         "| method | flags of main.py | knob at each budget |",

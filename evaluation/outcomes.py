@@ -146,12 +146,12 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def how_timed(conditions: Mapping[str, Any], which: str) -> str:
-    """The sentence of a document on how its images/s were measured."""
+def how_timed(conditions: Mapping[str, Any], which: str, example: str) -> str:
+    """The sentence of a document on how its images/s were measured; example: see `Task`."""
     if not conditions["seconds"]:
-        return "images/s: not measured"
+        return f"{example}s/s: not measured"
     return (
-        f"images/s: all models in turn on one batch of {conditions['batch_size']}, "
+        f"{example}s/s: all models in turn on one batch of {conditions['batch_size']}, "
         f"{conditions['device']}, {conditions['precision']}; {which}"
     )
 

@@ -33,10 +33,10 @@ def tasks_of(runs: Iterable[RunFolder]) -> list[Task]:
     return [task for task in dict.fromkeys(map(task_of_run, runs)) if task is not None]
 
 
-def _examples(runs: Iterable[RunFolder]) -> str:
-    """What the runs' data sets hold, by one word."""
-    words = {task.examples for task in tasks_of(runs)}
-    return words.pop() if len(words) == 1 else "images"
+def _example(runs: Iterable[RunFolder]) -> str:
+    """What an entry of the runs' data sets is called."""
+    words = {task.example for task in tasks_of(runs)}
+    return words.pop() if len(words) == 1 else "image"
 
 
 def evaluation_table(runs: list[RunFolder]) -> dict[str, Any] | None:
@@ -51,7 +51,7 @@ def evaluation_table(runs: list[RunFolder]) -> dict[str, Any] | None:
     if not columns:
         return None
     measures = {row.label: row for task in tasks_of(evaluated) for row in measure_rows(task)}
-    speed = speed_row(None, _examples(evaluated))
+    speed = speed_row(None, _example(evaluated))
     wanted = [*measures.values(), PAPER, EXACT, *REDUCTIONS, speed, SPEED_UP, PARAMETERS]
     rows = [
         {"name": row.label, "values": [row.cell(column, "–") for _, _, column in columns]}
@@ -95,9 +95,9 @@ def sweep_charts(runs: list[RunFolder], measure: Measure) -> list[Markup]:
     dense = {run.position: run.sweep["dense"] for run in runs}
     budgets = "; ".join(f"{run.name}: {_budgets_text(run, measure)}" for run in runs)
     charts = []
-    examples = _examples(runs)
-    for axis, against in (("exact", "operations (exact)"), ("images_per_s", f"{examples}/s")):
-        figure = budget_curve(curves, axis, dense, measure, examples)
+    example = _example(runs)
+    for axis, against in (("exact", "operations (exact)"), ("images_per_s", f"{example}s/s")):
+        figure = budget_curve(curves, axis, dense, measure, example)
         if figure is not None:
             alt = f"{measure.name} against {against} at each token keep ratio: {budgets}"
             charts.append(Markup(svg(figure, alt)))
@@ -114,7 +114,7 @@ def _budgets_text(run: RunFolder, measure: Measure) -> str:
 def sweep_table(run: RunFolder) -> dict[str, Any]:
     """A row for each budget of a run and for the dense model."""
     task = task_of_run(run)
-    speed = speed_row(run.sweep.get("batch_size"), _examples([run]))
+    speed = speed_row(run.sweep.get("batch_size"), _example([run]))
     columns = [*([measure_row(task.best)] if task else []), EXACT, speed]
     rows = [
         {
@@ -153,12 +153,12 @@ def headlines(run: RunFolder) -> list[dict[str, str]]:
         lines.append(_score(shown, dense if dynamic else {}, task.best))
     if not dynamic:
         cost = flops_text(dense["flops"]["exact"])
-        return [*lines, {"value": cost, "what": f"per {_examples([run])[:-1]} (exact)"}]
+        return [*lines, {"value": cost, "what": f"per {_example([run])} (exact)"}]
     reduction = f"−{100 * run.evaluation['reduction']['exact']:.1f} %"
     lines.append({"value": reduction, "what": "operations (exact)"})
     if is_number(run.evaluation.get("speedup")):
         speedup = f"× {run.evaluation['speedup']:.2f}"
-        lines.append({"value": speedup, "what": f"{_examples([run])}/s, measured"})
+        lines.append({"value": speedup, "what": f"{_example([run])}s/s, measured"})
     return lines
 
 

@@ -132,11 +132,11 @@ def _kept(model: VisionMamba, values: Mapping[str, Any], task: Task) -> dict[str
     if model.route_blocks:
         kept["gate_threshold"] = sigmoid(model.gate_threshold)
     if "counts" in values:
-        kept["token_budget"] = _of_images(model, values, task.examples)
+        kept["token_budget"] = _of_images(model, values, task.example)
     return kept
 
 
-def _of_images(model: VisionMamba, values: Mapping[str, Any], examples: str) -> dict[str, Any]:
+def _of_images(model: VisionMamba, values: Mapping[str, Any], example: str) -> dict[str, Any]:
     """How the images differ in what they keep, see `--token-budget image`."""
     shares = values["counts"].cumsum(1) / values["counts"].sum(1, keepdim=True)
     patches = {
@@ -147,10 +147,10 @@ def _of_images(model: VisionMamba, values: Mapping[str, Any], examples: str) -> 
     share, error = values["cost"], values["cost_error"]
     if not abs(share - 1) <= max(MISSED, 2 * (error or 0)):
         _logger.warning(
-            "the mean cost is %.1f %% of the fixed budget's: these %s earn other numbers of tokens "
-            "than those of the training set on which the thresholds were chosen",
+            "the mean cost is %.1f %% of the fixed budget's: these %ss earn other numbers of "
+            "tokens than those of the training set on which the thresholds were chosen",
             100 * share,
-            examples,
+            example,
         )
     return {
         "thresholds": [sigmoid(odds) for odds in model.reduction.thresholds],
@@ -230,14 +230,14 @@ def table(report: Mapping[str, Any], task: Task) -> str:
             changed = [row.changed(dense, dynamic)] if dense and dynamic else []
             rows.append([row.label, *map(row.cell, columns.values()), *changed])
     lines = [
-        f"{report['model']} on {report['data_set']}, {report['images']} {task.examples}; backend "
+        f"{report['model']} on {report['data_set']}, {report['images']} {task.example}s; backend "
         f"{report['backend']}, {report['device']}, {report['precision']}",
         text_table(rows, ["", *columns, *(["change"] if dense and dynamic else [])]),
     ]
-    return "\n".join(lines + (_kept_lines(dynamic) if dynamic else []))
+    return "\n".join(lines + (_kept_lines(dynamic, task.example) if dynamic else []))
 
 
-def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
+def _kept_lines(dynamic: Mapping[str, Any], example: str) -> list[str]:
     lines = []
     if dynamic["keep"]:
         shares = ", ".join(f"{100 * share:.1f} %" for share in dynamic["keep"])
@@ -256,8 +256,9 @@ def _kept_lines(dynamic: Mapping[str, Any]) -> list[str]:
             )
         )
         lines.append(
-            f"patches of four images in five after each stage: {ranges}; the mean cost{without} is "
-            f"{100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with equal numbers{error}"
+            f"patches of four {example}s in five after each stage: {ranges}; the mean "
+            f"cost{without} is {100 * own['exact_to_fixed_at_equal_gates']:.2f} % of that with "
+            f"equal numbers{error}"
         )
     if "object" in dynamic:
         seen = dynamic["object"]

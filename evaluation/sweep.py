@@ -202,7 +202,7 @@ def _write(record: dict[str, Any], task: Task, output: Path) -> None:
     )
     curves, dense = {0: record["points"]}, {0: record["dense"]}
     for axis, name in (("exact", "sweep_flops.png"), ("images_per_s", "sweep_speed.png")):
-        figure = budget_curve(curves, axis, dense, task.best, task.examples)
+        figure = budget_curve(curves, axis, dense, task.best, task.example)
         if figure is not None:
             save(figure, output / name)
 
@@ -227,7 +227,7 @@ def _csv_row(name: str, point: dict[str, Any], keys: list[str]) -> list[Any]:
 
 def table(record: dict[str, Any], task: Task) -> str:
     """The sweep as a table for the screen; the trained budget has a star."""
-    speed = speed_row(record.get("batch_size"), task.examples)
+    speed = speed_row(record.get("batch_size"), task.example)
     columns = [measure_row(task.best), PAPER, EXACT, speed]
     rows = [
         [name + " *" * point.get("trained", False), *(row.cell(point) for row in columns)]

@@ -72,7 +72,7 @@ class Task:
             checkpoint.
         details: names of further values of its meter, for eval.json.
         defaults: of flags of all tasks, where this one's differ.
-        examples: what its data sets hold.
+        example: what one entry of its data sets is called.
         has_decoder: whether its models have a decoder, whose operations are told apart.
         fixed_size: whether all images of an evaluation have one size (CUDA graphs need it).
         distils: whether a dynamic model is trained with a dense teacher (`--model-path`).
@@ -87,7 +87,7 @@ class Task:
     measures: tuple[Measure, ...]
     details: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = {}
-    examples = "images"
+    example = "image"
     has_decoder = False
     fixed_size = True
     distils = True

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from loading.images import ImageSet
 from loading.loaders import Batch
 from models import Result, VisionMamba
-from models.flops import Flops, flops_per_image, token_operations
+from models.flops import Flops, decoder_operations, flops_per_image, token_operations
 from utils.distributed import Distributed
 
 
@@ -53,7 +54,6 @@ class ReductionMeter:
         self.counts = torch.zeros(stages, self.num_patches + 1, dtype=torch.float64)
         # Own cost and that with fixed numbers: sums, sums of squares, sum of products.
         self.costs = torch.zeros(5, dtype=torch.float64)
-        self.unit = token_operations(model, torch.ones(model.depth, 1, 2))  # [1]
 
     def update(self, batch: Batch, result: Result) -> None:
         """gates [depth, B, 2]; kept: a [B, k] for each stage."""
@@ -65,12 +65,17 @@ class ReductionMeter:
         if self.model.reduction.thresholds:
             flops = flops_per_image(self.model, result.gates, result.counts)
             self.flops += torch.stack([exact_sum(part) for part in flops])
-            own = token_operations(self.model, result.gates, result.counts) / self.unit
+            own = (flops.exact - decoder_operations(self.model)) / self.unit
             fixed = token_operations(self.model, result.gates) / self.unit
             products = own, fixed, own.square(), fixed.square(), own * fixed
             self.costs += torch.stack([exact_sum(part) for part in products])
             for total, stage in zip(self.counts, result.counts, strict=True):
                 total += torch.bincount(stage.cpu(), minlength=len(total))
+
+    @cached_property
+    def unit(self) -> float:
+        """The cost with all gates open and fixed numbers: costs are summed as shares of it."""
+        return token_operations(self.model, torch.ones(self.model.depth, 1, 2)).item()
 
     def compute(self, distributed: Distributed) -> dict[str, Any]:
         images, passes = distributed.all_reduce_sum([self.images, self.passes]).tolist()

@@ -101,7 +101,7 @@ class VideoClassification(Classification):
     """As of images: cross entropy with mixup and label smoothing."""
 
     name = "video"
-    examples = "videos"
+    example = "video"
     mixup = ClipMixup
     details = ("view_top1", "view_top5", "kept_per_slot")
     defaults = {"repeated_aug": False, "model": "videomamba_tiny"}

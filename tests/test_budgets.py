@@ -1,5 +1,6 @@
 """Equal operations: knobs that meet a budget, smaller models, tables and plots of known numbers."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from helpers.budgets import STAGE, build, spec, static
 import compare
 import options
 from drawing.comparison import comparison
-from evaluation import comparison_table, runs, smaller
+from evaluation import comparison_table, outcomes, runs, smaller
 from evaluation.budgets import Cell, Method, Priced, budgets, nearest_pairs, nearest_ratio, solve
 from tasks import task_named
 from utils.errors import UsageError
@@ -121,7 +122,8 @@ def test_what_a_smaller_model_was_trained_for():
 
 # Tables and plots of numbers that are known
 
-MEASURE = task_named("classification").best
+TASK = task_named("classification")
+MEASURE = TASK.best
 
 
 def cell(name, keep, exact):
@@ -138,7 +140,7 @@ def outcome(name, seed, top1, flops=1e6, **more):
 def rows():
     cells = [cell("a", 0.5, 1e6), cell("a", 0.2, 1.03e6), cell("b", 0.5, 1e6)]
     of_object = {"object": {"share": [10.0, 40.0], "mass": [90.0, 70.0], "chance": 12.0}}
-    outcomes = [
+    found = [
         outcome("dense-depth=2", 0, 60.0, 0.5e6),
         outcome("a/keep0.5", 0, 80.0, **of_object),
         outcome("a/keep0.5", 1, 84.0, **of_object),
@@ -146,12 +148,12 @@ def rows():
     ]
     speeds = {"dense": 100.0, "a/keep0.5": 150.0, "a/keep0.2": 200.0, "dense-depth=2": 300.0}
     return comparison_table.summarise(
-        cells, {"dense-depth=2": "long"}, outcomes, {"images_per_s": speeds}, MEASURE
+        cells, {"dense-depth=2": "long"}, found, {"images_per_s": speeds}, MEASURE
     )
 
 
 def test_a_table_of_known_numbers(rows):
-    text = comparison_table.table(rows, MEASURE, "github")
+    text = comparison_table.table(rows, TASK, "github")
     cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert cells == [
         ["dense", "", "90.00", "2.00", "", "100.0", "", "", ""],
@@ -161,7 +163,24 @@ def test_a_table_of_known_numbers(rows):
         ["a", "0.2", "70.00", "1.03", "+3.0 % (!)", "200.0", "40.0 %", "70.0 %", "1"],
     ]
     without = [row | {"object_share": None} for row in rows]
-    assert "object" not in comparison_table.table(without, MEASURE, "simple")
+    assert "object" not in comparison_table.table(without, TASK, "simple")
+
+
+def test_videos_are_no_images(rows):
+    videos = copy.copy(TASK)
+    videos.example = "video"
+    conditions = {"batch_size": 2, "device": "cpu", "precision": "fp32", "seconds": 1.0}
+    static = [rows[2] | {"name": "static"}, rows[2]]
+    for text in (
+        comparison_table.table(rows, videos, "github"),
+        comparison_table.equal_speed_table([*rows[:2], *static], (), videos),
+        outcomes.how_timed(conditions, "x", "video"),
+        outcomes.how_timed(conditions | {"seconds": 0.0}, "x", "video"),
+        comparison(rows, "images_per_s", MEASURE, "video").axes[0].get_xlabel(),
+    ):
+        assert "videos/s" in text and "image" not in text
+    label = comparison(rows, "flops", MEASURE, "video").axes[0].get_xlabel()
+    assert label == "MFLOPs per video, exact"
 
 
 def test_at_equal_speed(rows):
@@ -169,7 +188,7 @@ def test_at_equal_speed(rows):
         return rows[2] | {"name": name, "keep": keep, "images_per_s": speed, "top1": top1}
 
     def cells(*more, smaller=("dense-depth=2",)):
-        text = comparison_table.equal_speed_table([*rows[:2], *more], smaller, MEASURE)
+        text = comparison_table.equal_speed_table([*rows[:2], *more], smaller, TASK)
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
 
     static = [method("static", 0.5, 150.0, 80.0), method("static", 0.2, 200.0, 70.0)]
@@ -185,7 +204,7 @@ def test_at_equal_speed(rows):
     assert cells(*static, *slow, smaller=())[0][4:] == ["static (difference)"]
     assert cells(*slow, smaller=()) == [], "no line to compare with"
     untimed = [rows[0] | {"images_per_s": None}, *static, *slow]
-    assert comparison_table.equal_speed_table(untimed, (), MEASURE) == ""
+    assert comparison_table.equal_speed_table(untimed, (), TASK) == ""
 
 
 @pytest.mark.parametrize(
