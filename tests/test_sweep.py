@@ -232,7 +232,7 @@ def test_a_plot_says_what_line_and_ring_are():
     curves, dense = {0: [point], 1: [point | {"top1": 40.0}]}, {0: None, 1: None}
     best = task_named("classification").best
     for axis, label in ("exact", "MFLOPs per video, exact"), ("images_per_s", "videos/s, measured"):
-        axes = budget_curve(curves, axis, dense, best, "videos").axes[0]
+        axes = budget_curve(curves, axis, dense, best, "video").axes[0]
         assert axes.get_xlabel() == label
         legend = axes.get_legend()
         names = [text.get_text() for text in legend.get_texts()]
