@@ -3,10 +3,10 @@
 An image's logits must not depend on its batch, and the libraries do not promise as much: each may
 sum the rows at the end of a product in another order, or all of them when they are few. On an AMD
 EPYC with AVX2 oneDNN does so at any number of rows and MKL below 4 to 64 rows, the more threads the
-more; where the rows are a multiple of what its threads take at a time oneDNN keeps them apart. So
-without gradient the first product of each size tries the libraries on numbers of its own, in the
-order of their speed, and takes one that gives each row the same bits in all that was tried, rows
-filled up to a multiple if need be:
+more; where the rows are a multiple of what its threads take at a time, and not too many, oneDNN
+keeps them apart. So without gradient the first product of each size tries the libraries on numbers
+of its own, in the order of their speed, and takes one that gives each row the same bits in all that
+was tried, rows filled up to a multiple and products made of parts if need be:
 
 1. oneDNN, which PyTorch's eager mode does not use for float32. On AMD's processors with AVX-512 it
    is 1.05 to 2.2 times as fast as MKL at the sizes of Vim (most on Zen 5), with AVX2 up to
@@ -44,7 +44,10 @@ _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _MULTIPLES = 12, 24  # of rows, what oneDNN's threads take at a time
 SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, lest they be copied
 _ROWS = 521, 4099  # the fewest and the most that a trial has
-_MOST_FILLED_UP = 8184  # rows of a product that is filled up, a multiple of all; all is tried
+# Rows of a product that is filled up, multiples of all. Of many weights oneDNN goes about few rows
+# in another way than about more (AVX2: from 840 on with 384 x 768); such products are made of parts
+# that are few.
+_MOST_FILLED_UP = 8184, 792, 384, 264
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
@@ -97,7 +100,13 @@ def multiply(
     )
     count = len(rows)
     if count > most:
-        return torch.cat([multiply(part, weight, bias) for part in rows.split(most)])
+        if memory is None:
+            memory = rows.new_empty(count, len(weight))
+        for part, own in zip(rows.split(most), memory.split(most), strict=True):
+            result = multiply(part, weight, bias, own)
+            if result.data_ptr() != own.data_ptr():
+                own.copy_(result)
+        return memory
     wanted = max(fewest, count + -count % multiple)
     if wanted > count:
         return product(_filled_up(rows, wanted), weight, bias, None)[:count]
@@ -188,7 +197,11 @@ def _choice(outputs: int, inputs: int, bias: bool, threads: int, enabled: bool) 
     trials = [_of_any_number(_pytorch)]
     if enabled and onednn.works():
         of_onednn = [_of_any_number(_onednn)]
-        of_onednn += [_filled_up_to(_onednn, multiple) for multiple in _MULTIPLES]
+        of_onednn += [
+            _filled_up_to(_onednn, multiple, most)
+            for most in _MOST_FILLED_UP
+            for multiple in _MULTIPLES
+        ]
         if processor.vendor() == "GenuineIntel":
             trials = trials + of_onednn
         else:
@@ -220,17 +233,19 @@ def _of_any_number(product: _Product) -> _Trial:
     return trial
 
 
-def _filled_up_to(product: _Product, multiple: int) -> _Trial:
+def _filled_up_to(product: _Product, multiple: int, most: int) -> _Trial:
     """Products of a multiple of rows. Many are tried: the threads' shares of some are none."""
 
     def trial(weight: Tensor, bias: Tensor | None) -> _Way | None:
-        same = _comparison(product, _MOST_FILLED_UP, weight, bias)
-        times = _MOST_FILLED_UP // multiple
-        near = range(1, 40)
-        far = (first + more for first in range(40, times - 3, 80) for more in range(4))
-        if not all(same(0, multiple * n) for n in (*near, *far)):
+        same = _comparison(product, most, weight, bias)
+        times = most // multiple
+        near = range(1, min(70, times) + 1)
+        far = (first + more for first in range(71, times - 3, 80) for more in range(4))
+        parts = [(0, multiple * n) for n in (*near, *far)]
+        parts += [(7, multiple * n) for n in (1, 2, 7, times // 2, times - 1)]
+        if not all(same(*part) for part in parts):
             return None
-        return _Way(product, multiple, multiple, _MOST_FILLED_UP)
+        return _Way(product, multiple, multiple, most)
 
     return trial
 

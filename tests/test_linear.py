@@ -126,13 +126,45 @@ def test_rows_are_filled_up_to_a_multiple_where_that_keeps_them_apart(monkeypatc
     module._choice.cache_clear()
     try:
         chosen = module._choice(44, 96, bias, torch.get_num_threads(), True)
-        assert chosen == (rest_in_another_order, 24, 24, module._MOST_FILLED_UP)
-        x, weight, shift = tensors(2 * module._MOST_FILLED_UP + 7, 96, bias=bias)
+        most = module._MOST_FILLED_UP[0]
+        assert chosen == (rest_in_another_order, 24, 24, most)
+        x, weight, shift = tensors(2 * most + 7, 96, bias=bias)
         with torch.no_grad():  # more than was tried, in pieces
             whole = linear(x, weight, shift)
             assert torch.equal(linear(x[-100:], weight, shift), whole[-100:])
         torch.testing.assert_close(whole, F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
         test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
+    finally:
+        module._choice.cache_clear()
+
+
+@pytest.mark.parametrize("most, limit", [(792, 840), (384, 400), (264, 288)])
+def test_a_product_of_many_rows_is_made_of_small_ones_where_those_keep_them_apart(
+    monkeypatch, most, limit
+):
+    def many_in_another_order(x, weight, bias, _):
+        """As oneDNN with AVX2 and many weights."""
+        out = ends_in_another_order(x, weight, bias, None) if len(x) % 12 else None
+        if len(x) < limit:
+            return F.linear(x, weight, bias) if out is None else out
+        return F.linear(x.flip(1), weight.flip(1), bias) if out is None else out
+
+    monkeypatch.setattr(module, "_onednn", many_in_another_order)
+    monkeypatch.setattr(module, "_pytorch", ends_in_another_order)
+    monkeypatch.setattr(onednn, "works", lambda: True)
+    module._choice.cache_clear()
+    try:
+        chosen = module._choice(44, 96, False, torch.get_num_threads(), True)
+        assert chosen == (many_in_another_order, 12, 12, most)
+        x, weight, _ = tensors(2 * most + 7, 96, bias=False)
+        memory = torch.full((len(x), 44), torch.nan)
+        with torch.no_grad():
+            whole = module.multiply(x, weight, memory=memory)
+            assert whole.data_ptr() == memory.data_ptr()
+            assert torch.equal(whole, module.multiply(x, weight))
+            for part in slice(0, 5), slice(most - 20, most + 400), slice(2 * most, None):
+                assert torch.equal(module.multiply(x[part], weight), whole[part])
+        torch.testing.assert_close(whole, F.linear(x, weight), rtol=1e-5, atol=1e-4)
     finally:
         module._choice.cache_clear()
 

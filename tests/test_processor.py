@@ -1,5 +1,7 @@
 """What the system tells of the processor, and what is chosen by it."""
 
+import math
+
 import pytest
 
 from ops import linear
@@ -45,8 +47,8 @@ def test_what_is_not_told(system):
 def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
     tried = []
 
-    def refusing(product, multiple=1):
-        return lambda weight, bias: tried.append((product, multiple))
+    def refusing(product, multiple=1, most=math.inf):
+        return lambda weight, bias: tried.append((product, multiple, most))
 
     monkeypatch.setattr(linear.processor, "vendor", lambda: vendor)
     monkeypatch.setattr(linear.onednn, "works", lambda: True)
@@ -57,6 +59,7 @@ def test_products_by_the_maker_of_the_processor(monkeypatch, vendor, first):
         assert linear._choice(8, 8, False, 1, True) == linear._Way(linear._blocks)
     finally:
         linear._choice.cache_clear()
-    onednn = [(linear._onednn, multiple) for multiple in (1, 12, 24)]
-    mkl = [(linear._pytorch, 1)]
+    filled_up = [(multiple, most) for most in linear._MOST_FILLED_UP for multiple in (12, 24)]
+    onednn = [(linear._onednn, *each) for each in ((1, math.inf), *filled_up)]
+    mkl = [(linear._pytorch, 1, math.inf)]
     assert tried == (mkl + onednn if first == "mkl" else onednn + mkl)
