@@ -30,18 +30,19 @@ def evaluate(
     """What `layer` returns of these arguments; None where the kernels cannot be used, or where
     something else is to see a part of the layer.
     """
-    mixer = layer.mixer
+    mixer, norm = layer.mixer, layer.norm
+    in_proj, out_proj, router = mixer.in_proj, mixer.out_proj, mixer.block_head
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or mixer.training
         or mixer.observation.of
-        or not _taken(hidden, residual, layer.norm)
+        or not _taken(hidden, residual, norm)
         or not _within(class_slots, residual.shape[1])
-        or not _unwatched(layer.norm, mixer, mixer.in_proj, mixer.out_proj, mixer.block_head)
+        or not _unwatched(norm, mixer, in_proj, out_proj, router)
     ):
         return None
-    prepared = _prepared(layer)
+    prepared = _prepared(mixer, norm, in_proj, out_proj, router)
     if prepared is None:
         return None
     batch, tokens, _ = residual.shape
@@ -55,13 +56,13 @@ def evaluate(
     for begin in range(0, count, size):
         end = min(begin + size, count)
         problem, rows = entered.group(begin, end), entered.normed[origin[begin] : origin[end]]
-        memory = scratch("xz", len(rows), mixer.in_proj.out_features)
-        y = prepared.scan(problem, multiply(rows, mixer.in_proj.weight, memory=memory))
+        memory = scratch("xz", len(rows), in_proj.out_features)
+        y = prepared.scan(problem, multiply(rows, in_proj.weight, memory=memory))
         if entered.in_order:
             memory = out.view(-1, out.shape[2])[origin[begin] : origin[end]]
         else:
             memory = scratch("product", *rows.shape)
-        product = multiply(y, mixer.out_proj.weight, memory=memory)
+        product = multiply(y, out_proj.weight, memory=memory)
         if not entered.in_order:
             spread(problem, entered.running[begin:end], product, out)
         elif product.data_ptr() != memory.data_ptr():
@@ -102,12 +103,16 @@ def _unwatched(*parts: nn.Module | None) -> bool:
     return True
 
 
-def _prepared(layer: nn.Module) -> PreparedLayer | None:
-    """None where parts of the layer are not those that it was built of, or not in float32, or where
-    its scans do not run on the C++ kernels.
+def _prepared(
+    mixer: nn.Module,
+    norm: nn.Module,
+    in_proj: nn.Module,
+    out_proj: nn.Module,
+    router: nn.Module | None,
+) -> PreparedLayer | None:
+    """Of the parts of a layer; None where they are not those that it was built of, or not in
+    float32, or where its scans do not run on the C++ kernels.
     """
-    mixer, norm = layer.mixer, layer.norm
-    router, in_proj, out_proj = mixer.block_head, mixer.in_proj, mixer.out_proj
     if not (
         type(norm) is nn.RMSNorm
         and type(in_proj) is type(out_proj) is Linear

@@ -10,6 +10,7 @@ its values first, by a forward pass that they wait for.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -37,31 +38,36 @@ class _Made:
     """A value, and the state of the weights that it was made of."""
 
     value: Any
-    weights: tuple[tuple[Tensor, int, int], ...]  # with version and place
+    weights: tuple[Tensor, ...]
+    versions: list[int]
+    places: list[int]
     steps: int  # of optimizers
     forgotten: bool = False  # by `Kept.clear`
 
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], value: Any) -> "_Made":
-        state = tuple((weight, weight._version, weight.data_ptr()) for weight in weights)
-        return cls(value, state, _Steps.taken)
+        return cls(value, weights, _versions(weights), _places(weights), _Steps.taken)
 
     def is_of(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether it was made of these tensors."""
-        return len(weights) == len(self.weights) and all(
-            weight is known for weight, (known, _, _) in zip(weights, self.weights, strict=True)
-        )
+        return len(weights) == len(self.weights) and all(map(is_, weights, self.weights))
 
     def is_current(self) -> bool:
         """Whether none of its weights has changed or moved."""
         return (
             not self.forgotten
             and self.steps == _Steps.taken
-            and all(
-                weight._version == version and weight.data_ptr() == place
-                for weight, version, place in self.weights
-            )
+            and self.versions == _versions(self.weights)
+            and self.places == _places(self.weights)
         )
+
+
+def _versions(weights: tuple[Tensor, ...]) -> list[int]:
+    return [weight._version for weight in weights]
+
+
+def _places(weights: tuple[Tensor, ...]) -> list[int]:
+    return [weight.data_ptr() for weight in weights]
 
 
 class Reads:

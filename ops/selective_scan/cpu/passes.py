@@ -145,13 +145,18 @@ def scratch(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor
     system it costs as much as the convolution that writes it. There is room behind rows for a
     product of them (`ops.linear`).
     """
-    held, count = getattr(_scratch, name, None), math.prod(size)
+    rooms = vars(_scratch)
+    held, used, known = rooms.get(name, (None, None, None))
+    if used == size:
+        return known
+    count = math.prod(size)
     room = count + (SPARE_ROWS * size[-1] if len(size) > 1 else 0)
-    if held is None or held.numel() < room:
-        with torch.inference_mode(False):  # the next call may come without
+    with torch.inference_mode(False):  # the next call may come without
+        if held is None or held.numel() < room:
             held = torch.empty(room, dtype=dtype, device="cpu")
-        setattr(_scratch, name, held)
-    return held[:count].view(size)
+        known = held[:count].view(size)
+    rooms[name] = held, size, known
+    return known
 
 
 def infer(call: Call, packed: Packed) -> Tensor:
