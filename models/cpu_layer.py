@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ops.linear import Linear, multiply
+from ops.linear import Linear, multiply, multiply_into
 from ops.operators import plain_on_cpu
 from ops.selective_scan import backend_for
 from ops.selective_scan.cpu.layer import PreparedLayer, RouterWeights, spread
@@ -59,14 +59,11 @@ def evaluate(
         memory = scratch("xz", len(rows), in_proj.out_features)
         y = prepared.scan(problem, multiply(rows, in_proj.weight, memory=memory))
         if entered.in_order:
-            memory = out.view(-1, out.shape[2])[origin[begin] : origin[end]]
+            place = out.view(-1, out.shape[2])[origin[begin] : origin[end]]
+            multiply_into(place, y, out_proj.weight)
         else:
-            memory = scratch("product", *rows.shape)
-        product = multiply(y, out_proj.weight, memory=memory)
-        if not entered.in_order:
+            product = multiply(y, out_proj.weight, memory=scratch("product", *rows.shape))
             spread(problem, entered.running[begin:end], product, out)
-        elif product.data_ptr() != memory.data_ptr():
-            memory.copy_(product)
     return out, entered.residual, entered.gates
 
 

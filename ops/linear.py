@@ -103,14 +103,19 @@ def multiply(
         if memory is None:
             memory = rows.new_empty(count, len(weight))
         for part, own in zip(rows.split(most), memory.split(most), strict=True):
-            result = multiply(part, weight, bias, own)
-            if result.data_ptr() != own.data_ptr():
-                own.copy_(result)
+            multiply_into(own, part, weight, bias)
         return memory
     wanted = max(fewest, count + -count % multiple)
     if wanted > count:
         return product(_filled_up(rows, wanted), weight, bias, None)[:count]
     return product(rows, weight, bias, memory)
+
+
+def multiply_into(memory: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """`multiply` whose result is put into memory [n, out]."""
+    result = multiply(rows, weight, bias, memory)
+    if result.data_ptr() != memory.data_ptr():
+        memory.copy_(result)
 
 
 def _filled_up(rows: Tensor, count: int) -> Tensor:
