@@ -13,14 +13,13 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for more methods than there are co
 
 
 @styled
-def comparison(
-    rows: Sequence[Mapping], axis: str, measure: Scored, example: str = "image"
-) -> Figure | None:
-    """A measure against operations (`axis` "flops") or images/s; None without data.
+def comparison(rows: Sequence[Mapping], axis: str, measure: Scored, example: str) -> Figure | None:
+    """A measure against operations (`axis` "flops") or speed; None without data.
 
     One line per method through its budgets, with bars for the standard deviation over the seeds.
     Rows without a `keep` are dense models: the teacher, with a line across at its value, and
-    smaller ones. The broad grey line is the Pareto front of all points.
+    smaller ones. The broad grey line is the Pareto front of all points. example: as of
+    `label_against`.
     """
     drawn = [row for row in rows if row["n"] and row[axis] is not None]
     if not drawn:

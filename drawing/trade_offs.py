@@ -32,9 +32,7 @@ class Scored(Protocol):
     higher_is_better: bool
 
 
-def label_against(
-    axes: Axes, measure: Scored, speed: bool, convention: str, example: str = "image"
-) -> None:
+def label_against(axes: Axes, measure: Scored, speed: bool, convention: str, example: str) -> None:
     """Labels of a plot of a measure against measured speed or operations.
 
     example: what an entry of the data set is called.
@@ -96,9 +94,9 @@ def budget_curve(
     axis: str,
     dense: Mapping[int, dict | None],
     measure: Scored,
-    example: str = "image",
+    example: str,
 ) -> Figure | None:
-    """A measure against operations (`axis` "exact" or "paper") or images/s; None without points.
+    """A measure against operations (`axis` "exact" or "paper") or speed; None without points.
 
     curves: {position of the run: points of its sweep}; dense: the dense model's point of each run;
     example: what an entry of the data set is called.
@@ -139,13 +137,11 @@ def budget_curve(
 
 
 @styled
-def variants(
-    rows: Sequence[Mapping], axis: str, measure: Scored, example: str = "image"
-) -> Figure | None:
-    """A measure of an ablation against operations (`axis` "flops") or images/s; None without data.
+def variants(rows: Sequence[Mapping], axis: str, measure: Scored, example: str) -> Figure | None:
+    """A measure of an ablation against operations (`axis` "flops") or speed; None without data.
 
     A marker and a bar for mean and standard deviation over the seeds, a dot for each run; the first
-    row is the dense model, with a line across at its value.
+    row is the dense model, with a line across at its value. example: as of `label_against`.
     """
     drawn = [row for row in rows if row["n"] and row[axis] is not None]
     if not drawn:

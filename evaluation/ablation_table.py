@@ -159,7 +159,7 @@ def _document(
     speeds: Mapping[str, Any],
     task: Task,
 ) -> str:
-    subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
+    subset = f", {about['subset']:g} of the training {task.example}s" if about["subset"] else ""
     timed = how_timed(speeds["conditions"], "of each variant its first seed", task.example)
     lines = [
         "# Ablation",

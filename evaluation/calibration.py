@@ -67,7 +67,7 @@ def calibrate(models: Mapping[str, VisionMamba | None], experiment: Experiment) 
         target = experiment.args.block_keep_ratio
         thresholds[name], kept = calibrate_model(model, target, experiment)
         _logger.info(
-            "gate threshold of the %s: %.4f keeps %.2f %% of the scans of training images (target "
+            "gate threshold of the %s: %.4f keeps %.2f %% of the scans on training data (target "
             "%.2f %%)",
             name,
             sigmoid(thresholds[name]),
@@ -137,7 +137,7 @@ def observed(
     own = [torch.cat(record) if record else torch.empty(0) for record in recorded]
     if not distributed.all_reduce_sum([sum(map(len, own))]).item():
         raise UserError(
-            "thresholds are chosen on training images, and none of those at --data-path can be read"
+            "thresholds are chosen on training data, and none of that at --data-path can be read"
         )
     gathered = distributed.gather_objects(own) or [[torch.empty(0)] * len(own)]
     return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
@@ -187,7 +187,7 @@ def _calibrate_stages(model: VisionMamba, name: str, experiment: Experiment) -> 
     missed, share, thresholds, kept = min(tried)
     model.set_token_thresholds(thresholds)
     _logger.info(
-        "thresholds of the %s's tokens: probabilities %s keep %s of %d patches of training images "
+        "thresholds of the %s's tokens: probabilities %s keep %s of %d patches of training data "
         "(the fixed budget %s) at %.2f %% of its cost",
         name,
         ", ".join(f"{sigmoid(odds):.4f}" for odds in thresholds),
@@ -236,7 +236,7 @@ class _Seen(NamedTuple):
         odds = self.odds[stage]
         if odds.isnan().any():
             raise UserError(
-                f"stage {stage + 1} scores patches of training images with NaN: no threshold can "
+                f"stage {stage + 1} scores patches of training data with NaN: no threshold can "
                 "be chosen; evaluate another checkpoint of this run"
             )
         return nearest_threshold(odds, count * len(self.counts) / len(odds))

@@ -65,8 +65,10 @@ SPEED = Row(
 )
 
 
-def speed_row(batch_size: int | None, example: str = "image") -> Row:
-    """`SPEED` with the number of examples that were timed at once, if known."""
+def speed_row(batch_size: int | None, example: str) -> Row:
+    """`SPEED` with the number of examples that were timed at once, if known; example: what one of
+    them is called, see `Task`.
+    """
     batch = f", batch of {batch_size}" if batch_size else ""
     return replace(SPEED, label=f"{example}s/s{batch}")
 

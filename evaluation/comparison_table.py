@@ -219,7 +219,7 @@ def _document(
     task: Task,
 ) -> str:
     measure = task.best
-    subset = f", {about['subset']:g} of the training images" if about["subset"] else ""
+    subset = f", {about['subset']:g} of the training {task.example}s" if about["subset"] else ""
     seeds, epochs = ", ".join(map(str, about["seeds"])), about["epochs"]
     of_object = (
         " Kept on object: share of the patches left by the last stage that lie on the known "

@@ -42,13 +42,14 @@ from .operators import needs_gradient, plain_on_cpu
 
 _FEWEST = 32, 64, 128  # rows that a product may be filled up to
 _MULTIPLES = 12, 24  # of rows, what oneDNN's threads take at a time
-SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, lest they be copied
-_ROWS = 521, 4099  # the fewest and the most that a trial has
-# Rows of a product that is filled up, multiples of all. Of many weights oneDNN goes about few rows
-# in another way than about more (AVX2: from 840 on with 384 x 768); such products are made of parts
-# that are few.
-_MOST_FILLED_UP = 8184, 792, 384, 264
+SPARE_ROWS = max(_MULTIPLES)  # of memory behind those of a product, so that none is copied
+_ROWS = 521, 4099  # the fewest and the most of a trial without filling up
 _TRIAL = 1 << 32  # multiplications of its largest product, a tenth of a second
+# The most rows of a product that is filled up, each a multiple of all of _MULTIPLES. For large
+# weights oneDNN uses another algorithm above some number of rows (AVX2, 384 x 768: 840), so more
+# rows are multiplied in chunks of fewer.
+_MOST_FILLED_UP = 8184, 792, 384, 264
+_LINE = 16  # numbers of a line of the cache
 _BLOCK = 48  # rows, a multiple of what the libraries' kernels take at a time (4, 6, 8, 12, 16)
 
 # Rows, weight, bias, and memory for the result, which need not be used.
@@ -92,16 +93,17 @@ def multiply(
 
     The choice does not depend on the number of rows: an image's logits would depend on its batch.
 
-    memory: [n, out], where the result may be put. Fresh from the system it would cost a tenth of
-    the product.
+    memory: [n, out], of plain numbers, where the result may be put. Fresh from the system it would
+    cost a tenth of the product.
     """
+    weight = weight.contiguous()  # as those that were tried
     product, fewest, multiple, most = _choice(
         *weight.shape, bias is not None, torch.get_num_threads(), torch.backends.mkldnn.enabled
     )
     count = len(rows)
     if count > most:
-        if memory is None:
-            memory = rows.new_empty(count, len(weight))
+        if memory is None:  # torch.func may be at work
+            return torch.cat([multiply(part, weight, bias) for part in rows.split(most)])
         for part, own in zip(rows.split(most), memory.split(most), strict=True):
             multiply_into(own, part, weight, bias)
         return memory
@@ -183,7 +185,7 @@ class _Way(NamedTuple):
     product: _Product
     fewest: int = 1  # rows that it may be given
     multiple: int = 1  # of what their number is one
-    most: float = math.inf  # rows; with more of them oneDNN may go about it in another way
+    most: float = math.inf  # rows; oneDNN may use another algorithm for more
 
 
 # Weight and bias of one size -> the way, where all that was tried gives each row the same bits.
@@ -258,13 +260,17 @@ def _filled_up_to(product: _Product, multiple: int, most: int) -> _Trial:
 def _comparison(
     product: _Product, rows: int, weight: Tensor, bias: Tensor | None
 ) -> Callable[[int, int], bool]:
-    """(begin, count) -> whether these rows by themselves have the bits that they have among all."""
+    """(begin, count) -> whether these rows by themselves have the bits that they have among all.
+
+    They are copied: where rows are no whole lines of the cache MKL's bits depend on where in one
+    they begin.
+    """
     x = _numbers(rows, weight.shape[1])
     whole = product(x, weight, bias, None)
 
     def same(begin: int, count: int) -> bool:
         part = slice(begin, begin + count)
-        return torch.equal(product(x[part], weight, bias, None), whole[part])
+        return torch.equal(product(x[part].clone(), weight, bias, None), whole[part])
 
     return same
 
@@ -280,9 +286,12 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = N
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None = None) -> Tensor:
-    """Blocks of one size, two at least: a single one would be shared out to the threads."""
-    rows = len(x)
-    blocks = max(2, -(-rows // _BLOCK))
-    x = F.pad(x, (0, 0, 0, blocks * _BLOCK - rows)).view(blocks, _BLOCK, -1)
-    out = torch.bmm(x, weight.t().expand(blocks, -1, -1)).flatten(0, 1)[:rows]
-    return out if bias is None else out.add_(bias)
+    """Blocks of one size, two at least: a single one would be shared out to the threads. Rows are
+    filled up to whole lines of the cache, so that all begin alike.
+    """
+    rows, outputs = len(x), len(weight)
+    blocks, more = max(2, -(-rows // _BLOCK)), -x.shape[1] % _LINE
+    x = F.pad(x, (0, more, 0, blocks * _BLOCK - rows)).view(blocks, _BLOCK, -1)
+    weight = F.pad(weight, (0, more, 0, -outputs % _LINE))
+    out = torch.bmm(x, weight.t().expand(blocks, -1, -1)).flatten(0, 1)[:rows, :outputs]
+    return out.contiguous() if bias is None else out + bias

@@ -65,15 +65,15 @@ class ReductionMeter:
         if self.model.reduction.thresholds:
             flops = flops_per_image(self.model, result.gates, result.counts)
             self.flops += torch.stack([exact_sum(part) for part in flops])
-            own = (flops.exact - decoder_operations(self.model)) / self.unit
-            fixed = token_operations(self.model, result.gates) / self.unit
+            own = (flops.exact - decoder_operations(self.model)) / self._unit
+            fixed = token_operations(self.model, result.gates) / self._unit
             products = own, fixed, own.square(), fixed.square(), own * fixed
             self.costs += torch.stack([exact_sum(part) for part in products])
             for total, stage in zip(self.counts, result.counts, strict=True):
                 total += torch.bincount(stage.cpu(), minlength=len(total))
 
     @cached_property
-    def unit(self) -> float:
+    def _unit(self) -> float:
         """The cost with all gates open and fixed numbers: costs are summed as shares of it."""
         return token_operations(self.model, torch.ones(self.model.depth, 1, 2)).item()
 

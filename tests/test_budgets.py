@@ -9,8 +9,9 @@ from helpers.budgets import STAGE, build, spec, static
 
 import compare
 import options
+from drawing import trade_offs
 from drawing.comparison import comparison
-from evaluation import comparison_table, outcomes, runs, smaller
+from evaluation import ablation_table, comparison_table, runs, smaller
 from evaluation.budgets import Cell, Method, Priced, budgets, nearest_pairs, nearest_ratio, solve
 from tasks import task_named
 from utils.errors import UsageError
@@ -140,7 +141,7 @@ def outcome(name, seed, top1, flops=1e6, **more):
 def rows():
     cells = [cell("a", 0.5, 1e6), cell("a", 0.2, 1.03e6), cell("b", 0.5, 1e6)]
     of_object = {"object": {"share": [10.0, 40.0], "mass": [90.0, 70.0], "chance": 12.0}}
-    found = [
+    outcomes = [
         outcome("dense-depth=2", 0, 60.0, 0.5e6),
         outcome("a/keep0.5", 0, 80.0, **of_object),
         outcome("a/keep0.5", 1, 84.0, **of_object),
@@ -148,7 +149,7 @@ def rows():
     ]
     speeds = {"dense": 100.0, "a/keep0.5": 150.0, "a/keep0.2": 200.0, "dense-depth=2": 300.0}
     return comparison_table.summarise(
-        cells, {"dense-depth=2": "long"}, found, {"images_per_s": speeds}, MEASURE
+        cells, {"dense-depth=2": "long"}, outcomes, {"images_per_s": speeds}, MEASURE
     )
 
 
@@ -166,21 +167,28 @@ def test_a_table_of_known_numbers(rows):
     assert "object" not in comparison_table.table(without, TASK, "simple")
 
 
-def test_videos_are_no_images(rows):
+def test_videos_are_no_images(rows, tmp_path):
     videos = copy.copy(TASK)
     videos.example = "video"
     conditions = {"batch_size": 2, "device": "cpu", "precision": "fp32", "seconds": 1.0}
     static = [rows[2] | {"name": "static"}, rows[2]]
-    for text in (
-        comparison_table.table(rows, videos, "github"),
-        comparison_table.equal_speed_table([*rows[:2], *static], (), videos),
-        outcomes.how_timed(conditions, "x", "video"),
-        outcomes.how_timed(conditions | {"seconds": 0.0}, "x", "video"),
-        comparison(rows, "images_per_s", MEASURE, "video").axes[0].get_xlabel(),
+    about = {"subset": 0.5, "seeds": [0], "epochs": 1, "data_set": "CLIPS", "model": "vim_micro"}
+    about |= {"command": "x", "smaller": {}, "left_out": {}, "training_free": [], "methods": {}}
+    kept = {"patches_kept": 0.5, "scans_kept": 0.5}
+    for name, module, known, shown in (
+        ("compare", comparison_table, about, [*rows[:2], *static]),
+        ("ablation", ablation_table, about | {"variants": {}}, [row | kept for row in static]),
     ):
-        assert "videos/s" in text and "image" not in text
-    label = comparison(rows, "flops", MEASURE, "video").axes[0].get_xlabel()
-    assert label == "MFLOPs per video, exact"
+        for seconds in 0.0, 1.0:
+            speeds = {"conditions": conditions | {"seconds": seconds}}
+            module.write(shown, [], {}, known, speeds, videos, tmp_path)
+            text = (tmp_path / f"{name}.md").read_text()
+            assert "videos/s" in text and "0.5 of the training videos" in text
+            assert "image" not in text, text
+    for axis, label in ("images_per_s", "videos/s, measured"), ("flops", "MFLOPs per video, exact"):
+        assert comparison(rows, axis, MEASURE, "video").axes[0].get_xlabel() == label
+        drawn = trade_offs.variants(static, axis, MEASURE, "video")
+        assert drawn.axes[0].get_xlabel() == label
 
 
 def test_at_equal_speed(rows):
@@ -211,7 +219,7 @@ def test_at_equal_speed(rows):
     "axis, front", [("flops", [0.5, 1, 2]), ("images_per_s", [100, 150, 200, 300])]
 )
 def test_a_plot_of_known_numbers(rows, axis, front):
-    [axes] = comparison(rows, axis, MEASURE).axes
+    [axes] = comparison(rows, axis, MEASURE, "image").axes
     handles, names = axes.get_legend_handles_labels()
     of = dict(zip(names, handles, strict=True))
     assert set(of) == {"dense", "dense-depth=2", "a", "Pareto front"}, "b has no point"
@@ -224,6 +232,5 @@ def test_a_plot_of_known_numbers(rows, axis, front):
     assert list(zip(*line.get_data(), strict=True)) == points
     heights = sorted(end[1] - start[1] for start, end in bars.get_segments())
     assert heights == pytest.approx([0, 2 * 2.8284271])
-    assert (
-        comparison([row | {"images_per_s": None} for row in rows], "images_per_s", MEASURE) is None
-    )
+    untimed = [row | {"images_per_s": None} for row in rows]
+    assert comparison(untimed, "images_per_s", MEASURE, "image") is None

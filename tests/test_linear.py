@@ -44,7 +44,10 @@ def test_the_product(shape, width, bias):
         )
 
 
-@pytest.mark.parametrize("shape, width", [((1100, 96), 44), ((1100, 192), 768), ((700, 30), 2)])
+@pytest.mark.parametrize(
+    "shape, width",
+    [((1100, 96), 44), ((1100, 192), 768), ((700, 30), 2), ((700, 33), 10), ((700, 10), 10)],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_row_does_not_depend_on_those_beside_it(shape, width, bias):
     x, weight, shift = tensors(*shape, width=width, bias=bias)
@@ -54,6 +57,8 @@ def test_a_row_does_not_depend_on_those_beside_it(shape, width, bias):
             assert torch.equal(linear(x[:rows], weight, shift), whole[:rows]), rows
         for begin in (1, 6, 39):
             assert torch.equal(linear(x[begin:], weight, shift), whole[begin:]), begin
+            alone = x[begin : begin + 60].clone()  # elsewhere in the lines of the cache
+            assert torch.equal(linear(alone, weight, shift), whole[begin : begin + 60]), begin
 
 
 def ends_in_another_order(x, weight, bias, _):
@@ -76,6 +81,19 @@ def test_a_product_whose_rows_depend_on_others_is_not_taken(monkeypatch, bias):
         test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
     finally:
         module._choice.cache_clear()
+
+
+@pytest.mark.parametrize("inputs, width", [(17, 1), (33, 10), (96, 44)])
+def test_a_place_in_blocks_does_not_matter(inputs, width):
+    x, weight, bias = tensors(300, inputs, width=width)
+    with torch.no_grad():
+        whole = module._blocks(x, weight, bias)
+        torch.testing.assert_close(whole, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+        for begin in (0, 1, 5, 48, 131):
+            for count in (1, 2, 47, 49, 97):
+                part = slice(begin, begin + count)
+                alone = module._blocks(x[part].clone(), weight, bias)
+                assert torch.equal(alone, whole[part]), (begin, count)
 
 
 def test_a_release_of_pytorch_without_the_product(monkeypatch):
@@ -167,6 +185,49 @@ def test_a_product_of_many_rows_is_made_of_small_ones_where_those_keep_them_apar
         torch.testing.assert_close(whole, F.linear(x, weight), rtol=1e-5, atol=1e-4)
     finally:
         module._choice.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [60, 1812])  # multiples of 12 and not of 24
+def test_a_single_number_of_rows_that_differs_is_found(monkeypatch, wrong):
+    def differs(x, weight, bias, _):
+        return F.linear(x, weight) if len(x) != wrong else F.linear(x.flip(1), weight.flip(1))
+
+    assert filled_up(monkeypatch, differs) == (differs, 24, 24, 8184)
+
+
+def test_rows_that_differ_by_what_stands_before_them_are_found(monkeypatch):
+    def differs(x, weight, bias, _):
+        first = x[0, 0] == 0  # as in a trial's numbers
+        return F.linear(x, weight) if first else F.linear(x.flip(1), weight.flip(1))
+
+    assert filled_up(monkeypatch, differs).product is module._blocks
+
+
+def filled_up(monkeypatch, product):
+    """The way that is chosen where rows need filling up and `product` is oneDNN's."""
+    monkeypatch.setattr(module, "_onednn", product)
+    monkeypatch.setattr(module, "_of_any_number", lambda _: lambda weight, bias: None)
+    monkeypatch.setattr(onednn, "works", lambda: True)
+    module._choice.cache_clear()
+    try:
+        return module._choice(44, 96, False, torch.get_num_threads(), True)
+    finally:
+        module._choice.cache_clear()
+
+
+def test_parts_within_transforms_and_of_strided_weights(monkeypatch):
+    """More rows than a product may have."""
+    way = module._Way(module._pytorch, 12, 12, 24)
+    monkeypatch.setattr(module, "_choice", lambda *_: way)
+    x, weight, shift = torch.randn(3, 60, 8), torch.randn(3, 5, 8), torch.randn(5)
+    expected = torch.stack([F.linear(*each, shift) for each in zip(x, weight, strict=True)])
+    with torch.no_grad():
+        found = torch.vmap(linear, (0, 0, None))(x, weight, shift)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = torch.vmap(linear, (None, 0, None))(x[0], weight, shift)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        across = weight[0].t().contiguous().t()
+        assert torch.equal(linear(x[0], across, shift), linear(x[0], weight[0], shift))
 
 
 def test_rows_behind_which_others_lie_are_not_copied():

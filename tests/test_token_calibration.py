@@ -75,9 +75,7 @@ def test_scores_that_are_no_numbers(tmp_path: Path, stage):
     experiment, model = loaded(save_model(tmp_path / "model.pth", *DYNAMIC, *SMALL))
     with torch.no_grad():
         next(model.score_predictors[stage].parameters()).fill_(math.nan)
-    with pytest.raises(
-        UserError, match=f"stage {stage + 1} scores patches of training images with"
-    ):
+    with pytest.raises(UserError, match=f"stage {stage + 1} scores patches of training data with"):
         calibrate_tokens({"model": model, "ema": None}, experiment)
 
 

@@ -143,7 +143,8 @@ def _measure(problem: Problem, call: Call, extent: Tensor, masked: bool) -> None
 def scratch(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory of this thread, overwritten by the next call that asks for this name: fresh from the
     system it costs as much as the convolution that writes it. There is room behind rows for a
-    product of them (`ops.linear`).
+    product of them (`ops.linear`). A name has one type; equal calls get the same tensor, whose size
+    and flags must stay as they are.
     """
     rooms = vars(_scratch)
     held, used, known = rooms.get(name, (None, None, None))
