@@ -60,7 +60,8 @@ def build_parser() -> arguments.OneLineParser:
         "--output",
         required=True,
         metavar="FILE",
-        help="what to write; its ending is .onnx, or .pt2 for --format torch and aoti",
+        help="what to write, or to replace; its ending is .onnx, or .pt2 for --format torch and "
+        "aoti",
     )
     group.add_argument(
         "--format",
@@ -106,10 +107,12 @@ def check(args: argparse.Namespace) -> None:
     if args.format == "aoti":
         from exporting.package import library_of
 
-        if library_of(output).is_dir():
+        library = library_of(output)
+        if library.is_dir() or (library.exists() and not output.exists()):
+            kind = "a folder" if library.is_dir() else "there without such a package"
             raise UsageError(
-                f"--output {output}: the library of its operators would be {library_of(output)}, "
-                "which is a folder"
+                f"--output {output}: the library of its operators would be {library}, which is "
+                f"{kind}; choose another name"
             )
     prepare_output_dir(output.parent)
     if args.format == "onnx":
@@ -143,7 +146,7 @@ def check_model(model: VisionMamba, args: argparse.Namespace) -> None:
 def write_onnx(program, args: argparse.Namespace, texts: dict[str, str], model) -> Agreement:
     """Convert, compare with the model, and write; -> how far they agree."""
     from exporting.onnx_file import OPSETS, to_onnx, with_int8_weights
-    from exporting.onnx_model import OnnxModel
+    from exporting.onnx_model import OnnxModel, sealed
 
     _logger.info("3/4 converting to ONNX")
     converted = to_onnx(program, args.opset or OPSETS[0], texts)
@@ -151,10 +154,10 @@ def write_onnx(program, args: argparse.Namespace, texts: dict[str, str], model) 
         converted = with_int8_weights(converted)
     _logger.info("4/4 comparing with the checkpoint")
     with atomic_file(args.output) as file:
-        file.write(converted.SerializeToString())
+        file.write(sealed(converted.SerializeToString()))
         file.flush()
         written = OnnxModel(file.name)
-        found = compare(model, lambda images: written(images).logits)
+        found = compare(model, lambda images: written(images).logits, always=args.int8)
         if not args.int8:
             require_agreement(found)
     return found
@@ -187,9 +190,11 @@ def write_aoti(program, args: argparse.Namespace, texts: dict[str, str], model) 
         require_agreement(found)
         library = package.library_of(args.output)
         remove_temporaries(library)
-        for source, target in (package.operators(), library), (compiled, args.output):
-            with open(source, "rb") as content, atomic_file(target) as file:
-                shutil.copyfileobj(content, file)
+        # Both or none: each gets its name once both are written.
+        with atomic_file(library) as operators, atomic_file(args.output) as packed:
+            for source, file in (package.operators(), operators), (compiled, packed):
+                with open(source, "rb") as content:
+                    shutil.copyfileobj(content, file)
     _logger.info("its operators are in %s", library)
     return found
 

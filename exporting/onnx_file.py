@@ -52,7 +52,19 @@ def to_onnx(program: ExportedProgram, opset: int, texts: Mapping[str, str]) -> o
             f"{OPSETS[0]}"
         )
     onnx.helper.set_model_props(model, dict(texts))
+    _rename_size(model.graph, model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "batch")
     return model
+
+
+def _rename_size(graph: onnx.GraphProto, name: str, new_name: str) -> None:
+    """A size that is no number, which PyTorch calls s77 or so, in a graph and those in it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == name:
+                size.dim_param = new_name
+    for node in graph.node:
+        for attribute in node.attribute:
+            _rename_size(attribute.g, name, new_name)
 
 
 def with_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:

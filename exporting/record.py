@@ -13,7 +13,7 @@ from tasks import TASKS, Task
 from utils.errors import UsageError, UserError
 
 OWN = "dyvm"  # key of the record that predict.py reads
-VERSION = 1
+VERSION = 2  # with a seal
 NOT_RECORDED = {"data_path", "prefix"}  # specific to the machine
 
 

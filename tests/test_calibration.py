@@ -74,7 +74,7 @@ def test_training_images_that_cannot_be_read_are_told(tmp_path, monkeypatch):
     experiment, model = loaded(save_model(tmp_path / "model.pth", *DYNAMIC))
     monkeypatch.setattr(type(experiment.data.calibration_loader), "batches", lambda self: iter(()))
     for choose in (calibrate, calibrate_tokens):
-        with pytest.raises(UserError, match="none of those at --data-path can be read"):
+        with pytest.raises(UserError, match="none of that at --data-path can be read"):
             choose({"model": model}, experiment)
 
 

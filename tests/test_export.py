@@ -1,5 +1,6 @@
 """export.py: files that other runtimes run, equal to the checkpoint; what it says to bad input."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ import predict
 import visualize
 from evaluation.inference import build_parser, load_predictor
 from exporting import checking
-from exporting.onnx_model import OnnxModel
+from exporting.onnx_model import OnnxModel, sealed
 from models.build import FLAG_OF
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
@@ -88,7 +89,8 @@ def test_standard_operators_alone_and_tokens_really_go(routed):
               for branch in each.attribute for node in branch.g.node]  # fmt: skip
     assert inside.count("Scan") == 4
     assert [len(each.type.tensor_type.shape.dim) for each in graph.input] == [4]
-    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param, "batch"
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 def test_a_scan_that_no_image_wants_is_not_run(routed, tmp_path):
@@ -186,7 +188,7 @@ def test_eight_bits(routed, tmp_path):
 
     _, file = routed
     small = tmp_path / "small.onnx"
-    onnx.save(with_int8_weights(onnx.load(file)), small)
+    small.write_bytes(sealed(with_int8_weights(onnx.load(file)).SerializeToString()))
     kinds = Counter(node.op_type for node in onnx.load(small).graph.node)
     assert kinds["MatMulInteger"] and small.stat().st_size < file.stat().st_size
     images = torch.rand(4, 3, 32, 32)
@@ -351,3 +353,19 @@ def test_other_files(routed, tmp_path):
         OnnxModel(tmp_path / "newer.onnx")
     with pytest.raises(UserError, match="there is no file .*missing.onnx"):
         OnnxModel(tmp_path / "missing.onnx")
+
+
+def test_a_file_that_was_changed(routed, tmp_path):
+    """ONNX Runtime would run it, and answer something else."""
+    model, content, changed = onnx.load(routed[1]), routed[1].read_bytes(), tmp_path / "x.onnx"
+    largest = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+    place = content.index(largest.raw_data) + 2
+    flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    texts = {each.key: each.value for each in model.metadata_props}
+    record = json.loads(texts["dyvm"])
+    onnx.helper.set_model_props(model, texts | {"dyvm": json.dumps(record | {"shown_names": []})})
+    for other in (flipped, model.SerializeToString(), content + content[-81:]):
+        changed.write_bytes(other)
+        with pytest.raises(UserError, match="x.onnx is not as export.py has written it: damaged"):
+            OnnxModel(changed)
+    assert texts["dyvm_sha256"] == hashlib.sha256(content[:-81]).hexdigest()

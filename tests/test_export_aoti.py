@@ -97,7 +97,7 @@ def test_the_example_in_cpp(routed, tmp_path, capsys):
     for command in (configure, ["cmake", "--build", str(tmp_path)]):
         subprocess.run(command, check=True, capture_output=True)
     checkpoint, file = routed
-    pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(5))
+    pixels = torch.randint(256, (28, 28, 3), generator=torch.Generator().manual_seed(5))
     image = Image.fromarray(pixels.byte().numpy())
     image.save(tmp_path / "image.ppm")
     capsys.readouterr()
@@ -123,7 +123,12 @@ def test_the_example_in_cpp(routed, tmp_path, capsys):
     (tmp_path / "noted.ppm").write_bytes(pixels.replace(b"P6\n", b"P6\n# by hand\n# 7 7\n", 1))
     assert run(file, library, tmp_path / "noted.ppm").stdout == done.stdout
     image.save(tmp_path / "image.png")
+    program = torch.export.export(torch.nn.Identity(), (torch.zeros(2),))
+    torch.export.save(program, tmp_path / "other.pt2")
+    no_package = "is no package of export.py --format aoti"
     for words, complaint in (
+        ((tmp_path / "none.pt2", library, tmp_path / "image.ppm"), f"none.pt2 {no_package}"),
+        ((tmp_path / "other.pt2", library, tmp_path / "image.ppm"), f"other.pt2 {no_package}"),
         ((file, library, tmp_path / "cut.ppm"), "cut.ppm is cut off"),
         ((file, library, tmp_path / "image.png"), "image.png is no binary PPM"),
         ((file, library, tmp_path / "none.ppm"), "none.ppm cannot be opened"),
@@ -199,6 +204,11 @@ def test_wrong_flags(tmp_path):
     with pytest.raises(UsageError, match="its operators would be .*model.so, which is a folder"):
         exported(checkpoint, "--format", "aoti", suffix=".pt2")
     (tmp_path / "model.so").rmdir()
+    (tmp_path / "model.so").write_text("of another program")
+    with pytest.raises(UsageError, match="model.so, which is there without such a package; choose"):
+        exported(checkpoint, "--format", "aoti", suffix=".pt2")
+    assert (tmp_path / "model.so").read_text() == "of another program"
+    (tmp_path / "model.so").unlink()
     with pytest.raises(UsageError, match="--int8 is for --format onnx"):
         exported(checkpoint, "--format", "aoti", "--int8", suffix=".pt2")
 

@@ -129,6 +129,19 @@ def test_the_build_line_of_macos(monkeypatch):
     assert runtime == str(lib / "libomp.dylib") and search == f"-Wl,-rpath,{lib}"
 
 
+@pytest.mark.parametrize(
+    "code, told", [(0, "wrote no library; is it a C"), (4, "exit code 4: it said nothing")]
+)
+def test_a_program_that_is_no_compiler(monkeypatch, tmp_path, code, told):
+    compiler = tmp_path / "other"
+    compiler.write_text(f"#!/bin/sh\nexit {code}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match=told):
+        build.library_path()
+
+
 def test_compiler_that_cannot_be_read(monkeypatch):
     monkeypatch.setenv("CXX", "g++ '-O2")
     with pytest.raises(build.BuildError, match="cannot read CXX=g.* '-O2: No closing quotation"):
@@ -142,12 +155,23 @@ def test_compiler_of_several_words(monkeypatch, tmp_path):
     assert build.library_path(("-O0",)).exists()
 
 
-def test_library_that_cannot_be_loaded_is_built_anew():
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ("path.write_text('cut off')", "cannot be loaded and is built anew"),
+        # The system would end the process with SIGBUS.
+        ("os.truncate(path, 5000)", "is cut off and is built anew"),
+        ("os.truncate(path, path.stat().st_size - 1)", "is cut off and is built anew"),
+    ],
+)
+def test_library_that_cannot_be_loaded_is_built_anew(damage, told):
     """In its own process: a library that is loaded stays so."""
     needs_compiler()
+    if "truncate" in damage and sys.platform != "linux":
+        pytest.skip("only ELF files are looked at")
     code = (
-        "import torch\nfrom ops.selective_scan.cpu import build\n"
-        "path = build.library_path(('-O0',))\npath.write_text('cut off')\n"
+        "import os, torch\nfrom ops.selective_scan.cpu import build\n"
+        f"path = build.library_path(('-O0',))\n{damage}\n"
         "build.library_path = lambda original=build.library_path: original(('-O0',))\n"
         "print(build.load_library().tile_steps())"
     )
@@ -155,7 +179,7 @@ def test_library_that_cannot_be_loaded_is_built_anew():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(result.stdout) > 0
-    assert "cannot be loaded and is built anew" in result.stderr
+    assert told in result.stderr
 
 
 @pytest.mark.skipif(

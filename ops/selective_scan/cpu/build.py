@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,9 @@ def _compiler() -> list[str]:
     names = command[:1] or _COMPILERS
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on PATH")
+        raise BuildError(
+            f"no C++ compiler: {' or '.join(names)} is not on PATH; install one, or name it by CXX"
+        )
     return [path, *command[1:]]
 
 
@@ -56,7 +59,7 @@ def _run(command: list[str]) -> str:
         lines = (
             [line for line in result.stderr.splitlines() if "error" in line]
             or result.stderr.splitlines()
-            or [""]
+            or ["it said nothing"]
         )
         raise BuildError(
             f"'{command[0]}' failed with exit code {result.returncode}: {lines[0].strip()}"
@@ -140,23 +143,47 @@ def _built(compiler: list[str], source: str, flags: tuple[str, ...]) -> Path:
 
     serial, flags = flags, (*flags, *_openmp())
     path = named(flags)
-    if path.exists():
+    if _is_whole(path):
         return path
     if not _has_openmp(compiler, folder):  # asked again each time: it may be installed by then
         flags, path = serial, named(serial)
-        if path.exists():
+        if _is_whole(path):
             return path
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _logger.info("building the CPU kernels into %s", path)
+        if not _is_whole(path):
+            if path.exists():
+                _logger.warning("%s is cut off and is built anew", path)
+            else:
+                _logger.info("building the CPU kernels into %s", path)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             try:
                 _run([*compiler, str(FOLDER / source), *flags, "-o", str(unfinished)])
+                if not unfinished.exists():
+                    raise BuildError(f"'{compiler[0]}' wrote no library; is it a C++ compiler?")
+                with open(unfinished, "rb") as file:
+                    os.fsync(file)
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and as long as it says; loading one that was cut off would end
+    the process. Of ELF files for 64 bits, whose table of sections stands last.
+    """
+    try:
+        with open(path, "rb") as file:
+            header, size = file.read(64), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    if header[:6] != b"\x7fELF\x02\x01":
+        return True
+    if len(header) < 64:
+        return False
+    sections, each, count = struct.unpack_from("<40xQ10xHH", header)
+    return size >= sections + each * count
 
 
 def load_library() -> ctypes.CDLL:
