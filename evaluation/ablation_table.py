@@ -1,7 +1,6 @@
 """The results of an ablation: mean and spread over seeds, `ablation.md`, CSV, plots."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,9 @@ def write(
     text = _document(rows, failed, about, environment, speeds, task)
     write_results(output, "ablation", record, text, _columns(task.best.key))
     _write_runs(outcomes, task, output / "ablation_runs.csv")
-    draw = partial(trade_offs.variants, measure=task.best, example=task.example)
-    trade_offs.save_all(output, "ablation", lambda axis: draw(rows, axis))
+    trade_offs.save_all(
+        output, "ablation", lambda axis: trade_offs.variants(rows, axis, task.best, task.example)
+    )
 
 
 def _columns(key: str) -> dict[str, str]:

@@ -283,6 +283,9 @@ def test_what_hangs_on_rounding_is_not_compared(routed, monkeypatch):
     found = checking.compare(model, lambda images: torch.zeros(len(images), 3))
     assert found.images == 0 and "NOT COMPARED" in str(found)
     checking.require_agreement(found)
+    told = checking.compare(model, lambda images: model(images).logits, always=True)
+    assert (told.images, told.error, told.same) == (checking.CHECKED, 0, 1)
+    assert "depend" not in str(right) and "all of whose answers depend on rounding" in str(told)
 
 
 @pytest.mark.parametrize(

@@ -61,26 +61,45 @@ def test_a_row_does_not_depend_on_those_beside_it(shape, width, bias):
             assert torch.equal(linear(alone, weight, shift), whole[begin : begin + 60]), begin
 
 
+def backwards(x, weight, bias=None):
+    """The product, with other bits."""
+    return F.linear(x.flip(1), weight.flip(1), bias)
+
+
 def ends_in_another_order(x, weight, bias, _):
     """A library's product whose last row is summed backwards."""
     out = F.linear(x, weight, bias)
-    out[-1] = F.linear(x.flip(1), weight.flip(1), bias)[-1]
+    out[-1] = backwards(x, weight, bias)[-1]
     return out
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_whose_rows_depend_on_others_is_not_taken(monkeypatch, bias):
-    monkeypatch.setattr(module, "_onednn", ends_in_another_order)
-    monkeypatch.setattr(onednn, "works", lambda: True)
+@pytest.fixture
+def use(monkeypatch):
+    """Puts functions in the place of the module's; what was chosen before is forgotten, and so is
+    afterwards what is chosen with them.
+    """
+
+    def use(**functions):
+        for name, function in functions.items():
+            monkeypatch.setattr(module, f"_{name}", function)
+        monkeypatch.setattr(onednn, "works", lambda: True)
+        module._choice.cache_clear()
+
+    yield use
     module._choice.cache_clear()
-    try:
-        assert module._choice(44, 96, bias, 1, True)[0] is not ends_in_another_order
-        monkeypatch.setattr(module, "_pytorch", ends_in_another_order)
-        module._choice.cache_clear()
-        assert module._choice(44, 96, bias, 1, True)[0] is module._blocks
-        test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
-    finally:
-        module._choice.cache_clear()
+
+
+def chosen(bias=False):
+    return module._choice(44, 96, bias, torch.get_num_threads(), True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_whose_rows_depend_on_others_is_not_taken(use, bias):
+    use(onednn=ends_in_another_order)
+    assert module._choice(44, 96, bias, 1, True)[0] is not ends_in_another_order
+    use(pytorch=ends_in_another_order)
+    assert module._choice(44, 96, bias, 1, True)[0] is module._blocks
+    test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
 
 
 @pytest.mark.parametrize("inputs, width", [(17, 1), (33, 10), (96, 44)])
@@ -130,89 +149,67 @@ def test_without_onednn(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_rows_are_filled_up_to_a_multiple_where_that_keeps_them_apart(monkeypatch, bias):
+def test_rows_are_filled_up_to_a_multiple_where_that_keeps_them_apart(use, bias):
     def rest_in_another_order(x, weight, bias, _):
         """As oneDNN with AVX2: what is left of blocks of 24 rows is summed backwards."""
         out, left = F.linear(x, weight, bias), len(x) % 24
         if left:
-            out[-left:] = F.linear(x[-left:].flip(1), weight.flip(1), bias)
+            out[-left:] = backwards(x[-left:], weight, bias)
         return out
 
-    monkeypatch.setattr(module, "_onednn", rest_in_another_order)
-    monkeypatch.setattr(module, "_pytorch", ends_in_another_order)
-    monkeypatch.setattr(onednn, "works", lambda: True)
-    module._choice.cache_clear()
-    try:
-        chosen = module._choice(44, 96, bias, torch.get_num_threads(), True)
-        most = module._MOST_FILLED_UP[0]
-        assert chosen == (rest_in_another_order, 24, 24, most)
-        x, weight, shift = tensors(2 * most + 7, 96, bias=bias)
-        with torch.no_grad():  # more than was tried, in pieces
-            whole = linear(x, weight, shift)
-            assert torch.equal(linear(x[-100:], weight, shift), whole[-100:])
-        torch.testing.assert_close(whole, F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
-        test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
-    finally:
-        module._choice.cache_clear()
+    use(onednn=rest_in_another_order, pytorch=ends_in_another_order)
+    most = module._MOST_FILLED_UP[0]
+    assert chosen(bias) == (rest_in_another_order, 24, 24, most)
+    x, weight, shift = tensors(2 * most + 7, 96, bias=bias)
+    with torch.no_grad():  # more than was tried, in pieces
+        whole = linear(x, weight, shift)
+        assert torch.equal(linear(x[-100:], weight, shift), whole[-100:])
+    torch.testing.assert_close(whole, F.linear(x, weight, shift), rtol=1e-5, atol=1e-4)
+    test_a_row_does_not_depend_on_those_beside_it((300, 96), 44, bias)
 
 
 @pytest.mark.parametrize("most, limit", [(792, 840), (384, 400), (264, 288)])
-def test_a_product_of_many_rows_is_made_of_small_ones_where_those_keep_them_apart(
-    monkeypatch, most, limit
-):
+def test_a_product_of_many_rows_is_made_of_small_ones_where_those_keep_them_apart(use, most, limit):
     def many_in_another_order(x, weight, bias, _):
-        """As oneDNN with AVX2 and many weights."""
-        out = ends_in_another_order(x, weight, bias, None) if len(x) % 12 else None
-        if len(x) < limit:
-            return F.linear(x, weight, bias) if out is None else out
-        return F.linear(x.flip(1), weight.flip(1), bias) if out is None else out
+        """As oneDNN with AVX2 and large weights."""
+        if len(x) % 12:
+            return ends_in_another_order(x, weight, bias, None)
+        return F.linear(x, weight, bias) if len(x) < limit else backwards(x, weight, bias)
 
-    monkeypatch.setattr(module, "_onednn", many_in_another_order)
-    monkeypatch.setattr(module, "_pytorch", ends_in_another_order)
-    monkeypatch.setattr(onednn, "works", lambda: True)
-    module._choice.cache_clear()
-    try:
-        chosen = module._choice(44, 96, False, torch.get_num_threads(), True)
-        assert chosen == (many_in_another_order, 12, 12, most)
-        x, weight, _ = tensors(2 * most + 7, 96, bias=False)
-        memory = torch.full((len(x), 44), torch.nan)
-        with torch.no_grad():
-            whole = module.multiply(x, weight, memory=memory)
-            assert whole.data_ptr() == memory.data_ptr()
-            assert torch.equal(whole, module.multiply(x, weight))
-            for part in slice(0, 5), slice(most - 20, most + 400), slice(2 * most, None):
-                assert torch.equal(module.multiply(x[part], weight), whole[part])
-        torch.testing.assert_close(whole, F.linear(x, weight), rtol=1e-5, atol=1e-4)
-    finally:
-        module._choice.cache_clear()
+    use(onednn=many_in_another_order, pytorch=ends_in_another_order)
+    assert chosen() == (many_in_another_order, 12, 12, most)
+    x, weight, _ = tensors(2 * most + 7, 96, bias=False)
+    memory = torch.full((len(x), 44), torch.nan)
+    with torch.no_grad():
+        whole = module.multiply(x, weight, memory=memory)
+        assert whole.data_ptr() == memory.data_ptr()
+        assert torch.equal(whole, module.multiply(x, weight))
+        for part in slice(0, 5), slice(most - 20, most + 400), slice(2 * most, None):
+            assert torch.equal(module.multiply(x[part], weight), whole[part])
+    torch.testing.assert_close(whole, F.linear(x, weight), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [60, 1812])  # multiples of 12 and not of 24
-def test_a_single_number_of_rows_that_differs_is_found(monkeypatch, wrong):
+def test_a_single_number_of_rows_that_differs_is_found(use, wrong):
     def differs(x, weight, bias, _):
-        return F.linear(x, weight) if len(x) != wrong else F.linear(x.flip(1), weight.flip(1))
+        return backwards(x, weight) if len(x) == wrong else F.linear(x, weight)
 
-    assert filled_up(monkeypatch, differs) == (differs, 24, 24, 8184)
+    use(onednn=differs, of_any_number=nothing_passes)
+    assert chosen() == (differs, 24, 24, 8184)
 
 
-def test_rows_that_differ_by_what_stands_before_them_are_found(monkeypatch):
+def test_rows_that_differ_by_what_stands_before_them_are_found(use):
     def differs(x, weight, bias, _):
         first = x[0, 0] == 0  # as in a trial's numbers
-        return F.linear(x, weight) if first else F.linear(x.flip(1), weight.flip(1))
+        return F.linear(x, weight) if first else backwards(x, weight)
 
-    assert filled_up(monkeypatch, differs).product is module._blocks
+    use(onednn=differs, of_any_number=nothing_passes)
+    assert chosen().product is module._blocks
 
 
-def filled_up(monkeypatch, product):
-    """The way that is chosen where rows need filling up and `product` is oneDNN's."""
-    monkeypatch.setattr(module, "_onednn", product)
-    monkeypatch.setattr(module, "_of_any_number", lambda _: lambda weight, bias: None)
-    monkeypatch.setattr(onednn, "works", lambda: True)
-    module._choice.cache_clear()
-    try:
-        return module._choice(44, 96, False, torch.get_num_threads(), True)
-    finally:
-        module._choice.cache_clear()
+def nothing_passes(_product):
+    """A trial."""
+    return lambda weight, bias: None
 
 
 def test_parts_within_transforms_and_of_strided_weights(monkeypatch):
